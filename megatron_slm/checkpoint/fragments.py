@@ -1,0 +1,125 @@
+"""What one rank's ZeRO optimizer owns of each parameter: the one place that looks inside DeepSpeed's optimizers.
+
+ZeRO keeps, on each data-parallel rank, a flat fp32 partition that holds ranges of the rank's parameters. A
+`Fragment` is one such range, with the master weights and Adam's moments behind it as views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_slm.checkpoint.weights import Quantity, WeightSource, read_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """Elements [begin, end) of a flattened parameter, at `offset` of the flat partition `flat`."""
+
+    parameter: nn.Parameter
+    begin: int
+    end: int
+    flat: Tensor
+    offset: int
+    state: dict[str, Any]
+    """The base optimizer's state of `flat`."""
+
+    def view(self, quantity: Quantity) -> Tensor:
+        """The fragment's values as a 1-D view into the optimizer's memory."""
+        held = self.flat if quantity == "weight" else self.state[quantity]
+        return held.detach().narrow(0, self.offset, self.end - self.begin)
+
+
+def fragments(optimizer: Any) -> Iterator[Fragment]:
+    """Every fragment this rank owns, in the optimizer's order."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _stage_3(optimizer)
+    return _stages_1_and_2(optimizer)
+
+
+def _stages_1_and_2(optimizer: Any) -> Iterator[Fragment]:
+    bf16 = hasattr(optimizer, "bf16_groups")
+    groups = optimizer.bf16_groups if bf16 else optimizer.bit16_groups
+    flats = optimizer.fp32_groups_flat_partition if bf16 else optimizer.single_partition_of_fp32_groups
+    for group, flat in zip(groups, flats, strict=True):
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                continue
+            held, at = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Fragment(
+                parameter=parameter,
+                begin=held.start,
+                end=held.start + held.numel,
+                flat=flat,
+                offset=at.start,
+                state=optimizer.optimizer.state[flat],
+            )
+
+
+def _stage_3(optimizer: Any) -> Iterator[Fragment]:
+    for parameter in (p for group in optimizer.fp16_groups for p in group):
+        group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        begin = torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+        end = min(begin + numel, parameter.ds_numel)
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        if begin < end:
+            yield Fragment(
+                parameter=parameter,
+                begin=begin,
+                end=end,
+                flat=flat,
+                offset=offset,
+                state=optimizer.optimizer.state[flat],
+            )
+
+
+def fill_optimizer(optimizer: Any, source: WeightSource, *, adam_step: int | None) -> None:
+    """Set the trained parameters, the fp32 master weights behind them and, on a resume, Adam's moments.
+
+    Args:
+        adam_step: optimizer steps that the moments have seen; None starts with fresh moments.
+    """
+    owned = list(fragments(optimizer))
+    for fragment in owned:
+        if adam_step is not None:
+            _prepare_state(fragment, optimizer, adam_step)
+            for quantity in ("exp_avg", "exp_avg_sq"):
+                fragment.view(quantity).copy_(_read(fragment, source, quantity))
+        else:
+            fragment.state.clear()
+        fragment.view("weight").copy_(_read(fragment, source, "weight"))
+        if hasattr(fragment.parameter, "ds_tensor"):
+            held = fragment.parameter.ds_tensor.data
+            held[: fragment.end - fragment.begin].copy_(fragment.view("weight"))
+    for parameter in trained_parameters(optimizer):
+        if not hasattr(parameter, "ds_tensor"):
+            whole = read_range(parameter, source, "weight", 0, parameter.numel())
+            parameter.data.copy_(whole.view(parameter.shape))
+
+
+def trained_parameters(optimizer: Any) -> list[nn.Parameter]:
+    """The parameters that the optimizer trains, whole or partitioned."""
+    for name in ("fp16_groups", "bf16_groups", "bit16_groups"):
+        if hasattr(optimizer, name):
+            return [parameter for group in getattr(optimizer, name) for parameter in group]
+    raise TypeError(f"{type(optimizer).__name__} is not one of DeepSpeed's ZeRO optimizers")
+
+
+def _read(fragment: Fragment, source: WeightSource, quantity: Quantity) -> Tensor:
+    return read_range(fragment.parameter, source, quantity, fragment.begin, fragment.end)
+
+
+def _prepare_state(fragment: Fragment, optimizer: Any, adam_step: int) -> None:
+    """Make the moments where the base optimizer has not yet made them, and set its step count."""
+    for quantity in ("exp_avg", "exp_avg_sq"):
+        if quantity not in fragment.state:
+            fragment.state[quantity] = torch.zeros_like(fragment.flat.detach())
+    fragment.state["step"] = torch.tensor(float(adam_step))
+    for group in optimizer.optimizer.param_groups:
+        if "step" in group:  # apex FusedAdam counts per group
+            group["step"] = adam_step

@@ -1,0 +1,118 @@
+"""Reading a checkpoint at any layout."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_slm.checkpoint.format import Manifest
+from megatron_slm.checkpoint.weights import Quantity, slice_of
+from megatron_slm.device import set_device_rng_state
+from megatron_slm.errors import CheckpointError
+from megatron_slm.parallel.shards import Part
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements [begin, end) of one slice of a logical tensor, under `number` in a rank's files."""
+
+    file_number: str
+    number: int
+    part: Part
+    begin: int
+    end: int
+
+
+class CheckpointSource:
+    """The logical tensors of a checkpoint, read piece by piece (a `WeightSource`).
+
+    A slice that was written as it is asked for is read directly; any other is put together from the whole
+    tensor's pieces, one tensor at a time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pieces: dict[str, list[_Piece]] = defaultdict(list)
+        for path in sorted(folder.glob("weights_*.safetensors")):
+            file_number = path.stem.partition("_")[2]
+            with safe_open(path, framework="pt") as file:
+                described = json.loads(file.metadata()["pieces"])
+            for number, piece in enumerate(described):
+                part = Part(
+                    name=piece["name"],
+                    shape=tuple(piece["shape"]),
+                    dim=piece["dim"],
+                    start=piece["start"],
+                    length=piece["length"],
+                )
+                self._pieces[part.name].append(_Piece(file_number, number, part, piece["begin"], piece["end"]))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every logical tensor."""
+        return {name: pieces[0].part.shape for name, pieces in self._pieces.items()}
+
+    def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
+        """See `WeightSource.read`."""
+        pieces = self._pieces.get(part.name)
+        if pieces is None:
+            raise CheckpointError("checkpoint", str(self.folder), f"holds {part.name}", "load another checkpoint")
+        if pieces[0].part.shape != part.shape:
+            raise CheckpointError(
+                part.name,
+                pieces[0].part.shape,
+                f"has shape {part.shape} in this model",
+                "load a checkpoint of the same architecture and vocabulary",
+            )
+        alike = [piece for piece in pieces if piece.part == part]
+        if alike:
+            return self._gather(quantity, alike, begin, end)
+        return slice_of(self.whole(part.name, quantity), part, begin, end)
+
+    def whole(self, name: str, quantity: Quantity = "weight") -> Tensor:
+        """A whole logical tensor, fp32."""
+        shape = self._pieces[name][0].part.shape
+        out = torch.empty(shape)
+        for part in {piece.part for piece in self._pieces[name]}:
+            alike = [piece for piece in self._pieces[name] if piece.part == part]
+            held = self._gather(quantity, alike, 0, part.numel).view(part.local_shape)
+            target = out if part.dim is None else out.narrow(part.dim, part.start, part.length)
+            target.copy_(held)
+        return out
+
+    def _gather(self, quantity: Quantity, pieces: list[_Piece], begin: int, end: int) -> Tensor:
+        out = torch.empty(end - begin)
+        missing = end - begin
+        for piece in pieces:
+            low, high = max(begin, piece.begin), min(end, piece.end)
+            if low < high:
+                held = self._tensor(piece, quantity)
+                out[low - begin : high - begin] = held[low - piece.begin : high - piece.begin]
+                missing -= high - low
+        if missing:
+            raise CheckpointError(
+                "checkpoint", str(self.folder), f"holds all of {pieces[0].part.name}", "load another checkpoint"
+            )
+        return out
+
+    def _tensor(self, piece: _Piece, quantity: Quantity) -> Tensor:
+        kind = "weights" if quantity == "weight" else "optimizer"
+        path = self.folder / f"{kind}_{piece.file_number}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(f"{piece.number}.{quantity}")
+
+
+def restore_rng(folder: Path, manifest: Manifest, rank: int) -> None:
+    """Put back a rank's random state. A rank the checkpoint's layout did not have keeps its own."""
+    path = folder / f"rng_{rank:05d}.safetensors"
+    if path.name in manifest.files:
+        states = load_file(path)
+        torch.set_rng_state(states["cpu"])
+        if "device" in states:
+            set_device_rng_state(states["device"])

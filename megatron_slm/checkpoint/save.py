@@ -1,0 +1,163 @@
+"""Writing a checkpoint: every rank its own pieces, then a manifest, then one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_slm.checkpoint.format import Manifest, file_entry, folder_name, sync_folder, versions, write_durably
+from megatron_slm.checkpoint.fragments import Fragment, fragments
+from megatron_slm.checkpoint.weights import Quantity
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.device import device_rng_state
+from megatron_slm.errors import CheckpointError
+from megatron_slm.parallel.collectives import raise_together
+from megatron_slm.parallel.shards import Part, parts_with_offsets
+from megatron_slm.parallel.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands after a step."""
+
+    step: int
+    consumed_samples: int
+    adam_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """Writes the checkpoints of one run.
+
+    Args:
+        write_extras: rank 0 calls it with the folder, to add the run's configuration and tokenizer.
+    """
+
+    folder: Path
+    topology: Topology
+    architecture: Architecture
+    tokenizer_fingerprint: str | None
+    write_extras: Callable[[Path], None]
+
+    def save(self, optimizer: Any, progress: Progress) -> Path:
+        """Write one checkpoint. Collective: every rank calls it after the same step.
+
+        Returns:
+            the committed folder.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write; earlier checkpoints stay as they are.
+        """
+        rank = dist.get_rank()
+        temporary = self.folder / f".{folder_name(progress.step)}.tmp"
+        error = _attempt(lambda: _fresh_folder(temporary)) if rank == 0 else None
+        raise_together(error)
+        error = _attempt(lambda: self._write_rank(temporary, optimizer, rank))
+        raise_together(error)
+        error = _attempt(lambda: self._commit(temporary, progress)) if rank == 0 else None
+        raise_together(error)
+        return self.folder / folder_name(progress.step)
+
+    def _write_rank(self, folder: Path, optimizer: Any, rank: int) -> None:
+        place = self.topology.coordinate(rank)
+        owned = [f for f in fragments(optimizer) if _is_ours_to_write(f, place.tensor)]
+        _write_fragments(folder / f"weights_{rank:05d}.safetensors", owned, ("weight",))
+        _write_fragments(folder / f"optimizer_{rank:05d}.safetensors", owned, ("exp_avg", "exp_avg_sq"))
+        states = {"cpu": torch.get_rng_state()}
+        device_state = device_rng_state()
+        if device_state is not None:
+            states["device"] = device_state
+        _write_tensors(folder / f"rng_{rank:05d}.safetensors", states, {})
+
+    def _commit(self, temporary: Path, progress: Progress) -> None:
+        self.write_extras(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest = Manifest(
+            step=progress.step,
+            consumed_samples=progress.consumed_samples,
+            adam_step=progress.adam_step,
+            architecture=self.architecture,
+            layout={"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor},
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            files={str(path.relative_to(temporary)): file_entry(path) for path in files},
+            versions=dict(versions()),
+        )
+        manifest.write(temporary)
+        final = self.folder / folder_name(progress.step)
+        replaced = self.folder / f".{final.name}.replaced"
+        if final.exists():  # the same step again: a rename cannot replace a folder that is not empty
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        sync_folder(self.folder)
+        write_durably(self.folder / "latest", final.name.encode())
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _attempt(action: Callable[[], None]) -> CheckpointError | None:
+    try:
+        action()
+    except OSError as error:
+        return CheckpointError(
+            "--save",
+            error.filename or "checkpoint",
+            f"can be written ({error.strerror})",
+            "free or choose another disk; earlier checkpoints are unharmed",
+        )
+    return None
+
+
+def _fresh_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
+    folder.mkdir(parents=True)
+
+
+def _is_ours_to_write(fragment: Fragment, tensor_rank: int) -> bool:
+    """Copies are written once: tensor rank 0's of replicated weights, the first stage's of a tied one."""
+    parameter = fragment.parameter
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return tensor_rank == 0 or bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _write_fragments(path: Path, owned: list[Fragment], quantities: tuple[Quantity, ...]) -> None:
+    """One file: 1-D tensors keyed `number.quantity`, and in its header which piece of what each number is."""
+    tensors: dict[str, Tensor] = {}
+    pieces: list[dict[str, Any]] = []
+    for fragment in owned:
+        for part, offset in parts_with_offsets(fragment.parameter):
+            low, high = max(fragment.begin, offset), min(fragment.end, offset + part.numel)
+            if low >= high:
+                continue
+            for quantity in quantities:
+                held = fragment.view(quantity)[low - fragment.begin : high - fragment.begin]
+                tensors[f"{len(pieces)}.{quantity}"] = held.clone()
+            pieces.append(_describe(part, low - offset, high - offset))
+    _write_tensors(path, tensors, {"pieces": json.dumps(pieces)})
+
+
+def _describe(part: Part, begin: int, end: int) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "shape": part.shape,
+        "dim": part.dim,
+        "start": part.start,
+        "length": part.length,
+        "begin": begin,
+        "end": end,
+    }
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    save_file(tensors, path, metadata=metadata)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

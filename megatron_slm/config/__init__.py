@@ -1,0 +1,27 @@
+"""What a run is told: one frozen dataclass per section, and how they are read."""
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SelectionConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "Architecture",
+    "CheckpointConfig",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SelectionConfig",
+    "TrainingConfig",
+]

@@ -1,0 +1,286 @@
+"""The sections of a run's configuration. Field names are Megatron-LM's flag names where it has the flag.
+
+`__post_init__` checks what a section can know alone and does no input or output; what needs files or the
+world is checked in `training/build.py`, before the first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_slm.errors import ConfigError
+
+
+def _require(condition: bool, name: str, value: object, rule: str, fix: str) -> None:
+    if not condition:
+        raise ConfigError("--" + name.replace("_", "-"), value, rule, fix)
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value is None or value > 0, name, value, "is greater than 0", "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture. Left out, it comes from --init-from; given as well, the two must agree."""
+
+    num_layers: int | None = None
+    """Number of decoder blocks."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the SwiGLU MLP."""
+    num_attention_heads: int | None = None
+    """Number of query heads."""
+    num_query_groups: int | None = None
+    """Key and value heads (grouped-query attention); default: as many as query heads."""
+    kv_channels: int | None = None
+    """Width of a head; default: hidden size / heads."""
+    max_position_embeddings: int | None = None
+    """Longest sequence the exported model claims to read; default: --seq-length."""
+    norm_epsilon: float | None = None
+    """Epsilon of RMSNorm; default 1e-5."""
+    rotary_base: float | None = None
+    """Theta of the rotary position embedding; default 10000."""
+    rope_scaling: dict[str, Any] | None = None
+    """RoPE scaling as in a Hugging Face config (rope_type linear or llama3)."""
+    untie_embeddings_and_output_weights: bool | None = None
+    """The output layer has a weight of its own (default) instead of the embedding's."""
+    add_qkv_bias: bool | None = None
+    """Biases on the query, key and value projections (Qwen2)."""
+    window_size: int | None = None
+    """Sliding-window attention: positions seen, the own one included."""
+    init_method_std: float | None = None
+    """Standard deviation of initial weights; default 0.02."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this, at any layout alike; padding is never stored."""
+    init_from: str | None = None
+    """Start from these weights: a Hugging Face folder, or one of our checkpoints written at any layout."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "max_position_embeddings",
+            "window_size",
+            "make_vocab_size_divisible_by",
+            "norm_epsilon",
+            "rotary_base",
+            "init_method_std",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is cut over the ranks; what is left of the world is data parallelism."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer."""
+    pipeline_model_parallel_size: int = 1
+    """Stages the layers are cut into."""
+    sequence_parallel: bool = False
+    """Cut norms and the residual stream along the sequence over the tensor-parallel ranks."""
+    recompute_granularity: Literal["full"] | None = None
+    """`full` recomputes each block in the backward pass instead of keeping its activations."""
+    deepspeed_config: str | None = None
+    """DeepSpeed JSON: ZeRO stage, offload, communication (default: ds_configs/zero1.json's content)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "sequence_parallel",
+            True,
+            "needs --tensor-model-parallel-size of 2 or more",
+            "raise the tensor-parallel size or leave it out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Corpora and the tokenizer they were made with."""
+
+    data_path: list[str] = field(default_factory=list)
+    """Prefix of the training corpus (PREFIX.bin and PREFIX.idx)."""
+    split: str = "1,0,0"
+    """Shares of --data-path for training, validation and test, as Megatron cuts them (969,30,1)."""
+    valid_data_path: list[str] = field(default_factory=list)
+    """Held-out corpora, each PREFIX or NAME=PREFIX; each is evaluated whole under its name."""
+    tokenizer_type: str = "HuggingFaceTokenizer"
+    """HuggingFaceTokenizer, SentencePieceTokenizer (GPTSentencePieceTokenizer, Llama2Tokenizer), NullTokenizer."""
+    tokenizer_model: str | None = None
+    """Tokenizer folder or file; default: the one in --init-from."""
+    vocab_size: int | None = None
+    """Number of tokens; only for NullTokenizer, which has no table of its own."""
+    seq_length: int = 2048
+    """Tokens of a sample that the model reads."""
+    eod_mask_loss: bool = False
+    """Leave out the label that follows an end-of-document token."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "seq_length", "vocab_size")
+        _require(
+            len(self.data_path) <= 1,
+            "data_path",
+            self.data_path,
+            "is one corpus prefix",
+            "merge the corpora or choose one of them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which tokens are trained on (Rho-1, arXiv 2404.07965, section 2.2)."""
+
+    objective: Literal["slm", "clm"] = "slm"
+    """slm: the tokens with the highest excess loss. clm: every token, no reference (how references are trained)."""
+    slm_keep_ratio: float = 0.6
+    """Share of the valid tokens that is kept, in (0, 1]; the paper's 0.6 (1B) and 0.7 (7B)."""
+    slm_scope: Literal["sequence", "micro-batch"] = "micro-batch"
+    """The tokens that are ranked against each other."""
+    reference_load: str | None = None
+    """The frozen reference: a Hugging Face folder, or one of our checkpoints written at any layout."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0.0 < self.slm_keep_ratio <= 1.0,
+            "slm_keep_ratio",
+            self.slm_keep_ratio,
+            "lies in (0, 1]",
+            "use a share such as 0.6",
+        )
+        if self.objective == "slm":
+            _require(
+                self.reference_load is not None,
+                "reference_load",
+                None,
+                "is given when --objective is slm",
+                "name the reference's folder, or train with --objective clm",
+            )
+        else:
+            _require(
+                self.reference_load is None,
+                "reference_load",
+                self.reference_load,
+                "is left out when --objective is clm, which has no reference",
+                "drop it or use --objective slm",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 3e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    """How the learning rate falls from --lr to --min-lr."""
+    lr_warmup_iters: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_decay_iters: int | None = None
+    """Step at which the decay ends; default: --train-iters."""
+    lr_wsd_decay_iters: int | None = None
+    """Length of the final linear decay of WSD (warm-up, stable, decay), in steps."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only (not on norms and biases)."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr", "lr_decay_iters", "lr_wsd_decay_iters", "adam_eps")
+        for name in ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "is 0 or more", "give 0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "lies in [0, 1)", "use e.g. 0.9")
+        _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"is at most --lr ({self.lr})", "lower it")
+        _require(
+            self.lr_decay_style != "WSD" or self.lr_wsd_decay_iters is not None,
+            "lr_wsd_decay_iters",
+            None,
+            "is given when --lr-decay-style is WSD",
+            "give the length of the final decay in steps",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Batches, precision and length of the run."""
+
+    train_iters: int
+    """Steps of the whole run."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one data-parallel rank."""
+    global_batch_size: int | None = None
+    """Samples of one step over all ranks; default: micro-batch size x data-parallel size."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights and fp32 gradient accumulation (default: fp32)."""
+    seed: int = 1234
+    """Of initial weights and of the sample order."""
+    max_skipped_steps: int = 20
+    """Stop after this many steps in a row whose gradients were not finite."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "train_iters", "micro_batch_size", "global_batch_size", "max_skipped_steps")
+        _require(self.seed >= 0, "seed", self.seed, "is 0 or more", "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    save: str | None = None
+    """Folder for checkpoints; default: RUN_DIR/checkpoints when --save-interval is given."""
+    save_interval: int | None = None
+    """Save every this many steps, and at the end."""
+    load: str | None = None
+    """Resume from the newest complete checkpoint in this folder (or from this checkpoint)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "save_interval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where a run writes and how often it evaluates."""
+
+    run_dir: str = "runs/default"
+    """Everything of a run: metrics.jsonl, config.yaml, tensorboard/, checkpoints/."""
+    log_interval: int = 1
+    """Write metrics every this many steps."""
+    eval_interval: int | None = None
+    """Evaluate every this many steps, and at the end; default: only at the end."""
+    eval_iters: int | None = None
+    """Global batches of each held-out set; default: the whole set."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "log_interval", "eval_interval", "eval_iters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    selection: SelectionConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig

@@ -1,0 +1,63 @@
+"""What `--init-from` and `--reference-load` may name: a Hugging Face folder or one of our checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_slm.checkpoint.format import Manifest, find_checkpoint, verify_files
+from megatron_slm.checkpoint.load import CheckpointSource
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.convert.hf_config import is_hf_folder, read_architecture
+from megatron_slm.convert.hf_source import HuggingFaceSource
+from megatron_slm.errors import CheckpointError, WeightsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model on disk: its shape, its weights, and the folder its tokenizer is in (if it has one)."""
+
+    architecture: Architecture
+    source: HuggingFaceSource | CheckpointSource
+    tokenizer_folder: Path | None
+
+
+def open_model(path: str, *, field: str, checksums: bool = True) -> Model:
+    """Open a model folder of either kind.
+
+    Args:
+        field: the flag that named it, for errors.
+        checksums: compare a checkpoint's contents with its manifest, not its files' sizes alone.
+
+    Raises:
+        WeightsError, CheckpointError: it is neither, or not whole.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise WeightsError(field, path, "is a folder", "check the path")
+    if is_hf_folder(folder):
+        return Model(
+            architecture=read_architecture(folder),
+            source=HuggingFaceSource(folder),
+            tokenizer_folder=_tokenizer(folder),
+        )
+    try:
+        checkpoint = find_checkpoint(folder)
+    except CheckpointError as error:
+        raise WeightsError(
+            field,
+            path,
+            "is a Hugging Face folder (with a config.json) or holds a complete checkpoint of ours",
+            "check the path",
+        ) from error
+    manifest = Manifest.read(checkpoint)
+    verify_files(checkpoint, manifest, checksums=checksums)
+    return Model(
+        architecture=manifest.architecture,
+        source=CheckpointSource(checkpoint),
+        tokenizer_folder=_tokenizer(checkpoint / "tokenizer"),
+    )
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    return folder if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists() else None

@@ -1,0 +1,51 @@
+"""The one place that knows which device this process computes on and which optional kernels are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+
+def local_device() -> torch.device:
+    """This process's device: the GPU numbered LOCAL_RANK where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def communication_backend() -> str:
+    """`nccl` on GPUs, `gloo` on the CPU."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def device_rng_state() -> torch.Tensor | None:
+    """State of the device's random generator (uint8), or None where the device is the CPU."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_device_rng_state(state: torch.Tensor) -> None:
+    """Put back a state from `device_rng_state`; without effect where there is no GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+
+
+def backends_found() -> dict[str, str]:
+    """What this process will compute with, for the line at start and the dry run.
+
+    Returns:
+        device, communication, attention and fused-optimizer backend, and whether triton is there.
+    """
+    cuda = torch.cuda.is_available()
+
+    def has(module: str) -> bool:
+        return importlib.util.find_spec(module) is not None
+
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "communication": communication_backend(),
+        "attention": "flash-attn" if cuda and has("flash_attn") else "scaled_dot_product_attention",
+        "optimizer": "apex FusedAdam" if cuda and has("apex") else "torch AdamW",
+        "triton": "found" if has("triton") else "not found",
+    }

@@ -1,0 +1,53 @@
+"""The errors a user can cause, each naming the field, the value, the rule and the fix.
+
+Every one derives from `SlmError`, so that a tool catches one class, prints one line and exits
+with a code other than zero. A bug in the program is never an `SlmError`.
+"""
+
+from __future__ import annotations
+
+
+class SlmError(Exception):
+    """Something the user gave cannot be used.
+
+    Args:
+        field: what was given, by the name the user knows (a flag, a file, a field of a file).
+        value: the value found there.
+        rule: what a usable value satisfies, and how this one does not.
+        fix: what the user can do about it.
+    """
+
+    def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
+        self.field, self.value, self.rule, self.fix = field, value, rule, fix
+        super().__init__(f"{field} = {value!r}: {rule}. Fix: {fix}")
+
+    def __reduce__(self) -> tuple[type[SlmError], tuple[str, object, str, str]]:
+        return type(self), (self.field, self.value, self.rule, self.fix)
+
+
+class ConfigError(SlmError):
+    """A flag, a YAML field or a DeepSpeed JSON field is wrong or contradicts another."""
+
+
+class LayoutError(ConfigError):
+    """The model or the batch cannot be cut over the ranks as asked."""
+
+
+class CorpusError(SlmError):
+    """A corpus (.bin/.idx), or text on its way into one, cannot be used."""
+
+
+class VocabularyError(SlmError):
+    """Two parts of a run do not agree on what a token id means."""
+
+
+class WeightsError(SlmError):
+    """A Hugging Face folder does not hold the weights that are needed."""
+
+
+class CheckpointError(SlmError):
+    """A checkpoint is missing, incomplete, damaged, or of another run."""
+
+
+class TrainingError(SlmError):
+    """Training cannot go on (for example: losses are no longer finite)."""

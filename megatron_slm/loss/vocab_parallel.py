@@ -1,0 +1,63 @@
+"""What the ranks of a vocabulary-parallel loss exchange: three numbers a row, and the kept rows' gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_slm.loss.torch_backend import RowStatistics
+from megatron_slm.parallel.collectives import all_gather_dim0, all_reduce_sum
+from megatron_slm.parallel.groups import TensorParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyShard:
+    """The part of the vocabulary that this rank's weight holds: token `start` is its row 0."""
+
+    tp: TensorParallel
+    start: int
+
+    def combine(self, local: RowStatistics) -> RowStatistics:
+        """The whole vocabulary's statistics, bit-equal on all ranks.
+
+        One all-gather; the parts are added in rank order by every rank alike, which an all-reduce would not
+        promise. Equal bits are what makes every rank keep the same tokens.
+        """
+        if self.tp.size == 1:
+            return local
+        stats_T3N = all_gather_dim0(torch.stack(local)[None], self.tp)
+        max_N = stats_T3N[:, 0].amax(0)
+        sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
+        for part_3N in stats_T3N:
+            sum_N += part_3N[1] * (part_3N[0] - max_N).exp()
+            target_N += part_3N[2]
+        return RowStatistics(max_N, sum_N, target_N)
+
+    def sum_rows(self, grad_hidden_Kd: Tensor) -> Tensor:
+        """The kept rows' gradient, summed over the vocabulary's parts."""
+        return grad_hidden_Kd if self.tp.size == 1 else all_reduce_sum(grad_hidden_Kd, self.tp)
+
+
+class _WholeSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_sbd: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp, ctx.length = tp, x_sbd.shape[0]
+        return all_gather_dim0(x_sbd, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].narrow(0, ctx.tp.rank * ctx.length, ctx.length), None
+
+
+def loss_rows(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
+    """Every token's row in (sequence, position) order, [s, b, d] (or [s / size, b, d]) to [N, d].
+
+    The loss sums the gradient of its rows over the ranks by itself, of the kept rows only, so the backward
+    pass of the gather only takes this rank's positions.
+    """
+    if tp.sequence_parallel:
+        x_sbd = _WholeSequence.apply(x_sbd, tp)
+    return x_sbd.transpose(0, 1).flatten(0, 1)

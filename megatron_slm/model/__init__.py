@@ -1,0 +1,1 @@
+"""The decoder's mathematics: no ranks, no process groups, no schedules."""

@@ -1,0 +1,62 @@
+"""Causal grouped-query attention.
+
+Shapes: s sequence, b micro-batch, d hidden, h query heads held here, g key/value groups held here,
+k width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.model.layers import Layers
+from megatron_slm.model.rope import inverse_frequencies, rotate, rotation
+
+
+class Attention(nn.Module):
+    """`softmax(Q K^T / sqrt(k)) V` over the positions before and including one's own (or a window of them)."""
+
+    def __init__(self, arch: Architecture, layers: Layers, prefix: str) -> None:
+        super().__init__()
+        self.width, self.window = arch.kv_channels, arch.sliding_window
+        self.num_heads = layers.share(arch.num_attention_heads, field="num_attention_heads")
+        self.num_groups = layers.share(arch.num_query_groups, field="num_query_groups")
+        q, kv = arch.num_attention_heads * self.width, arch.num_query_groups * self.width
+        self.qkv = layers.linear_in(
+            prefix, arch.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=arch.qkv_bias
+        )
+        self.o_proj = layers.linear_out(f"{prefix}o_proj", q, arch.hidden_size, bias=arch.attention_output_bias)
+        self.rope = (self.width, arch.rotary_base, arch.rope_scaling)
+
+    def forward(self, x_sbd: Tensor) -> Tensor:
+        """[s, b, d] to [s, b, d]."""
+        q_sbf, k_sbf, v_sbf = self.qkv(x_sbd)
+        q_sbhk = q_sbf.unflatten(-1, (self.num_heads, self.width))
+        k_sbgk = k_sbf.unflatten(-1, (self.num_groups, self.width))
+        v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
+
+        positions_s = torch.arange(q_sbhk.shape[0], device=x_sbd.device)
+        # computed in fp32 on use: a buffer would be cast to the run's dtype with the weights
+        cos, sin = rotation(positions_s, inverse_frequencies(*self.rope).to(x_sbd.device))
+        out_sbhk = causal_attention(rotate(q_sbhk, cos, sin), rotate(k_sbgk, cos, sin), v_sbgk, self.window)
+        return self.o_proj(out_sbhk.flatten(-2))
+
+
+def causal_attention(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
+    """Attention of every position to itself and those before it, [s, b, h, k].
+
+    Args:
+        window: positions seen, the own one included; None for all.
+    """
+    length = q_sbhk.shape[0]
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q_sbhk, k_sbgk, v_sbgk))
+    grouped = q.shape[1] != k.shape[1]
+    if window is None or window >= length:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+        seen = (distance >= 0) & (distance < window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    return out.permute(2, 0, 1, 3)

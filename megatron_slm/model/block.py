@@ -1,0 +1,30 @@
+"""One decoder block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.model.attention import Attention
+from megatron_slm.model.layers import Layers
+from megatron_slm.model.mlp import MLP
+from megatron_slm.model.norm import RMSNorm
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each after a norm and around a residual connection."""
+
+    def __init__(self, arch: Architecture, layers: Layers, index: int) -> None:
+        super().__init__()
+        prefix = f"model.layers.{index}."
+        self.input_layernorm = RMSNorm(layers, f"{prefix}input_layernorm", arch.hidden_size, arch.norm_epsilon)
+        self.self_attn = Attention(arch, layers, f"{prefix}self_attn.")
+        self.post_attention_layernorm = RMSNorm(
+            layers, f"{prefix}post_attention_layernorm", arch.hidden_size, arch.norm_epsilon
+        )
+        self.mlp = MLP(arch, layers, f"{prefix}mlp.")
+
+    def forward(self, x_sbd: Tensor) -> Tensor:
+        """[s, b, d] to [s, b, d]."""
+        x_sbd = x_sbd + self.self_attn(self.input_layernorm(x_sbd))
+        return x_sbd + self.mlp(self.post_attention_layernorm(x_sbd))

@@ -1,0 +1,61 @@
+"""The decoder as a list of layers: embedding, blocks, head. A pipeline stage is a run of this list."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.model.block import Block
+from megatron_slm.model.layers import Layers
+from megatron_slm.model.norm import RMSNorm
+
+EMBEDDING_NAME = "model.embed_tokens"
+OUTPUT_NAME = "lm_head"
+
+
+class Embedding(nn.Module):
+    """Token ids to the residual stream."""
+
+    def __init__(self, arch: Architecture, layers: Layers) -> None:
+        super().__init__()
+        self.embed_tokens = layers.embedding(EMBEDDING_NAME, arch.vocab_size, arch.hidden_size)
+
+    def forward(self, tokens_bs: Tensor) -> Tensor:
+        """int64 [b, s] to [s, b, d]."""
+        return self.embed_tokens(tokens_bs)
+
+
+class Head(nn.Module):
+    """The final norm, and the output weight that the loss multiplies with.
+
+    The product itself is the loss's: all logits of a micro-batch never exist at once.
+    """
+
+    def __init__(self, arch: Architecture, layers: Layers) -> None:
+        super().__init__()
+        self.norm = RMSNorm(layers, "model.norm", arch.hidden_size, arch.norm_epsilon)
+        self.output = None if arch.tied else layers.output_weight(OUTPUT_NAME, arch.vocab_size, arch.hidden_size)
+
+    def forward(self, x_sbd: Tensor) -> Tensor:
+        """[s, b, d] to [s, b, d]."""
+        return self.norm(x_sbd)
+
+
+class LayerMaker(NamedTuple):
+    """One layer of the list, not yet made."""
+
+    kind: type[nn.Module]
+    """`Embedding`, `Block` or `Head`."""
+    args: tuple[Any, ...]
+
+    def make(self) -> nn.Module:
+        """The layer, with zero weights."""
+        return self.kind(*self.args)
+
+
+def layer_list(arch: Architecture, layers: Layers) -> list[LayerMaker]:
+    """All layers of the decoder, in order: 1 embedding, `num_layers` blocks, 1 head."""
+    blocks = [LayerMaker(Block, (arch, layers, index)) for index in range(arch.num_layers)]
+    return [LayerMaker(Embedding, (arch, layers)), *blocks, LayerMaker(Head, (arch, layers))]

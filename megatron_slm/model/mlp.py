@@ -1,0 +1,26 @@
+"""The SwiGLU feed-forward layer (arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.model.layers import Layers
+
+
+class MLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, arch: Architecture, layers: Layers, prefix: str) -> None:
+        super().__init__()
+        widths = {"gate_proj": arch.ffn_hidden_size, "up_proj": arch.ffn_hidden_size}
+        self.gate_up = layers.linear_in(prefix, arch.hidden_size, widths, bias=arch.mlp_bias)
+        self.down_proj = layers.linear_out(
+            f"{prefix}down_proj", arch.ffn_hidden_size, arch.hidden_size, bias=arch.mlp_bias
+        )
+
+    def forward(self, x_sbd: Tensor) -> Tensor:
+        """[s, b, d] to [s, b, d]."""
+        gate_sbf, up_sbf = self.gate_up(x_sbd)
+        return self.down_proj(F.silu(gate_sbf) * up_sbf)

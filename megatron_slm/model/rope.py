@@ -1,0 +1,51 @@
+"""Rotary position embedding (arXiv 2104.09864) with the scalings of Llama checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(width: int, base: float, scaling: dict[str, Any]) -> Tensor:
+    """Turning speeds of the width / 2 pairs of a head, radians per position, fp32 [width / 2].
+
+    Args:
+        scaling: empty, or Hugging Face's fields: `linear` divides every speed by `factor`; `llama3` divides
+            the slow ones, keeps the fast ones and blends in between (Llama 3.1, `modeling_rope_utils.py`).
+    """
+    speeds = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+    kind = scaling.get("rope_type", "default")
+    if kind == "linear":
+        return speeds / scaling["factor"]
+    if kind == "llama3":
+        return _llama3(speeds, scaling)
+    return speeds
+
+
+def _llama3(speeds: Tensor, scaling: dict[str, Any]) -> Tensor:
+    factor, old_length = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelengths = 2 * math.pi / speeds
+    blend = (old_length / wavelengths - low) / (high - low)
+    mixed = (1 - blend) * speeds / factor + blend * speeds
+    out = torch.where(wavelengths > old_length / low, speeds / factor, speeds)
+    between = (wavelengths <= old_length / low) & (wavelengths >= old_length / high)
+    return torch.where(between, mixed, out)
+
+
+def rotation(positions_s: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, fp32 [s, 1, 1, width / 2] each."""
+    angles = torch.outer(positions_s.float(), inverse)[:, None, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_sbhk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + k / 2) of each head by its position's angle; fp32 inside, dtype kept.
+
+    [s, b, heads, k] to the same.
+    """
+    first, second = x_sbhk.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_sbhk.dtype)

@@ -1,0 +1,1 @@
+"""Ranks, groups, conjugate collectives and the tensor-parallel layers."""

@@ -1,0 +1,128 @@
+"""The conjugate collectives of tensor and sequence parallelism, as autograd functions.
+
+Each pair is the other's transpose (Megatron-LM, `core/tensor_parallel/mappings.py`):
+
+| function | forward | backward |
+|---|---|---|
+| `copy_to_tensor_parallel` | identity | all-reduce |
+| `reduce_from_tensor_parallel` | all-reduce | identity |
+| `gather_sequence` | all-gather along dim 0 | reduce-scatter along dim 0 |
+| `scatter_sequence_sum` | reduce-scatter along dim 0 | all-gather along dim 0 |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_slm.errors import SlmError
+from megatron_slm.parallel.groups import TensorParallel
+
+
+def all_reduce_sum(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum of `x` over the tensor-parallel ranks, in a new tensor."""
+    x = x.contiguous().clone()
+    dist.all_reduce(x, group=tp.group)
+    return x
+
+
+def all_gather_dim0(x: Tensor, tp: TensorParallel) -> Tensor:
+    """The ranks' `x`, one after the other along dim 0: [n, ...] to [size * n, ...]."""
+    out = x.new_empty((x.shape[0] * tp.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=tp.group)
+    return out
+
+
+def reduce_scatter_dim0(x: Tensor, tp: TensorParallel) -> Tensor:
+    """This rank's part of the sum over ranks, cut along dim 0: [size * n, ...] to [n, ...]."""
+    out = x.new_empty((x.shape[0] // tp.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=tp.group)
+    return out
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(grads[0], ctx.tp), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        return all_reduce_sum(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return all_gather_dim0(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_dim0(grads[0], ctx.tp), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return reduce_scatter_dim0(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_dim0(grads[0], ctx.tp), None
+
+
+def copy_to_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Hand a replicated tensor to sharded work; its gradient is summed over the ranks."""
+    return x if tp.size == 1 else _Copy.apply(x, tp)
+
+
+def reduce_from_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum the ranks' partial results into a replicated tensor."""
+    return x if tp.size == 1 else _Reduce.apply(x, tp)
+
+
+def gather_sequence(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
+    """The whole sequence from its parts: [s / size, b, d] to [s, b, d]."""
+    return x_sbd if tp.size == 1 else _Gather.apply(x_sbd, tp)
+
+
+def scatter_sequence_sum(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
+    """This rank's part of the summed sequence: [s, b, d] to [s / size, b, d]."""
+    return x_sbd if tp.size == 1 else _ScatterSum.apply(x_sbd, tp)
+
+
+def enter_parallel(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
+    """From the residual stream into sharded work, in the form that sequence parallelism asks for."""
+    return gather_sequence(x_sbd, tp) if tp.sequence_parallel else copy_to_tensor_parallel(x_sbd, tp)
+
+
+def leave_parallel(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
+    """From sharded work back into the residual stream."""
+    return scatter_sequence_sum(x_sbd, tp) if tp.sequence_parallel else reduce_from_tensor_parallel(x_sbd, tp)
+
+
+def raise_together(error: SlmError | None) -> None:
+    """Raise on every rank as soon as any rank has an error, so that none waits for one that is gone.
+
+    Collective over the world. A rank that has no error of its own raises the first one of the others.
+    """
+    errors: list[SlmError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for found in [error, *errors]:
+        if found is not None:
+            raise found

@@ -1,0 +1,70 @@
+"""Process groups made from a topology, and the start of the process group itself."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_slm.device import communication_backend
+from megatron_slm.parallel.topology import Topology
+
+SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def init_distributed() -> None:
+    """Join the world that the launcher described in the environment; a world of one where it did not.
+
+    DeepSpeed would first compile a shared-memory collective for the CPU: a minute of work that needs a
+    compiler, and that waits for ever on the lock of a killed build. Its only user is one collective that
+    is not used here, so the build is switched off.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+    if "RANK" not in os.environ:
+        os.environ.update(SINGLE_PROCESS)
+        os.environ.setdefault("MASTER_PORT", _free_port())
+    deepspeed.init_distributed(dist_backend=communication_backend(), verbose=False)
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallel:
+    """One rank's place among the ranks that share every layer.
+
+    `group` is None where there is nothing to communicate with: a single rank, or a layout that is only
+    being planned (meta device).
+    """
+
+    size: int = 1
+    rank: int = 0
+    sequence_parallel: bool = False
+    group: ProcessGroup | None = None
+
+
+def tensor_parallel_group(topology: Topology, *, sequence_parallel: bool) -> TensorParallel:
+    """This rank's tensor-parallel group. Collective: every rank of the world calls it together."""
+    mine: ProcessGroup | None = None
+    rank = dist.get_rank()
+    if topology.tensor > 1:
+        for ranks in topology.tensor_groups():  # every rank takes part in making every group
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                mine = group
+    return TensorParallel(
+        size=topology.tensor,
+        rank=topology.coordinate(rank).tensor,
+        sequence_parallel=sequence_parallel and topology.tensor > 1,
+        group=mine,
+    )

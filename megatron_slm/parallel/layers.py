@@ -1,0 +1,173 @@
+"""Linear layers and the embedding, cut over the tensor-parallel ranks (Megatron-LM's scheme).
+
+`ParallelLayers` is what the model is written against: it makes a *linear in* (from the residual stream
+into sharded work, cut by columns), a *linear out* (back into the residual stream, cut by rows), a
+vocabulary-parallel embedding and an output weight. With one rank they are plain dense layers.
+
+Activations are sequence-first, [s, b, d]. Under sequence parallelism the residual stream holds s / size
+positions a rank; `linear_in` gathers them and `linear_out` scatters the sum.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_slm.errors import LayoutError
+from megatron_slm.parallel.collectives import copy_to_tensor_parallel, enter_parallel, leave_parallel
+from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.parallel.shards import Part, new_parameter
+
+
+def even_share(total: int, tp: TensorParallel, *, field: str) -> tuple[int, int]:
+    """(start, length) of this rank's even share of `total`.
+
+    Raises:
+        LayoutError: `total` is not divisible by the tensor-parallel size.
+    """
+    if total % tp.size:
+        raise LayoutError(
+            field,
+            total,
+            f"is divisible by --tensor-model-parallel-size ({tp.size})",
+            "choose a tensor-parallel size that divides it",
+        )
+    length = total // tp.size
+    return tp.rank * length, length
+
+
+class LinearIn(nn.Module):
+    """`x W^T` for one or more weights that share their input, cut by columns (output features).
+
+    Args:
+        prefix: logical name before each output's name, such as `model.layers.0.self_attn.`.
+        outputs: name and full width of each output; each one is cut evenly over the ranks.
+    """
+
+    def __init__(
+        self, tp: TensorParallel, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        shares = {name: even_share(width, tp, field=prefix + name) for name, width in outputs.items()}
+        self.widths = [length for _, length in shares.values()]
+
+        def parts(kind: str, tail: tuple[int, ...]) -> tuple[Part, ...]:
+            return tuple(
+                Part(name=f"{prefix}{name}.{kind}", shape=(outputs[name], *tail), dim=0, start=start, length=length)
+                for name, (start, length) in shares.items()
+            )
+
+        total = sum(self.widths)
+        self.weight = new_parameter((total, in_features), parts("weight", (in_features,)))
+        self.bias = new_parameter((total,), parts("bias", ())) if bias else None
+
+    def forward(self, x_sbd: Tensor) -> tuple[Tensor, ...]:
+        """[s, b, in] to one [s, b, width / size] per output; under sequence parallelism from [s / size, b, in]."""
+        out = F.linear(enter_parallel(x_sbd, self.tp), self.weight, self.bias)
+        return out.split(self.widths, dim=-1)
+
+
+class LinearOut(nn.Module):
+    """`x W^T`, cut by rows (input features); the ranks' partial results are summed."""
+
+    def __init__(self, tp: TensorParallel, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.tp = tp
+        start, length = even_share(in_features, tp, field=name)
+        part = Part(name=f"{name}.weight", shape=(out_features, in_features), dim=1, start=start, length=length)
+        self.weight = new_parameter((out_features, length), (part,))
+        bias_part = Part(name=f"{name}.bias", shape=(out_features,))
+        self.bias = new_parameter((out_features,), (bias_part,)) if bias else None
+
+    def forward(self, x_sbf: Tensor) -> Tensor:
+        """[s, b, in / size] to [s, b, out]; under sequence parallelism to [s / size, b, out]."""
+        out = leave_parallel(F.linear(x_sbf, self.weight), self.tp)
+        if self.bias is None:
+            return out
+        return out + (copy_to_tensor_parallel(self.bias, self.tp) if self.tp.sequence_parallel else self.bias)
+
+
+class VocabularyWeight(nn.Module):
+    """A [vocabulary, hidden] weight, cut by rows; the padding rows at the end are zero and stay zero.
+
+    The padded size depends on `divisible_by` alone, never on the layout, and no padding row is stored in a
+    checkpoint or takes part in a softmax.
+    """
+
+    def __init__(self, tp: TensorParallel, name: str, vocab_size: int, hidden_size: int, divisible_by: int) -> None:
+        super().__init__()
+        self.tp = tp
+        padded = -(-vocab_size // divisible_by) * divisible_by
+        self.start, rows = even_share(padded, tp, field="padded vocabulary")
+        self.length = max(0, min(vocab_size - self.start, rows))
+        """Rows held here that are tokens; the last ranks may hold fewer, or none."""
+        part = Part(
+            name=f"{name}.weight",
+            shape=(vocab_size, hidden_size),
+            dim=0,
+            start=min(self.start, vocab_size),
+            length=self.length,
+        )
+        self.weight = new_parameter((rows, hidden_size), (part,))
+
+    def tokens(self) -> Tensor:
+        """The rows that are tokens, [length, d]."""
+        return self.weight[: self.length]
+
+
+class VocabularyEmbedding(VocabularyWeight):
+    """The embedding of token ids; each rank looks up its own rows and the results are summed."""
+
+    def forward(self, tokens_bs: Tensor) -> Tensor:
+        """int64 [b, s] to [s, b, d]; under sequence parallelism to [s / size, b, d]."""
+        ids_sb = tokens_bs.t()
+        if self.tp.size == 1:
+            return F.embedding(ids_sb, self.weight)
+        local_sb = ids_sb - self.start
+        elsewhere_sb = (local_sb < 0) | (local_sb >= self.length)
+        embedded_sbd = F.embedding(local_sb.masked_fill(elsewhere_sb, 0), self.weight)
+        return leave_parallel(embedded_sbd.masked_fill(elsewhere_sb[..., None], 0.0), self.tp)
+
+
+class ParallelLayers:
+    """Makes the layers of a model for one tensor-parallel rank; by default dense ones."""
+
+    def __init__(self, tp: TensorParallel | None = None, *, vocabulary_divisible_by: int = 128) -> None:
+        self.tp = tp or TensorParallel()
+        self.vocabulary_divisible_by = vocabulary_divisible_by
+
+    def share(self, count: int, *, field: str) -> int:
+        """How many of `count` heads or groups a rank holds."""
+        return even_share(count, self.tp, field=field)[1]
+
+    def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> nn.Module:
+        """See `LinearIn`."""
+        return LinearIn(self.tp, prefix, in_features, outputs, bias=bias)
+
+    def linear_out(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
+        """See `LinearOut`."""
+        return LinearOut(self.tp, name, in_features, out_features, bias=bias)
+
+    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> VocabularyEmbedding:
+        """See `VocabularyEmbedding`."""
+        return VocabularyEmbedding(self.tp, name, vocab_size, hidden_size, self.vocabulary_divisible_by)
+
+    def output_weight(self, name: str, vocab_size: int, hidden_size: int) -> VocabularyWeight:
+        """See `VocabularyWeight`."""
+        return VocabularyWeight(self.tp, name, vocab_size, hidden_size, self.vocabulary_divisible_by)
+
+    def replicated(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+        """A parameter that every rank holds whole (a norm's weight)."""
+        return new_parameter(shape, (Part(name=name, shape=shape),))
+
+    def on_sequence_shard(self, weight: Tensor) -> Tensor:
+        """A replicated weight as it is used on a residual stream that may be cut along the sequence.
+
+        Each rank then sees only its own positions, so the weight's gradient is summed over the ranks.
+        """
+        return copy_to_tensor_parallel(weight, self.tp) if self.tp.sequence_parallel else weight
+
+    def on_head_shard(self, weight: Tensor) -> Tensor:
+        """A replicated weight as it is used on this rank's heads alone: its gradient is summed over the ranks."""
+        return copy_to_tensor_parallel(weight, self.tp)

@@ -1,0 +1,91 @@
+"""The trained model as DeepSpeed takes it: a list of layers cut over stages, or whole on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, evaluation_sums
+from megatron_slm.model.llama import Embedding, Head, layer_list
+from megatron_slm.model.partition import stage_bounds
+from megatron_slm.parallel.layers import ParallelLayers, VocabularyWeight
+from megatron_slm.parallel.topology import Topology
+from megatron_slm.types import MicroBatch
+
+_TIED = "embedding"
+
+
+def deepspeed_topology(topology: Topology) -> Any:
+    """The same axes for DeepSpeed, which numbers ranks in the same order."""
+    return PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
+
+
+class StageModule(PipelineModule):
+    """This rank's stage of the decoder, cut by `model/partition.py`.
+
+    A tied output weight is a copy of the embedding on the last stage, whose gradient DeepSpeed adds to the
+    first stage's. Parameters start at zero; `checkpoint/fragments.py` fills them.
+    """
+
+    def __init__(self, arch: Architecture, layers: ParallelLayers, topology: Topology) -> None:
+        specs: list[LayerSpec] = [LayerSpec(maker.kind, *maker.args) for maker in layer_list(arch, layers)]
+        self._bounds = stage_bounds(arch.num_layers, topology.pipeline)
+        if arch.tied:
+            weight = "embed_tokens.weight"
+            specs[0] = TiedLayerSpec(_TIED, Embedding, arch, layers, tied_weight_attr=weight)
+            specs.append(TiedLayerSpec(_TIED, Embedding, arch, layers, forward_fn=_pass_on, tied_weight_attr=weight))
+            self._bounds[-1] += 1
+        with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints its partition
+            super().__init__(specs, topology=deepspeed_topology(topology), partition_method="given")
+
+    def _partition_layers(self, method: str = "given") -> None:
+        self.parts = self._bounds
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def output_weight(self) -> OutputWeight:
+        """The output weight's token rows held here; on the last stage only."""
+        head = next(layer for layer in self.forward_funcs if isinstance(layer, Head))
+        return output_rows(head.output or self.tied_modules[_TIED].embed_tokens)  # type: ignore[arg-type]
+
+
+def _pass_on(embedding: nn.Module, x_sbd: Tensor) -> Tensor:
+    """The tied layer's second appearance: it only brings the weight to the last stage."""
+    return x_sbd
+
+
+def output_rows(weight: VocabularyWeight) -> OutputWeight:
+    """The rows of a vocabulary weight that are tokens."""
+    return OutputWeight(weight.tokens(), weight.start)
+
+
+class FlatModule(nn.Module):
+    """The whole decoder with its loss, for the engine that has no pipeline (ZeRO-2 and ZeRO-3).
+
+    The loss is inside, because ZeRO-3 brings a layer's weights together only while the module runs.
+    """
+
+    def __init__(self, arch: Architecture, layers: ParallelLayers, objective: Objective, *, recompute: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(maker.make() for maker in layer_list(arch, layers))
+        self.objective, self.recompute = objective, recompute
+
+    def forward(self, batch: MicroBatch, reference_loss_N: Tensor | None, *, training: bool) -> tuple[Tensor, LossSums]:
+        """The loss sum (nats) and its statistics; for evaluation, over all valid tokens and without a gradient."""
+        embedding, *blocks, head = self.layers
+        x_sbd = embedding(batch.tokens_bs)
+        for block in blocks:
+            x_sbd = checkpoint(block, x_sbd, use_reentrant=False) if self.recompute and training else block(x_sbd)
+        x_sbd = head(x_sbd)
+        weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
+        if training:
+            return self.objective.loss(x_sbd, weight, batch, reference_loss_N)
+        sums = evaluation_sums(self.objective.token_losses(x_sbd, weight, batch), batch)
+        return torch.tensor(sums.valid_loss), sums

@@ -1,0 +1,54 @@
+"""The reference: a second decoder, frozen, one piece on every pipeline stage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.loss.objective import Objective, OutputWeight
+from megatron_slm.model.llama import Embedding, Head, layer_list
+from megatron_slm.model.partition import stage_bounds
+from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.types import MicroBatch
+
+
+class FrozenStage(nn.Module):
+    """The layers of the reference that stand on one stage; no gradients, no stored activations.
+
+    It is kept beside the trained module, never inside it, so that DeepSpeed neither broadcasts, partitions,
+    optimises nor saves it. Its depth and width are its own; a stage may hold none of its blocks.
+    """
+
+    def __init__(self, arch: Architecture, layers: ParallelLayers, *, stage: int, num_stages: int) -> None:
+        super().__init__()
+        self.arch, self.is_last = arch, stage == num_stages - 1
+        bounds = stage_bounds(arch.num_layers, num_stages)
+        makers = layer_list(arch, layers)[bounds[stage] : bounds[stage + 1]]
+        self.layers = nn.ModuleList(maker.make() for maker in makers)
+        # the last stage of a tied reference holds a copy of the embedding when the first stage is another one
+        self.tied_output = Embedding(arch, layers) if self.is_last and arch.tied and num_stages > 1 else None
+        self.requires_grad_(False)
+        self.eval()
+
+    def output_weight(self) -> OutputWeight:
+        """The output weight's rows held here; on the last stage only."""
+        head = self.layers[-1]
+        assert isinstance(head, Head), "only the last stage has the head"
+        weight = head.output
+        if weight is None:
+            embedding = self.tied_output or self.layers[0]
+            assert isinstance(embedding, Embedding), "a tied head reads the embedding"
+            weight = embedding.embed_tokens
+        return OutputWeight(weight.tokens(), weight.start)  # type: ignore[operator, arg-type]
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d]."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def losses(self, x_sbd: Tensor, objective: Objective, batch: MicroBatch) -> Tensor:
+        """The reference's loss of every token in nats, fp32 [N]; on the last stage only."""
+        return objective.token_losses(x_sbd, self.output_weight(), batch)

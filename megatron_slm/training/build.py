@@ -1,0 +1,188 @@
+"""The composition root: a plan becomes groups, models, an engine with weights in it, and sources of batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+from megatron_slm.checkpoint.fragments import fill_optimizer
+from megatron_slm.checkpoint.load import CheckpointSource, restore_rng
+from megatron_slm.checkpoint.save import Writer
+from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
+from megatron_slm.config.load import write_yaml
+from megatron_slm.data.loader import MicroBatchSource, num_global_batches
+from megatron_slm.data.packing import Samples
+from megatron_slm.device import local_device
+from megatron_slm.errors import SlmError
+from megatron_slm.loss.objective import Objective, Observer
+from megatron_slm.parallel.collectives import raise_together
+from megatron_slm.parallel.groups import TensorParallel, tensor_parallel_group
+from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.pipeline.engine import StageContext, pipeline_engine
+from megatron_slm.pipeline.module import FlatModule, StageModule, deepspeed_topology
+from megatron_slm.pipeline.schedule import Costs
+from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.training.evaluation import HeldOutSet
+from megatron_slm.training.optimizer import build_optimizer
+from megatron_slm.training.plan import Plan
+from megatron_slm.training.step import FlatTrainer, PipelineTrainer, Trainer
+
+
+@dataclass
+class Position:
+    """Where a run stands; the only part of it that changes from step to step."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    adam_step: int = 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far whose gradients were not finite."""
+        return self.step - self.adam_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is ready to step."""
+
+    plan: Plan
+    trainer: Trainer
+    train_source: MicroBatchSource
+    held_out: list[HeldOutSet]
+    writer: Writer
+    position: Position
+
+
+def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
+    """Build everything a run needs on this rank. Collective over the world."""
+    torch.manual_seed(plan.config.training.seed + dist.get_rank())
+    tp = tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
+    layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
+    objective = Objective(
+        keep_ratio=plan.config.selection.slm_keep_ratio, scope=plan.config.selection.slm_scope, tp=tp, observer=observer
+    )
+    reference = _build_reference(plan, layers)
+    make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
+    trainer = make(plan, layers, objective, reference, tp)
+    position = _fill(plan, trainer.engine.optimizer)
+    return Run(
+        plan=plan,
+        trainer=trainer,
+        train_source=_source(plan, plan.train_samples),
+        held_out=_held_out(plan),
+        writer=_writer(plan),
+        position=position,
+    )
+
+
+def _build_reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
+    if plan.reference is None:
+        return None
+    stage = plan.topology.coordinate(dist.get_rank()).pipeline
+    reference = FrozenStage(plan.reference.architecture, layers, stage=stage, num_stages=plan.topology.pipeline)
+    error: SlmError | None = None
+    try:
+        fill_module(reference, plan.reference.source)
+    except SlmError as found:
+        error = found
+    raise_together(error)
+    return reference.to(device=local_device(), dtype=plan.dtype)
+
+
+def _pipeline_trainer(
+    plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
+) -> Trainer:
+    module = StageModule(plan.architecture, layers, plan.topology)
+    optimizer = build_optimizer(module, plan.config.optimizer, local_device())
+    engine = pipeline_engine(module, optimizer, plan.deepspeed)
+    length = plan.config.data.seq_length // (tp.size if tp.sequence_parallel else 1)
+    engine.attach(
+        StageContext(
+            topology=plan.topology,
+            objective=objective,
+            reference=reference,
+            mode="clm" if reference is None else "ride-along",
+            costs=Costs(),
+            message_shape=(length, plan.config.training.micro_batch_size, plan.architecture.hidden_size),
+            dtype=plan.dtype,
+        )
+    )
+    return PipelineTrainer(engine)
+
+
+def _flat_trainer(
+    plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
+) -> Trainer:
+    recompute = plan.config.parallel.recompute_granularity == "full"
+    module = FlatModule(plan.architecture, layers, objective, recompute=recompute).to(local_device())
+    optimizer = build_optimizer(module, plan.config.optimizer, local_device())
+    grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
+    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches)
+
+
+def _fill(plan: Plan, optimizer: Any) -> Position:
+    """Bring the weights (and on a resume the moments and random states) into the engine."""
+    source: WeightSource = RandomWeights(plan.architecture, plan.config.training.seed)
+    adam_step: int | None = None
+    position = Position()
+    if plan.resume is not None:
+        manifest = plan.resume.manifest
+        source = CheckpointSource(plan.resume.folder)
+        position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step)
+        adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
+    elif plan.init is not None:
+        source = plan.init.source
+    error: SlmError | None = None
+    try:
+        fill_optimizer(optimizer, source, adam_step=adam_step)
+        if plan.resume is not None:
+            restore_rng(plan.resume.folder, plan.resume.manifest, dist.get_rank())
+    except SlmError as found:
+        error = found
+    raise_together(error)
+    return position
+
+
+def _source(plan: Plan, samples: Samples) -> MicroBatchSource:
+    return MicroBatchSource(
+        samples,
+        micro_batch_size=plan.config.training.micro_batch_size,
+        data_parallel_rank=plan.topology.coordinate(dist.get_rank()).data,
+        data_parallel_size=plan.topology.data,
+        vocab_size=plan.architecture.vocab_size,
+        eod_id=plan.tokenizer.eod_id,
+        eod_mask_loss=plan.config.data.eod_mask_loss,
+    )
+
+
+def _held_out(plan: Plan) -> list[HeldOutSet]:
+    sets = []
+    for name, samples in plan.held_out.items():
+        count = num_global_batches(len(samples), plan.global_batch_size)
+        if plan.config.logging.eval_iters is not None:
+            count = min(count, plan.config.logging.eval_iters)
+        sets.append(HeldOutSet(name=name, source=_source(plan, samples), num_global_batches=count))
+    return sets
+
+
+def _writer(plan: Plan) -> Writer:
+    def write_extras(folder: Path) -> None:
+        write_yaml(plan.config, folder / "config.yaml")
+        if plan.config.data.tokenizer_type != "NullTokenizer":
+            plan.tokenizer.save_pretrained(folder / "tokenizer")
+
+    return Writer(
+        folder=Path(plan.config.checkpoint.save or Path(plan.config.logging.run_dir) / "checkpoints"),
+        topology=plan.topology,
+        architecture=plan.architecture,
+        tokenizer_fingerprint=plan.tokenizer.fingerprint(),
+        write_extras=write_extras,
+    )

@@ -1,0 +1,96 @@
+"""What a run would be, as tables: layout, batch arithmetic, tokens, backends."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.device import backends_found
+from megatron_slm.model.block import Block
+from megatron_slm.model.llama import Embedding, Head, layer_list
+from megatron_slm.model.partition import stage_bounds
+from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.training.plan import Plan
+
+
+def stage_parameters(arch: Architecture, plan: Plan) -> list[tuple[str, int]]:
+    """For each stage, its layers in words and the parameters one tensor-parallel rank holds of them.
+
+    The layers are made on the meta device, so the numbers are those of the real modules.
+    """
+    tp = TensorParallel(size=plan.topology.tensor)
+    layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
+    bounds = stage_bounds(arch.num_layers, plan.topology.pipeline)
+    makers = layer_list(arch, layers)
+    rows = []
+    for begin, end in pairwise(bounds):
+        with torch.device("meta"):
+            modules = [maker.make() for maker in makers[begin:end]]
+        kinds = [maker.kind for maker in makers[begin:end]]
+        blocks = kinds.count(Block)
+        words = [f"{blocks} block{'s' * (blocks != 1)}"] * (blocks > 0)
+        words = ["embedding"] * (Embedding in kinds) + words + ["head"] * (Head in kinds)
+        count = sum(p.numel() for module in modules for p in module.parameters())
+        rows.append((", ".join(words) or "nothing", count))
+    return rows
+
+
+def print_dry_run(plan: Plan) -> None:
+    """Print the tables."""
+    console = Console()
+    console.print(_layout_table(plan))
+    console.print(_batch_table(plan))
+    table = Table(title="Backends", show_header=False)
+    for name, found in backends_found().items():
+        table.add_row(name, found)
+    console.print(table)
+    console.print("The configuration is sound; nothing was trained.")
+
+
+def _layout_table(plan: Plan) -> Table:
+    topology = plan.topology
+    title = (
+        f"Layout: {topology.world_size} ranks = {topology.pipeline} stages x {topology.data} data parallel x "
+        f"{topology.tensor} tensor parallel, ZeRO-{plan.zero_stage}"
+    )
+    table = Table(title=title)
+    table.add_column("stage")
+    table.add_column("model")
+    table.add_column("parameters a rank", justify="right")
+    table.add_column("reference")
+    table.add_column("parameters a rank", justify="right")
+    model = stage_parameters(plan.architecture, plan)
+    reference = stage_parameters(plan.reference.architecture, plan) if plan.reference else [("-", 0)] * len(model)
+    for stage, (ours, theirs) in enumerate(zip(model, reference, strict=True)):
+        table.add_row(str(stage), ours[0], f"{ours[1]:,}", theirs[0], f"{theirs[1]:,}")
+    table.caption = (
+        f"{plan.architecture.num_parameters:,} parameters in all, vocabulary {plan.architecture.vocab_size:,}"
+    )
+    return table
+
+
+def _batch_table(plan: Plan) -> Table:
+    config, samples = plan.config, plan.train_samples
+    tokens_per_step = plan.global_batch_size * config.data.seq_length
+    rows = {
+        "objective": config.selection.objective
+        + (f", keep {config.selection.slm_keep_ratio} by {config.selection.slm_scope}" if plan.reference else ""),
+        "precision": "bf16, fp32 accumulation" if config.training.bf16 else "fp32",
+        "global batch": f"{plan.global_batch_size} samples = {config.training.micro_batch_size} a micro-batch x "
+        f"{plan.num_micro_batches} micro-batches x {plan.topology.data} data parallel",
+        "tokens a step": f"{tokens_per_step:,}",
+        "steps": f"{config.training.train_iters:,}" + (f" from {plan.resume.manifest.step:,}" if plan.resume else ""),
+        "tokens of the run": f"{tokens_per_step * config.training.train_iters:,}",
+        "corpus": f"{samples.tokens_per_epoch:,} tokens, {samples.num_epochs} epoch(s) drawn",
+    }
+    for name, held_out in plan.held_out.items():
+        rows[f"held-out {name}"] = f"{held_out.num_tokens:,} tokens"
+    table = Table(title="Batches and tokens", show_header=False)
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table

@@ -1,0 +1,29 @@
+"""Held-out losses during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_slm.data.loader import MicroBatchSource
+from megatron_slm.training.metrics import evaluation_loss
+from megatron_slm.training.step import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutSet:
+    """A named set, read from its start on every evaluation."""
+
+    name: str
+    source: MicroBatchSource
+    num_global_batches: int
+
+
+def evaluate(trainer: Trainer, held_out: HeldOutSet, *, global_batch_size: int, num_micro_batches: int) -> float:
+    """Mean loss in nats over the set's valid tokens, each counted once at any layout. Collective."""
+
+    def micro_batch(i: int):  # type: ignore[no-untyped-def]
+        batch, j = divmod(i, num_micro_batches)
+        return held_out.source.micro_batch(batch * global_batch_size, j)
+
+    total = held_out.num_global_batches * num_micro_batches
+    return evaluation_loss(trainer.evaluate(micro_batch, total))

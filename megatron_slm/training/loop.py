@@ -1,0 +1,132 @@
+"""The training loop: step, record, evaluate, save, stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_slm.checkpoint.save import Progress
+from megatron_slm.config.load import write_yaml
+from megatron_slm.device import local_device
+from megatron_slm.errors import TrainingError
+from megatron_slm.training.build import Run
+from megatron_slm.training.evaluation import evaluate
+from megatron_slm.training.lr_schedule import learning_rate
+from megatron_slm.training.metrics import MetricsWriter, ProgressLine, training_metrics
+from megatron_slm.training.signals import StopRequest
+from megatron_slm.training.step import StepResult, train_step
+
+
+def train(run: Run) -> None:
+    """Train from where the run stands to `--train-iters`, or until asked to stop. Collective."""
+    config, position = run.plan.config, run.position
+    recorder, stop = _Recorder(run), StopRequest(local_device())
+    last, save_every = config.training.train_iters, config.checkpoint.save_interval
+    skipped_in_a_row = 0
+    while position.step < last:
+        rate = learning_rate(position.step, config.optimizer, last)
+        start = position.consumed_samples
+        result = train_step(run.trainer, lambda j: run.train_source.micro_batch(start, j), rate)  # noqa: B023
+        _advance(run, result)
+        recorder.step(result, rate)
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        _check_finite(skipped_in_a_row, config.training.max_skipped_steps, position.step)
+        stopping = stop.agreed()
+        if _due(position.step, config.logging.eval_interval, last) and not stopping:
+            recorder.evaluations(run)
+        if save_every is not None and (stopping or _due(position.step, save_every, last)):
+            progress = Progress(
+                step=position.step, consumed_samples=position.consumed_samples, adam_step=position.adam_step
+            )
+            recorder.saved(run.writer.save(run.trainer.engine.optimizer, progress))
+        if stopping:
+            recorder.say(f"asked to stop; stopped after step {position.step}")
+            break
+    recorder.close()
+
+
+def _advance(run: Run, result: StepResult) -> None:
+    run.position.step += 1
+    run.position.consumed_samples += run.plan.global_batch_size
+    run.position.adam_step += not result.skipped
+
+
+def _due(step: int, interval: int | None, last: int) -> bool:
+    return step == last or (interval is not None and step % interval == 0)
+
+
+def _check_finite(skipped_in_a_row: int, limit: int, step: int) -> None:
+    if skipped_in_a_row >= limit:
+        raise TrainingError(
+            "gradients",
+            f"not finite in {skipped_in_a_row} steps up to step {step}",
+            f"are finite in at least one of --max-skipped-steps ({limit}) steps",
+            "resume from an earlier checkpoint with a lower --lr, or look at the data of these steps",
+        )
+
+
+class _Recorder:
+    """Writes what happens; only rank 0 has anything to write to."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, config = run, run.plan.config
+        self.writer: MetricsWriter | None = None
+        if dist.get_rank() == 0:
+            run_dir = Path(config.logging.run_dir)
+            self.writer = MetricsWriter(run_dir, resume_step=run.position.step)
+            write_yaml(config, run_dir / "config.yaml")
+            title = f"{config.selection.objective} {run_dir.name}"
+            self.line = ProgressLine(title, config.training.train_iters, start=run.position.step)
+
+    def step(self, result: StepResult, rate: float) -> None:
+        """Record a training step."""
+        position, plan = self.run.position, self.run.plan
+        if self.writer is None:
+            return
+        tokens_per_step = plan.global_batch_size * plan.config.data.seq_length
+        values: dict[str, Any] = {
+            "step": position.step,
+            "samples": position.consumed_samples,
+            "tokens": position.consumed_samples * plan.config.data.seq_length,
+            "lr": rate,
+            **training_metrics(result, has_reference=plan.reference is not None),
+            "step_time_seconds": result.seconds,
+            "tokens_per_second": tokens_per_step / result.seconds,
+            "skipped_steps": position.skipped_steps,
+        }
+        if _due(position.step, plan.config.logging.log_interval, plan.config.training.train_iters):
+            self.writer.write(values)
+        self.line.update(position.step, values)
+
+    def evaluations(self, run: Run) -> None:
+        """Evaluate every held-out set and record its loss. Collective."""
+        for held_out in run.held_out:
+            loss = evaluate(
+                run.trainer,
+                held_out,
+                global_batch_size=run.plan.global_batch_size,
+                num_micro_batches=run.plan.num_micro_batches,
+            )
+            if self.writer is not None:
+                tokens = run.position.consumed_samples * run.plan.config.data.seq_length
+                self.writer.write(
+                    {"event": "eval", "step": run.position.step, "tokens": tokens, "set": held_out.name, "loss": loss}
+                )
+                self.line.say(f"step {run.position.step}  held-out {held_out.name}: loss {loss:.4f} nats")
+
+    def saved(self, folder: Path) -> None:
+        """Record a checkpoint."""
+        self.say(f"saved {folder}")
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        if self.writer is not None:
+            self.line.say(text)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self.writer is not None:
+            self.writer.close()
+            self.line.close()

@@ -1,0 +1,68 @@
+"""The command `pretrain_slm.py`: flags in, exit code out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megatron_slm.config.load import parse
+from megatron_slm.config.sections import RunConfig
+from megatron_slm.device import backends_found
+from megatron_slm.errors import SlmError
+from megatron_slm.log import setup_logging
+from megatron_slm.loss.objective import Observer
+from megatron_slm.parallel.collectives import raise_together
+from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.training.build import Run, build_run
+from megatron_slm.training.dry_run import print_dry_run
+from megatron_slm.training.loop import train
+from megatron_slm.training.plan import Plan, make_plan
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 1 after an error that the user can mend (one line says it, on every rank)."""
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging(rank)
+    try:
+        config, dry_run = parse(sys.argv[1:] if argv is None else argv)
+        if dry_run:
+            parallel = config.parallel
+            least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+            plan = make_plan(config, int(os.environ.get("WORLD_SIZE", least)), rank=rank)
+            if rank == 0:
+                print_dry_run(plan)
+        else:
+            pretrain(config)
+    except SlmError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
+    """Train as configured, in the world the launcher made.
+
+    Raises:
+        SlmError: on every rank alike, before the first step if it can be known by then.
+    """
+    init_distributed()
+    plan, error = None, None
+    try:
+        plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank())
+    except SlmError as found:
+        error = found
+    raise_together(error)
+    assert isinstance(plan, Plan), "raise_together raises where there is no plan"
+    logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
+    run = build_run(plan, observer=observer)
+    train(run)
+    return run

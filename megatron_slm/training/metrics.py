@@ -1,0 +1,138 @@
+"""What a run reports: metrics.jsonl, TensorBoard, and one line on the terminal.
+
+The names below are part of the public interface.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_slm.loss.objective import LossSums
+from megatron_slm.training.step import StepResult
+
+
+def training_metrics(result: StepResult, *, has_reference: bool) -> dict[str, float | None]:
+    """The losses of a step, in nats per token, and its token counts and norm.
+
+    `loss` is the mean over kept tokens, `loss_all` over valid ones, `loss_unselected` over the others. Values
+    of the reference, and of sets that are empty, are None.
+    """
+    sums = result.sums
+    unselected = sums.valid_tokens - sums.kept_tokens
+
+    def mean(total: float, count: float, *, known: bool = True) -> float | None:
+        value = total / count if count and known else math.nan
+        return value if math.isfinite(value) else None  # JSON has no NaN
+
+    return {
+        "loss": mean(sums.kept_loss, sums.kept_tokens),
+        "loss_all": mean(sums.valid_loss, sums.valid_tokens),
+        "loss_unselected": mean(sums.valid_loss - sums.kept_loss, unselected),
+        "reference_loss": mean(sums.reference_loss, sums.valid_tokens, known=has_reference),
+        "excess_selected": mean(sums.kept_excess, sums.kept_tokens, known=has_reference),
+        "excess_all": mean(sums.valid_loss - sums.reference_loss, sums.valid_tokens, known=has_reference),
+        "keep_fraction": mean(sums.kept_tokens, sums.valid_tokens),
+        "kept_tokens": sums.kept_tokens,
+        "valid_tokens": sums.valid_tokens,
+        "grad_norm": mean(result.grad_norm, 1.0),
+    }
+
+
+def evaluation_loss(sums: LossSums) -> float:
+    """Mean loss over a held-out set's valid tokens, in nats."""
+    return sums.valid_loss / max(sums.valid_tokens, 1.0)
+
+
+class MetricsWriter:
+    """Rank 0's sink: one JSON object a line, flushed as written, and the same numbers to TensorBoard.
+
+    A resumed run appends; lines of steps that are done again (those after the checkpoint) are dropped first,
+    so that the file always tells one history.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; numbers go to TensorBoard under their names, held-out losses under eval/SET."""
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.flush()
+        step = values["step"]
+        if values.get("event") == "eval":
+            self._board.add_scalar(f"eval/{values['set']}", values["loss"], step)
+            return
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        self._board.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # a line cut off by a kill
+    return kept
+
+
+class ProgressLine:
+    """One line that follows the run: a live bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, title: str, total_steps: int, *, start: int) -> None:
+        self.console = Console(stderr=True)
+        self.title, self.total = title, total_steps
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=False,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total_steps, completed=start, text="")
+        self._every = max(1, total_steps // 20)
+
+    def update(self, step: int, values: dict[str, Any]) -> None:
+        """Show where the run stands after `step`."""
+        loss = values.get("loss")
+        text = f"loss {loss:.3f}" if loss is not None else "loss -"
+        text += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif step % self._every == 0 or step in (1, self.total):
+            self.say(f"{self.title}  step {step}/{self.total}  {text}")
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,27 @@
+"""Stopping cleanly when the scheduler or the user asks."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+
+class StopRequest:
+    """Set by SIGTERM and SIGINT; agreed on by all ranks once a step, so that they stop after the same one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._asked = device, False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective over the world."""
+        flag = torch.tensor(float(self._asked), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)

@@ -1,0 +1,112 @@
+"""One training step, whichever engine runs it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_slm.loss.objective import LossSums
+from megatron_slm.parallel.topology import Topology
+from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
+from megatron_slm.pipeline.gradients import gradients_scaled, sum_over_world
+from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.types import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step did."""
+
+    sums: LossSums
+    """Over all micro-batches and ranks."""
+    grad_norm: float
+    """Global gradient norm before clipping; infinity where the step was skipped."""
+    skipped: bool
+    """The gradients were not finite, so nothing was updated."""
+    seconds: float
+
+
+class Trainer(Protocol):
+    """The two engines' common face."""
+
+    engine: Any
+
+    def train_step(self, source: BatchSource) -> LossSums:
+        """Forward, backward and optimizer step; the sums over all ranks."""
+        ...
+
+    def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
+        """Losses of held-out micro-batches; the sums over all ranks."""
+        ...
+
+
+class PipelineTrainer:
+    """ZeRO-1 at any number of stages."""
+
+    def __init__(self, engine: SelectiveEngine) -> None:
+        self.engine = engine
+        self.train_step = engine.train_step
+        self.evaluate = engine.evaluate
+
+
+class FlatTrainer:
+    """ZeRO-2 and ZeRO-3: one stage, DeepSpeed's plain engine around a `FlatModule`."""
+
+    def __init__(self, engine: Any, topology: Topology, reference: FrozenStage | None, num_micro_batches: int) -> None:
+        self.engine, self.topology, self.reference = engine, topology, reference
+        self.num_micro_batches = num_micro_batches
+        self.objective = engine.module.objective
+
+    def train_step(self, source: BatchSource) -> LossSums:
+        """See `Trainer`."""
+        self.engine.train()
+        sums = LossSums()
+        for i in range(self.num_micro_batches):
+            batch = self._on_device(source(i))
+            self.engine.set_gradient_accumulation_boundary(i == self.num_micro_batches - 1)
+            loss_sum, part = self.engine(batch, self._reference_losses(batch), training=True)
+            self.engine.backward(loss_sum, scale_wrt_gas=False)
+            sums = sums + part
+        sums = self._over_world(sums)
+        with gradients_scaled(self.engine.optimizer, self.topology.data / max(sums.kept_tokens, 1.0)):
+            self.engine.step()
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
+        """See `Trainer`."""
+        self.engine.eval()
+        sums = LossSums()
+        for i in range(num_micro_batches):
+            sums = sums + self.engine(self._on_device(source(i)), None, training=False)[1]
+        return self._over_world(sums)
+
+    def _reference_losses(self, batch: MicroBatch) -> torch.Tensor | None:
+        if self.reference is None:
+            return None
+        return self.reference.losses(self.reference(batch.tokens_bs), self.objective, batch)
+
+    def _on_device(self, batch: MicroBatch) -> MicroBatch:
+        return MicroBatch(*(x.to(self.engine.device) for x in batch))
+
+    def _over_world(self, sums: LossSums) -> LossSums:
+        return sum_over_world(sums if self.objective.tp.rank == 0 else LossSums(), self.engine.device)
+
+
+def train_step(trainer: Trainer, source: BatchSource, learning_rate: float) -> StepResult:
+    """Set the learning rate, run one step, and say what it did."""
+    started = time.perf_counter()
+    engine = trainer.engine
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    skipped_before = engine.skipped_steps
+    sums = trainer.train_step(source)
+    return StepResult(
+        sums=sums,
+        grad_norm=float(engine.get_global_grad_norm() or 0.0),
+        skipped=engine.skipped_steps > skipped_before,
+        seconds=time.perf_counter() - started,
+    )
