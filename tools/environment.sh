@@ -8,7 +8,7 @@ fi
 # Runs outside the checkout: the folder megatron_slm/ beside this file is not an installation.
 has_needs() { (cd / && "$1" -W ignore -c "$probe") >/dev/null 2>&1; }
 
-if [ -z "${VIRTUAL_ENV:-}" ] || ! has_needs python; then
+if ! has_needs python; then
   if ! has_needs "$PWD/.venv/bin/python"; then
     echo "installing into $PWD/.venv (once)"
     [ -x .venv/bin/python ] || python3 -m venv .venv

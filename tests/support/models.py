@@ -1,0 +1,51 @@
+"""Our decoder, dense in one process, with weights from a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_slm.checkpoint.weights import Quantity, fill_module, slice_of
+from megatron_slm.config import Architecture
+from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.parallel.shards import Part
+from megatron_slm.reference.frozen import FrozenStage
+
+
+class StateDictSource:
+    """A `WeightSource` over a state dict."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
+        assert tuple(self.state[part.name].shape) == part.shape
+        return slice_of(self.state[part.name], part, begin, end)
+
+
+def dense_stage(arch: Architecture, state: dict[str, Tensor]) -> FrozenStage:
+    """The whole decoder as one frozen stage."""
+    stage = FrozenStage(arch, ParallelLayers(vocabulary_divisible_by=16), stage=0, num_stages=1)
+    fill_module(stage, StateDictSource(state))
+    return stage
+
+
+def logits_bsV(stage: FrozenStage, tokens_bs: Tensor) -> Tensor:
+    """All logits, for comparison only."""
+    return (stage(tokens_bs) @ stage.output_weight().weight_Vd.t()).transpose(0, 1)
+
+
+def random_hf_model(kind: str, seed: int, **options: Any) -> nn.Module:
+    """A small random transformers model with weights of a size that makes mistakes visible."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(initializer_range=0.2, **options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for parameter in model.parameters():  # norms and biases start at 1 and 0, which hides mistakes
+        if parameter.dim() == 1:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
