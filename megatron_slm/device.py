@@ -8,26 +8,31 @@ import os
 import torch
 
 
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU; DS_ACCELERATOR=cpu, DeepSpeed's switch, says no for both."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
 def local_device() -> torch.device:
     """This process's device: the GPU numbered LOCAL_RANK where there is one, else the CPU."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def communication_backend() -> str:
     """`nccl` on GPUs, `gloo` on the CPU."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    return "nccl" if on_gpu() else "gloo"
 
 
 def device_rng_state() -> torch.Tensor | None:
     """State of the device's random generator (uint8), or None where the device is the CPU."""
-    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.cuda.get_rng_state() if on_gpu() else None
 
 
 def set_device_rng_state(state: torch.Tensor) -> None:
     """Put back a state from `device_rng_state`; without effect where there is no GPU."""
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.set_rng_state(state)
 
 
@@ -37,7 +42,7 @@ def backends_found() -> dict[str, str]:
     Returns:
         device, communication, attention and fused-optimizer backend, and whether triton is there.
     """
-    cuda = torch.cuda.is_available()
+    cuda = on_gpu()
 
     def has(module: str) -> bool:
         return importlib.util.find_spec(module) is not None

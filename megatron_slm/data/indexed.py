@@ -1,0 +1,264 @@
+"""Megatron's corpus format, and its reader: token ids in `.bin`, their boundaries in `.idx`.
+
+`.idx` (little-endian): magic `MMIDIDX\\0\\0` (9 bytes) | version u64 = 1 | dtype code u8 | N sequences u64 |
+M documents + 1 u64 | lengths i32[N] (tokens) | pointers i64[N] (bytes into `.bin`) | document_indices i64[M]
+(document k holds the sequences [d[k], d[k + 1])) | modes i8[N] (multimodal corpora only, ignored here).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_slm.errors import CorpusError, VocabularyError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+
+_DTYPE_BY_CODE: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+CODE_BY_DTYPE = {np.dtype(kind): code for code, kind in _DTYPE_BY_CODE.items()}
+INTEGER_CODES = tuple(code for code, kind in _DTYPE_BY_CODE.items() if issubclass(kind, np.integer))
+
+_SEQUENCES_PER_CHECK = 1 << 20
+_TOKENS_PER_SCAN = 1 << 22
+_SAMPLED_BLOCKS = 64
+DEFAULT_SCAN_BYTES = 256 << 20
+_AGAIN = "make the corpus again, or copy it again from where it was made"
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """The file that holds the tokens of the corpus `prefix`."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """The file that holds the index of the corpus `prefix`."""
+    return Path(f"{prefix}.idx")
+
+
+def sidecar_path(prefix: str | Path) -> Path:
+    """The small JSON file that says how the corpus `prefix` was made (see `sidecar.py`)."""
+    return Path(f"{prefix}.meta.json")
+
+
+def dtype_for_vocabulary(vocab_size: int) -> np.dtype[Any]:
+    """Megatron's choice of token dtype: uint16 when `vocab_size` < 65500, else int32."""
+    return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
+
+
+class IndexedCorpus:
+    """A corpus on disk, memory-mapped, validated when it is opened.
+
+    Attributes:
+        prefix: path without `.bin` and `.idx`.
+        dtype: dtype of the token ids.
+        sequence_lengths: tokens of every sequence, int32 [N].
+        sequence_pointers: where every sequence starts in `.bin`, bytes, int64 [N].
+        document_indices: first sequence of every document, then N, int64 [documents + 1].
+        num_tokens: tokens of the whole corpus.
+
+    Raises:
+        CorpusError: a file is missing, truncated, damaged, of another format, or holds no token.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self._require_files()
+        index = self._map_index()
+        self.dtype, num_sequences, num_boundaries = self._read_header(index)
+        offset = HEADER.size
+        self.sequence_lengths: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", num_sequences, offset)
+        offset += 4 * num_sequences
+        self.sequence_pointers: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", num_sequences, offset)
+        offset += 8 * num_sequences
+        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", num_boundaries, offset)
+        self._check_documents()
+        self.num_tokens = self._check_sequences()
+        self._check_bin_size()
+        self._tokens = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=self.dtype))
+
+    def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
+        return type(self), (self.prefix,)
+
+    def __repr__(self) -> str:
+        return f"IndexedCorpus({self.prefix!r}, {self.num_sequences} sequences, {self.num_tokens} tokens)"
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in the corpus (Megatron packs and splits by sequence)."""
+        return int(self.sequence_lengths.shape[0])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the corpus, those without a token included."""
+        return int(self.document_indices.shape[0]) - 1
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
+        """Tokens [offset, offset + length) of one sequence: a read-only view in the corpus' dtype.
+
+        Args:
+            index: which sequence.
+            offset: first token within the sequence.
+            length: number of tokens; up to the end of the sequence when None.
+
+        Raises:
+            IndexError: the sequence does not exist, or does not hold these tokens.
+        """
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of {self.prefix}, which has {self.num_sequences}")
+        available = int(self.sequence_lengths[index])
+        count = available - offset if length is None else length
+        if offset < 0 or count < 0 or offset + count > available:
+            raise IndexError(
+                f"tokens [{offset}, {offset + count}) of sequence {index} of {self.prefix}, which holds "
+                f"{available}"
+            )
+        start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
+        return self._tokens[start : start + count]
+
+    def max_token_id(self, byte_budget: int = DEFAULT_SCAN_BYTES) -> int:
+        """The largest token id: of the whole corpus when `.bin` is within the budget, else of sampled blocks.
+
+        Args:
+            byte_budget: how much of `.bin` may be read, in bytes.
+        """
+        return self._token_id_range(byte_budget)[1]
+
+    def check_vocabulary(self, vocab_size: int, byte_budget: int = DEFAULT_SCAN_BYTES) -> None:
+        """Check that the token ids (all, or a sample: see `max_token_id`) fall into [0, vocab_size).
+
+        Raises:
+            VocabularyError: one does not; it is named.
+        """
+        lowest, highest = self._token_id_range(byte_budget)
+        if highest >= vocab_size or lowest < 0:
+            raise VocabularyError(
+                f"token id in {bin_path(self.prefix)}",
+                highest if highest >= vocab_size else lowest,
+                f"must be within [0, {vocab_size}), the vocabulary of this run",
+                "tokenize the corpus again with this run's tokenizer, or give the tokenizer it was made with",
+            )
+
+    def _token_id_range(self, byte_budget: int) -> tuple[int, int]:
+        lowest, highest = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+        for block in self._scanned_blocks(byte_budget // self.dtype.itemsize):
+            lowest, highest = min(lowest, int(block.min())), max(highest, int(block.max()))
+        return lowest, highest
+
+    def _scanned_blocks(self, max_tokens: int) -> Iterator[npt.NDArray[Any]]:
+        if self.num_tokens <= max_tokens:
+            for start in range(0, self.num_tokens, _TOKENS_PER_SCAN):
+                yield self._tokens[start : start + _TOKENS_PER_SCAN]
+            return
+        block = max(1, max_tokens // _SAMPLED_BLOCKS)
+        starts = np.linspace(0, self.num_tokens - block, _SAMPLED_BLOCKS).astype(np.int64)
+        for start in starts.tolist():
+            yield self._tokens[start : start + block]
+
+    def _require_files(self) -> None:
+        for path in (idx_path(self.prefix), bin_path(self.prefix)):
+            if path.is_file():
+                continue
+            bare = self.prefix.removesuffix(".bin").removesuffix(".idx")
+            fix = (
+                f"give the prefix {bare!r}"
+                if bare != self.prefix
+                else "check the prefix, or preprocess again"
+            )
+            raise CorpusError(
+                "corpus prefix", self.prefix, f"{path} must exist; the prefix has no .bin or .idx", fix
+            )
+
+    def _map_index(self) -> npt.NDArray[np.uint8]:
+        path = idx_path(self.prefix)
+        size = path.stat().st_size
+        if size < HEADER.size:
+            raise CorpusError(f"size of {path}", size, f"must hold a header of {HEADER.size} bytes", _AGAIN)
+        return np.memmap(path, mode="r", dtype=np.uint8)
+
+    def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
+        path = idx_path(self.prefix)
+        magic, version, code, num_sequences, num_boundaries = HEADER.unpack(index[: HEADER.size].tobytes())
+        if magic != MAGIC:
+            raise CorpusError(f"magic of {path}", magic, f"must be {MAGIC!r} (Megatron's index)", _AGAIN)
+        if version != VERSION:
+            raise CorpusError(f"version of {path}", version, f"must be {VERSION}", _AGAIN)
+        if code not in INTEGER_CODES:
+            raise CorpusError(
+                f"dtype code of {path}", code, f"must be one of {INTEGER_CODES} (integers)", _AGAIN
+            )
+        expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
+        if index.size not in (expected, expected + num_sequences):
+            raise CorpusError(
+                f"size of {path}",
+                index.size,
+                f"must be {expected} bytes for {num_sequences} sequences and {num_boundaries - 1} documents",
+                _AGAIN,
+            )
+        return np.dtype(_DTYPE_BY_CODE[code]).newbyteorder("<"), num_sequences, num_boundaries
+
+    def _check_documents(self) -> None:
+        boundaries, field = self.document_indices, f"document_indices of {idx_path(self.prefix)}"
+        ends = (int(boundaries[0]), int(boundaries[-1])) if boundaries.size else ()
+        if ends != (0, self.num_sequences):
+            raise CorpusError(
+                field,
+                ends,
+                f"must start at 0 and end at {self.num_sequences}, its sequences",
+                _AGAIN,
+            )
+        for start in range(0, boundaries.size, _SEQUENCES_PER_CHECK):
+            block = boundaries[start : start + _SEQUENCES_PER_CHECK + 1]
+            if np.any(block[1:] < block[:-1]):
+                at = start + int(np.argmax(block[1:] < block[:-1])) + 1
+                raise CorpusError(f"{field} [{at}]", int(boundaries[at]), "must not decrease", _AGAIN)
+
+    def _check_sequences(self) -> int:
+        """Check lengths and pointers block by block (an index can be big); the number of tokens."""
+        num_tokens = 0
+        for start in range(0, self.num_sequences, _SEQUENCES_PER_CHECK):
+            lengths = self.sequence_lengths[start : start + _SEQUENCES_PER_CHECK].astype(np.int64)
+            ends = num_tokens + np.cumsum(lengths)
+            pointers = self.sequence_pointers[start : start + _SEQUENCES_PER_CHECK]
+            wrong = (lengths < 0) | (pointers != (ends - lengths) * self.dtype.itemsize)
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                raise CorpusError(
+                    f"sequence {start + at} of {idx_path(self.prefix)}",
+                    (int(lengths[at]), int(pointers[at])),
+                    "(length, pointer) must be a length >= 0 and the end of the sequence before",
+                    _AGAIN,
+                )
+            num_tokens = int(ends[-1])
+        if num_tokens == 0:
+            raise CorpusError(
+                f"tokens in {bin_path(self.prefix)}", 0, "must be at least 1", "preprocess again"
+            )
+        return num_tokens
+
+    def _check_bin_size(self) -> None:
+        path, expected = bin_path(self.prefix), self.num_tokens * self.dtype.itemsize
+        size = path.stat().st_size
+        if size != expected:
+            relation = "shorter" if size < expected else "longer"
+            raise CorpusError(
+                f"size of {path}",
+                size,
+                f"must be {expected} bytes ({self.num_tokens} tokens of {self.dtype.name}); it is {relation}",
+                "the copy was cut off, or .bin and .idx are of two runs: copy or preprocess again",
+            )

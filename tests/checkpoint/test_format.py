@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.checkpoint.format import (
+    MANIFEST,
+    Manifest,
+    file_entry,
+    find_checkpoint,
+    folder_name,
+    verify_files,
+    write_durably,
+)
+from megatron_slm.config import Architecture
+from megatron_slm.errors import CheckpointError
+
+ARCH = Architecture(
+    num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=2, kv_channels=4, vocab_size=9
+)  # fmt: skip
+
+
+def write(folder: Path, step: int) -> Path:
+    target = folder / folder_name(step)
+    target.mkdir(parents=True)
+    (target / "weights_00000.safetensors").write_bytes(b"weights" * step)
+    Manifest(
+        step=step, consumed_samples=step * 8, adam_step=step, architecture=ARCH, layout={"pipeline": 1},
+        tokenizer_fingerprint=None, files={"weights_00000.safetensors": file_entry(target / "weights_00000.safetensors")},
+    ).write(target)  # fmt: skip
+    return target
+
+
+def test_a_manifest_reads_back(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    manifest = Manifest.read(folder)
+    assert (manifest.step, manifest.consumed_samples, manifest.architecture) == (3, 24, ARCH)
+    verify_files(folder, manifest)
+
+
+def test_the_newest_complete_one_is_found_whatever_latest_says(tmp_path: Path) -> None:
+    write(tmp_path, 9)
+    write(tmp_path, 10)
+    (tmp_path / folder_name(11)).mkdir()  # no manifest
+    (tmp_path / ".step_00000012.tmp").mkdir()
+    (tmp_path / ".step_00000012.tmp" / MANIFEST).write_text("{}")
+    write_durably(tmp_path / "latest", b"step_00000011")
+    assert find_checkpoint(tmp_path).name == "step_00000010"
+    assert find_checkpoint(tmp_path / "step_00000009").name == "step_00000009"
+
+
+def test_no_complete_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / folder_name(11)).mkdir()
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match="holds a complete checkpoint"):
+            find_checkpoint(path)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    manifest = Manifest.read(folder)
+    path = folder / "weights_00000.safetensors"
+    path.write_bytes(b"Weights" * 5)
+    with pytest.raises(CheckpointError, match="has the checksum of the manifest"):
+        verify_files(folder, manifest)
+    verify_files(folder, manifest, checksums=False)
+    path.write_bytes(b"weights" * 4)
+    with pytest.raises(CheckpointError, match="'28 bytes': is 35 bytes long"):
+        verify_files(folder, manifest, checksums=False)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        verify_files(folder, manifest)
+
+
+def test_manifests_that_cannot_be_used(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    raw = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**raw, "format_version": 99}))
+    with pytest.raises(CheckpointError, match="checkpoint format = 99"):
+        Manifest.read(folder)
+    (folder / MANIFEST).write_text('{"step"')
+    with pytest.raises(CheckpointError, match="is readable JSON"):
+        Manifest.read(folder)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"holds a manifest\.json"):
+        Manifest.read(folder)

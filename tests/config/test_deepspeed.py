@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.load import parse
+from megatron_slm.config.sections import RunConfig
+from megatron_slm.errors import ConfigError
+
+
+def run(*flags: str) -> RunConfig:
+    return parse(["--train-iters", "3", "--objective", "clm", "--micro-batch-size", "2", *flags])[0]
+
+
+def resolve(user: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    return ds_config.resolve(user, config, data_parallel_size=4, num_micro_batches=3)
+
+
+@pytest.mark.parametrize("path", sorted(Path("ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_files_resolve(path: Path) -> None:
+    resolved = resolve(ds_config.read_json(str(path)), run("--bf16", "--clip-grad", "0.7"))
+    assert resolved["train_batch_size"] == 24
+    assert resolved["train_micro_batch_size_per_gpu"] == 2
+    assert resolved["gradient_accumulation_steps"] == 3
+    assert resolved["gradient_clipping"] == 0.7
+    assert resolved["bf16"]["enabled"] is True
+    assert "auto" not in json.dumps(resolved)
+
+
+def test_the_default_is_the_shipped_zero_1() -> None:
+    shipped = ds_config.read_json("ds_configs/zero1.json")
+    assert resolve(ds_config.read_json(None), run()) == resolve(shipped, run())
+
+
+def test_what_trains_silently_wrong_is_always_off() -> None:
+    resolved = resolve(ds_config.read_json(None), run("--clip-grad", "0", "--recompute-granularity", "full"))
+    assert resolved["gradient_clipping"] == 0.0  # DeepSpeed's default would clip at 1.0
+    assert resolved["pipeline"] == {
+        "pipe_partitioned": False,
+        "grad_partitioned": False,
+        "use_reentrant": False,
+        "activation_checkpoint_interval": 1,
+    }
+    assert resolve(ds_config.read_json(None), run("--bf16"))["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("user", "match"),
+    [
+        ({"zero_optimization": {"stage": 1}, "train_batch_size": 7}, "train_batch_size = 7"),
+        ({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.3}, "gradient_clipping = 0.3"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "bf16.enabled = True"),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, "fp16"),
+        ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, "optimizer"),
+        ({"zero_optimization": {"stage": 1}, "pipeline": {"pipe_partitioned": True}}, "pipe_partitioned = True"),
+        ({}, "zero_optimization.stage = 0"),
+    ],
+)
+def test_contradictions_are_refused(user: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        resolve(user, run())
+
+
+def test_zero_2_and_3_need_one_stage() -> None:
+    with pytest.raises(ConfigError, match="pipeline-model-parallel-size above 1"):
+        resolve({"zero_optimization": {"stage": 3}}, run("--pipeline-model-parallel-size", "2"))
+
+
+@pytest.mark.parametrize(("text", "match"), [("{", "is JSON"), ("[1]", "is a JSON object")])
+def test_unreadable_files_are_refused(text: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ConfigError, match=match):
+        ds_config.read_json(str(tmp_path / "ds.json"))
+    with pytest.raises(ConfigError, match="is a readable file"):
+        ds_config.read_json(str(tmp_path / "absent.json"))

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+
+import deepspeed.ops
+import pytest
+import torch.distributed as dist
+
+from megatron_slm.errors import ConfigError
+from megatron_slm.parallel.collectives import raise_together
+from megatron_slm.parallel.groups import init_distributed
+from tests.support.world import run_world
+
+
+def alone() -> tuple[int, str, dict[str, object]]:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    init_distributed()
+    return dist.get_world_size(), dist.get_backend(), deepspeed.ops.__compatible_ops__
+
+
+def test_without_a_launcher_it_is_a_world_of_one_and_nothing_is_compiled() -> None:
+    assert run_world(alone, 1) == [(1, "gloo", {})]
+
+
+def fail_on(rank: int) -> str:
+    init_distributed()
+    mine = ConfigError("--x", rank, "is right", "mend it") if dist.get_rank() == rank else None
+    try:
+        raise_together(mine)
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_every_rank_raises_the_error_of_one(rank: int) -> None:
+    assert run_world(fail_on, 3, rank) == [f"--x = {rank}: is right. Fix: mend it"] * 3
+
+
+def test_no_error_raises_nothing() -> None:
+    assert run_world(fail_on, 2, 5) == ["no error"] * 2

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from megatron_slm.errors import LayoutError
+from megatron_slm.parallel.topology import Topology
+
+
+@pytest.mark.parametrize(("pipeline", "data", "tensor"), itertools.product((1, 2, 3), (1, 2), (1, 2, 4)))
+def test_ranks_are_numbered_as_deepspeed_does(pipeline: int, data: int, tensor: int) -> None:
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    ours = Topology(pipeline=pipeline, data=data, tensor=tensor)
+    stock = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    for rank in range(ours.world_size):
+        place, theirs = ours.coordinate(rank), stock.get_coord(rank)
+        assert (place.pipeline, place.data, place.tensor) == (theirs.pipe, theirs.data, theirs.model)
+        assert ours.rank(pipeline=place.pipeline, data=place.data, tensor=place.tensor) == rank
+    if tensor > 1:
+        assert sorted(ours.tensor_groups()) == sorted(stock.get_axis_comm_lists("model"))
+    if pipeline > 1:
+        assert sorted(ours.pipeline_groups()) == sorted(stock.get_axis_comm_lists("pipe"))
+
+
+def test_what_is_left_of_the_world_is_data_parallelism() -> None:
+    assert Topology.from_world(12, tensor=2, pipeline=3) == Topology(pipeline=3, data=2, tensor=2)
+    with pytest.raises(LayoutError, match="world size = 6"):
+        Topology.from_world(6, tensor=4, pipeline=1)
+    with pytest.raises(LayoutError, match="is at least 1"):
+        Topology(tensor=0)

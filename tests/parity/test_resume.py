@@ -1,0 +1,129 @@
+"""A run that is stopped and resumed has the very losses and weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_slm.checkpoint.format import find_checkpoint
+from tests.support.runs import run_flags, save_hf_llama, write_corpus
+from tests.support.training import train_and_die_while_saving, train_and_report, train_drawing_random_numbers
+from tests.support.world import WorldError, run_world
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "pp2 tp2": (4, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}),
+    "pp2 dp2": (4, {"pipeline_model_parallel_size": 2}),
+    "pp2 tp2 bf16 sp tied": (
+        4,
+        {
+            "pipeline_model_parallel_size": 2,
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "bf16": True,
+            "no_untie_embeddings_and_output_weights": True,
+        },
+    ),
+    "zero3 dp2": (2, {"deepspeed_config": "ds_configs/zero3.json"}),
+    "zero2 tp2 bf16": (2, {"deepspeed_config": "ds_configs/zero2.json", "tensor_model_parallel_size": 2, "bf16": True}),
+}
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for timing in ("step_time_seconds", "tokens_per_second"):
+            line.pop(timing, None)
+    return lines
+
+
+def assert_bit_equal(straight: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
+    for one, other in zip(straight, resumed, strict=True):
+        for name in ("parameters", "owned"):
+            for a, b in zip(one[name], other[name], strict=True):
+                assert np.array_equal(a, b)
+        assert np.array_equal(one["rng"], other["rng"])
+        assert one["kept"][-len(other["kept"]) :] == other["kept"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
+    world_size, layout = CASES[name]
+    corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
+    common = {"objective": "slm", "reference_load": reference, "train_iters": 6, "lr_decay_iters": 6, **layout}
+    straight_flags = run_flags(corpus, tmp_path / "straight", **common)
+    straight = run_world(train_drawing_random_numbers, world_size, straight_flags)
+
+    stopped = run_flags(corpus, tmp_path / "resumed", **{**common, "train_iters": 3}, save_interval=2)
+    run_world(train_drawing_random_numbers, world_size, stopped)
+    again = run_flags(corpus, tmp_path / "resumed", **common, load=tmp_path / "resumed" / "checkpoints")
+    resumed = run_world(train_drawing_random_numbers, world_size, again)
+
+    assert_bit_equal(straight, resumed)
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "resumed")
+    assert [line["step"] for line in metrics(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_from_an_earlier_checkpoint_tells_one_history(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    full = run_flags(corpus, tmp_path / "run", train_iters=5, save_interval=2)
+    run_world(train_and_report, 1, full)
+    before = metrics(tmp_path / "run")
+    again = run_flags(corpus, tmp_path / "run", train_iters=5, load=tmp_path / "run/checkpoints/step_00000002")
+    run_world(train_and_report, 1, again)
+    assert metrics(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_save_that_is_killed_leaves_the_one_before(victim: int, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    values = run_flags(
+        corpus, tmp_path / "run", train_iters=5, save_interval=2, pipeline_model_parallel_size=2, lr_decay_iters=5
+    )
+    with pytest.raises(WorldError) as failed:
+        run_world(train_and_die_while_saving, 2, values, 4, victim)
+    assert 9 in failed.value.codes
+    saved = tmp_path / "run" / "checkpoints"
+    assert find_checkpoint(saved).name == "step_00000002"
+    assert (saved / "latest").read_text() == "step_00000002"
+
+    straight = run_world(train_and_report, 2, {**values, "run-dir": tmp_path / "straight"})
+    resumed = run_world(train_and_report, 2, {**values, "load": saved})
+    assert_bit_equal(straight, resumed)
+    assert find_checkpoint(saved).name == "step_00000005"
+    assert not list(saved.glob(".*")), "what the killed save left was cleared"
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("211", "121"), ("122", "211"), ("221", "111"), ("111", "222")])
+def test_a_checkpoint_moves_to_another_layout(wrote: str, reads: str, tmp_path: Path) -> None:
+    """Weights and moments are stored by logical tensor, so the next losses are those of the unchanged layout."""
+    corpus = write_corpus(tmp_path / "corpus")
+
+    def values(layout: str, name: str, **changes: Any) -> dict[str, Any]:
+        parallel = {"pipeline_model_parallel_size": layout[0], "tensor_model_parallel_size": layout[1]}
+        return run_flags(corpus, tmp_path / name, **{"train_iters": 6, "lr_decay_iters": 6, **parallel, **changes})
+
+    def size(layout: str) -> int:
+        return int(layout[0]) * int(layout[1]) * int(layout[2])
+
+    run_world(train_and_report, size(wrote), values(wrote, "first", train_iters=3, save_interval=3))
+    load = tmp_path / "first" / "checkpoints"
+    run_world(train_and_report, size(wrote), values(wrote, "same", load=load))
+    run_world(train_and_report, size(reads), values(reads, "other", load=load))
+    same, other = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("same", "other"))
+    assert other == pytest.approx(same, rel=1e-5)
+    assert len(same) == 3
+
+
+def test_weights_start_a_new_run_at_any_layout(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    run_world(train_and_report, 2, run_flags(corpus, tmp_path / "a", save_interval=5, pipeline_model_parallel_size=2))
+    start = {"init_from": tmp_path / "a" / "checkpoints", "train_iters": 2}
+    run_world(train_and_report, 1, run_flags(corpus, tmp_path / "one", **start))
+    run_world(train_and_report, 2, run_flags(corpus, tmp_path / "two", **start, tensor_model_parallel_size=2))
+    one, two = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-5)
+    assert one[0] < metrics(tmp_path / "a")[0]["loss"]

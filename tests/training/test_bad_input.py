@@ -1,0 +1,138 @@
+"""Bad input ends the run before the first step, on every rank, with one line that names field, rule and fix."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
+from tests.support.training import command
+from tests.support.world import WorldError, run_world
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bad")
+    write_corpus(path / "corpus")
+    save_hf_llama(path / "reference")
+    save_hf_llama(path / "small_vocabulary", vocab_size=50)
+    save_hf_llama(path / "five_heads", hidden_size=30, num_attention_heads=5, num_key_value_heads=5)
+    _gpt2(path / "gpt2")
+    for name in ("no_idx", "cut_idx", "cut_bin"):
+        write_corpus(path / name)
+    (path / "no_idx.idx").unlink()
+    (path / "cut_idx.idx").write_bytes((path / "cut_idx.idx").read_bytes()[:-7])
+    (path / "cut_bin.bin").write_bytes((path / "cut_bin.bin").read_bytes()[:-8])
+    with IndexedCorpusWriter(path / "large_id", np.uint16) as writer:
+        writer.add_document(np.arange(60_000, 60_100))
+    with IndexedCorpusWriter(path / "empty", np.uint16):
+        pass
+    (path / "bad.json").write_text('{"train_batch_size": 3, "zero_optimization": {"stage": 1}}')
+    (path / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
+    (path / "half").mkdir()
+    (path / "half" / ".step_00000002.tmp").mkdir()
+    return path
+
+
+def _gpt2(path: Path) -> None:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+
+
+SLM = {"objective": "slm", "reference_load": "{folder}/reference"}
+CASES: dict[str, tuple[int, dict[str, Any], str]] = {
+    "unknown flag": (2, {"micro_batchsize": 2}, r"did you mean --micro-batch-size\?"),
+    "heads not divisible": (2, {"num_attention_heads": 5, "hidden_size": 40, "num_query_groups": 5, "tensor_model_parallel_size": 2}, "q_proj|num_attention_heads"),
+    "reference heads not divisible": (2, {**SLM, "reference_load": "{folder}/five_heads", "tensor_model_parallel_size": 2}, "reference: "),
+    "fewer layers than stages": (2, {"num_layers": 1, "pipeline_model_parallel_size": 2}, "at most the number of layers"),
+    "world not divisible": (2, {"tensor_model_parallel_size": 4}, "world size = 2"),
+    "batch does not divide": (2, {"global_batch_size": 6}, "--global-batch-size = 6"),
+    "missing idx": (2, {"data_path": "{folder}/no_idx"}, r"no_idx\.idx"),
+    "truncated idx": (2, {"data_path": "{folder}/cut_idx"}, r"cut_idx\.idx"),
+    "short bin": (2, {"data_path": "{folder}/cut_bin"}, r"cut_bin\.bin"),
+    "no corpus": (2, {"data_path": "{folder}/nothing"}, "nothing"),
+    "token id beyond the vocabulary": (2, {"data_path": "{folder}/large_id"}, "60099|60000"),
+    "empty corpus": (2, {"data_path": "{folder}/empty"}, "empty"),
+    "wrong architecture": (2, {"init_from": "{folder}/gpt2"}, "model_type = 'gpt2'"),
+    "no such reference": (2, {**SLM, "reference_load": "{folder}/nowhere"}, "--reference-load"),
+    "reference of another vocabulary": (2, {**SLM, "reference_load": "{folder}/small_vocabulary"}, "--reference-load: vocabulary"),
+    "keep ratio too large": (1, {**SLM, "slm_keep_ratio": 1.5}, r"--slm-keep-ratio = 1.5: lies in \(0, 1\]"),
+    "keep ratio zero": (1, {**SLM, "slm_keep_ratio": 0}, "--slm-keep-ratio"),
+    "no reference": (1, {"objective": "slm"}, "--reference-load"),
+    "reference without selection": (1, {"reference_load": "{folder}/reference"}, "--reference-load"),
+    "zero 2 with stages": (2, {"pipeline_model_parallel_size": 2, "deepspeed_config": "ds_configs/zero2.json"}, "zero_optimization.stage = 2"),
+    "zero 0": (1, {"deepspeed_config": "{folder}/zero0.json"}, "zero_optimization.stage = 0"),
+    "contradicting deepspeed json": (2, {"deepspeed_config": "{folder}/bad.json"}, "train_batch_size = 3"),
+    "nothing to resume": (2, {"load": "{folder}/half"}, "holds a complete checkpoint"),
+    "wrong type": (1, {"train_iters": "many"}, "--train-iters = 'many'"),
+    "sequence does not divide": (2, {"seq_length": 15, "tensor_model_parallel_size": 2, "sequence_parallel": True}, "--seq-length = 15"),
+    "sequence parallel alone": (1, {"sequence_parallel": True}, "--sequence-parallel"),
+    "no tokenizer": (1, {"tokenizer_type": "HuggingFaceTokenizer", "vocab_size": None}, "--tokenizer-model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_clear_error_on_every_rank(name: str, folder: Path, tmp_path: Path) -> None:
+    world_size, changes, pattern = CASES[name]
+    changes = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in changes.items()}
+    values = run_flags(changes.pop("data_path", folder / "corpus"), tmp_path / "run", **changes)
+    if "init-from" in values:
+        for architecture in ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"):
+            values.pop(architecture)
+    with pytest.raises(WorldError) as failed:
+        run_world(command, world_size, flags(values))
+    assert failed.value.codes == [1] * world_size
+    for output in failed.value.outputs:
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, output
+        assert re.search(pattern, errors[0]), errors[0]
+        assert "Fix: " in errors[0]
+        assert "Traceback" not in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_error_of_one_rank_ends_all(folder: Path, tmp_path: Path) -> None:
+    """Only rank 0 compares checksums; the others stop with it instead of waiting for it."""
+    values = run_flags(folder / "corpus", tmp_path / "run", train_iters=2, save_interval=2)
+    run_world(command_ok, 1, flags(values))
+    weights = next((tmp_path / "run" / "checkpoints" / "step_00000002").glob("weights_*"))
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(bytes(damaged))
+    with pytest.raises(WorldError) as failed:
+        again = {**values, "train-iters": 4, "load": tmp_path / "run" / "checkpoints"}
+        run_world(command, 2, flags(again))
+    assert failed.value.codes == [1, 1]
+    for output in failed.value.outputs:
+        assert "has the checksum of the manifest" in output
+
+
+def command_ok(argv: list[str]) -> None:
+    from megatron_slm.training.main import main
+
+    assert main(argv) == 0
+
+
+def test_steps_that_are_never_finite_end_the_run(folder: Path, tmp_path: Path) -> None:
+    values = run_flags(folder / "corpus", tmp_path / "run", train_iters=9, max_skipped_steps=3)
+    with pytest.raises(WorldError) as failed:
+        run_world(command_with_broken_weights, 2, flags({**values, "pipeline-model-parallel-size": 2}))
+    assert all("not finite in 3 steps up to step 3" in output for output in failed.value.outputs)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [1, 2, 3]
+    assert {line["loss"] for line in lines} == {None}
+    assert {line["grad_norm"] for line in lines} == {None}
+
+
+def command_with_broken_weights(argv: list[str]) -> int:
+    from megatron_slm.checkpoint import weights
+
+    real = weights.normal_
+    weights.normal_ = lambda *args, **kwargs: real(*args, **kwargs) * float("nan")
+    return command(argv)
