@@ -20,7 +20,7 @@ from megatron_slm.checkpoint.fragments import Fragment, fragments
 from megatron_slm.checkpoint.weights import Quantity
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import device_rng_state
-from megatron_slm.errors import CheckpointError
+from megatron_slm.errors import CheckpointError, SlmError
 from megatron_slm.parallel.collectives import raise_together
 from megatron_slm.parallel.shards import Part, parts_with_offsets
 from megatron_slm.parallel.topology import Topology
@@ -37,17 +37,16 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Writer:
-    """Writes the checkpoints of one run.
-
-    Args:
-        write_extras: rank 0 calls it with the folder, to add the run's configuration and tokenizer.
-    """
+    """Writes the checkpoints of one run."""
 
     folder: Path
     topology: Topology
     architecture: Architecture
     tokenizer_fingerprint: str | None
-    write_extras: Callable[[Path], None]
+    extras: Path | None
+    """A folder whose content goes into every checkpoint (the tokenizer), under the folder's name."""
+    write_config: Callable[[Path], None]
+    """Writes the run's configuration to a path; rank 0 calls it."""
 
     def save(self, optimizer: Any, progress: Progress) -> Path:
         """Write one checkpoint. Collective: every rank calls it after the same step.
@@ -80,7 +79,9 @@ class Writer:
         _write_tensors(folder / f"rng_{rank:05d}.safetensors", states, {})
 
     def _commit(self, temporary: Path, progress: Progress) -> None:
-        self.write_extras(temporary)
+        self.write_config(temporary / "config.yaml")
+        if self.extras is not None:
+            shutil.copytree(self.extras, temporary / self.extras.name)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = Manifest(
             step=progress.step,
@@ -103,9 +104,11 @@ class Writer:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _attempt(action: Callable[[], None]) -> CheckpointError | None:
+def _attempt(action: Callable[[], None]) -> SlmError | None:
     try:
         action()
+    except SlmError as error:
+        return error
     except OSError as error:
         return CheckpointError(
             "--save",

@@ -23,9 +23,7 @@ class ToolParser(argparse.ArgumentParser):
         Raises:
             ConfigError: a flag is unknown (the nearest known one is named), missing, or has a bad value.
         """
-        unknown = [
-            word for word in (sys.argv[1:] if arguments is None else arguments) if self._is_unknown(word)
-        ]
+        unknown = [word for word in (sys.argv[1:] if arguments is None else arguments) if self._is_unknown(word)]
         if unknown:
             flag = unknown[0].split("=", 1)[0]
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)

@@ -30,9 +30,7 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     for name in map(str, inputs):
         found = [name] if Path(name).is_file() else sorted(filter(Path.is_file, map(Path, glob.glob(name))))
         if not found:
-            raise CorpusError(
-                "input", name, "must be a file, or a pattern that matches some", "check the path"
-            )
+            raise CorpusError("input", name, "must be a file, or a pattern that matches some", "check the path")
         files += [Path(path) for path in found]
     return files
 

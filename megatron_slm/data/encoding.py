@@ -148,8 +148,7 @@ def encode_chunk(chunk: LineChunk, encoding: Encoding, tokenizer: Tokenizer) -> 
             invalid.append(Invalid(chunk.path, number, str(error)))
     eod_id = tokenizer.eod_id if encoding.append_eod else None
     keys = [
-        _encode_key([document[at] for document in documents], tokenizer, eod_id)
-        for at in range(len(encoding.keys))
+        _encode_key([document[at] for document in documents], tokenizer, eod_id) for at in range(len(encoding.keys))
     ]
     return EncodedChunk(keys, len(documents), invalid, sum(map(len, chunk.lines)) + len(chunk.lines))
 

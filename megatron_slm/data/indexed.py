@@ -125,8 +125,7 @@ class IndexedCorpus:
         count = available - offset if length is None else length
         if offset < 0 or count < 0 or offset + count > available:
             raise IndexError(
-                f"tokens [{offset}, {offset + count}) of sequence {index} of {self.prefix}, which holds "
-                f"{available}"
+                f"tokens [{offset}, {offset + count}) of sequence {index} of {self.prefix}, which holds {available}"
             )
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
         return self._tokens[start : start + count]
@@ -175,14 +174,8 @@ class IndexedCorpus:
             if path.is_file():
                 continue
             bare = self.prefix.removesuffix(".bin").removesuffix(".idx")
-            fix = (
-                f"give the prefix {bare!r}"
-                if bare != self.prefix
-                else "check the prefix, or preprocess again"
-            )
-            raise CorpusError(
-                "corpus prefix", self.prefix, f"{path} must exist; the prefix has no .bin or .idx", fix
-            )
+            fix = f"give the prefix {bare!r}" if bare != self.prefix else "check the prefix, or preprocess again"
+            raise CorpusError("corpus prefix", self.prefix, f"{path} must exist; the prefix has no .bin or .idx", fix)
 
     def _map_index(self) -> npt.NDArray[np.uint8]:
         path = idx_path(self.prefix)
@@ -199,9 +192,7 @@ class IndexedCorpus:
         if version != VERSION:
             raise CorpusError(f"version of {path}", version, f"must be {VERSION}", _AGAIN)
         if code not in INTEGER_CODES:
-            raise CorpusError(
-                f"dtype code of {path}", code, f"must be one of {INTEGER_CODES} (integers)", _AGAIN
-            )
+            raise CorpusError(f"dtype code of {path}", code, f"must be one of {INTEGER_CODES} (integers)", _AGAIN)
         expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
         if index.size not in (expected, expected + num_sequences):
             raise CorpusError(
@@ -246,9 +237,7 @@ class IndexedCorpus:
                 )
             num_tokens = int(ends[-1])
         if num_tokens == 0:
-            raise CorpusError(
-                f"tokens in {bin_path(self.prefix)}", 0, "must be at least 1", "preprocess again"
-            )
+            raise CorpusError(f"tokens in {bin_path(self.prefix)}", 0, "must be at least 1", "preprocess again")
         return num_tokens
 
     def _check_bin_size(self) -> None:

@@ -50,9 +50,7 @@ class IndexedCorpusWriter:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype)
         if CODE_BY_DTYPE.get(self.dtype) not in INTEGER_CODES:
-            raise CorpusError(
-                "corpus dtype", str(self.dtype), "must be an integer dtype of the format", "use uint16"
-            )
+            raise CorpusError("corpus dtype", str(self.dtype), "must be an integer dtype of the format", "use uint16")
         self.num_tokens = 0
         self.longest_document = 0
         self.max_token_id: int | None = None
@@ -66,9 +64,7 @@ class IndexedCorpusWriter:
             self._bin_part.parent.mkdir(parents=True, exist_ok=True)
             self._bin: BinaryIO = io.BufferedWriter(io.FileIO(self._bin_part, "w"))
         except OSError as error:
-            raise CorpusError(
-                "output prefix", self.prefix, f"must be writable: {error}", "give another"
-            ) from error
+            raise CorpusError("output prefix", self.prefix, f"must be writable: {error}", "give another") from error
 
     @property
     def num_documents(self) -> int:

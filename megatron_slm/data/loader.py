@@ -48,9 +48,7 @@ class MicroBatchSource:
         eod_mask_loss: bool = False,
     ) -> None:
         if eod_mask_loss and eod_id is None:
-            raise ConfigError(
-                "eod_mask_loss", True, "needs an end-of-document token", "use a tokenizer with one"
-            )
+            raise ConfigError("eod_mask_loss", True, "needs an end-of-document token", "use a tokenizer with one")
         for field, value in (("micro_batch_size", micro_batch_size), ("vocab_size", vocab_size)):
             if value < 1:
                 raise ConfigError(field, value, "must be at least 1", "give a larger one")

@@ -129,9 +129,7 @@ class PackedSamples:
         # One state for both shuffles, in this order: Megatron's order depends on it.
         state = np.random.RandomState(seed)
         documents = np.arange(start, stop, dtype=np.int32)
-        self.document_index = _document_index(
-            documents, self.num_epochs, first_part < self._num_samples, state
-        )
+        self.document_index = _document_index(documents, self.num_epochs, first_part < self._num_samples, state)
         self.shuffle_index = _shuffle_index(first_part, self._num_samples, state)
         self._ends = np.cumsum(corpus.sequence_lengths[self.document_index], dtype=np.int64)
 
@@ -153,9 +151,7 @@ class PackedSamples:
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self.name}, which has {self._num_samples}")
         position = int(self.shuffle_index[index]) * self.sequence_length
-        tokens = _read_stream(
-            self.corpus, self.document_index, self._ends, position, self.sequence_length + 1
-        )
+        tokens = _read_stream(self.corpus, self.document_index, self._ends, position, self.sequence_length + 1)
         return Sample(tokens, np.ones(self.sequence_length, dtype=np.bool_))
 
     def _samples_shuffled_first(self, num_samples: int | None) -> int:

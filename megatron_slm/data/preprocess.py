@@ -133,12 +133,9 @@ def preprocess(
     )
     with contextlib.ExitStack() as stack:
         writers = {
-            key: stack.enter_context(IndexedCorpusWriter(config.corpus_prefix(key), dtype))
-            for key in config.json_keys
+            key: stack.enter_context(IndexedCorpusWriter(config.corpus_prefix(key), dtype)) for key in config.json_keys
         }
-        chunks = stack.enter_context(
-            contextlib.closing(encode_chunks(line_chunks(files), encoding, config.workers))
-        )
+        chunks = stack.enter_context(contextlib.closing(encode_chunks(line_chunks(files), encoding, config.workers)))
         for chunk in chunks:
             _take_invalid(chunk, config, report)
             for key, tokens in zip(config.json_keys, chunk.keys, strict=True):
@@ -189,9 +186,7 @@ def _require_tokens(files: Sequence[Path], report: PreprocessReport) -> None:
             )
 
 
-def _write_sidecars(
-    config: PreprocessConfig, tokenizer: Tokenizer, writers: dict[str, IndexedCorpusWriter]
-) -> None:
+def _write_sidecars(config: PreprocessConfig, tokenizer: Tokenizer, writers: dict[str, IndexedCorpusWriter]) -> None:
     fingerprint = tokenizer.fingerprint()
     for key, writer in writers.items():
         sidecar = Sidecar(

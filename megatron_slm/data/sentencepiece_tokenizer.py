@@ -217,9 +217,7 @@ def _convert(proto: Any) -> Any:
 def _merges(proto: Any) -> list[tuple[str, str]]:
     """Every way to write a piece as two pieces, the pieces by falling score, ties by id."""
     joinable = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
-    ranked = sorted(
-        (-piece.score, index) for index, piece in enumerate(proto.pieces) if piece.type == _NORMAL
-    )
+    ranked = sorted((-piece.score, index) for index, piece in enumerate(proto.pieces) if piece.type == _NORMAL)
     merges = []
     for _, index in ranked:
         text = proto.pieces[index].piece

@@ -34,9 +34,7 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def train_sentencepiece(
-    texts: Iterable[str], *, vocab_size: int, character_coverage: float = 0.9995
-) -> bytes:
+def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, character_coverage: float = 0.9995) -> bytes:
     """Train a BPE model; the same texts in the same order give the same bytes.
 
     Llama's settings (bytes for what has no piece, every digit alone, runs of spaces may be pieces; unk 0,
@@ -67,9 +65,7 @@ def train_sentencepiece(
         )
     lines = _Lines(texts)
     if lines.is_empty():
-        raise CorpusError(
-            "text to train on", "", "must hold at least one line that is not blank", "check the input"
-        )
+        raise CorpusError("text to train on", "", "must hold at least one line that is not blank", "check the input")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -133,9 +129,7 @@ def write_tokenizer(model: bytes, output: str | Path) -> Path:
         part.write_bytes(model)
         os.replace(part, target)
     except OSError as error:
-        raise ConfigError(
-            "output", str(output), f"must be writable: {error}", "give another place"
-        ) from error
+        raise ConfigError("output", str(output), f"must be writable: {error}", "give another place") from error
     if is_folder:
         SentencePieceTokenizer(target).save_pretrained(target.parent)
     return target

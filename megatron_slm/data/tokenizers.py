@@ -87,9 +87,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @override
     def decode(self, ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @override
     def token_table(self) -> list[str]:
@@ -113,9 +111,7 @@ class NullTokenizer(Tokenizer):
 
     def __init__(self, vocab_size: int | None) -> None:
         if vocab_size is None or vocab_size < 1:
-            raise ConfigError(
-                "vocab_size", vocab_size, "NullTokenizer needs a positive one", "give --vocab-size"
-            )
+            raise ConfigError("vocab_size", vocab_size, "NullTokenizer needs a positive one", "give --vocab-size")
         self._eod_id = vocab_size
 
     @property

@@ -174,15 +174,20 @@ def _held_out(plan: Plan) -> list[HeldOutSet]:
 
 
 def _writer(plan: Plan) -> Writer:
-    def write_extras(folder: Path) -> None:
-        write_yaml(plan.config, folder / "config.yaml")
-        if plan.config.data.tokenizer_type != "NullTokenizer":
-            plan.tokenizer.save_pretrained(folder / "tokenizer")
-
+    run_dir = Path(plan.config.logging.run_dir)
+    tokenizer = None if plan.config.data.tokenizer_type == "NullTokenizer" else run_dir / "tokenizer"
+    error: SlmError | None = None
+    if tokenizer is not None and dist.get_rank() == 0:
+        try:  # now, and not at the first save: a tokenizer without a Hugging Face form ends the run at its start
+            plan.tokenizer.save_pretrained(tokenizer)
+        except SlmError as found:
+            error = found
+    raise_together(error)
     return Writer(
-        folder=Path(plan.config.checkpoint.save or Path(plan.config.logging.run_dir) / "checkpoints"),
+        folder=Path(plan.config.checkpoint.save or run_dir / "checkpoints"),
         topology=plan.topology,
         architecture=plan.architecture,
         tokenizer_fingerprint=plan.tokenizer.fingerprint(),
-        write_extras=write_extras,
+        extras=tokenizer,
+        write_config=lambda path: write_yaml(plan.config, path),
     )
