@@ -35,6 +35,7 @@ def read_architecture(folder: Path) -> Architecture:
     config = LlamaConfig.from_dict(raw)  # fills defaults, and reads RoPE fields in their old and new form
     rope = dict(config.rope_parameters)
     base = float(rope.pop("rope_theta"))
+    rope.pop("type", None)  # the old name of rope_type, which transformers keeps beside it
     if rope.get("rope_type", "default") == "default":
         rope = {}
     return Architecture(
