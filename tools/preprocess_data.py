@@ -21,24 +21,16 @@ from megatron_slm.log import setup_logging
 def build_parser() -> ToolParser:
     """The flags, under Megatron's names."""
     parser = ToolParser("Tokenize JSON lines into Megatron's .bin/.idx corpora.")
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="JSON lines: files or patterns (.gz, .zst too)"
-    )
+    parser.add_argument("--input", nargs="+", required=True, help="JSON lines: files or patterns (.gz, .zst too)")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to tokenize, a corpus each")
     parser.add_argument("--output-prefix", required=True, help="corpora are PREFIX_KEY_document.bin and .idx")
     parser.add_argument("--tokenizer-type", required=True, help=", ".join(TOKENIZER_TYPES))
     parser.add_argument("--tokenizer-model", help="local folder, tokenizer.json, or SentencePiece .model")
     parser.add_argument("--vocab-size", type=positive_int, help="for NullTokenizer")
-    parser.add_argument(
-        "--append-eod", action="store_true", help="end documents with the end-of-document token"
-    )
+    parser.add_argument("--append-eod", action="store_true", help="end documents with the end-of-document token")
     parser.add_argument("--workers", type=positive_int, default=1, help="processes (the result is the same)")
-    parser.add_argument(
-        "--on-error", choices=["stop", "skip"], default="stop", help="at lines not a document"
-    )
-    parser.add_argument(
-        "--log-interval", type=positive_int, default=1000, help="documents between progress lines"
-    )
+    parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="at lines not a document")
+    parser.add_argument("--log-interval", type=positive_int, default=1000, help="documents between progress lines")
     return parser
 
 

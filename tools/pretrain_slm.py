@@ -1,9 +1,23 @@
 #!/usr/bin/env python3
 """Train selectively (or plainly): `deepspeed --num_gpus N tools/pretrain_slm.py --config FILE [flags]`."""
 
+import os
 import sys
 
-from megatron_slm.training.main import main
+import torch
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported next, otherwise warns that it guessed this
+
+from megatron_slm.training.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as stop:  # --help
+        code = int(stop.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Past the interpreter's teardown: now and then a communication library's thread is still alive there, which
+    # ends a finished run with "terminate called without an active exception" and a wrong exit code.
+    os._exit(code)

@@ -17,13 +17,9 @@ from megatron_slm.log import setup_logging
 def build_parser() -> ToolParser:
     """The flags."""
     parser = ToolParser("Train a SentencePiece BPE tokenizer of Llama's kind from JSON lines.")
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="JSON lines: files or patterns (.gz, .zst too)"
-    )
+    parser.add_argument("--input", nargs="+", required=True, help="JSON lines: files or patterns (.gz, .zst too)")
     parser.add_argument("--json-key", default="text", help="key that holds the text")
-    parser.add_argument(
-        "--vocab-size", type=positive_int, required=True, help="pieces, bytes and special ones in"
-    )
+    parser.add_argument("--vocab-size", type=positive_int, required=True, help="pieces, bytes and special ones in")
     parser.add_argument("--output", required=True, help="a folder (name/), or a prefix: PREFIX.model")
     return parser
 

@@ -65,4 +65,5 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
     logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
     run = build_run(plan, observer=observer)
     train(run)
+    dist.barrier()  # nobody leaves while another still writes
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "cut_bin.bin").write_bytes((path / "cut_bin.bin").read_bytes()[:-8])
     with IndexedCorpusWriter(path / "large_id", np.uint16) as writer:
         writer.add_document(np.arange(60_000, 60_100))
-    with IndexedCorpusWriter(path / "empty", np.uint16):
-        pass
+    (path / "empty.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQq", 1, 8, 0, 1, 0))  # a sound index of nothing
+    (path / "empty.bin").touch()
     (path / "bad.json").write_text('{"train_batch_size": 3, "zero_optimization": {"stage": 1}}')
     (path / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
     (path / "half").mkdir()
