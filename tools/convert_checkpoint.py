@@ -14,9 +14,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="a checkpoint to a folder that transformers loads")
-    export.add_argument(
-        "--load", required=True, help="a run's checkpoints folder (the newest is taken), or one of them"
-    )
+    export.add_argument("--load", required=True, help="a run's checkpoints folder (the newest is taken) or one of them")
     export.add_argument("--output", required=True, help="the Hugging Face folder to write")
     export.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the weights written")
     imported = commands.add_parser("import", help="a Hugging Face Llama to a checkpoint")

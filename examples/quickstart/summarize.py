@@ -40,6 +40,7 @@ def generate(hf_dir: Path, prompt: str, max_new_tokens: int = 80) -> str:
 
 
 def main() -> None:
+    """Write the summary, print the table, and let the model write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--keep-ratio", type=float, default=0.6)
@@ -59,9 +60,8 @@ def main() -> None:
     for column in ("run", "clean arithmetic", "noisy pages", "tokens read", "tokens trained on"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, run in runs.items():
-        table.add_row(
-            name, f"{run['target_loss']:.4f}", f"{run['noisy_loss']:.4f}", f"{run['tokens']:,}", f"{run['kept_tokens']:,}"
-        )
+        losses = (f"{run['target_loss']:.4f}", f"{run['noisy_loss']:.4f}")
+        table.add_row(name, *losses, f"{run['tokens']:,}", f"{run['kept_tokens']:,}")
     console = Console()
     console.print(table)
     heldout = args.run_dir / "text" / "curated_heldout.jsonl"

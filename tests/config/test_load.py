@@ -38,7 +38,9 @@ def test_flags_of_truth_and_aliases() -> None:
 
 
 def test_the_written_configuration_repeats_the_run(tmp_path: Path) -> None:
-    config, _ = parse([*BASE, "--lr", "3e-5", "--data-path", "x", "--rope-scaling", '{"rope_type": "linear", "factor": 2.0}'])
+    config, _ = parse(
+        [*BASE, "--lr", "3e-5", "--data-path", "x", "--rope-scaling", '{"rope_type": "linear", "factor": 2.0}']
+    )
     write_yaml(config, tmp_path / "sub" / "config.yaml")
     again, _ = parse(["--config", str(tmp_path / "sub" / "config.yaml")])
     assert again == config

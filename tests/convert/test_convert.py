@@ -93,7 +93,15 @@ def test_verify_fails_on_a_changed_weight(tmp_path: Path) -> None:
     tensors = load_file(hf / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.5
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "tools/convert_checkpoint.py", "verify", "--hf", str(hf), "--load", str(tmp_path / "ours")]
+    command = [
+        sys.executable,
+        "tools/convert_checkpoint.py",
+        "verify",
+        "--hf",
+        str(hf),
+        "--load",
+        str(tmp_path / "ours"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith("max |Δ| = ")

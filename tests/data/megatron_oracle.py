@@ -69,8 +69,6 @@ def megatron_bounds(split: str, num_sequences: int) -> list[tuple[int, int] | No
     """The sequences of train, validation and test, by the lines of Megatron's dataset builder."""
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     return [
-        None
-        if ends is None
-        else (round(ends[0] * float(num_sequences)), round(ends[1] * float(num_sequences)))
+        None if ends is None else (round(ends[0] * float(num_sequences)), round(ends[1] * float(num_sequences)))
         for ends in matrix
     ]

@@ -61,14 +61,10 @@ def test_a_line_is_left_out_for_all_keys_or_none() -> None:
     assert [line.line for line in result.invalid] == [2]
 
 
-def test_order_and_result_do_not_depend_on_the_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_order_and_result_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LINES_PER_CHUNK", 4)
     path = write_json_lines(tmp_path / "a.jsonl", [f"{at} {at}" for at in range(90)])
-    alone, together = (
-        list(encode_chunks(line_chunks([path]), null_encoding(), workers)) for workers in (1, 2)
-    )
+    alone, together = (list(encode_chunks(line_chunks([path]), null_encoding(), workers)) for workers in (1, 2))
     assert len(alone) == len(together) == 23
     for one, other in zip(alone, together, strict=True):
         assert one.keys[0].tokens.tolist() == other.keys[0].tokens.tolist()

@@ -72,9 +72,7 @@ def test_is_handed_to_another_process_by_its_prefix(prefix: Path) -> None:
         ((0, 6), r"tokens \[6, 5\)"),
     ],
 )
-def test_get_refuses_tokens_outside_the_sequence(
-    prefix: Path, arguments: tuple[int, ...], message: str
-) -> None:
+def test_get_refuses_tokens_outside_the_sequence(prefix: Path, arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(IndexError, match=message):
         IndexedCorpus(prefix).get(*arguments)
 

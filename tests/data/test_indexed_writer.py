@@ -125,9 +125,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("survived_calls", range(4))
-def test_killed_at_any_step_of_the_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived_calls: int
-) -> None:
+def test_killed_at_any_step_of_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived_calls: int) -> None:
     """The older corpus or none or the new one, never new tokens under the old index (here of equal size)."""
     make_corpus(tmp_path / "c", [2, 4])
     sidecar_path(tmp_path / "c").write_text("{}")

@@ -14,9 +14,7 @@ from tests.data.corpora import make_corpus
 from tests.data.megatron_oracle import EOD_ID, gpt_dataset
 
 
-def source(
-    samples: Samples, *, micro_batch_size: int = 1, rank: int = 0, size: int = 1, **options
-) -> MicroBatchSource:
+def source(samples: Samples, *, micro_batch_size: int = 1, rank: int = 0, size: int = 1, **options) -> MicroBatchSource:
     """A source with the defaults of these tests."""
     return MicroBatchSource(
         samples,

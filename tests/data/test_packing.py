@@ -44,9 +44,7 @@ def test_equals_megatrons_gpt_dataset(tmp_path: Path, case: str, seed: int) -> N
     lengths, sequence_length, num_samples = CASES[case]
     corpus = make_corpus(tmp_path / "corpus", lengths)
     start, stop = (0, len(lengths)) if lengths is not MANY else (3, len(lengths) - 5)
-    ours = PackedSamples(
-        corpus, start, stop, sequence_length=sequence_length, num_samples=num_samples, seed=seed
-    )
+    ours = PackedSamples(corpus, start, stop, sequence_length=sequence_length, num_samples=num_samples, seed=seed)
     theirs = gpt_dataset(
         tmp_path / "corpus",
         range(start, stop),
@@ -87,9 +85,7 @@ def test_equals_megatrons_gpt_dataset_on_any_corpus(
     theirs = gpt_dataset(prefix, range(len(lengths)), **order)
     assert len(ours) == len(theirs)
     for index in range(len(ours)):
-        np.testing.assert_array_equal(
-            ours[index].tokens, theirs._query_document_sample_shuffle_indices(index)[0]
-        )
+        np.testing.assert_array_equal(ours[index].tokens, theirs._query_document_sample_shuffle_indices(index)[0])
 
 
 def test_cases_cover_what_they_say(tmp_path: Path) -> None:

@@ -63,8 +63,7 @@ def test_same_bytes_as_megatrons_tool(tmp_path: Path, model_file: Path, append_e
 def test_the_result_does_not_depend_on_the_workers(tmp_path: Path, model_file: Path) -> None:
     path = write_json_lines(tmp_path / "in.jsonl", [*TEXTS] * 40)
     reports = [
-        preprocess(config(tmp_path / str(workers), path, path, model=model_file, workers=workers))
-        for workers in (1, 2)
+        preprocess(config(tmp_path / str(workers), path, path, model=model_file, workers=workers)) for workers in (1, 2)
     ]
     for suffix in ("bin", "idx"):
         one, two = (tmp_path / f"{workers}_text_document.{suffix}" for workers in (1, 2))
@@ -113,9 +112,7 @@ def test_invalid_lines_stop_the_run_and_leave_what_was_there(tmp_path: Path) -> 
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "1"}\n\n{"text": 2}\n{')
     prefix = tmp_path / "out" / "c"
-    with pytest.raises(
-        CorpusError, match=r"input = '.*in.jsonl:3': every line must be a document: the value"
-    ):
+    with pytest.raises(CorpusError, match=r"input = '.*in.jsonl:3': every line must be a document: the value"):
         preprocess(config(prefix, path))
     assert list(prefix.parent.iterdir()) == []
 

@@ -42,6 +42,4 @@ def test_a_global_batch_is_consecutive_at_any_layout(micro_batch_size: int, size
 )
 def test_numbers_out_of_range(consumed: int, micro_step: int, size: int, rank: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sample_indices(
-            consumed, micro_step, micro_batch_size=size, data_parallel_rank=rank, data_parallel_size=2
-        )
+        sample_indices(consumed, micro_step, micro_batch_size=size, data_parallel_rank=rank, data_parallel_size=2)

@@ -56,9 +56,7 @@ def test_is_sentencepiece(model_file: Path) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     ours = SentencePieceTokenizer(model_file)
     assert (ours.vocab_size, ours.bos_id, ours.eod_id) == (500, 1, 2)
-    assert (
-        ours.encode_batch(TEXTS) == [ours.encode(text) for text in TEXTS] == [theirs.encode(t) for t in TEXTS]
-    )
+    assert ours.encode_batch(TEXTS) == [ours.encode(text) for text in TEXTS] == [theirs.encode(t) for t in TEXTS]
     assert ours.token_table() == [theirs.id_to_piece(at) for at in range(500)]
     assert 2 not in ours.encode("</s>"), "control tokens in a text are plain characters"
 
@@ -157,15 +155,11 @@ def test_symbols_and_a_space_before_the_first_word_have_no_exact_form(
     train: Callable[..., SentencePieceTokenizer], tmp_path: Path
 ) -> None:
     """Hugging Face would put the space behind every symbol as well."""
-    with pytest.raises(
-        VocabularyError, match=r"has no exact Hugging Face form: 'a <tool> b<tool><tool>' would"
-    ):
+    with pytest.raises(VocabularyError, match=r"has no exact Hugging Face form: 'a <tool> b<tool><tool>' would"):
         train(**LLAMA, user_defined_symbols=["<tool>"]).save_pretrained(tmp_path / "hf")
 
 
-def test_a_wrong_conversion_is_noticed(
-    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_conversion_is_noticed(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_slm.data import sentencepiece_tokenizer
 
     merges = sentencepiece_tokenizer._merges

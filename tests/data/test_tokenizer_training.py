@@ -49,9 +49,7 @@ def test_vocabulary_too_small_for_the_bytes(size: int) -> None:
 
 @pytest.mark.parametrize("size", [262, 100_000])
 def test_vocabulary_that_does_not_suit_the_text(size: int) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"vocab_size = {size}: must suit the text: SentencePiece says: .*[Vv]ocab"
-    ):
+    with pytest.raises(ConfigError, match=rf"vocab_size = {size}: must suit the text: SentencePiece says: .*[Vv]ocab"):
         train_sentencepiece(training_texts(), vocab_size=size)
 
 
@@ -66,9 +64,9 @@ def test_written_as_a_prefix_or_into_a_folder(model_file: Path, tmp_path: Path) 
     assert write_tokenizer(model, tmp_path / "new" / "small") == tmp_path / "new" / "small.model"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["small.model"]
     assert write_tokenizer(model, f"{tmp_path}/folder/") == tmp_path / "folder" / "tokenizer.model"
-    assert HuggingFaceTokenizer(tmp_path / "folder").encode(TEXTS[0]) == SentencePieceTokenizer(
-        model_file
-    ).encode(TEXTS[0])
+    assert HuggingFaceTokenizer(tmp_path / "folder").encode(TEXTS[0]) == SentencePieceTokenizer(model_file).encode(
+        TEXTS[0]
+    )
 
 
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -81,16 +79,12 @@ def test_texts_of_files(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", ["one", ["two", "three"]], key="body")
     path.write_text(path.read_text() + "\n")
     assert list(texts_of_files([path], "body")) == ["one", "two", "three"]
-    with pytest.raises(
-        CorpusError, match=r"input = '.*a.jsonl:1': every line must be a document: no key 'text'"
-    ):
+    with pytest.raises(CorpusError, match=r"input = '.*a.jsonl:1': every line must be a document: no key 'text'"):
         list(texts_of_files([path], "text"))
 
 
 def test_an_error_of_the_input_is_raised_as_what_it_is(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", training_texts())
     path.write_text(path.read_text() + "{")
-    with pytest.raises(
-        CorpusError, match=r"input = '.*a.jsonl:\d+': every line must be a document: not JSON"
-    ):
+    with pytest.raises(CorpusError, match=r"input = '.*a.jsonl:\d+': every line must be a document: not JSON"):
         train_sentencepiece(texts_of_files([path], "text"), vocab_size=300)

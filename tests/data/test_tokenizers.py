@@ -56,9 +56,7 @@ def test_hugging_face_is_what_transformers_gives(tokenizer_folder: Path) -> None
     assert ours.decode([1, *ours.encode("a"), 2]) == "<s>a</s>"
 
 
-def test_nothing_is_added_cut_or_padded_whatever_the_file_says(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_nothing_is_added_cut_or_padded_whatever_the_file_says(tokenizer_folder: Path, tmp_path: Path) -> None:
     """A tokenizer.json that adds a beginning, cuts at 4 tokens and pads to 8."""
     shutil.copytree(tokenizer_folder, tmp_path / "t")
     backend = Backend.from_file(str(tmp_path / "t" / "tokenizer.json"))
@@ -108,9 +106,7 @@ def test_hugging_face_is_saved_and_loaded_again(tokenizer_folder: Path, tmp_path
 
 def test_paths_that_are_no_hugging_face_tokenizer(tmp_path: Path, model_file: Path) -> None:
     for path in (tmp_path / "missing", tmp_path, "meta-llama/Llama-2-7b"):
-        with pytest.raises(
-            ConfigError, match=r"tokenizer_model = .*must be a local folder with tokenizer.json"
-        ):
+        with pytest.raises(ConfigError, match=r"tokenizer_model = .*must be a local folder with tokenizer.json"):
             HuggingFaceTokenizer(path)
     with pytest.raises(VocabularyError, match=r"must load as a Hugging Face tokenizer \("):
         HuggingFaceTokenizer(model_file)
@@ -186,9 +182,7 @@ def test_vocabularies_that_differ(model_file: Path) -> None:
         r"it is '<unk>' in the model \(500 tokens\) and '0' in the reference \(11 tokens\)"
     )
     with pytest.raises(VocabularyError, match=message):
-        check_same_vocabulary(
-            SentencePieceTokenizer(model_file), NullTokenizer(10), "the model", "the reference"
-        )
+        check_same_vocabulary(SentencePieceTokenizer(model_file), NullTokenizer(10), "the model", "the reference")
     message = r"'id 11': .* it is none in a \(11 tokens\) and '11' in b \(13 tokens\)"
     with pytest.raises(VocabularyError, match=message):
         check_same_vocabulary(NullTokenizer(10), NullTokenizer(12), "a", "b")

@@ -131,7 +131,9 @@ def test_bf16_losses_are_fp32_and_no_worse_than_full_logits() -> None:
     exact = {k: v.detach().double() if v.is_floating_point() else v for k, v in p.items()}
     truth = oracle(**exact, ratio=1.0)[2]
     losses = token_losses(p["hidden_Nd"], p["weight_Vd"], p["label_N"], p["valid_N"])
-    full = torch.nn.functional.cross_entropy((p["hidden_Nd"] @ p["weight_Vd"].t()).float(), p["label_N"], reduction="none")
+    full = torch.nn.functional.cross_entropy(
+        (p["hidden_Nd"] @ p["weight_Vd"].t()).float(), p["label_N"], reduction="none"
+    )
     full = full.masked_fill(~p["valid_N"], 0.0)
     assert losses.dtype == torch.float32
     assert (losses - truth).abs().max() <= (full - truth).abs().max()

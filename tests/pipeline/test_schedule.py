@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -97,7 +98,7 @@ def test_programs_finish(mode: Mode, num_stages: int, num_micro_batches: int, co
 def test_ride_along_runs_the_reference_right_before_the_model() -> None:
     for program in stage_programs("ride-along", 3, 5, Costs()):
         work = [x for x in program if x.kind in CONSUMES]
-        for before, after in zip(work, work[1:], strict=False):
+        for before, after in pairwise(work):
             if after.kind is Kind.FORWARD:
                 assert before == Instruction(Kind.REFERENCE_FORWARD, after.micro_batch)
 

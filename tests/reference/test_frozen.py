@@ -111,7 +111,9 @@ def test_reference_losses_are_transformers(tmp_path: Path) -> None:
     for tokens, labels, losses in seen:
         with torch.no_grad():
             logits = model(torch.from_numpy(tokens)).logits
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).flatten(), reduction="none")
+        expected = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(labels).flatten(), reduction="none"
+        )
         assert np.abs(losses - expected.numpy()).max() < 1e-5
     assert len(seen) == 4
 

@@ -106,8 +106,8 @@ def test_an_error_of_one_rank_ends_all(folder: Path, tmp_path: Path) -> None:
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(bytes(damaged))
+    again = {**values, "train-iters": 4, "load": tmp_path / "run" / "checkpoints"}
     with pytest.raises(WorldError) as failed:
-        again = {**values, "train-iters": 4, "load": tmp_path / "run" / "checkpoints"}
         run_world(command, 2, flags(again))
     assert failed.value.codes == [1, 1]
     for output in failed.value.outputs:

@@ -40,7 +40,9 @@ def test_learning_rates() -> None:
 
 
 def test_metrics_are_quotients_of_sums() -> None:
-    sums = LossSums(kept_loss=12.0, kept_tokens=6, valid_loss=20.0, valid_tokens=10, reference_loss=15.0, kept_excess=3.0)
+    sums = LossSums(
+        kept_loss=12.0, kept_tokens=6, valid_loss=20.0, valid_tokens=10, reference_loss=15.0, kept_excess=3.0
+    )
     result = StepResult(sums=sums, grad_norm=2.0, skipped=False, seconds=1.0)
     values = training_metrics(result, has_reference=True)
     assert values == {
@@ -48,8 +50,14 @@ def test_metrics_are_quotients_of_sums() -> None:
         "excess_all": 0.5, "keep_fraction": 0.6, "kept_tokens": 6, "valid_tokens": 10, "grad_norm": 2.0,
     }  # fmt: skip
     alone = training_metrics(result, has_reference=False)
-    assert {name for name, value in alone.items() if value is None} == {"reference_loss", "excess_selected", "excess_all"}
-    empty = training_metrics(StepResult(sums=LossSums(), grad_norm=float("inf"), skipped=True, seconds=1.0), has_reference=True)
+    assert {name for name, value in alone.items() if value is None} == {
+        "reference_loss",
+        "excess_selected",
+        "excess_all",
+    }
+    empty = training_metrics(
+        StepResult(sums=LossSums(), grad_norm=float("inf"), skipped=True, seconds=1.0), has_reference=True
+    )
     assert empty["loss"] is None
     assert empty["grad_norm"] is None
 
@@ -139,6 +147,8 @@ def test_a_dry_run_prints_the_layout_and_trains_nothing(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
-    values = run_flags(write_corpus(tmp_path / "corpus"), tmp_path / "run", num_layers=1, pipeline_model_parallel_size=2)
+    values = run_flags(
+        write_corpus(tmp_path / "corpus"), tmp_path / "run", num_layers=1, pipeline_model_parallel_size=2
+    )
     with pytest.raises(WorldError, match="at most the number of layers"):
         run_world(command, 2, [*flags(values), "--dry-run"])
