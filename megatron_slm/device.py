@@ -20,6 +20,12 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def select_device() -> None:
+    """Make this process's device the current one, before anything communicates: NCCL takes the current device."""
+    if on_gpu():
+        torch.cuda.set_device(local_device())
+
+
 def communication_backend() -> str:
     """`nccl` on GPUs, `gloo` on the CPU."""
     return "nccl" if on_gpu() else "gloo"

@@ -7,7 +7,7 @@ import warnings
 
 
 def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
-    """Show this package's messages on standard error: rank 0 from `level` on, others from WARNING on.
+    """Show this package's messages on standard error: rank 0 from `level` on, others errors only.
 
     Libraries that talk a lot at start (DeepSpeed, torch's deprecation notices) are turned down to warnings.
     """
@@ -17,7 +17,7 @@ def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.addHandler(handler)
-    logger.setLevel(level if rank == 0 else logging.WARNING)
+    logger.setLevel(level if rank == 0 else logging.ERROR)
     logger.propagate = False
     for library in ("DeepSpeed", "transformers", "torch.distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)

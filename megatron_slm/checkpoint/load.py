@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -40,6 +41,7 @@ class CheckpointSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pieces: dict[str, list[_Piece]] = defaultdict(list)
+        self._open: dict[Path, Any] = {}
         for path in sorted(folder.glob("weights_*.safetensors")):
             file_number = path.stem.partition("_")[2]
             with safe_open(path, framework="pt") as file:
@@ -104,8 +106,9 @@ class CheckpointSource:
     def _tensor(self, piece: _Piece, quantity: Quantity) -> Tensor:
         kind = "weights" if quantity == "weight" else "optimizer"
         path = self.folder / f"{kind}_{piece.file_number}.safetensors"
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(f"{piece.number}.{quantity}")
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_tensor(f"{piece.number}.{quantity}")
 
 
 def restore_rng(folder: Path, manifest: Manifest, rank: int) -> None:

@@ -61,13 +61,18 @@ class Writer:
         temporary = self.folder / f".{folder_name(progress.step)}.tmp"
         error = _attempt(lambda: _fresh_folder(temporary)) if rank == 0 else None
         raise_together(error)
-        error = _attempt(lambda: self._write_rank(temporary, optimizer, rank))
+        entries: dict[str, dict[str, Any]] = {}
+        error = _attempt(lambda: entries.update(self._write_rank(temporary, optimizer, rank)))
         raise_together(error)
-        error = _attempt(lambda: self._commit(temporary, progress)) if rank == 0 else None
+        every_rank: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every_rank, entries)
+        files = {name: entry for one in every_rank for name, entry in one.items()}
+        error = _attempt(lambda: self._commit(temporary, files, progress)) if rank == 0 else None
         raise_together(error)
         return self.folder / folder_name(progress.step)
 
-    def _write_rank(self, folder: Path, optimizer: Any, rank: int) -> None:
+    def _write_rank(self, folder: Path, optimizer: Any, rank: int) -> dict[str, dict[str, Any]]:
+        """Write this rank's files; their lines in the manifest (each rank hashes its own, all at once)."""
         place = self.topology.coordinate(rank)
         owned = [f for f in fragments(optimizer) if _is_ours_to_write(f, place.tensor)]
         _write_fragments(folder / f"weights_{rank:05d}.safetensors", owned, ("weight",))
@@ -77,12 +82,14 @@ class Writer:
         if device_state is not None:
             states["device"] = device_state
         _write_tensors(folder / f"rng_{rank:05d}.safetensors", states, {})
+        return {path.name: file_entry(path) for path in folder.glob(f"*_{rank:05d}.safetensors")}
 
-    def _commit(self, temporary: Path, progress: Progress) -> None:
+    def _commit(self, temporary: Path, files: dict[str, dict[str, Any]], progress: Progress) -> None:
         self.write_config(temporary / "config.yaml")
         if self.extras is not None:
             shutil.copytree(self.extras, temporary / self.extras.name)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        others = (p for p in temporary.rglob("*") if p.is_file() and p.name not in files)
+        files |= {str(path.relative_to(temporary)): file_entry(path) for path in others}
         manifest = Manifest(
             step=progress.step,
             consumed_samples=progress.consumed_samples,
@@ -90,7 +97,7 @@ class Writer:
             architecture=self.architecture,
             layout={"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor},
             tokenizer_fingerprint=self.tokenizer_fingerprint,
-            files={str(path.relative_to(temporary)): file_entry(path) for path in files},
+            files=dict(sorted(files.items())),
             versions=dict(versions()),
         )
         manifest.write(temporary)
@@ -143,7 +150,7 @@ def _write_fragments(path: Path, owned: list[Fragment], quantities: tuple[Quanti
                 continue
             for quantity in quantities:
                 held = fragment.view(quantity)[low - fragment.begin : high - fragment.begin]
-                tensors[f"{len(pieces)}.{quantity}"] = held.clone()
+                tensors[f"{len(pieces)}.{quantity}"] = held
             pieces.append(_describe(part, low - offset, high - offset))
     _write_tensors(path, tensors, {"pieces": json.dumps(pieces)})
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.model.layers import Layers
-from megatron_slm.model.rope import inverse_frequencies, rotate, rotation
+from megatron_slm.model.rope import rotate, rotation
 
 
 class Attention(nn.Module):
@@ -28,7 +28,7 @@ class Attention(nn.Module):
             prefix, arch.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=arch.qkv_bias
         )
         self.o_proj = layers.linear_out(f"{prefix}o_proj", q, arch.hidden_size, bias=arch.attention_output_bias)
-        self.rope = (self.width, arch.rotary_base, arch.rope_scaling)
+        self.rope = (self.width, arch.rotary_base, tuple(sorted(arch.rope_scaling.items())))
 
     def forward(self, x_sbd: Tensor) -> Tensor:
         """[s, b, d] to [s, b, d]."""
@@ -37,9 +37,7 @@ class Attention(nn.Module):
         k_sbgk = k_sbf.unflatten(-1, (self.num_groups, self.width))
         v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
 
-        positions_s = torch.arange(q_sbhk.shape[0], device=x_sbd.device)
-        # computed in fp32 on use: a buffer would be cast to the run's dtype with the weights
-        cos, sin = rotation(positions_s, inverse_frequencies(*self.rope).to(x_sbd.device))
+        cos, sin = rotation(q_sbhk.shape[0], *self.rope, x_sbd.device)
         out_sbhk = causal_attention(rotate(q_sbhk, cos, sin), rotate(k_sbgk, cos, sin), v_sbgk, self.window)
         return self.o_proj(out_sbhk.flatten(-2))
 

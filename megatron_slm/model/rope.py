@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,9 +37,19 @@ def _llama3(speeds: Tensor, scaling: dict[str, Any]) -> Tensor:
     return torch.where(between, mixed, out)
 
 
-def rotation(positions_s: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, fp32 [s, 1, 1, width / 2] each."""
-    angles = torch.outer(positions_s.float(), inverse)[:, None, None]
+@lru_cache(maxsize=8)
+def rotation(
+    length: int, width: int, base: float, scaling: tuple[tuple[str, Any], ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of positions 0 to length - 1, fp32 [s, 1, 1, width / 2] each.
+
+    Kept outside the modules, because a buffer would be cast to the run's dtype with the weights.
+
+    Args:
+        scaling: the items of the scaling's fields (see `inverse_frequencies`), as a tuple that can be hashed.
+    """
+    inverse = inverse_frequencies(width, base, dict(scaling)).to(device)
+    angles = torch.outer(torch.arange(length, device=device).float(), inverse)[:, None, None]
     return angles.cos(), angles.sin()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_slm.device import communication_backend
+from megatron_slm.device import communication_backend, select_device
 from megatron_slm.parallel.topology import Topology
 
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -28,6 +28,7 @@ def init_distributed() -> None:
     if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
         os.environ.setdefault("MASTER_PORT", _free_port())
+    select_device()
     deepspeed.init_distributed(dist_backend=communication_backend(), verbose=False)
 
 

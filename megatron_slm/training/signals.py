@@ -10,7 +10,10 @@ import torch.distributed as dist
 
 
 class StopRequest:
-    """Set by SIGTERM and SIGINT; agreed on by all ranks once a step, so that they stop after the same one."""
+    """Set by SIGTERM and SIGINT; agreed on by all ranks once a step, so that they stop after the same one.
+
+    A second signal of the same kind ends the process at once, as it would without this.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._asked = device, False
@@ -19,6 +22,7 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective over the world."""
