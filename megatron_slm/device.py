@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 
@@ -42,6 +43,12 @@ def set_device_rng_state(state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state)
 
 
+@cache
+def flash_attention_installed() -> bool:
+    """Whether the package flash-attn is there (it runs on GPUs only)."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
 def backends_found() -> dict[str, str]:
     """What this process will compute with, for the line at start and the dry run.
 
@@ -56,7 +63,7 @@ def backends_found() -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "communication": communication_backend(),
-        "attention": "flash-attn" if cuda and has("flash_attn") else "scaled_dot_product_attention",
+        "attention": "flash-attn" if cuda and flash_attention_installed() else "scaled_dot_product_attention",
         "optimizer": "apex FusedAdam" if cuda and has("apex") else "torch AdamW",
         "triton": "found" if has("triton") else "not found",
     }

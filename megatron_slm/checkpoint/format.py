@@ -1,7 +1,7 @@
 """The folder of a checkpoint: its files, its manifest, and how one is found that is complete.
 
     SAVE/step_00000100/
-        manifest.json              every file's size and sha256, layout, architecture, data state, versions
+        manifest.json              every file's size and sha256, step, samples consumed, architecture, versions
         config.yaml                the run's resolved configuration
         weights_00003.safetensors  the fp32 weights that rank 3 owns, by logical tensor
         optimizer_00003.safetensors  Adam's moments of the same
@@ -44,6 +44,8 @@ class Manifest:
     architecture: Architecture
     layout: dict[str, int]
     tokenizer_fingerprint: str | None
+    sample_order: str | None
+    """Fingerprint of the order in which the corpus is read; None where no data was read (an imported model)."""
     files: dict[str, dict[str, Any]]
     """Size in bytes and sha256 of every other file."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -111,6 +113,12 @@ def verify_files(folder: Path, manifest: Manifest, *, checksums: bool = True) ->
             raise CheckpointError(str(path), "content", "has the checksum of the manifest", "load another checkpoint")
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest step first."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in inside if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).exists())
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint at `path`, or the newest complete one in it.
 
@@ -120,11 +128,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / MANIFEST).exists():
         return path
-    found = sorted(
-        folder
-        for folder in (path.iterdir() if path.is_dir() else ())
-        if re.fullmatch(r"step_\d+", folder.name) and (folder / MANIFEST).exists()
-    )
+    found = complete_checkpoints(path)
     if not found:
         raise CheckpointError(
             "--load",

@@ -119,7 +119,8 @@ def _prepare_state(fragment: Fragment, optimizer: Any, adam_step: int) -> None:
     for quantity in ("exp_avg", "exp_avg_sq"):
         if quantity not in fragment.state:
             fragment.state[quantity] = torch.zeros_like(fragment.flat.detach())
-    fragment.state["step"] = torch.tensor(float(adam_step))
+    fused = any(group.get("fused") for group in optimizer.optimizer.param_groups)  # its kernel reads the step there
+    fragment.state["step"] = torch.tensor(float(adam_step), device=fragment.flat.device if fused else "cpu")
     for group in optimizer.optimizer.param_groups:
         if "step" in group:  # apex FusedAdam counts per group
             group["step"] = adam_step

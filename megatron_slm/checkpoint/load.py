@@ -42,6 +42,7 @@ class CheckpointSource:
         self.folder = folder
         self._pieces: dict[str, list[_Piece]] = defaultdict(list)
         self._open: dict[Path, Any] = {}
+        self._last: tuple[str, Quantity, Tensor] | None = None
         for path in sorted(folder.glob("weights_*.safetensors")):
             file_number = path.stem.partition("_")[2]
             with safe_open(path, framework="pt") as file:
@@ -75,7 +76,9 @@ class CheckpointSource:
         alike = [piece for piece in pieces if piece.part == part]
         if alike:
             return self._gather(quantity, alike, begin, end)
-        return slice_of(self.whole(part.name, quantity), part, begin, end)
+        if self._last is None or self._last[:2] != (part.name, quantity):
+            self._last = (part.name, quantity, self.whole(part.name, quantity))
+        return slice_of(self._last[2], part, begin, end)
 
     def whole(self, name: str, quantity: Quantity = "weight") -> Tensor:
         """A whole logical tensor, fp32."""

@@ -5,23 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_slm.checkpoint.format import Manifest, file_entry, folder_name, sync_folder, versions, write_durably
+from megatron_slm.checkpoint.format import (
+    Manifest,
+    complete_checkpoints,
+    file_entry,
+    folder_name,
+    sync_folder,
+    versions,
+    write_durably,
+)
 from megatron_slm.checkpoint.fragments import Fragment, fragments
 from megatron_slm.checkpoint.weights import Quantity
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import device_rng_state
-from megatron_slm.errors import CheckpointError, SlmError
-from megatron_slm.parallel.collectives import raise_together
+from megatron_slm.errors import CheckpointError
+from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.shards import Part, parts_with_offsets
 from megatron_slm.parallel.topology import Topology
 
@@ -43,6 +53,8 @@ class Writer:
     topology: Topology
     architecture: Architecture
     tokenizer_fingerprint: str | None
+    sample_order: str
+    """Fingerprint of the order in which the run reads its corpus."""
     extras: Path | None
     """A folder whose content goes into every checkpoint (the tokenizer), under the folder's name."""
     write_config: Callable[[Path], None]
@@ -59,24 +71,51 @@ class Writer:
         """
         rank = dist.get_rank()
         temporary = self.folder / f".{folder_name(progress.step)}.tmp"
-        error = _attempt(lambda: _fresh_folder(temporary)) if rank == 0 else None
-        raise_together(error)
+        with together(), _write_errors():
+            if rank == 0:
+                self._clear_leftovers()
+                temporary.mkdir(parents=True)
         entries: dict[str, dict[str, Any]] = {}
-        error = _attempt(lambda: entries.update(self._write_rank(temporary, optimizer, rank)))
-        raise_together(error)
+        with together(), _write_errors():
+            entries = self._write_rank(temporary, optimizer, rank, with_moments=progress.adam_step > 0)
         every_rank: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(every_rank, entries)
-        files = {name: entry for one in every_rank for name, entry in one.items()}
-        error = _attempt(lambda: self._commit(temporary, files, progress)) if rank == 0 else None
-        raise_together(error)
+        with together(), _write_errors():
+            if rank == 0:
+                files = {name: entry for one in every_rank for name, entry in one.items()}
+                self._commit(temporary, files, progress)
         return self.folder / folder_name(progress.step)
 
-    def _write_rank(self, folder: Path, optimizer: Any, rank: int) -> dict[str, dict[str, Any]]:
+    def check(self, start: int) -> None:
+        """Make sure, before the first step, that this run can write here and will not mix with another one's.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or holds checkpoints of steps beyond `start`.
+        """
+        with _write_errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".writable").touch()
+            (self.folder / ".writable").unlink()
+        beyond = [path.name for path in complete_checkpoints(self.folder) if path.name > folder_name(start)]
+        if beyond:
+            raise CheckpointError(
+                "--save",
+                str(self.folder),
+                f"holds no checkpoint beyond the step the run starts from ({start}), but {beyond[-1]} is there",
+                "resume from it with --load, choose another folder, or remove it",
+            )
+
+    def _clear_leftovers(self) -> None:
+        for leftover in self.folder.glob(".step_*.tmp"):  # of saves that were killed
+            shutil.rmtree(leftover)
+
+    def _write_rank(self, folder: Path, optimizer: Any, rank: int, *, with_moments: bool) -> dict[str, dict[str, Any]]:
         """Write this rank's files; their lines in the manifest (each rank hashes its own, all at once)."""
         place = self.topology.coordinate(rank)
         owned = [f for f in fragments(optimizer) if _is_ours_to_write(f, place.tensor)]
         _write_fragments(folder / f"weights_{rank:05d}.safetensors", owned, ("weight",))
-        _write_fragments(folder / f"optimizer_{rank:05d}.safetensors", owned, ("exp_avg", "exp_avg_sq"))
+        if with_moments:  # Adam makes them at its first step
+            _write_fragments(folder / f"optimizer_{rank:05d}.safetensors", owned, ("exp_avg", "exp_avg_sq"))
         states = {"cpu": torch.get_rng_state()}
         device_state = device_rng_state()
         if device_state is not None:
@@ -97,38 +136,28 @@ class Writer:
             architecture=self.architecture,
             layout={"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor},
             tokenizer_fingerprint=self.tokenizer_fingerprint,
+            sample_order=self.sample_order,
             files=dict(sorted(files.items())),
             versions=dict(versions()),
         )
         manifest.write(temporary)
-        final = self.folder / folder_name(progress.step)
-        replaced = self.folder / f".{final.name}.replaced"
-        if final.exists():  # the same step again: a rename cannot replace a folder that is not empty
-            os.rename(final, replaced)
-        os.rename(temporary, final)
+        os.rename(temporary, self.folder / folder_name(progress.step))
         sync_folder(self.folder)
-        write_durably(self.folder / "latest", final.name.encode())
-        shutil.rmtree(replaced, ignore_errors=True)
+        write_durably(self.folder / "latest", folder_name(progress.step).encode())
 
 
-def _attempt(action: Callable[[], None]) -> SlmError | None:
+@contextmanager
+def _write_errors() -> Iterator[None]:
     try:
-        action()
-    except SlmError as error:
-        return error
-    except OSError as error:
-        return CheckpointError(
+        yield
+    except (OSError, SafetensorError) as error:
+        where = getattr(error, "filename", None) or "checkpoint"
+        raise CheckpointError(
             "--save",
-            error.filename or "checkpoint",
-            f"can be written ({error.strerror})",
+            str(where),
+            f"can be written ({getattr(error, 'strerror', None) or error})",
             "free or choose another disk; earlier checkpoints are unharmed",
-        )
-    return None
-
-
-def _fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed save left
-    folder.mkdir(parents=True)
+        ) from error
 
 
 def _is_ours_to_write(fragment: Fragment, tensor_rank: int) -> bool:

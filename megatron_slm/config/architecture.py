@@ -7,6 +7,13 @@ from typing import Any
 
 from megatron_slm.errors import LayoutError
 
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""The scalings of RoPE that are known, and the numbers each needs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -70,13 +77,19 @@ class Architecture:
         if self.kv_channels % 2:
             raise LayoutError("kv_channels", self.kv_channels, "is even (RoPE turns pairs)", "use an even head width")
         rope_type = self.rope_scaling.get("rope_type", "default")
-        if rope_type not in ("default", "linear", "llama3"):
+        if rope_type not in _ROPE_FIELDS:
             raise LayoutError(
                 "rope_scaling.rope_type",
                 rope_type,
                 "is one of default, linear, llama3",
                 "use a checkpoint with one of these",
             )
+        for name in _ROPE_FIELDS[rope_type]:
+            value = self.rope_scaling.get(name)
+            if not isinstance(value, int | float) or value <= 0:
+                raise LayoutError(
+                    f"rope_scaling.{name}", value, f"is a positive number with rope_type {rope_type}", "give it"
+                )
 
     @property
     def num_parameters(self) -> int:

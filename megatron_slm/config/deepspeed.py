@@ -6,6 +6,7 @@ or leaves them out; anything else has to agree, or the run ends before it starts
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,15 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def check_zero(stage: int, run: RunConfig) -> None:
-    """Refuse ZeRO stages that DeepSpeed trains wrongly or cannot combine.
+def check(user: dict[str, Any], run: RunConfig) -> None:
+    """Refuse settings that DeepSpeed would read past, trains wrongly with, or cannot combine.
 
     Raises:
-        ConfigError: stage 0 (clips by wrong norms under pipelines, accumulates in bf16), or 2 or 3 with stages.
+        ConfigError: unknown or refused names; ZeRO stage 0 (clips by wrong norms under pipelines, accumulates in
+            bf16), or 2 or 3 with more than one pipeline stage.
     """
-    field = "zero_optimization.stage"
+    _check_sections(user)
+    stage, field = zero_stage(user), "zero_optimization.stage"
     if stage not in (1, 2, 3):
         raise ConfigError(
             field,
@@ -72,23 +75,79 @@ def resolve(user: dict[str, Any], run: RunConfig, *, data_parallel_size: int, nu
     Raises:
         ConfigError: the user's JSON contradicts the run's configuration, or asks for what does not work.
     """
-    check_zero(zero_stage(user), run)
+    check(user, run)
     merged = json.loads(json.dumps(user))
-    for path, value in _decided(run, data_parallel_size, num_micro_batches, zero_stage(user)).items():
+    for path, value in _decided(run, data_parallel_size, num_micro_batches).items():
         _fill(merged, path.split("."), value, path)
-    for name in ("optimizer", "scheduler", "fp16"):
-        section = merged.get(name)
-        if section and not (name == "fp16" and section.get("enabled") is False):
-            raise ConfigError(
-                f"DeepSpeed JSON: {name}",
-                section,
-                "is left out (it is set by flags such as --lr, --bf16)",
-                "remove it from the JSON",
-            )
+    _refuse_leftover_auto(merged, "")
     return merged
 
 
-def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int, stage: int) -> dict[str, Any]:
+_SECTIONS = (
+    "bf16",
+    "zero_optimization",
+    "pipeline",
+    "data_types",
+    "comms_logger",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "activation_checkpointing",
+    "aio",
+)
+_VALUES = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "communication_data_type",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "memory_breakdown",
+)
+_REFUSED = {
+    "optimizer": "it is set by flags such as --lr",
+    "scheduler": "it is set by --lr-decay-style",
+    "fp16": "use --bf16, or fp32",
+    "flops_profiler": "it crashes DeepSpeed's pipeline engine with more than one stage",
+}
+
+
+def _check_sections(user: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would read past, or what does not work here.
+
+    Raises:
+        ConfigError: a name that is unknown or refused, or a section that is not an object.
+    """
+    for name, value in user.items():
+        if name in _REFUSED and value not in (None, {}, {"enabled": False}):
+            raise ConfigError(f"DeepSpeed JSON: {name}", value, f"is left out ({_REFUSED[name]})", "remove it")
+        if name not in (*_SECTIONS, *_VALUES, *_REFUSED):
+            near = difflib.get_close_matches(name, (*_SECTIONS, *_VALUES), n=1)
+            hint = f"did you mean {near[0]}?" if near else "see the files in ds_configs/"
+            raise ConfigError("DeepSpeed JSON", name, "is a setting this system passes on", hint)
+        if name in _SECTIONS and not isinstance(value, dict):
+            raise ConfigError(f"DeepSpeed JSON: {name}", value, "is an object", "see the files in ds_configs/")
+    zero = user.get("zero_optimization", {})
+    if not isinstance(zero.get("stage", 0), int):
+        raise ConfigError("zero_optimization.stage", zero["stage"], "is 1, 2 or 3", "use ds_configs/zero1.json")
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device", "none") != "none":
+            raise ConfigError(f"zero_optimization.{name}", zero[name], "is left out (not supported)", "remove it")
+
+
+def _refuse_leftover_auto(value: Any, name: str) -> None:
+    if value == "auto":
+        raise ConfigError(
+            f"DeepSpeed JSON: {name}", value, "is a setting the run's configuration fills", "give a value"
+        )
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_leftover_auto(inner, f"{name}.{key}".lstrip("."))
+
+
+def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int) -> dict[str, Any]:
     batch = run.training.micro_batch_size
     decided: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch,
@@ -105,7 +164,7 @@ def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int, st
         "pipeline.activation_checkpoint_interval": 1 if run.parallel.recompute_granularity == "full" else 0,
     }
     if run.training.bf16:
-        decided["data_types.grad_accum_dtype"] = "fp32" if stage == 1 else None
+        decided["data_types.grad_accum_dtype"] = "fp32"
         decided["bf16.check_grad_overflow"] = True
     return decided
 
@@ -123,5 +182,3 @@ def _fill(config: dict[str, Any], path: list[str], value: Any, name: str) -> Non
             'write "auto" there, or leave it out',
         )
     config[last] = value
-    if value is None:
-        del config[last]

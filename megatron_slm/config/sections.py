@@ -1,7 +1,7 @@
 """The sections of a run's configuration. Field names are Megatron-LM's flag names where it has the flag.
 
 `__post_init__` checks what a section can know alone and does no input or output; what needs files or the
-world is checked in `training/build.py`, before the first step.
+world is checked in `training/plan.py`, before the first step.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class ParallelConfig:
     recompute_granularity: Literal["full"] | None = None
     """`full` recomputes each block in the backward pass instead of keeping its activations."""
     deepspeed_config: str | None = None
-    """DeepSpeed JSON: ZeRO stage, offload, communication (default: ds_configs/zero1.json's content)."""
+    """DeepSpeed JSON: ZeRO stage and its buckets, communication (default: ds_configs/zero1.json's content)."""
 
     def __post_init__(self) -> None:
         _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -111,7 +111,8 @@ class DataConfig:
     data_path: list[str] = field(default_factory=list)
     """Prefix of the training corpus (PREFIX.bin and PREFIX.idx)."""
     split: str = "1,0,0"
-    """Shares of --data-path for training, validation and test, as Megatron cuts them (969,30,1)."""
+    """Shares of --data-path for training, validation (a held-out set named valid) and test (left unread), as
+    Megatron cuts them (969,30,1)."""
     valid_data_path: list[str] = field(default_factory=list)
     """Held-out corpora, each PREFIX or NAME=PREFIX; each is evaluated whole under its name."""
     tokenizer_type: str = "HuggingFaceTokenizer"
@@ -245,14 +246,22 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     save: str | None = None
-    """Folder for checkpoints; default: RUN_DIR/checkpoints when --save-interval is given."""
+    """Folder for checkpoints (default with --save-interval: RUN_DIR/checkpoints); one is written at the end."""
     save_interval: int | None = None
     """Save every this many steps, and at the end."""
     load: str | None = None
     """Resume from the newest complete checkpoint in this folder (or from this checkpoint)."""
+    accept_new_sample_order: bool = False
+    """Resume although the corpus would be read in another order (other corpus, --seed, --split, --seq-length, or
+    a length of run that draws another number of epochs); samples may then repeat or be left out."""
 
     def __post_init__(self) -> None:
         _positive(self, "save_interval")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the run writes checkpoints at all."""
+        return self.save is not None or self.save_interval is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,7 @@ def import_folder(hf: str, output: str) -> Path:
         architecture=model.architecture,
         layout={"pipeline": 1, "data": 1, "tensor": 1},
         tokenizer_fingerprint=fingerprint,
+        sample_order=None,
         files={str(path.relative_to(temporary)): file_entry(path) for path in files},
         versions=dict(versions()),
     ).write(temporary)

@@ -19,8 +19,9 @@ def num_global_batches(num_samples: int, global_batch_size: int) -> int:
 class MicroBatchSource:
     """The micro-batches of one data-parallel rank, at random access.
 
-    Positions beyond the last sample give samples without a valid label, so that a held-out set is read whole
-    and each of its samples counts once, whatever the batch size and the number of ranks.
+    With `pads_at_end`, positions beyond the last sample give samples without a valid label, so that a held-out
+    set is read whole and each of its samples counts once, whatever the batch size and the number of ranks.
+    Without it, reading beyond the end is an error: training never goes on with padding.
 
     Args:
         samples: what to load from.
@@ -33,6 +34,7 @@ class MicroBatchSource:
             `--eod-mask-loss`: the first token of a document cannot be told from the one before).
 
     Raises:
+        IndexError: (when read) there is no such sample, and the end is not padded.
         ConfigError: `eod_mask_loss` without an `eod_id`, or a size out of range.
     """
 
@@ -46,6 +48,7 @@ class MicroBatchSource:
         vocab_size: int,
         eod_id: int | None = None,
         eod_mask_loss: bool = False,
+        pads_at_end: bool = False,
     ) -> None:
         if eod_mask_loss and eod_id is None:
             raise ConfigError("eod_mask_loss", True, "needs an end-of-document token", "use a tokenizer with one")
@@ -53,6 +56,7 @@ class MicroBatchSource:
             if value < 1:
                 raise ConfigError(field, value, "must be at least 1", "give a larger one")
         self.samples = samples
+        self._pads_at_end = pads_at_end
         self._micro_batch_size = micro_batch_size
         self._rank = data_parallel_rank
         self._num_ranks = data_parallel_size
@@ -82,7 +86,7 @@ class MicroBatchSource:
 
     def _sample(self, index: int) -> Sample:
         length = self.samples.sequence_length
-        if index >= len(self.samples):
+        if self._pads_at_end and index >= len(self.samples):
             return Sample(np.full(length + 1, PADDING_ID, np.int64), np.zeros(length, np.bool_))
         sample = self.samples[index]
         lowest, highest = int(sample.tokens.min()), int(sample.tokens.max())

@@ -9,8 +9,10 @@ here is a *sequence* of the corpus.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -94,8 +96,6 @@ class PackedSamples:
 
     Attributes:
         num_epochs: E.
-        document_index: the sequence at every place of the shuffled stream, int32 [E * (stop - start)].
-        shuffle_index: sample k of the order is sample shuffle_index[k] of the stream, uint32 [len].
 
     Raises:
         ConfigError: a number is out of range.
@@ -125,13 +125,43 @@ class PackedSamples:
         wanted = 1 if num_samples is None else num_samples * sequence_length + 1
         self.num_epochs = max(1, -(-wanted // self.tokens_per_epoch))
         self._num_samples = (self.num_epochs * self.tokens_per_epoch - 1) // sequence_length
-        first_part = self._samples_shuffled_first(num_samples)
+        self._first_part = self._samples_shuffled_first(num_samples)
+        self._documents, self._seed = (start, stop), seed
+
+    @cached_property
+    def _indices(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Document index, shuffle index and the stream's document ends: made on first use, since middle pipeline
+        stages never read a sample."""
         # One state for both shuffles, in this order: Megatron's order depends on it.
-        state = np.random.RandomState(seed)
-        documents = np.arange(start, stop, dtype=np.int32)
-        self.document_index = _document_index(documents, self.num_epochs, first_part < self._num_samples, state)
-        self.shuffle_index = _shuffle_index(first_part, self._num_samples, state)
-        self._ends = np.cumsum(corpus.sequence_lengths[self.document_index], dtype=np.int64)
+        state = np.random.RandomState(self._seed)
+        documents = np.arange(*self._documents, dtype=np.int32)
+        separate = self._first_part < self._num_samples
+        document_index = _document_index(documents, self.num_epochs, separate, state)
+        shuffle_index = _shuffle_index(self._first_part, self._num_samples, state)
+        ends = np.cumsum(self.corpus.sequence_lengths[document_index], dtype=np.int64)
+        return document_index, shuffle_index, ends
+
+    @property
+    def document_index(self) -> npt.NDArray[np.int32]:
+        """The sequence at every place of the shuffled stream, int32 [E * (stop - start)]."""
+        return self._indices[0]
+
+    @property
+    def shuffle_index(self) -> npt.NDArray[Any]:
+        """Sample k of the order is sample shuffle_index[k] of the stream, uint32 [len]."""
+        return self._indices[1]
+
+    @property
+    def order_fingerprint(self) -> str:
+        """The same for two objects that give the same samples in the same order, else another (SHA-256).
+
+        Everything that the order is made from goes into it; lengths stand for the corpus' content.
+        """
+        start, stop = self._documents
+        made_from = (start, stop, self.sequence_length, self.num_epochs, self._first_part, self._seed)
+        digest = hashlib.sha256(repr(made_from).encode())
+        digest.update(np.ascontiguousarray(self.corpus.sequence_lengths[start:stop]).tobytes())
+        return digest.hexdigest()
 
     @property
     def name(self) -> str:
@@ -151,7 +181,8 @@ class PackedSamples:
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self.name}, which has {self._num_samples}")
         position = int(self.shuffle_index[index]) * self.sequence_length
-        tokens = _read_stream(self.corpus, self.document_index, self._ends, position, self.sequence_length + 1)
+        document_index, _, ends = self._indices
+        tokens = _read_stream(self.corpus, document_index, ends, position, self.sequence_length + 1)
         return Sample(tokens, np.ones(self.sequence_length, dtype=np.bool_))
 
     def _samples_shuffled_first(self, num_samples: int | None) -> int:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.device import flash_attention_installed
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.rope import rotate, rotation
 
@@ -49,6 +50,8 @@ def causal_attention(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int
         window: positions seen, the own one included; None for all.
     """
     length = q_sbhk.shape[0]
+    if _flash_attention_takes(q_sbhk):
+        return _flash_attention(q_sbhk, k_sbgk, v_sbgk, window)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_sbhk, k_sbgk, v_sbgk))
     grouped = q.shape[1] != k.shape[1]
     if window is None or window >= length:
@@ -58,3 +61,17 @@ def causal_attention(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int
         seen = (distance >= 0) & (distance < window)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
+
+
+def _flash_attention_takes(q_sbhk: Tensor) -> bool:
+    return q_sbhk.is_cuda and q_sbhk.dtype in (torch.bfloat16, torch.float16) and flash_attention_installed()
+
+
+def _flash_attention(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
+    """The same through flash-attn's kernel, which takes grouped heads and windows as they are."""
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    q, k, v = (t.transpose(0, 1) for t in (q_sbhk, k_sbgk, v_sbgk))
+    # its window counts the positions to the left of one's own
+    out = flash_attn_func(q, k, v, causal=True, window_size=(-1 if window is None else window - 1, 0))
+    return out.transpose(0, 1)

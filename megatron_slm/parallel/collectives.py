@@ -12,6 +12,8 @@ Each pair is the other's transpose (Megatron-LM, `core/tensor_parallel/mappings.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,13 +118,20 @@ def leave_parallel(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
     return scatter_sequence_sum(x_sbd, tp) if tp.sequence_parallel else reduce_from_tensor_parallel(x_sbd, tp)
 
 
-def raise_together(error: SlmError | None) -> None:
-    """Raise on every rank as soon as any rank has an error, so that none waits for one that is gone.
+@contextmanager
+def together() -> Iterator[None]:
+    """What any rank raises inside is raised on every rank, so that none waits for one that is gone.
 
-    Collective over the world. A rank that has no error of its own raises the first one of the others.
+    Collective over the world at its end; nothing inside may communicate. A rank without an error of its own
+    raises the first one of the others.
     """
+    mine: SlmError | None = None
+    try:
+        yield
+    except SlmError as error:
+        mine = error
     errors: list[SlmError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for found in [error, *errors]:
+    dist.all_gather_object(errors, mine)
+    for found in [mine, *errors]:
         if found is not None:
             raise found

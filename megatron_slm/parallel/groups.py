@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_slm.device import communication_backend, select_device
+from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.topology import Topology
 
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -20,12 +21,23 @@ def init_distributed() -> None:
     DeepSpeed would first compile a shared-memory collective for the CPU: a minute of work that needs a
     compiler, and that waits for ever on the lock of a killed build. Its only user is one collective that
     is not used here, so the build is switched off.
+
+    Raises:
+        ConfigError: an MPI or Slurm launcher started several processes without saying which one this is.
     """
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
     if "RANK" not in os.environ:
+        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if int(os.environ.get(name, "1")) > 1:
+                raise ConfigError(
+                    name,
+                    os.environ[name],
+                    "is 1 without RANK and WORLD_SIZE (each process would train alone)",
+                    "start with `deepspeed` or `torchrun`, or set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR",
+                )
         os.environ.update(SINGLE_PROCESS)
         os.environ.setdefault("MASTER_PORT", _free_port())
     select_device()

@@ -167,7 +167,3 @@ class ParallelLayers:
         Each rank then sees only its own positions, so the weight's gradient is summed over the ranks.
         """
         return copy_to_tensor_parallel(weight, self.tp) if self.tp.sequence_parallel else weight
-
-    def on_head_shard(self, weight: Tensor) -> Tensor:
-        """A replicated weight as it is used on this rank's heads alone: its gradient is summed over the ranks."""
-        return copy_to_tensor_parallel(weight, self.tp)

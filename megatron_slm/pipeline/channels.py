@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum
 from itertools import pairwise
 from typing import Any
@@ -69,19 +70,21 @@ class Channels:
     once at start, because communicators are made on first use and that first use blocks.
     """
 
-    def __init__(self, topology: Topology, rank: int, device: torch.device) -> None:
+    def __init__(self, topology: Topology, rank: int, device: torch.device, lanes: Sequence[Lane]) -> None:
         self.next: dict[Lane, Channel] = {}
         self.previous: dict[Lane, Channel] = {}
         for pipeline in topology.pipeline_groups():
             for low, high in pairwise(pipeline):
-                for lane in Lane:
+                for lane in lanes:
                     group = dist.new_group([low, high])
                     if rank == low:
                         self.next[lane] = Channel(group, high)
-                        dist.send(torch.zeros(1, device=device), high, group=group)
                     elif rank == high:
                         self.previous[lane] = Channel(group, low)
-                        dist.recv(torch.zeros(1, device=device), low, group=group)
+        for channel in self.previous.values():
+            dist.recv(torch.zeros(1, device=device), channel.peer, group=channel.group)
+        for channel in self.next.values():
+            dist.send(torch.zeros(1, device=device), channel.peer, group=channel.group)
 
     def flush(self) -> None:
         """Wait until everything sent has left."""

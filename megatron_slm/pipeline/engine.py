@@ -49,9 +49,13 @@ class SelectiveEngine(PipelineEngine):
     """
 
     def attach(self, context: StageContext) -> None:
-        """Give the engine its reference, objective and channels. Collective over the world."""
-        self.__dict__["context"] = context  # not through Module.__setattr__: the reference must stay outside
-        self._channels = Channels(context.topology, self.global_rank, self.device)
+        """Give the engine its reference, objective and channels. Collective over the world.
+
+        The context is a plain object, so the reference in it does not become a submodule of the engine.
+        """
+        self.context = context
+        lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
+        self._channels = Channels(context.topology, self.global_rank, self.device, lanes)
         self._batches: dict[int, MicroBatch] = {}
         self._reference_in: dict[int, Tensor] = {}
         self._reference_loss: dict[int, Tensor] = {}
@@ -167,7 +171,6 @@ class SelectiveEngine(PipelineEngine):
 
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step."""
-        self._channels.flush()
         self._sums = sum_over_world(self._sums, self.device)
         # ZeRO averages over data-parallel ranks; the sum over them is what is divided
         factor = self.context.topology.data / max(self._sums.kept_tokens, 1.0)

@@ -13,7 +13,7 @@ def num_kept(num_valid: int, keep_ratio: float) -> int:
 
     The product is rounded to 9 decimals first, so that 0.6 of 5 is 3 and not the ceiling of 3.0000000000000004.
     """
-    return math.ceil(round(keep_ratio * num_valid, 9))
+    return max(min(num_valid, 1), math.ceil(round(keep_ratio * num_valid, 9)))
 
 
 def top_share(score_N: Tensor, valid_N: Tensor, keep_ratio: float) -> Tensor:

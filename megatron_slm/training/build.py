@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from megatron_slm.config.load import write_yaml
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.packing import Samples
 from megatron_slm.device import local_device
-from megatron_slm.errors import SlmError
+from megatron_slm.errors import ConfigError
 from megatron_slm.loss.objective import Objective, Observer
-from megatron_slm.parallel.collectives import raise_together
+from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import TensorParallel, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.pipeline.engine import StageContext, pipeline_engine
@@ -62,6 +64,7 @@ class Run:
 
 def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     """Build everything a run needs on this rank. Collective over the world."""
+    writer = _writer(plan)
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
     tp = tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
@@ -75,9 +78,9 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     return Run(
         plan=plan,
         trainer=trainer,
-        train_source=_source(plan, plan.train_samples),
+        train_source=_source(plan, plan.train_samples, pads_at_end=False),
         held_out=_held_out(plan),
-        writer=_writer(plan),
+        writer=writer,
         position=position,
     )
 
@@ -86,14 +89,11 @@ def _build_reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
     if plan.reference is None:
         return None
     stage = plan.topology.coordinate(dist.get_rank()).pipeline
-    reference = FrozenStage(plan.reference.architecture, layers, stage=stage, num_stages=plan.topology.pipeline)
-    error: SlmError | None = None
-    try:
+    with _parameters_in(plan.dtype), local_device():  # at once in its final dtype and place
+        reference = FrozenStage(plan.reference.architecture, layers, stage=stage, num_stages=plan.topology.pipeline)
+    with together():
         fill_module(reference, plan.reference.source)
-    except SlmError as found:
-        error = found
-    raise_together(error)
-    return reference.to(device=local_device(), dtype=plan.dtype)
+    return reference
 
 
 def _pipeline_trainer(
@@ -140,26 +140,23 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
     elif plan.init is not None:
         source = plan.init.source
-    error: SlmError | None = None
-    try:
+    with together():
         fill_optimizer(optimizer, source, adam_step=adam_step)
         if plan.resume is not None:
             restore_rng(plan.resume.folder, plan.resume.manifest, dist.get_rank())
-    except SlmError as found:
-        error = found
-    raise_together(error)
     return position
 
 
-def _source(plan: Plan, samples: Samples) -> MicroBatchSource:
+def _source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> MicroBatchSource:
     return MicroBatchSource(
         samples,
         micro_batch_size=plan.config.training.micro_batch_size,
         data_parallel_rank=plan.topology.coordinate(dist.get_rank()).data,
         data_parallel_size=plan.topology.data,
-        vocab_size=plan.architecture.vocab_size,
+        vocab_size=plan.num_tokens,
         eod_id=plan.tokenizer.eod_id,
         eod_mask_loss=plan.config.data.eod_mask_loss,
+        pads_at_end=pads_at_end,
     )
 
 
@@ -169,25 +166,46 @@ def _held_out(plan: Plan) -> list[HeldOutSet]:
         count = num_global_batches(len(samples), plan.global_batch_size)
         if plan.config.logging.eval_iters is not None:
             count = min(count, plan.config.logging.eval_iters)
-        sets.append(HeldOutSet(name=name, source=_source(plan, samples), num_global_batches=count))
+        sets.append(HeldOutSet(name=name, source=_source(plan, samples, pads_at_end=True), num_global_batches=count))
     return sets
 
 
 def _writer(plan: Plan) -> Writer:
     run_dir = Path(plan.config.logging.run_dir)
     tokenizer = None if plan.config.data.tokenizer_type == "NullTokenizer" else run_dir / "tokenizer"
-    error: SlmError | None = None
-    if tokenizer is not None and dist.get_rank() == 0:
-        try:  # now, and not at the first save: a tokenizer without a Hugging Face form ends the run at its start
-            plan.tokenizer.save_pretrained(tokenizer)
-        except SlmError as found:
-            error = found
-    raise_together(error)
-    return Writer(
+    writer = Writer(
         folder=Path(plan.config.checkpoint.save or run_dir / "checkpoints"),
         topology=plan.topology,
         architecture=plan.architecture,
         tokenizer_fingerprint=plan.tokenizer.fingerprint(),
+        sample_order=plan.train_samples.order_fingerprint,
         extras=tokenizer,
         write_config=lambda path: write_yaml(plan.config, path),
     )
+    with together():
+        if dist.get_rank() == 0:
+            _prepare_run_dir(run_dir)
+            if tokenizer is not None:  # now, and not at the first save: it may have no Hugging Face form
+                plan.tokenizer.save_pretrained(tokenizer)
+            if plan.config.checkpoint.enabled:
+                writer.check(plan.resume.manifest.step if plan.resume else 0)
+    return writer
+
+
+def _prepare_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "--run-dir", str(run_dir), f"is a folder that can be made ({error.strerror})", "choose another"
+        ) from error
+
+
+@contextmanager
+def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

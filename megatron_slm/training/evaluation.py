@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_slm.data.loader import MicroBatchSource
+from megatron_slm.loss.objective import LossSums
 from megatron_slm.training.metrics import evaluation_loss
 from megatron_slm.training.step import Trainer
 
@@ -18,12 +20,13 @@ class HeldOutSet:
     num_global_batches: int
 
 
-def evaluate(trainer: Trainer, held_out: HeldOutSet, *, global_batch_size: int, num_micro_batches: int) -> float:
-    """Mean loss in nats over the set's valid tokens, each counted once at any layout. Collective."""
+def evaluate(trainer: Trainer, held_out: HeldOutSet, *, global_batch_size: int, num_micro_batches: int) -> float | None:
+    """Mean loss in nats over the set's valid tokens, each counted once at any layout; None where not finite.
 
-    def micro_batch(i: int):  # type: ignore[no-untyped-def]
-        batch, j = divmod(i, num_micro_batches)
-        return held_out.source.micro_batch(batch * global_batch_size, j)
-
-    total = held_out.num_global_batches * num_micro_batches
-    return evaluation_loss(trainer.evaluate(micro_batch, total))
+    Collective. One pass through the pipeline for each global batch.
+    """
+    sums = LossSums()
+    for batch in range(held_out.num_global_batches):
+        source = partial(held_out.source.micro_batch, batch * global_batch_size)
+        sums = sums + trainer.evaluate(source, num_micro_batches)
+    return evaluation_loss(sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,30 @@ from megatron_slm.training.step import StepResult, train_step
 def train(run: Run) -> None:
     """Train from where the run stands to `--train-iters`, or until asked to stop. Collective."""
     config, position = run.plan.config, run.position
-    recorder, stop = _Recorder(run), StopRequest(local_device())
-    last, save_every = config.training.train_iters, config.checkpoint.save_interval
-    skipped_in_a_row = 0
-    while position.step < last:
-        rate = learning_rate(position.step, config.optimizer, last)
-        start = position.consumed_samples
-        result = train_step(run.trainer, lambda j: run.train_source.micro_batch(start, j), rate)  # noqa: B023
-        _advance(run, result)
-        recorder.step(result, rate)
-        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-        _check_finite(skipped_in_a_row, config.training.max_skipped_steps, position.step)
-        stopping = stop.agreed()
-        if _due(position.step, config.logging.eval_interval, last) and not stopping:
-            recorder.evaluations(run)
-        if save_every is not None and (stopping or _due(position.step, save_every, last)):
-            progress = Progress(
-                step=position.step, consumed_samples=position.consumed_samples, adam_step=position.adam_step
-            )
-            recorder.saved(run.writer.save(run.trainer.engine.optimizer, progress))
-        if stopping:
-            recorder.say(f"asked to stop; stopped after step {position.step}")
-            break
-    recorder.close()
+    last = config.training.train_iters
+    stop, skipped_in_a_row = StopRequest(local_device()), 0
+    with _Recorder(run) as recorder:
+        while position.step < last:
+            rate = learning_rate(position.step, config.optimizer, last)
+            result = train_step(run.trainer, partial(run.train_source.micro_batch, position.consumed_samples), rate)
+            _advance(run, result)
+            recorder.step(result, rate)
+            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            _check_finite(skipped_in_a_row, config.training.max_skipped_steps, position.step)
+            stopping = stop.agreed()
+            if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
+                recorder.saved(_save(run))  # before evaluating: what ends a run early does not wait
+            if _due(position.step, config.logging.eval_interval, last):
+                recorder.evaluations()
+            if stopping:
+                recorder.say(f"asked to stop; stopped after step {position.step}")
+                break
+
+
+def _save(run: Run) -> Path:
+    position = run.position
+    progress = Progress(step=position.step, consumed_samples=position.consumed_samples, adam_step=position.adam_step)
+    return run.writer.save(run.trainer.engine.optimizer, progress)
 
 
 def _advance(run: Run, result: StepResult) -> None:
@@ -100,8 +102,9 @@ class _Recorder:
             self.writer.write(values)
         self.line.update(position.step, values)
 
-    def evaluations(self, run: Run) -> None:
+    def evaluations(self) -> None:
         """Evaluate every held-out set and record its loss. Collective."""
+        run = self.run
         for held_out in run.held_out:
             loss = evaluate(
                 run.trainer,
@@ -114,7 +117,8 @@ class _Recorder:
                 self.writer.write(
                     {"event": "eval", "step": run.position.step, "tokens": tokens, "set": held_out.name, "loss": loss}
                 )
-                self.line.say(f"step {run.position.step}  held-out {held_out.name}: loss {loss:.4f} nats")
+                shown = "not finite" if loss is None else f"{loss:.4f} nats"
+                self.line.say(f"step {run.position.step}  held-out {held_out.name}: loss {shown}")
 
     def saved(self, folder: Path) -> None:
         """Record a checkpoint."""
@@ -125,8 +129,10 @@ class _Recorder:
         if self.writer is not None:
             self.line.say(text)
 
-    def close(self) -> None:
-        """Flush and close."""
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.writer is not None:
             self.writer.close()
             self.line.close()

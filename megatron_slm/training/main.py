@@ -15,12 +15,12 @@ from megatron_slm.device import backends_found
 from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
-from megatron_slm.parallel.collectives import raise_together
+from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.dry_run import print_dry_run
 from megatron_slm.training.loop import train
-from megatron_slm.training.plan import Plan, make_plan
+from megatron_slm.training.plan import make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,8 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
         SlmError: on every rank alike, before the first step if it can be known by then.
     """
     init_distributed()
-    plan, error = None, None
-    try:
+    with together():
         plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank())
-    except SlmError as found:
-        error = found
-    raise_together(error)
-    assert isinstance(plan, Plan), "raise_together raises where there is no plan"
     logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
     run = build_run(plan, observer=observer)
     train(run)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +29,50 @@ def training_metrics(result: StepResult, *, has_reference: bool) -> dict[str, fl
     sums = result.sums
     unselected = sums.valid_tokens - sums.kept_tokens
 
-    def mean(total: float, count: float, *, known: bool = True) -> float | None:
-        value = total / count if count and known else math.nan
-        return value if math.isfinite(value) else None  # JSON has no NaN
+    def with_reference(total: float, count: float) -> float | None:
+        return _mean(total, count) if has_reference else None
 
     return {
-        "loss": mean(sums.kept_loss, sums.kept_tokens),
-        "loss_all": mean(sums.valid_loss, sums.valid_tokens),
-        "loss_unselected": mean(sums.valid_loss - sums.kept_loss, unselected),
-        "reference_loss": mean(sums.reference_loss, sums.valid_tokens, known=has_reference),
-        "excess_selected": mean(sums.kept_excess, sums.kept_tokens, known=has_reference),
-        "excess_all": mean(sums.valid_loss - sums.reference_loss, sums.valid_tokens, known=has_reference),
-        "keep_fraction": mean(sums.kept_tokens, sums.valid_tokens),
+        "loss": _mean(sums.kept_loss, sums.kept_tokens),
+        "loss_all": _mean(sums.valid_loss, sums.valid_tokens),
+        "loss_unselected": _mean(sums.valid_loss - sums.kept_loss, unselected),
+        "reference_loss": with_reference(sums.reference_loss, sums.valid_tokens),
+        "excess_selected": with_reference(sums.kept_excess, sums.kept_tokens),
+        "excess_all": with_reference(sums.valid_loss - sums.reference_loss, sums.valid_tokens),
+        "keep_fraction": _mean(sums.kept_tokens, sums.valid_tokens),
         "kept_tokens": sums.kept_tokens,
         "valid_tokens": sums.valid_tokens,
-        "grad_norm": mean(result.grad_norm, 1.0),
+        "grad_norm": _mean(result.grad_norm, 1.0),
     }
 
 
-def evaluation_loss(sums: LossSums) -> float:
-    """Mean loss over a held-out set's valid tokens, in nats."""
-    return sums.valid_loss / max(sums.valid_tokens, 1.0)
+def evaluation_loss(sums: LossSums) -> float | None:
+    """Mean loss over a held-out set's valid tokens, in nats; None where it is not a finite number."""
+    return _mean(sums.valid_loss, sums.valid_tokens)
+
+
+def _mean(total: float, count: float) -> float | None:
+    value = total / count if count else math.nan
+    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 class MetricsWriter:
     """Rank 0's sink: one JSON object a line, flushed as written, and the same numbers to TensorBoard.
 
     A resumed run appends; lines of steps that are done again (those after the checkpoint) are dropped first,
-    so that the file always tells one history.
+    so that the file always tells one history. A run that starts afresh keeps an older run's file beside its
+    own, as metrics.1.jsonl, metrics.2.jsonl and so on.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        kept = _lines_up_to(path, resume_step) if resume_step and path.exists() else []
+        kept = []
+        if path.exists() and path.stat().st_size:
+            if resume_step:
+                kept = _lines_up_to(path, resume_step)
+            else:
+                path.rename(next(p for i in count(1) if not (p := run_dir / f"metrics.{i}.jsonl").exists()))
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)
@@ -73,11 +85,12 @@ class MetricsWriter:
         self._file.flush()
         step = values["step"]
         if values.get("event") == "eval":
-            self._board.add_scalar(f"eval/{values['set']}", values["loss"], step)
-            return
+            values = {f"eval/{values['set']}": values["loss"]}
+        else:
+            values = {f"train/{name}": value for name, value in values.items() if name != "step"}
         for name, value in values.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(f"train/{name}", value, step)
+            if value is not None:
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush everything."""
@@ -116,7 +129,7 @@ class ProgressLine:
             )
             self._bar.start()
             self._task = self._bar.add_task(title, total=total_steps, completed=start, text="")
-        self._every = max(1, total_steps // 20)
+        self._every, self._said_at = max(1, total_steps // 20), 0.0
 
     def update(self, step: int, values: dict[str, Any]) -> None:
         """Show where the run stands after `step`."""
@@ -125,7 +138,8 @@ class ProgressLine:
         text += f"  {values['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
-        elif step % self._every == 0 or step in (1, self.total):
+        elif step % self._every == 0 or step in (1, self.total) or time.monotonic() - self._said_at > 30:
+            self._said_at = time.monotonic()
             self.say(f"{self.title}  step {step}/{self.total}  {text}")
 
     def say(self, text: str) -> None:

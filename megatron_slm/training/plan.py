@@ -7,7 +7,7 @@ refuse the same things in the same words.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,13 @@ from megatron_slm.checkpoint.format import Manifest, find_checkpoint, verify_fil
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.convert.source import Model, open_model
-from megatron_slm.data.indexed import IndexedCorpus
-from megatron_slm.data.packing import PackedSamples, SequentialSamples, split_bounds
-from megatron_slm.data.sidecar import read_sidecar
+from megatron_slm.data.packing import PackedSamples, SequentialSamples
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_vocabulary
 from megatron_slm.errors import CheckpointError, ConfigError, LayoutError, VocabularyError
-from megatron_slm.model.llama import layer_list
 from megatron_slm.model.partition import check_stages
-from megatron_slm.parallel.groups import TensorParallel
-from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.training.architecture import check_layout, check_weights, resolve_architecture
+from megatron_slm.training.corpora import check_order, open_data
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +47,8 @@ class Plan:
     init: Model | None
     reference: Model | None
     resume: Resume | None
+    num_tokens: int
+    """Every token id of the corpora is below this; the smaller vocabulary of model and reference."""
     train_samples: PackedSamples
     held_out: dict[str, SequentialSamples]
     global_batch_size: int
@@ -85,20 +84,36 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         world_size, tensor=parallel.tensor_model_parallel_size, pipeline=parallel.pipeline_model_parallel_size
     )
     user_deepspeed = ds_config.read_json(parallel.deepspeed_config)
-    ds_config.check_zero(ds_config.zero_stage(user_deepspeed), config)
+    ds_config.check(user_deepspeed, config)
     global_batch_size, num_micro_batches = batch_arithmetic(config, topology)
     thorough = rank == 0
     resume = _open_resume(config, checksums=thorough)
     init = _open(config.model.init_from, "--init-from", checksums=thorough)
     tokenizer = _open_tokenizer(config, init)
-    architecture = resolve_architecture(config, init, resume, tokenizer)
+    stored = init.architecture if init else resume.manifest.architecture if resume else None
+    architecture = resolve_architecture(config, stored, tokenizer)
+    if resume is not None and resume.manifest.architecture != architecture:
+        raise CheckpointError(
+            "--load",
+            str(resume.folder),
+            "was written by a run of the same architecture",
+            "use --init-from alone to start a new run from other weights",
+        )
     reference = _open(config.selection.reference_load, "--reference-load", checksums=thorough)
     check_layout(architecture, config, topology, what="model")
     check_stages(architecture.num_layers, topology.pipeline)
     _check_vocabularies(config, architecture, tokenizer, init, reference, resume)
     if reference is not None:
         check_layout(reference.architecture, config, topology, what="reference")
-    train, held_out = _open_data(config, tokenizer, architecture, config.training.train_iters * global_batch_size)
+    check_weights(architecture, init.source.shapes() if init else None, "--init-from", config)
+    if reference is not None:
+        check_weights(reference.architecture, reference.source.shapes(), "--reference-load", config)
+    if config.data.eod_mask_loss and tokenizer.eod_id is None:
+        raise ConfigError("--eod-mask-loss", True, "needs a tokenizer with an end-of-document token", "leave it out")
+    models = [architecture, *([reference.architecture] if reference else [])]
+    num_tokens = min(model.vocab_size for model in models)
+    train, held_out = open_data(config, tokenizer, num_tokens, _num_samples(config, resume, global_batch_size))
+    check_order(config, resume.manifest if resume else None, train)
     return Plan(
         config=config,
         topology=topology,
@@ -107,6 +122,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         init=init,
         reference=reference,
         resume=resume,
+        num_tokens=num_tokens,
         train_samples=train,
         held_out=held_out,
         global_batch_size=global_batch_size,
@@ -170,103 +186,9 @@ def _open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
     return build_tokenizer(data.tokenizer_type, model, data.vocab_size)
 
 
-def resolve_architecture(
-    config: RunConfig, init: Model | None, resume: Resume | None, tokenizer: Tokenizer
-) -> Architecture:
-    """The model's architecture: from --init-from or --load if given, else from the flags.
-
-    Raises:
-        ConfigError: a flag contradicts the checkpoint, or a needed flag is missing.
-    """
-    model, given = config.model, _given_fields(config)
-    stored = init.architecture if init else resume.manifest.architecture if resume else None
-    if stored is not None:
-        for name, value in given.items():
-            if getattr(stored, name) != value:
-                raise ConfigError(
-                    _FLAGS[name],
-                    value,
-                    f"agrees with the checkpoint, which says {getattr(stored, name)!r}",
-                    "leave the flag out; the architecture comes from the checkpoint",
-                )
-        architecture = stored
-    else:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
-            if name not in given:
-                raise ConfigError(_FLAGS[name], None, "is given, or --init-from is", "describe the model")
-        heads, hidden = model.num_attention_heads or 0, model.hidden_size or 0
-        if "kv_channels" not in given and hidden % heads:
-            raise LayoutError(
-                "--hidden-size",
-                hidden,
-                f"is divisible by --num-attention-heads ({heads})",
-                "change one of them, or give --kv-channels",
-            )
-        defaults = {
-            "num_query_groups": heads,
-            "kv_channels": hidden // heads,
-            "vocab_size": tokenizer.vocab_size,
-            "max_position_embeddings": config.data.seq_length,
-        }
-        architecture = Architecture(**{**defaults, **given})
-    if resume is not None and resume.manifest.architecture != architecture:
-        raise CheckpointError(
-            "--load",
-            str(resume.folder),
-            "was written by a run of the same architecture",
-            "use --init-from to start a new run from other weights",
-        )
-    return architecture
-
-
-_FLAGS = {
-    "num_layers": "--num-layers",
-    "hidden_size": "--hidden-size",
-    "ffn_hidden_size": "--ffn-hidden-size",
-    "num_attention_heads": "--num-attention-heads",
-    "num_query_groups": "--num-query-groups",
-    "kv_channels": "--kv-channels",
-    "max_position_embeddings": "--max-position-embeddings",
-    "norm_epsilon": "--norm-epsilon",
-    "rotary_base": "--rotary-base",
-    "rope_scaling": "--rope-scaling",
-    "qkv_bias": "--add-qkv-bias",
-    "sliding_window": "--window-size",
-    "initializer_range": "--init-method-std",
-    "tied": "--untie-embeddings-and-output-weights",
-}
-"""The flag that sets each field of an architecture."""
-
-
-def _given_fields(config: RunConfig) -> dict[str, Any]:
-    model = config.model
-    named = {field: getattr(model, flag[2:].replace("-", "_")) for field, flag in _FLAGS.items()}
-    if model.untie_embeddings_and_output_weights is not None:
-        named["tied"] = not model.untie_embeddings_and_output_weights
-    return {field: value for field, value in named.items() if value is not None}
-
-
-def check_layout(arch: Architecture, config: RunConfig, topology: Topology, *, what: str) -> None:
-    """Make every layer of one tensor-parallel rank on the meta device, which refuses what cannot be cut.
-
-    Raises:
-        LayoutError: heads, groups, widths, vocabulary or sequence are not divisible by the tensor-parallel size.
-    """
-    if config.parallel.sequence_parallel and config.data.seq_length % topology.tensor:
-        raise LayoutError(
-            "--seq-length",
-            config.data.seq_length,
-            f"is divisible by --tensor-model-parallel-size ({topology.tensor}) with sequence parallelism",
-            "change one of them",
-        )
-    tp = TensorParallel(size=topology.tensor)
-    layers = ParallelLayers(tp, vocabulary_divisible_by=config.model.make_vocab_size_divisible_by)
-    try:
-        with torch.device("meta"):
-            for maker in layer_list(replace(arch, num_layers=1), layers):
-                maker.make()
-    except LayoutError as error:
-        raise LayoutError(f"{what}: {error.field}", error.value, error.rule, error.fix) from error
+def _num_samples(config: RunConfig, resume: Resume | None, global_batch_size: int) -> int:
+    step, consumed = (resume.manifest.step, resume.manifest.consumed_samples) if resume else (0, 0)
+    return consumed + (config.training.train_iters - step) * global_batch_size
 
 
 def _check_vocabularies(
@@ -316,53 +238,3 @@ def _check_model_vocabulary(model: Model, field: str, tokenizer: Tokenizer, conf
         )
     theirs = build_tokenizer("HuggingFaceTokenizer", str(model.tokenizer_folder))
     check_same_vocabulary(tokenizer, theirs, "--tokenizer-model", field)
-
-
-def _open_data(
-    config: RunConfig, tokenizer: Tokenizer, arch: Architecture, num_samples: int
-) -> tuple[PackedSamples, dict[str, SequentialSamples]]:
-    data = config.data
-    if not data.data_path:
-        raise ConfigError(
-            "--data-path", data.data_path, "names a corpus", "give the PREFIX of PREFIX.bin and PREFIX.idx"
-        )
-    corpus = open_corpus(data.data_path[0], tokenizer, arch)
-    bounds = split_bounds(data.split, corpus.num_sequences)
-    train = PackedSamples(
-        corpus, *bounds[0], sequence_length=data.seq_length, num_samples=num_samples, seed=config.training.seed
-    )
-    held_out = {}
-    if bounds[1][0] < bounds[1][1]:
-        held_out["valid"] = SequentialSamples(corpus, *bounds[1], sequence_length=data.seq_length)
-    for entry in data.valid_data_path:
-        name, given, prefix = entry.partition("=")
-        if not given:
-            name, prefix = Path(entry).name, entry
-        if name in held_out:
-            raise ConfigError(
-                "--valid-data-path", entry, f"has a name of its own ({name} is taken)", "write NAME=PREFIX"
-            )
-        other = open_corpus(prefix, tokenizer, arch)
-        held_out[name] = SequentialSamples(other, 0, other.num_sequences, sequence_length=data.seq_length)
-    return train, held_out
-
-
-def open_corpus(prefix: str, tokenizer: Tokenizer, arch: Architecture) -> IndexedCorpus:
-    """Open a corpus and check that its token ids mean what the run's tokenizer says.
-
-    Raises:
-        CorpusError, VocabularyError: it is damaged, empty, of another tokenizer, or holds ids beyond the vocabulary.
-    """
-    corpus = IndexedCorpus(prefix)
-    sidecar = read_sidecar(prefix)
-    if sidecar is None:
-        logger.warning("%s has no .meta.json, so its tokenizer cannot be checked; its token ids are", prefix)
-    elif sidecar.tokenizer_fingerprint != tokenizer.fingerprint():
-        raise VocabularyError(
-            f"tokenizer of corpus {prefix}",
-            sidecar.tokenizer_fingerprint[:12],
-            f"is the run's tokenizer ({tokenizer.fingerprint()[:12]}), by token table",
-            "preprocess the text with the run's tokenizer, or name the corpus' tokenizer",
-        )
-    corpus.check_vocabulary(arch.vocab_size)
-    return corpus

@@ -12,7 +12,8 @@ import torch.distributed as dist
 class StopRequest:
     """Set by SIGTERM and SIGINT; agreed on by all ranks once a step, so that they stop after the same one.
 
-    A second signal of the same kind ends the process at once, as it would without this.
+    A second SIGINT (Ctrl-C) ends the process at once. A second SIGTERM does not: launchers send it again to
+    processes that they were asked to end, while the checkpoint is being written.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,7 +23,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective over the world."""

@@ -28,7 +28,7 @@ def write(folder: Path, step: int) -> Path:
     (target / "weights_00000.safetensors").write_bytes(b"weights" * step)
     Manifest(
         step=step, consumed_samples=step * 8, adam_step=step, architecture=ARCH, layout={"pipeline": 1},
-        tokenizer_fingerprint=None, files={"weights_00000.safetensors": file_entry(target / "weights_00000.safetensors")},
+        tokenizer_fingerprint=None, sample_order=None, files={"weights_00000.safetensors": file_entry(target / "weights_00000.safetensors")},
     ).write(target)  # fmt: skip
     return target
 

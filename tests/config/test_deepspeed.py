@@ -45,7 +45,9 @@ def test_what_trains_silently_wrong_is_always_off() -> None:
         "use_reentrant": False,
         "activation_checkpoint_interval": 1,
     }
-    assert resolve(ds_config.read_json(None), run("--bf16"))["data_types"] == {"grad_accum_dtype": "fp32"}
+    for stage in (1, 2, 3):
+        resolved = resolve({"zero_optimization": {"stage": stage}}, run("--bf16"))
+        assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,12 @@ def test_what_trains_silently_wrong_is_always_off() -> None:
         ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, "optimizer"),
         ({"zero_optimization": {"stage": 1}, "pipeline": {"pipe_partitioned": True}}, "pipe_partitioned = True"),
         ({}, "zero_optimization.stage = 0"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage = 'auto'"),
+        ({"zero_optimization": True}, "is an object"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "reduce_bucket_size = 'auto'"),
+        ({"zero_optimisation": {"stage": 1}}, r"did you mean zero_optimization\?"),
+        ({"zero_optimization": {"stage": 1}, "flops_profiler": {"enabled": True}}, "flops_profiler"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
     ],
 )
 def test_contradictions_are_refused(user: dict[str, Any], match: str) -> None:

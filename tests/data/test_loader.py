@@ -21,7 +21,7 @@ def source(samples: Samples, *, micro_batch_size: int = 1, rank: int = 0, size: 
         micro_batch_size=micro_batch_size,
         data_parallel_rank=rank,
         data_parallel_size=size,
-        **{"vocab_size": 60_000, **options},
+        **{"vocab_size": 60_000, "pads_at_end": True, **options},
     )
 
 
@@ -45,6 +45,11 @@ def test_beyond_the_end_nothing_is_valid(held_out: SequentialSamples) -> None:
     batch = source(held_out, micro_batch_size=3).micro_batch(5, 0)
     assert batch.tokens_bs.tolist() == [[20, 21, 0, 0], [0] * 4, [0] * 4]
     assert batch.valid_bs.tolist() == [[True, False, False, False], [False] * 4, [False] * 4]
+
+
+def test_training_never_goes_on_with_padding(held_out: SequentialSamples) -> None:
+    with pytest.raises(IndexError, match="sample 6 of"):
+        source(held_out, pads_at_end=False).micro_batch(6, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_slm.errors import ConfigError
-from megatron_slm.parallel.collectives import raise_together
+from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import init_distributed
 from tests.support.world import run_world
 
@@ -23,11 +23,26 @@ def test_without_a_launcher_it_is_a_world_of_one_and_nothing_is_compiled() -> No
     assert run_world(alone, 1) == [(1, "gloo", {})]
 
 
+def under_slurm() -> str:
+    os.environ.pop("RANK")
+    os.environ["SLURM_NTASKS"] = "4"
+    try:
+        init_distributed()
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def test_processes_of_a_scheduler_do_not_each_train_alone() -> None:
+    assert "each process would train alone" in run_world(under_slurm, 1)[0]
+
+
 def fail_on(rank: int) -> str:
     init_distributed()
-    mine = ConfigError("--x", rank, "is right", "mend it") if dist.get_rank() == rank else None
     try:
-        raise_together(mine)
+        with together():
+            if dist.get_rank() == rank:
+                raise ConfigError("--x", rank, "is right", "mend it")
     except ConfigError as error:
         return str(error)
     return "no error"

@@ -77,7 +77,7 @@ def merge_kept(reports: list[dict[str, Any]]) -> dict[bytes, list[int]]:
 def assert_same(outcome: Outcome, single: Outcome, *, rtol: float = 1e-5) -> None:
     for name in ("loss", "loss_all", "loss_unselected", "reference_loss", "excess_selected", "kept_tokens"):
         assert outcome.column(name) == pytest.approx(single.column(name), rel=rtol, abs=1e-6), name
-    assert outcome.column("grad_norm") == pytest.approx(single.column("grad_norm"), rel=5e-5)
+    assert outcome.column("grad_norm") == pytest.approx(single.column("grad_norm"), rel=1e-5)
     assert outcome.kept == single.kept
     evaluated = [[line["loss"] for line in o.lines if line.get("event") == "eval"] for o in (outcome, single)]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=rtol)
@@ -103,6 +103,15 @@ def test_zero_2_and_3(train: Train, layout: str, stage: int) -> None:
     assert_same(train(layout, deepspeed_config=f"ds_configs/zero{stage}.json"), train("111"))
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_zero_3_with_every_parameter_partitioned(train: Train, tied: bool, tmp_path: Path) -> None:
+    """Small parameters otherwise stay gathered, and these models have no large ones."""
+    config = tmp_path / "zero3.json"
+    config.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    changes = {"no_untie_embeddings_and_output_weights": True} if tied else {}
+    assert_same(train("112", deepspeed_config=config, **changes), train("111", **changes))
+
+
 def test_zero_3_with_everything(train: Train) -> None:
     changes = {"no_untie_embeddings_and_output_weights": True}
     outcome = train(
@@ -114,6 +123,9 @@ def test_zero_3_with_everything(train: Train) -> None:
 @pytest.mark.parametrize("layout", ["111", "221"])
 def test_recomputing_activations_changes_nothing(train: Train, layout: str) -> None:
     recomputed, stored = train(layout, recompute_granularity="full"), train(layout)
+    for one, other in zip(recomputed.reports, stored.reports, strict=True):
+        training_calls = 4 * 5 * 2  # micro-batches a step, steps, blocks a stage of two
+        assert one["block_calls"] - other["block_calls"] == training_calls * (2 if layout == "111" else 1)
     assert recomputed.column("loss") == stored.column("loss")
     assert recomputed.column("grad_norm") == stored.column("grad_norm")
 
@@ -135,10 +147,10 @@ def test_selection_is_a_choice(train: Train) -> None:
         assert other.column("loss")[1:] != pytest.approx(base.column("loss")[1:], rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["111", "221", "122"])
-def test_bf16_accumulates_in_fp32(train: Train, layout: str) -> None:
-    outcome = train(layout, bf16=True)
-    assert outcome.reports[0]["optimizer"] == "BF16_Optimizer"
+@pytest.mark.parametrize(("layout", "stage"), [("111", 1), ("221", 1), ("122", 1), ("112", 2), ("112", 3)])
+def test_bf16_accumulates_in_fp32(train: Train, layout: str, stage: int) -> None:
+    outcome = train(layout, bf16=True, deepspeed_config=f"ds_configs/zero{stage}.json")
+    assert outcome.reports[0]["accumulates_in"] == "torch.float32"
     assert outcome.column("loss") == pytest.approx(train("111").column("loss"), rel=0.05)
 
 

@@ -11,7 +11,12 @@ import pytest
 
 from megatron_slm.checkpoint.format import find_checkpoint
 from tests.support.runs import run_flags, save_hf_llama, write_corpus
-from tests.support.training import train_and_die_while_saving, train_and_report, train_drawing_random_numbers
+from tests.support.training import (
+    train_and_die_while_saving,
+    train_and_report,
+    train_drawing_random_numbers,
+    train_with_a_full_disk,
+)
 from tests.support.world import WorldError, run_world
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -77,14 +82,16 @@ def test_resuming_from_an_earlier_checkpoint_tells_one_history(tmp_path: Path) -
     assert metrics(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_save_that_is_killed_leaves_the_one_before(victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "where"), [(0, "_write_fragments"), (1, "_write_fragments"), (0, "_write_tensors"), (0, "file_entry")]
+)
+def test_a_save_that_is_killed_leaves_the_one_before(victim: int, where: str, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     values = run_flags(
         corpus, tmp_path / "run", train_iters=5, save_interval=2, pipeline_model_parallel_size=2, lr_decay_iters=5
     )
     with pytest.raises(WorldError) as failed:
-        run_world(train_and_die_while_saving, 2, values, 4, victim)
+        run_world(train_and_die_while_saving, 2, values, 4, victim, where)
     assert 9 in failed.value.codes
     saved = tmp_path / "run" / "checkpoints"
     assert find_checkpoint(saved).name == "step_00000002"
@@ -116,6 +123,118 @@ def test_a_checkpoint_moves_to_another_layout(wrote: str, reads: str, tmp_path: 
     same, other = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("same", "other"))
     assert other == pytest.approx(same, rel=1e-5)
     assert len(same) == 3
+
+
+def test_a_save_that_is_killed_after_its_rename_is_complete(tmp_path: Path) -> None:
+    values = run_flags(write_corpus(tmp_path / "corpus"), tmp_path / "run", train_iters=5, save_interval=2)
+    with pytest.raises(WorldError) as failed:
+        run_world(train_and_die_while_saving, 1, values, 4, 0, "write_durably")
+    assert failed.value.codes == [9]
+    saved = tmp_path / "run" / "checkpoints"
+    assert (saved / "latest").read_text() == "step_00000002"
+    assert find_checkpoint(saved).name == "step_00000004"
+    run_world(train_and_report, 1, {**values, "load": saved})
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_on_one_rank_is_one_error_on_all(rank: int, tmp_path: Path) -> None:
+    values = run_flags(
+        write_corpus(tmp_path / "corpus"),
+        tmp_path / "run",
+        train_iters=2,
+        save_interval=2,
+        pipeline_model_parallel_size=2,
+    )
+    with pytest.raises(WorldError) as failed:
+        run_world(train_with_a_full_disk, 2, values, rank)
+    assert failed.value.codes == [1, 1]
+    assert all("error: --save" in output and "No space left" in output for output in failed.value.outputs)
+    assert not any("Traceback" in output for output in failed.value.outputs)
+
+
+def test_another_batch_size_goes_on_where_the_data_was(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    common = {"lr_decay_iters": 6, "save": tmp_path / "saved"}
+    run_world(train_and_report, 1, run_flags(corpus, tmp_path / "a", train_iters=2, **common))
+    values = run_flags(corpus, tmp_path / "b", train_iters=6, global_batch_size=4, load=tmp_path / "saved", **common)
+    (report,) = run_world(train_and_report, 1, values)
+    lines = metrics(tmp_path / "b")
+    assert [line["samples"] for line in lines] == [20, 24, 28, 32]
+    assert all(line["kept_tokens"] == 4 * 16 for line in lines)
+    straight = run_flags(corpus, tmp_path / "c", train_iters=4)
+    (whole,) = run_world(train_and_report, 1, straight)
+    assert [tokens for tokens, _ in report["kept"]] == [tokens for tokens, _ in whole["kept"]][8:16]
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"seq_length": 8}, {"split": "9,1,0"}, {"train_iters": 40}])
+def test_another_order_of_samples_is_refused_or_accepted_by_name(change: dict[str, Any], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    run_world(train_and_report, 1, run_flags(corpus, tmp_path / "a", train_iters=2, save=tmp_path / "saved"))
+    resume = {
+        "load": tmp_path / "saved",
+        "lr_decay_iters": 3,
+        "train_iters": 3,
+        "max_position_embeddings": 16,
+        **change,
+    }
+    with pytest.raises(WorldError, match="accept-new-sample-order"):
+        run_world(train_and_report, 1, run_flags(corpus, tmp_path / "b", **resume))
+    if "train_iters" not in change:
+        run_world(train_and_report, 1, run_flags(corpus, tmp_path / "b", **resume, accept_new_sample_order=True))
+
+
+def test_a_folder_with_a_later_checkpoint_is_not_mixed_up(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    saved = tmp_path / "saved"
+    run_world(train_and_report, 1, run_flags(corpus, tmp_path / "a", train_iters=3, save=saved, save_interval=1))
+    for changes in ({"seed": 7}, {"load": saved / "step_00000001", "save_interval": 1}):
+        values = run_flags(corpus, tmp_path / "b", **{"train_iters": 3, "save": saved, **changes})
+        with pytest.raises(WorldError, match="holds no checkpoint beyond the step the run starts from"):
+            run_world(train_and_report, 2, values)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_before_any_update_resumes(stage: int, tmp_path: Path) -> None:
+    """Every step so far was skipped: there are weights and no moments."""
+    corpus = write_corpus(tmp_path / "corpus")
+    common = {"lr_decay_iters": 3, "deepspeed_config": f"ds_configs/zero{stage}.json"}
+    values = run_flags(corpus, tmp_path / "a", train_iters=1, save=tmp_path / "saved", **common)
+    run_world(train_with_one_bad_step, 2, values)
+    assert metrics(tmp_path / "a")[0]["skipped_steps"] == 1
+    resumed = run_flags(corpus, tmp_path / "b", train_iters=3, load=tmp_path / "saved", **common)
+    run_world(train_and_report, 2, resumed)
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "b")] == [1, 1]
+
+
+def train_with_one_bad_step(values: dict[str, Any]) -> None:
+    from megatron_slm.loss import selective_ce
+
+    real = selective_ce.kept_gradients
+
+    def bad(*args: Any) -> Any:
+        hidden, weight = real(*args)
+        return hidden * float("nan"), weight
+
+    selective_ce.kept_gradients = bad
+    train_and_report(values)
+
+
+def test_adams_step_is_where_its_kernel_reads_it() -> None:
+    import torch
+
+    from megatron_slm.checkpoint.fragments import Fragment, _prepare_state
+
+    class Holder:
+        pass
+
+    for fused, device in ((True, "meta"), (False, "cpu")):
+        flat, optimizer = torch.zeros(4, device="meta"), Holder()
+        optimizer.optimizer = Holder()
+        optimizer.optimizer.param_groups = [{"fused": fused}]
+        fragment = Fragment(parameter=torch.nn.Parameter(flat), begin=0, end=4, flat=flat, offset=0, state={})
+        _prepare_state(fragment, optimizer, 3)
+        assert fragment.state["step"].device.type == device
 
 
 def test_weights_start_a_new_run_at_any_layout(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from megatron_slm.checkpoint.fragments import trained_parameters
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.config.load import parse
+from megatron_slm.convert.export import export_checkpoint
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.build import build_run
 from megatron_slm.training.loop import train
@@ -98,6 +99,29 @@ def test_any_size_of_reference(tmp_path: Path, options: dict[str, Any]) -> None:
     for other in lines[1:]:
         for column in ("reference_loss", "loss", "kept_tokens"):
             assert [line[column] for line in other] == pytest.approx([line[column] for line in lines[0]], rel=1e-5)
+
+
+def test_a_checkpoint_of_ours_is_a_reference_at_any_layout(tmp_path: Path) -> None:
+    """As the three steps of the method go: train the reference, then use its checkpoints folder."""
+    corpus = write_corpus(tmp_path / "corpus")
+    trained = run_flags(corpus, tmp_path / "reference", save_interval=5, tensor_model_parallel_size=2)
+    run_world(losses_of_clm, 2, trained)
+    folder = tmp_path / "reference" / "checkpoints"
+    exported = export_checkpoint(str(folder), str(tmp_path / "hf"))
+    lines = []
+    for name, reference, layout in (
+        ("ours", folder, {"pipeline_model_parallel_size": 2}),
+        ("theirs", exported, {}),
+    ):
+        values = run_flags(corpus, tmp_path / name, objective="slm", reference_load=reference, train_iters=2, **layout)
+        run_world(losses_of, 2, values)
+        lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+    assert lines[0][0]["reference_loss"] == pytest.approx(lines[1][0]["reference_loss"], rel=1e-6)
+    assert lines[0][0]["loss"] == pytest.approx(lines[1][0]["loss"], rel=1e-5)
+
+
+def losses_of_clm(values: dict[str, Any]) -> None:
+    pretrain(parse(flags(values))[0])
 
 
 def test_reference_losses_are_transformers(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import os
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_slm.checkpoint import save
 from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.config.load import parse
+from megatron_slm.model.block import Block
 from megatron_slm.training.main import main, pretrain
 from megatron_slm.types import MicroBatch
 from tests.support.runs import flags
@@ -23,6 +25,13 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
     def observe(batch: MicroBatch, token_loss_N: Tensor, reference_loss_N: Tensor | None, kept_K: Tensor) -> None:
         kept.append((batch.tokens_bs.numpy().tobytes(), kept_K.tolist()))
 
+    calls, real_forward = [0], Block.forward
+
+    def counting(self: Block, x_sbd: Tensor) -> Tensor:
+        calls[0] += 1
+        return real_forward(self, x_sbd)
+
+    Block.forward = counting  # type: ignore[method-assign]
     config, _ = parse(flags(values))
     run = pretrain(config, observer=observe)
     optimizer = run.trainer.engine.optimizer
@@ -34,6 +43,10 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "kept": kept,
         "optimizer": type(optimizer).__name__,
+        "block_calls": calls[0],
+        "accumulates_in": str(
+            getattr(optimizer, "grad_acc_dtype", getattr(optimizer, "gradient_accumulation_dtype", None))
+        ),
         "parameters": [p.detach().float().clone().numpy() for p in run.trainer.engine.module.parameters()],
         "owned": owned,
         "step": run.position.step,
@@ -53,17 +66,33 @@ def train_drawing_random_numbers(values: dict[str, Any]) -> dict[str, Any]:
     return train_and_report(values)
 
 
-def train_and_die_while_saving(values: dict[str, Any], step: int, rank: int) -> None:
-    """As above, but `rank` is killed while it writes the checkpoint of `step`."""
-    real = save._write_fragments
+def train_and_die_while_saving(values: dict[str, Any], step: int, rank: int, where: str) -> None:
+    """As above, but `rank` is killed while it writes the checkpoint of `step`, after the function `where`."""
+    real = getattr(save, where)
 
-    def dying(path: Any, *args: Any) -> None:
-        real(path, *args)
+    def dying(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if where == "write_durably":  # the write of `latest`: the rename is done
+            os._exit(9) if save.folder_name(step).encode() in args else None
+        result = real(path, *args, **kwargs)
         if f"step_{step:08d}" in str(path) and int(os.environ["RANK"]) == rank:
             os._exit(9)
+        return result
 
-    save._write_fragments = dying
+    setattr(save, where, dying)
     train_and_report(values)
+
+
+def train_with_a_full_disk(values: dict[str, Any], rank: int) -> int:
+    """The command, with writes that fail on one rank."""
+    real = save.save_file
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        if int(os.environ["RANK"]) == rank:
+            raise SafetensorError("No space left on device")
+        real(*args, **kwargs)
+
+    save.save_file = failing
+    return command(flags(values))
 
 
 def command(argv: list[str]) -> int:

@@ -36,6 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "empty.bin").touch()
     (path / "bad.json").write_text('{"train_batch_size": 3, "zero_optimization": {"stage": 1}}')
     (path / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
+    save_hf_llama(path / "too_few_layers")
+    raw = json.loads((path / "too_few_layers" / "config.json").read_text())
+    (path / "too_few_layers" / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 5}))
+    (path / "file").touch()
     (path / "half").mkdir()
     (path / "half" / ".step_00000002.tmp").mkdir()
     return path
@@ -74,6 +78,10 @@ CASES: dict[str, tuple[int, dict[str, Any], str]] = {
     "wrong type": (1, {"train_iters": "many"}, "--train-iters = 'many'"),
     "sequence does not divide": (2, {"seq_length": 15, "tensor_model_parallel_size": 2, "sequence_parallel": True}, "--seq-length = 15"),
     "sequence parallel alone": (1, {"sequence_parallel": True}, "--sequence-parallel"),
+    "weights that do not fit": (2, {**SLM, "reference_load": "{folder}/too_few_layers"}, "model.layers.3"),
+    "rope without its numbers": (1, {"rope_scaling": '{{"rope_type": "llama3"}}'}, "rope_scaling.factor"),
+    "run folder is a file": (2, {"run_dir": "{folder}/file"}, "--run-dir"),
+    "checkpoint folder is a file": (2, {"save": "{folder}/file"}, "--save"),
     "no tokenizer": (1, {"tokenizer_type": "HuggingFaceTokenizer", "vocab_size": None}, "--tokenizer-model"),
 }  # fmt: skip
 
@@ -82,7 +90,8 @@ CASES: dict[str, tuple[int, dict[str, Any], str]] = {
 def test_one_clear_error_on_every_rank(name: str, folder: Path, tmp_path: Path) -> None:
     world_size, changes, pattern = CASES[name]
     changes = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in changes.items()}
-    values = run_flags(changes.pop("data_path", folder / "corpus"), tmp_path / "run", **changes)
+    corpus, run_dir = changes.pop("data_path", folder / "corpus"), changes.pop("run_dir", tmp_path / "run")
+    values = run_flags(corpus, run_dir, **changes)
     if "init-from" in values:
         for architecture in ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"):
             values.pop(architecture)
@@ -120,12 +129,27 @@ def command_ok(argv: list[str]) -> None:
     assert main(argv) == 0
 
 
-def test_steps_that_are_never_finite_end_the_run(folder: Path, tmp_path: Path) -> None:
-    values = run_flags(folder / "corpus", tmp_path / "run", train_iters=9, max_skipped_steps=3)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "bf16": True},
+        {"deepspeed_config": "ds_configs/zero2.json"},
+        {"deepspeed_config": "ds_configs/zero3.json", "bf16": True},
+    ],
+    ids=["stages", "stages bf16", "zero 2", "zero 3 bf16"],
+)
+def test_steps_that_are_never_finite_end_the_run(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    values = run_flags(
+        folder / "corpus", tmp_path / "run", train_iters=9, max_skipped_steps=3, eval_interval=2,
+        valid_data_path=f"held={folder}/corpus", **changes,
+    )  # fmt: skip
     with pytest.raises(WorldError) as failed:
-        run_world(command_with_broken_weights, 2, flags({**values, "pipeline-model-parallel-size": 2}))
+        run_world(command_with_broken_weights, 2, flags(values))
     assert all("not finite in 3 steps up to step 3" in output for output in failed.value.outputs)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if line.get("event") == "eval"] == [None]
+    lines = [line for line in lines if "event" not in line]
     assert [line["skipped_steps"] for line in lines] == [1, 2, 3]
     assert {line["loss"] for line in lines} == {None}
     assert {line["grad_norm"] for line in lines} == {None}

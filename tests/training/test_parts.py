@@ -76,6 +76,16 @@ def test_a_resumed_file_tells_one_history(tmp_path: Path) -> None:
     assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0}]
 
 
+def test_a_fresh_run_keeps_an_older_file(tmp_path: Path) -> None:
+    for loss in (1.0, 2.0, 3.0):
+        writer = MetricsWriter(tmp_path, resume_step=0)
+        writer.write({"step": 1, "loss": loss})
+        writer.write({"event": "eval", "step": 1, "set": "x", "loss": None})
+        writer.close()
+    files = ("metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl")
+    assert [json.loads((tmp_path / name).read_text().splitlines()[0])["loss"] for name in files] == [1.0, 2.0, 3.0]
+
+
 def test_weight_decay_is_for_matrices() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     groups = parameter_groups(module, 0.1)

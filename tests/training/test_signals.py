@@ -23,6 +23,7 @@ def train_until_killed(values: dict[str, Any], at_micro_batch: int) -> int:
         seen += 1
         if seen == at_micro_batch:
             os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # DeepSpeed's launcher sends it again
 
     config, _ = parse(flags(values))
     return pretrain(config, observer=observe).position.step
