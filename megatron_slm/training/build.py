@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +125,8 @@ def _flat_trainer(
     recompute = plan.config.parallel.recompute_granularity == "full"
     module = FlatModule(plan.architecture, layers, objective, recompute=recompute).to(local_device())
     optimizer = build_optimizer(module, plan.config.optimizer, local_device())
-    grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
+    with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
+        grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
     return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches)
 

@@ -39,6 +39,7 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
         fragment.view(quantity).clone().numpy()
         for fragment in fragments(optimizer)
         for quantity in ("weight", "exp_avg", "exp_avg_sq")
+        if quantity == "weight" or quantity in fragment.state
     ]
     return {
         "kept": kept,
