@@ -61,7 +61,7 @@ def _rank_main(
     os._exit(code)
 
 
-def run_world(target: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 60.0) -> list[Any]:
+def run_world(target: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
     """`target(*args)` on every rank; the ranks' results. `target` is a module-level function.
 
     Raises:
