@@ -14,7 +14,7 @@ from tests.support.runs import run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
-LAYOUTS = ["211", "121", "112", "221", "122", "222"]  # pipeline, tensor, data
+LAYOUTS = ["211", "121", "112", "221", "212", "122", "222"]  # pipeline, tensor, data
 SEQUENCE_PARALLEL = ["121", "221", "122", "222"]
 
 
