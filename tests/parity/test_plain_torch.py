@@ -21,7 +21,7 @@ EOD = 96
 
 
 def plain_training(corpus: Path, start: Path, reference_folder: Path, ratio: float, scope: str) -> list[list[float]]:
-    """(mean kept loss, gradient norm, kept tokens) of each step."""
+    """(mean kept loss, gradient norm, kept tokens, mean valid loss, valid tokens) of each step."""
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     reference = LlamaForCausalLM.from_pretrained(reference_folder, dtype=torch.float32).eval()
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -34,7 +34,7 @@ def plain_training(corpus: Path, start: Path, reference_folder: Path, ratio: flo
     )
     report = []
     for step in range(STEPS):
-        total, count = torch.zeros(()), 0
+        total, count, all_losses = torch.zeros(()), 0, []
         for first in range(step * BATCH, (step + 1) * BATCH, MICRO):
             tokens = torch.stack([torch.from_numpy(samples[i].tokens) for i in range(first, first + MICRO)])
             inputs, labels = tokens[:, :-1], tokens[:, 1:]
@@ -42,6 +42,7 @@ def plain_training(corpus: Path, start: Path, reference_folder: Path, ratio: flo
             with torch.no_grad():
                 excess = losses.detach() - _losses(reference, inputs, labels)
             valid = inputs != EOD
+            all_losses.append(losses.detach()[valid])
             for rows in [slice(i, i + 1) for i in range(MICRO)] if scope == "sequence" else [slice(None)]:
                 score = excess[rows][valid[rows]]
                 keep = math.ceil(round(ratio * score.numel(), 9))
@@ -52,7 +53,8 @@ def plain_training(corpus: Path, start: Path, reference_folder: Path, ratio: flo
         (total / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        report.append([float(total.detach() / count), float(norm), count])
+        everything = torch.cat(all_losses)
+        report.append([float(total.detach() / count), float(norm), count, float(everything.mean()), len(everything)])
     return report
 
 
@@ -77,8 +79,9 @@ def test_steps_equal_plain_pytorch(tmp_path: Path, scope: str) -> None:
     )  # fmt: skip
     run_world(train_and_report, 1, values)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    ours = [[line["loss"], line["grad_norm"], line["kept_tokens"]] for line in lines]
+    names = ("loss", "grad_norm", "kept_tokens", "loss_all", "valid_tokens")
+    ours = [[line[name] for name in names] for line in lines]
     expected = plain_training(corpus, start, reference, 0.6, scope)
     for line, plain in zip(ours, expected, strict=True):
         assert line == pytest.approx(plain, rel=2e-5)
-    assert any(norm > CLIP for _, norm, _ in expected), "clipping was not exercised"
+    assert any(norm > CLIP for _, norm, *_ in expected), "clipping was not exercised"
