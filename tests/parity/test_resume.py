@@ -125,6 +125,28 @@ def test_a_checkpoint_moves_to_another_layout(wrote: str, reads: str, tmp_path: 
     assert len(same) == 3
 
 
+@pytest.mark.parametrize(("wrote", "reads"), [(3, 1), (1, 3), (2, 1)])
+def test_a_checkpoint_moves_to_another_zero_stage(wrote: int, reads: int, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+
+    def values(stage: int, name: str, **changes: Any) -> dict[str, Any]:
+        zero = tmp_path / f"zero{stage}.json"
+        settings = {"stage": stage}
+        if stage == 3:
+            settings["stage3_param_persistence_threshold"] = 0  # partition the small parameters too
+        zero.write_text(json.dumps({"zero_optimization": settings}))
+        return run_flags(
+            corpus, tmp_path / name, **{"train_iters": 6, "lr_decay_iters": 6, "deepspeed_config": zero, **changes}
+        )
+
+    run_world(train_and_report, 2, values(wrote, "first", train_iters=3, save_interval=3))
+    load = tmp_path / "first" / "checkpoints"
+    run_world(train_and_report, 2, values(wrote, "same", load=load))
+    run_world(train_and_report, 2, values(reads, "other", load=load))
+    same, other = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("same", "other"))
+    assert other == pytest.approx(same, rel=1e-5)
+
+
 def test_a_save_that_is_killed_after_its_rename_is_complete(tmp_path: Path) -> None:
     values = run_flags(write_corpus(tmp_path / "corpus"), tmp_path / "run", train_iters=5, save_interval=2)
     with pytest.raises(WorldError) as failed:
