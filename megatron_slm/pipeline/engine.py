@@ -132,10 +132,6 @@ class SelectiveEngine(PipelineEngine):
         if not self.is_first_stage():
             self._outgoing[Lane.BACKWARD, i] = x.grad
 
-    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
-        """Stock DeepSpeed divides by the number of micro-batches here; our step divides once, by kept tokens."""
-        return grad
-
     # ---- the reference ----------------------------------------------------------------------------------
 
     def _reference(self, i: int) -> None:
