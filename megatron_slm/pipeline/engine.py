@@ -57,7 +57,6 @@ class SelectiveEngine(PipelineEngine):
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes)
         self._batches: dict[int, MicroBatch] = {}
-        self._reference_in: dict[int, Tensor] = {}
         self._reference_loss: dict[int, Tensor] = {}
         self._outgoing: dict[tuple[Lane, int], Tensor] = {}
         self._losses: dict[int, Tensor] = {}
