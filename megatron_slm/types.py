@@ -18,3 +18,16 @@ class MicroBatch(NamedTuple):
 
     valid_bs: Tensor
     """True where the label counts, bool [b, s]: not padding and not masked by the user."""
+
+    sample_b: Tensor
+    """Each sample's number in the order of the run (or of the held-out set), int64 [b]; the same at any layout."""
+
+
+class TokenStatistics(NamedTuple):
+    """What one model says of each token of a micro-batch, in (sequence, position) order."""
+
+    loss_N: Tensor
+    """-log P(label), in nats, fp32 [N]; 0 where not valid."""
+
+    entropy_N: Tensor | None = None
+    """Entropy of the predicted distribution, in nats, fp32 [N]; None where nothing asks for it."""

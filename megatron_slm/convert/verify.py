@@ -70,8 +70,8 @@ def _our_losses(model: Model, tokens_bs: Tensor) -> Tensor:
     fill_module(stage, model.source)
     objective = Objective(keep_ratio=1.0, scope="micro-batch", tp=TensorParallel())
     inputs, labels = tokens_bs[:, :-1], tokens_bs[:, 1:]
-    batch = MicroBatch(inputs, labels, torch.ones_like(labels, dtype=torch.bool))
-    return stage.losses(stage(inputs), objective, batch).view_as(labels)
+    batch = MicroBatch(inputs, labels, torch.ones_like(labels, dtype=torch.bool), torch.arange(len(inputs)))
+    return stage.statistics(stage(inputs), objective, batch).loss_N.view_as(labels)
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class MicroBatchSource:
         inputs_bs = tokens[:, :-1].contiguous()
         if self._masked_input is not None:
             valid_bs &= inputs_bs != self._masked_input
-        return MicroBatch(inputs_bs, tokens[:, 1:].contiguous(), valid_bs)
+        return MicroBatch(inputs_bs, tokens[:, 1:].contiguous(), valid_bs, torch.tensor(indices, dtype=torch.int64))
 
     def _sample(self, index: int) -> Sample:
         length = self.samples.sequence_length

@@ -14,7 +14,7 @@ from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.selection.scope import Scope, select_in_scope
 from megatron_slm.selection.scores import excess_loss
-from megatron_slm.types import MicroBatch
+from megatron_slm.types import MicroBatch, TokenStatistics
 
 
 class OutputWeight(NamedTuple):
@@ -39,6 +39,14 @@ class LossSums:
         return LossSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What a step's objective depends on beside its tokens and weights."""
+
+    step: int
+    """Steps done before this one."""
+
+
 Observer = Callable[[MicroBatch, Tensor, Tensor | None, Tensor], None]
 """Called on the last stage with a micro-batch, its token losses, its reference losses (both fp32 [N]) and the
 kept rows (int64 [K])."""
@@ -54,14 +62,21 @@ class Objective:
     observer: Observer | None = None
 
     def loss(
-        self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch, reference_loss_N: Tensor | None
+        self,
+        x_sbd: Tensor,
+        output: OutputWeight,
+        batch: MicroBatch,
+        reference: TokenStatistics | None,
+        settings: StepSettings,
     ) -> tuple[Tensor, LossSums]:
         """The loss sum of a micro-batch (carrying the gradient of the kept tokens) and its statistics.
 
         Args:
             x_sbd: the head's output, [s, b, d], or [s / size, b, d] under sequence parallelism.
-            reference_loss_N: the reference's losses in (sequence, position) order; None keeps every token.
+            reference: what the reference says of the same tokens; None keeps every token.
+            settings: the step's.
         """
+        reference_loss_N = None if reference is None else reference.loss_N
         valid_N = batch.valid_bs.flatten()
 
         def select(token_loss_N: Tensor) -> Tensor:
@@ -82,15 +97,16 @@ class Objective:
             self.observer(batch, token_loss_N, reference_loss_N, kept_K)
         return loss_sum, _sums(token_loss_N, kept_K, valid_N, reference_loss_N)
 
-    def token_losses(self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch) -> Tensor:
-        """Every token's loss in nats, fp32 [N]; 0 where not valid."""
-        return token_losses(
+    def statistics(self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch) -> TokenStatistics:
+        """What a model says of every token, without a gradient: for the reference and for evaluation."""
+        token_loss_N = token_losses(
             loss_rows(x_sbd, self.tp),
             output.weight_Vd,
             batch.labels_bs.flatten(),
             batch.valid_bs.flatten(),
             shard=VocabularyShard(tp=self.tp, start=output.start),
         )
+        return TokenStatistics(token_loss_N)
 
 
 def _sums(token_loss_N: Tensor, kept_K: Tensor, valid_N: Tensor, reference_loss_N: Tensor | None) -> LossSums:
@@ -114,8 +130,8 @@ def _sums(token_loss_N: Tensor, kept_K: Tensor, valid_N: Tensor, reference_loss_
     )
 
 
-def evaluation_sums(token_loss_N: Tensor, batch: MicroBatch) -> LossSums:
+def evaluation_sums(statistics: TokenStatistics, batch: MicroBatch) -> LossSums:
     """A held-out micro-batch's loss sum and count."""
     count = float(batch.valid_bs.sum())
-    total = float(token_loss_N.double().sum())
+    total = float(statistics.loss_N.double().sum())
     return LossSums(kept_loss=total, kept_tokens=count, valid_loss=total, valid_tokens=count)

@@ -13,14 +13,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from megatron_slm.loss.objective import LossSums, Objective, evaluation_sums
+from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
 from megatron_slm.pipeline.gradients import gradients_scaled, sum_over_world
 from megatron_slm.pipeline.module import StageModule
 from megatron_slm.pipeline.schedule import Costs, Instruction, Kind, Mode, stage_programs
 from megatron_slm.reference.frozen import FrozenStage
-from megatron_slm.types import MicroBatch
+from megatron_slm.types import MicroBatch, TokenStatistics
 
 BatchSource = Callable[[int], MicroBatch]
 """The step's micro-batch of a number, counted from 0 on this data-parallel rank."""
@@ -57,7 +57,7 @@ class SelectiveEngine(PipelineEngine):
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes)
         self._batches: dict[int, MicroBatch] = {}
-        self._reference_loss: dict[int, Tensor] = {}
+        self._reference_statistics: dict[int, TokenStatistics] = {}
         self._outgoing: dict[tuple[Lane, int], Tensor] = {}
         self._losses: dict[int, Tensor] = {}
         self.pipe_buffers: dict[str, dict[int, Any]] = {
@@ -66,9 +66,10 @@ class SelectiveEngine(PipelineEngine):
 
     # ---- steps ------------------------------------------------------------------------------------------
 
-    def train_step(self, source: BatchSource) -> LossSums:
+    def train_step(self, source: BatchSource, settings: StepSettings) -> LossSums:
         """One optimizer step on `micro_batches` micro-batches; the step's sums over all ranks."""
         self.module.train()
+        self._settings = settings
         return self._run(self.context.mode, self.micro_batches, source)
 
     @torch.no_grad()
@@ -112,10 +113,10 @@ class SelectiveEngine(PipelineEngine):
     def _loss(self, i: int, x_sbd: Tensor) -> None:
         batch, objective = self._batches[i], self.context.objective
         if torch.is_grad_enabled():
-            reference_loss_N = self._reference_loss.pop(i, None)
-            self._losses[i], sums = objective.loss(x_sbd, self.module.output_weight(), batch, reference_loss_N)
+            reference = self._reference_statistics.pop(i, None)
+            self._losses[i], sums = objective.loss(x_sbd, self.module.output_weight(), batch, reference, self._settings)
         else:
-            sums = evaluation_sums(objective.token_losses(x_sbd, self.module.output_weight(), batch), batch)
+            sums = evaluation_sums(objective.statistics(x_sbd, self.module.output_weight(), batch), batch)
         if objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
             self._sums = self._sums + sums
 
@@ -143,7 +144,7 @@ class SelectiveEngine(PipelineEngine):
             x = self._channels.previous[Lane.REFERENCE].receive()
         out = reference(x)
         if self.is_last_stage():
-            self._reference_loss[i] = reference.losses(out, self.context.objective, self._batches[i])
+            self._reference_statistics[i] = reference.statistics(out, self.context.objective, self._batches[i])
         else:
             self._outgoing[Lane.REFERENCE, i] = out
 

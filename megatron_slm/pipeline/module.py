@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, evaluation_sums
+from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, StepSettings, evaluation_sums
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.layers import ParallelLayers, VocabularyWeight
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.types import MicroBatch
+from megatron_slm.types import MicroBatch, TokenStatistics
 
 _TIED = "embedding"
 
@@ -77,15 +77,21 @@ class FlatModule(nn.Module):
         self.layers = nn.ModuleList(maker.make() for maker in layer_list(arch, layers))
         self.objective, self.recompute = objective, recompute
 
-    def forward(self, batch: MicroBatch, reference_loss_N: Tensor | None, *, training: bool) -> tuple[Tensor, LossSums]:
-        """The loss sum (nats) and its statistics; for evaluation, over all valid tokens and without a gradient."""
+    def forward(
+        self, batch: MicroBatch, reference: TokenStatistics | None, settings: StepSettings | None
+    ) -> tuple[Tensor, LossSums]:
+        """The loss sum (nats) and its statistics.
+
+        Args:
+            settings: the training step's; None evaluates, over all valid tokens and without a gradient.
+        """
         embedding, *blocks, head = self.layers
         x_sbd = embedding(batch.tokens_bs)
         for block in blocks:
-            x_sbd = checkpoint(block, x_sbd, use_reentrant=False) if self.recompute and training else block(x_sbd)
+            x_sbd = checkpoint(block, x_sbd, use_reentrant=False) if self.recompute and settings else block(x_sbd)
         x_sbd = head(x_sbd)
         weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
-        if training:
-            return self.objective.loss(x_sbd, weight, batch, reference_loss_N)
-        sums = evaluation_sums(self.objective.token_losses(x_sbd, weight, batch), batch)
+        if settings is not None:
+            return self.objective.loss(x_sbd, weight, batch, reference, settings)
+        sums = evaluation_sums(self.objective.statistics(x_sbd, weight, batch), batch)
         return torch.tensor(sums.valid_loss), sums

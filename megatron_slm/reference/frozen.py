@@ -10,7 +10,7 @@ from megatron_slm.loss.objective import Objective, OutputWeight
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.types import MicroBatch
+from megatron_slm.types import MicroBatch, TokenStatistics
 
 
 class FrozenStage(nn.Module):
@@ -49,6 +49,6 @@ class FrozenStage(nn.Module):
             x = layer(x)
         return x
 
-    def losses(self, x_sbd: Tensor, objective: Objective, batch: MicroBatch) -> Tensor:
-        """The reference's loss of every token in nats, fp32 [N]; on the last stage only."""
-        return objective.token_losses(x_sbd, self.output_weight(), batch)
+    def statistics(self, x_sbd: Tensor, objective: Objective, batch: MicroBatch) -> TokenStatistics:
+        """What the reference says of every token; on the last stage only."""
+        return objective.statistics(x_sbd, self.output_weight(), batch)

@@ -12,6 +12,7 @@ from megatron_slm.checkpoint.save import Progress
 from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
 from megatron_slm.errors import TrainingError
+from megatron_slm.loss.objective import StepSettings
 from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.lr_schedule import learning_rate
@@ -28,7 +29,8 @@ def train(run: Run) -> None:
     with _Recorder(run) as recorder:
         while position.step < last:
             rate = learning_rate(position.step, config.optimizer, last)
-            result = train_step(run.trainer, partial(run.train_source.micro_batch, position.consumed_samples), rate)
+            source = partial(run.train_source.micro_batch, position.consumed_samples)
+            result = train_step(run.trainer, source, StepSettings(step=position.step), learning_rate=rate)
             _advance(run, result)
             recorder.step(result, rate)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0

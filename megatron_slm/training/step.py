@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_slm.loss.objective import LossSums
+from megatron_slm.loss.objective import LossSums, StepSettings
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
 from megatron_slm.pipeline.gradients import gradients_scaled, sum_over_world
 from megatron_slm.reference.frozen import FrozenStage
-from megatron_slm.types import MicroBatch
+from megatron_slm.types import MicroBatch, TokenStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Trainer(Protocol):
 
     engine: Any
 
-    def train_step(self, source: BatchSource) -> LossSums:
+    def train_step(self, source: BatchSource, settings: StepSettings) -> LossSums:
         """Forward, backward and optimizer step; the sums over all ranks."""
         ...
 
@@ -60,14 +60,14 @@ class FlatTrainer:
         self.num_micro_batches = num_micro_batches
         self.objective = engine.module.objective
 
-    def train_step(self, source: BatchSource) -> LossSums:
+    def train_step(self, source: BatchSource, settings: StepSettings) -> LossSums:
         """See `Trainer`."""
         self.engine.train()
         sums = LossSums()
         for i in range(self.num_micro_batches):
             batch = self._on_device(source(i))
             self.engine.set_gradient_accumulation_boundary(i == self.num_micro_batches - 1)
-            loss_sum, part = self.engine(batch, self._reference_losses(batch), training=True)
+            loss_sum, part = self.engine(batch, self._reference_statistics(batch), settings)
             self.engine.backward(loss_sum, scale_wrt_gas=False)
             sums = sums + part
         sums = self._over_world(sums)
@@ -81,13 +81,13 @@ class FlatTrainer:
         self.engine.eval()
         sums = LossSums()
         for i in range(num_micro_batches):
-            sums = sums + self.engine(self._on_device(source(i)), None, training=False)[1]
+            sums = sums + self.engine(self._on_device(source(i)), None, None)[1]
         return self._over_world(sums)
 
-    def _reference_losses(self, batch: MicroBatch) -> torch.Tensor | None:
+    def _reference_statistics(self, batch: MicroBatch) -> TokenStatistics | None:
         if self.reference is None:
             return None
-        return self.reference.losses(self.reference(batch.tokens_bs), self.objective, batch)
+        return self.reference.statistics(self.reference(batch.tokens_bs), self.objective, batch)
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
         return MicroBatch(*(x.to(self.engine.device) for x in batch))
@@ -96,14 +96,14 @@ class FlatTrainer:
         return sum_over_world(sums if self.objective.tp.rank == 0 else LossSums(), self.engine.device)
 
 
-def train_step(trainer: Trainer, source: BatchSource, learning_rate: float) -> StepResult:
+def train_step(trainer: Trainer, source: BatchSource, settings: StepSettings, *, learning_rate: float) -> StepResult:
     """Set the learning rate, run one step, and say what it did."""
     started = time.perf_counter()
     engine = trainer.engine
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     skipped_before = engine.skipped_steps
-    sums = trainer.train_step(source)
+    sums = trainer.train_step(source, settings)
     return StepResult(
         sums=sums,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_slm.loss.objective import Objective, OutputWeight
+from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
 from megatron_slm.loss.vocab_parallel import loss_rows
 from megatron_slm.parallel.groups import TensorParallel, init_distributed, tensor_parallel_group
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.types import MicroBatch
+from megatron_slm.types import MicroBatch, TokenStatistics
 from tests.support.world import run_world
 
 VOCAB, PADDED, LENGTH, BATCH, WIDTH = 21, 24, 8, 2, 6
@@ -43,7 +43,13 @@ def outcome(tp: TensorParallel, *, ties: bool) -> dict[str, Any]:
         losses.append(token_loss)
 
     objective = Objective(keep_ratio=0.6, scope="micro-batch", tp=tp, observer=observe)
-    loss, sums = objective.loss(x_sbd, OutputWeight(shard, start), MicroBatch(tokens, labels, valid), reference)
+    loss, sums = objective.loss(
+        x_sbd,
+        OutputWeight(shard, start),
+        MicroBatch(tokens, labels, valid, torch.arange(BATCH)),
+        TokenStatistics(reference),
+        StepSettings(step=0),
+    )
     loss.backward()
     hidden_grad = x_sbd.grad
     if tp.sequence_parallel:
