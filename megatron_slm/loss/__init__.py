@@ -1,5 +1,5 @@
 """Token losses without a table of all logits, and the gradient of the kept tokens only."""
 
-from megatron_slm.loss.selective_ce import SelectiveLoss, selective_cross_entropy, token_losses
+from megatron_slm.loss.selective_ce import SelectiveLoss, selective_cross_entropy, token_statistics
 
-__all__ = ["SelectiveLoss", "selective_cross_entropy", "token_losses"]
+__all__ = ["SelectiveLoss", "selective_cross_entropy", "token_statistics"]

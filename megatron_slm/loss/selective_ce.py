@@ -11,22 +11,22 @@ from torch import Tensor
 from megatron_slm.loss.torch_backend import kept_gradients, row_statistics
 from megatron_slm.loss.vocab_parallel import VocabularyShard
 from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.types import Selection, TokenStatistics
 
-Select = Callable[[Tensor], Tensor]
-"""Token losses [N] to the kept rows, ascending int64 [K]."""
+Select = Callable[[TokenStatistics], Selection]
+"""What the model says of all rows, to the rows that are trained on."""
 
 WHOLE_VOCABULARY = VocabularyShard(tp=TensorParallel(), start=0)
 
 
 class SelectiveLoss(NamedTuple):
-    """A micro-batch's loss as a sum and a count; only the step divides, once, by the count of its whole batch."""
+    """A micro-batch's loss as a sum; only the step divides, once, by the count of its whole batch."""
 
     loss_sum: Tensor
-    """Sum of the kept tokens' losses in nats; carries the gradient."""
-    kept_K: Tensor
-    """Rows kept, ascending int64."""
-    token_loss_N: Tensor
-    """Every row's loss in nats, fp32 (fp64 for fp64 inputs), detached; 0 where not valid."""
+    """Sum of the kept tokens' losses, each times its weight, in nats; carries the gradient."""
+    selection: Selection
+    statistics: TokenStatistics
+    """Every row's loss (and entropy) in nats, fp32 (fp64 for fp64 inputs), detached; 0 where not valid."""
 
 
 class _SelectiveCrossEntropy(torch.autograd.Function):
@@ -39,25 +39,30 @@ class _SelectiveCrossEntropy(torch.autograd.Function):
         valid_N: Tensor,
         select: Select,
         shard: VocabularyShard,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        stats = shard.combine(row_statistics(hidden_Nd, weight_Vd, label_N - shard.start))
-        log_sum_N = stats.sum_N.log()
-        token_loss_N = (log_sum_N - (stats.target_N - stats.max_N)).masked_fill_(~valid_N, 0.0)
-        kept_K = select(token_loss_N)
-        ctx.save_for_backward(hidden_Nd, weight_Vd, label_N[kept_K], kept_K, stats.max_N[kept_K], log_sum_N[kept_K])
+        with_entropy: bool,
+        result: list[Any],
+    ) -> Tensor:
+        stats = shard.combine(row_statistics(hidden_Nd, weight_Vd, label_N - shard.start, with_entropy=with_entropy))
+        tokens = stats.token_statistics(valid_N)
+        selection = select(tokens)
+        result += [selection, tokens]
+        kept_K, weight_K = selection
+        log_sum_K, loss_K = stats.sum_N[kept_K].log(), tokens.loss_N[kept_K]
+        if weight_K is None:
+            weight_K = torch.ones_like(loss_K)
+        ctx.save_for_backward(hidden_Nd, weight_Vd, label_N[kept_K], kept_K, stats.max_N[kept_K], log_sum_K, weight_K)
         ctx.shard = shard
-        ctx.mark_non_differentiable(kept_K, token_loss_N)
-        return token_loss_N[kept_K].sum(), kept_K, token_loss_N
+        return (loss_K * weight_K).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_Nd, weight_Vd, label_K, kept_K, max_K, log_sum_K = ctx.saved_tensors
+        hidden_Nd, weight_Vd, label_K, kept_K, max_K, log_sum_K, weight_K = ctx.saved_tensors
         grad_Kd, grad_weight_Vd = kept_gradients(
-            hidden_Nd[kept_K], weight_Vd, label_K - ctx.shard.start, max_K, log_sum_K, grads[0]
+            hidden_Nd[kept_K], weight_Vd, label_K - ctx.shard.start, max_K, log_sum_K, weight_K * grads[0]
         )
         grad_hidden_Nd = torch.zeros_like(hidden_Nd)
         grad_hidden_Nd[kept_K] = ctx.shard.sum_rows(grad_Kd).to(hidden_Nd.dtype)
-        return grad_hidden_Nd, grad_weight_Vd, None, None, None, None
+        return grad_hidden_Nd, grad_weight_Vd, None, None, None, None, None, None
 
 
 def selective_cross_entropy(
@@ -68,6 +73,7 @@ def selective_cross_entropy(
     *,
     select: Select,
     shard: VocabularyShard = WHOLE_VOCABULARY,
+    with_entropy: bool = False,
 ) -> SelectiveLoss:
     """`sum over kept i of -log softmax(hidden_i W^T)[label_i]` (Rho-1, equation 5, before its division).
 
@@ -80,16 +86,25 @@ def selective_cross_entropy(
         weight_Vd: the output weight's rows held here.
         label_N: token ids, int64; any id of the vocabulary where not valid.
         valid_N: bool; rows that count.
-        select: sees the losses (0 where not valid) and returns the rows to keep.
+        select: sees the statistics of all rows (0 where not valid) and chooses among them.
         shard: this rank's part of the vocabulary.
+        with_entropy: also compute every row's entropy.
     """
-    return SelectiveLoss(*_SelectiveCrossEntropy.apply(hidden_Nd, weight_Vd, label_N, valid_N, select, shard))
+    result: list[Any] = []
+    loss_sum = _SelectiveCrossEntropy.apply(hidden_Nd, weight_Vd, label_N, valid_N, select, shard, with_entropy, result)
+    return SelectiveLoss(loss_sum, *result)
 
 
 @torch.no_grad()
-def token_losses(
-    hidden_Nd: Tensor, weight_Vd: Tensor, label_N: Tensor, valid_N: Tensor, *, shard: VocabularyShard = WHOLE_VOCABULARY
-) -> Tensor:
-    """Every row's loss in nats, fp32 [N], 0 where not valid: pass 1 alone, for the reference and evaluation."""
-    stats = shard.combine(row_statistics(hidden_Nd, weight_Vd, label_N - shard.start))
-    return (stats.sum_N.log() - (stats.target_N - stats.max_N)).masked_fill_(~valid_N, 0.0)
+def token_statistics(
+    hidden_Nd: Tensor,
+    weight_Vd: Tensor,
+    label_N: Tensor,
+    valid_N: Tensor,
+    *,
+    shard: VocabularyShard = WHOLE_VOCABULARY,
+    with_entropy: bool = False,
+) -> TokenStatistics:
+    """Every row's loss (and entropy) in nats, fp32 [N], 0 where not valid: for the reference and for evaluation."""
+    stats = row_statistics(hidden_Nd, weight_Vd, label_N - shard.start, with_entropy=with_entropy)
+    return shard.combine(stats).token_statistics(valid_N)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_slm.types import TokenStatistics
+
 BLOCK_SIZE = 2048
 """Vocabulary rows per block. It decides the order of summation, so it is fixed, not tuned per run."""
 
@@ -28,6 +30,16 @@ class RowStatistics(NamedTuple):
     """Sum of exp(logit - max)."""
     target_N: Tensor
     """The label's logit; 0 where the label is not held here."""
+    moment_N: Tensor | None = None
+    """Sum of exp(logit - max) * (logit - max), from which the entropy follows; None where nothing asks for it."""
+
+    def token_statistics(self, valid_N: Tensor) -> TokenStatistics:
+        """Losses, and entropies where their moment is there; 0 where not valid."""
+        log_sum_N = self.sum_N.log()
+        loss_N = (log_sum_N - (self.target_N - self.max_N)).masked_fill_(~valid_N, 0.0)
+        if self.moment_N is None:
+            return TokenStatistics(loss_N)
+        return TokenStatistics(loss_N, (log_sum_N - self.moment_N / self.sum_N).masked_fill_(~valid_N, 0.0))
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -35,7 +47,9 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def row_statistics(hidden_Nd: Tensor, weight_Vd: Tensor, local_label_N: Tensor) -> RowStatistics:
+def row_statistics(
+    hidden_Nd: Tensor, weight_Vd: Tensor, local_label_N: Tensor, *, with_entropy: bool = False
+) -> RowStatistics:
     """Pass 1.
 
     Args:
@@ -44,6 +58,7 @@ def row_statistics(hidden_Nd: Tensor, weight_Vd: Tensor, local_label_N: Tensor) 
     dtype, rows = accumulation_dtype(hidden_Nd), hidden_Nd.shape[0]
     max_N = hidden_Nd.new_full((rows,), -torch.inf, dtype=dtype)
     sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
+    moment_N = torch.zeros_like(max_N) if with_entropy else None
     for start, block_Bd in _blocks(weight_Vd):
         logits_NB = _product(hidden_Nd, block_Bd)
         column_N = local_label_N - start
@@ -51,15 +66,20 @@ def row_statistics(hidden_Nd: Tensor, weight_Vd: Tensor, local_label_N: Tensor) 
         column_N1 = column_N.clamp(0, block_Bd.shape[0] - 1)[:, None]
         target_N = torch.where(held_N, logits_NB.gather(1, column_N1).squeeze(1), target_N)
         new_max_N = torch.maximum(max_N, logits_NB.amax(1))
-        sum_N.mul_((max_N - new_max_N).exp_()).add_(logits_NB.sub_(new_max_N[:, None]).exp_().sum(1))
+        shrink_N, logits_NB = (max_N - new_max_N).exp_(), logits_NB.sub_(new_max_N[:, None])
+        if moment_N is not None:
+            # a sum over nothing has no maximum to be moved from
+            shift_N = torch.where(sum_N > 0, max_N - new_max_N, 0.0)
+            moment_N.add_(sum_N * shift_N).mul_(shrink_N).add_((logits_NB.exp() * logits_NB).sum(1))
+        sum_N.mul_(shrink_N).add_(logits_NB.exp_().sum(1))
         max_N = new_max_N
-    return RowStatistics(max_N, sum_N, target_N)
+    return RowStatistics(max_N, sum_N, target_N, moment_N)
 
 
 def kept_gradients(
-    hidden_Kd: Tensor, weight_Vd: Tensor, local_label_K: Tensor, max_K: Tensor, log_sum_K: Tensor, scale: Tensor
+    hidden_Kd: Tensor, weight_Vd: Tensor, local_label_K: Tensor, max_K: Tensor, log_sum_K: Tensor, scale_K: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Pass 2: gradients of `scale * sum of token losses` of the kept rows.
+    """Pass 2: gradients of the sum of `scale_K * token loss` over the kept rows.
 
     Args:
         max_K, log_sum_K: the whole vocabulary's statistics, so that exp(logit - max - log_sum) is a probability.
@@ -75,7 +95,7 @@ def kept_gradients(
         column_K = local_label_K - start
         row_T = ((column_K >= 0) & (column_K < block_Bd.shape[0])).nonzero().squeeze(1)
         delta_KB[row_T, column_K[row_T]] -= 1.0
-        delta_KB = delta_KB.mul_(scale).to(weight_Vd.dtype)
+        delta_KB = delta_KB.mul_(scale_K[:, None]).to(weight_Vd.dtype)
         grad_weight_Vd[start : start + block_Bd.shape[0]] = delta_KB.t() @ hidden_Kd
         grad_hidden_Kd += delta_KB @ block_Bd
     return grad_hidden_Kd, grad_weight_Vd

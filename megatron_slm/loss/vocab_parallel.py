@@ -1,4 +1,4 @@
-"""What the ranks of a vocabulary-parallel loss exchange: three numbers a row, and the kept rows' gradients."""
+"""What the ranks of a vocabulary-parallel loss exchange: a few numbers a row, and the kept rows' gradients."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ class VocabularyShard:
         """
         if self.tp.size == 1:
             return local
-        stats_T3N = all_gather_dim0(torch.stack(local)[None], self.tp)
-        max_N = stats_T3N[:, 0].amax(0)
+        mine = [x for x in local if x is not None]
+        parts = [RowStatistics(*part.unbind()) for part in all_gather_dim0(torch.stack(mine)[None], self.tp)]
+        max_N = torch.stack([part.max_N for part in parts]).amax(0)
         sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
-        for part_3N in stats_T3N:
-            sum_N += part_3N[1] * (part_3N[0] - max_N).exp()
-            target_N += part_3N[2]
-        return RowStatistics(max_N, sum_N, target_N)
+        moment_N = None if local.moment_N is None else torch.zeros_like(max_N)
+        for part in parts:
+            shift_N = torch.where(part.sum_N > 0, part.max_N - max_N, 0.0)
+            sum_N += part.sum_N * shift_N.exp()
+            target_N += part.target_N
+            if moment_N is not None and part.moment_N is not None:
+                moment_N += (part.moment_N + part.sum_N * shift_N) * shift_N.exp()
+        return RowStatistics(max_N, sum_N, target_N, moment_N)
 
     def sum_rows(self, grad_hidden_Kd: Tensor) -> Tensor:
         """The kept rows' gradient, summed over the vocabulary's parts."""

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slm.loss import selective_ce, token_losses, torch_backend
+from megatron_slm.loss import selective_ce, token_statistics, torch_backend
 from megatron_slm.selection.scope import select_in_scope
+from megatron_slm.types import Selection, TokenStatistics
 
 
 def oracle(
@@ -37,8 +38,9 @@ def problem(num_rows: int, vocab: int, *, seed: int = 0, dtype: torch.dtype = to
 
 
 def ours(p: dict[str, Tensor], ratio: float) -> selective_ce.SelectiveLoss:
-    def select(token_loss_N: Tensor) -> Tensor:
-        return select_in_scope((token_loss_N - p["reference_N"])[None], p["valid_N"][None], ratio, "micro-batch")
+    def select(tokens: TokenStatistics) -> Selection:
+        score_N = tokens.loss_N - p["reference_N"]
+        return Selection(select_in_scope(score_N[None], p["valid_N"][None], ratio, "micro-batch"))
 
     return selective_ce.selective_cross_entropy(
         p["hidden_Nd"], p["weight_Vd"], p["label_N"], p["valid_N"], select=select
@@ -51,8 +53,8 @@ def check(p: dict[str, Tensor], ratio: float, tolerance: float) -> Tensor:
     gradients = [p[name].grad.clone() for name in ("hidden_Nd", "weight_Vd")]
     p["hidden_Nd"].grad = p["weight_Vd"].grad = None
     expected, kept, losses = oracle(**p, ratio=ratio)
-    assert result.kept_K.tolist() == kept.tolist()
-    assert torch.allclose(result.token_loss_N, losses, rtol=0, atol=tolerance)
+    assert result.selection.kept_K.tolist() == kept.tolist()
+    assert torch.allclose(result.statistics.loss_N, losses, rtol=0, atol=tolerance)
     assert abs(result.loss_sum.item() - expected.item()) <= tolerance * max(1, len(kept))
     if len(kept):
         (3.0 * expected).backward()
@@ -60,7 +62,7 @@ def check(p: dict[str, Tensor], ratio: float, tolerance: float) -> Tensor:
             assert (gradient - p[name].grad).abs().max() <= tolerance
     else:
         assert all(gradient.abs().max() == 0 for gradient in gradients)
-    return result.kept_K
+    return result.selection.kept_K
 
 
 @pytest.mark.parametrize("vocab", [7, 2048, 2049, 5003])
@@ -111,7 +113,11 @@ def test_keeping_all_with_a_reference_is_clm_bit_for_bit() -> None:
     gradients = p["hidden_Nd"].grad.clone(), p["weight_Vd"].grad.clone()
     p["hidden_Nd"].grad = p["weight_Vd"].grad = None
     plain = selective_ce.selective_cross_entropy(
-        p["hidden_Nd"], p["weight_Vd"], p["label_N"], p["valid_N"], select=lambda _: p["valid_N"].nonzero().squeeze(1)
+        p["hidden_Nd"],
+        p["weight_Vd"],
+        p["label_N"],
+        p["valid_N"],
+        select=lambda _: Selection(p["valid_N"].nonzero().squeeze(1)),
     )
     plain.loss_sum.backward()
     assert selective.loss_sum.item() == plain.loss_sum.item()
@@ -130,7 +136,7 @@ def test_bf16_losses_are_fp32_and_no_worse_than_full_logits() -> None:
     p = problem(200, 900, dtype=torch.bfloat16)
     exact = {k: v.detach().double() if v.is_floating_point() else v for k, v in p.items()}
     truth = oracle(**exact, ratio=1.0)[2]
-    losses = token_losses(p["hidden_Nd"], p["weight_Vd"], p["label_N"], p["valid_N"])
+    losses = token_statistics(p["hidden_Nd"], p["weight_Vd"], p["label_N"], p["valid_N"]).loss_N
     full = torch.nn.functional.cross_entropy(
         (p["hidden_Nd"] @ p["weight_Vd"].t()).float(), p["label_N"], reduction="none"
     )
