@@ -22,6 +22,8 @@ class OutputWeight(NamedTuple):
 
     weight_Vd: Tensor
     start: int
+    rows: int
+    """Rows of the largest part over the tensor-parallel ranks, padding included."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Objective:
             batch.labels_bs.flatten(),
             valid_N,
             select=select,
-            shard=VocabularyShard(tp=self.tp, start=output.start),
+            shard=VocabularyShard(tp=self.tp, start=output.start, rows=output.rows),
         )
         if self.observer is not None:
             self.observer(batch, tokens.loss_N, reference_loss_N, selection.kept_K)
@@ -104,7 +106,7 @@ class Objective:
             output.weight_Vd,
             batch.labels_bs.flatten(),
             batch.valid_bs.flatten(),
-            shard=VocabularyShard(tp=self.tp, start=output.start),
+            shard=VocabularyShard(tp=self.tp, start=output.start, rows=output.rows),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slm.loss.torch_backend import RowStatistics
+from megatron_slm.loss.row_statistics import RowStatistics
 from megatron_slm.parallel.collectives import all_gather_dim0, all_reduce_sum
 from megatron_slm.parallel.groups import TensorParallel
 
@@ -19,6 +19,9 @@ class VocabularyShard:
 
     tp: TensorParallel
     start: int
+    rows: int | None = None
+    """Rows of the largest part. All ranks walk over their parts in the same chunks, so that their exchanges match;
+    None where there is one part."""
 
     def combine(self, local: RowStatistics) -> RowStatistics:
         """The whole vocabulary's statistics, bit-equal on all ranks.
@@ -28,18 +31,7 @@ class VocabularyShard:
         """
         if self.tp.size == 1:
             return local
-        mine = [x for x in local if x is not None]
-        parts = [RowStatistics(*part.unbind()) for part in all_gather_dim0(torch.stack(mine)[None], self.tp)]
-        max_N = torch.stack([part.max_N for part in parts]).amax(0)
-        sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
-        moment_N = None if local.moment_N is None else torch.zeros_like(max_N)
-        for part in parts:
-            shift_N = torch.where(part.sum_N > 0, part.max_N - max_N, 0.0)
-            sum_N += part.sum_N * shift_N.exp()
-            target_N += part.target_N
-            if moment_N is not None and part.moment_N is not None:
-                moment_N += (part.moment_N + part.sum_N * shift_N) * shift_N.exp()
-        return RowStatistics(max_N, sum_N, target_N, moment_N)
+        return RowStatistics.from_parts(all_gather_dim0(local.stacked()[None], self.tp))
 
     def sum_rows(self, grad_hidden_Kd: Tensor) -> Tensor:
         """The kept rows' gradient, summed over the vocabulary's parts."""
