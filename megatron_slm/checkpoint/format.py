@@ -48,6 +48,8 @@ class Manifest:
     """Fingerprint of the order in which the corpus is read; None where no data was read (an imported model)."""
     files: dict[str, dict[str, Any]]
     """Size in bytes and sha256 of every other file."""
+    score_threshold: float | None = None
+    """The running threshold of a selection by quantile; None where there is none, as in older checkpoints."""
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

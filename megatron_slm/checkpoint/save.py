@@ -43,6 +43,7 @@ class Progress:
     step: int
     consumed_samples: int
     adam_step: int
+    score_threshold: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,7 @@ class Writer:
             step=progress.step,
             consumed_samples=progress.consumed_samples,
             adam_step=progress.adam_step,
+            score_threshold=progress.score_threshold,
             architecture=self.architecture,
             layout={"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor},
             tokenizer_fingerprint=self.tokenizer_fingerprint,

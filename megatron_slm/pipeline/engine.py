@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
-from megatron_slm.pipeline.gradients import gradients_scaled, sum_over_world
+from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
 from megatron_slm.pipeline.module import StageModule
 from megatron_slm.pipeline.schedule import Costs, Instruction, Kind, Mode, stage_programs
 from megatron_slm.reference.frozen import FrozenStage
@@ -168,9 +168,7 @@ class SelectiveEngine(PipelineEngine):
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step."""
         self._sums = sum_over_world(self._sums, self.device)
-        # ZeRO averages over data-parallel ranks; the sum over them is what is divided
-        factor = self.context.topology.data / max(self._sums.kept_tokens, 1.0)
-        with gradients_scaled(self.optimizer, factor):
+        with gradients_scaled(self.optimizer, step_factor(self._sums, self.context.topology.data)):
             PipelineEngine._exec_optimizer_step(self)
 
     _HANDLERS: ClassVar[dict[Kind, Callable[[Any, int], None]]] = {

@@ -26,7 +26,7 @@ from megatron_slm.device import local_device
 from megatron_slm.errors import ConfigError
 from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.parallel.collectives import together
-from megatron_slm.parallel.groups import TensorParallel, tensor_parallel_group
+from megatron_slm.parallel.groups import DataParallel, TensorParallel, data_parallel_group, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.pipeline.engine import StageContext, pipeline_engine
 from megatron_slm.pipeline.module import FlatModule, StageModule, deepspeed_topology
@@ -45,6 +45,8 @@ class Position:
     step: int = 0
     consumed_samples: int = 0
     adam_step: int = 0
+    score_threshold: float | None = None
+    """The running threshold of --slm-policy quantile; None before there is one."""
 
     @property
     def skipped_steps(self) -> int:
@@ -70,9 +72,9 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
     tp = tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
-    objective = Objective(
-        keep_ratio=plan.config.selection.slm_keep_ratio, scope=plan.config.selection.slm_scope, tp=tp, observer=observer
-    )
+    ranks_together = plan.selector.scope == "data-parallel"
+    dp = data_parallel_group(plan.topology) if ranks_together else DataParallel()
+    objective = Objective(selector=plan.selector, tp=tp, dp=dp, observer=observer)
     reference = _build_reference(plan, layers)
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
@@ -139,7 +141,7 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
     if plan.resume is not None:
         manifest = plan.resume.manifest
         source = CheckpointSource(plan.resume.folder)
-        position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step)
+        position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
     elif plan.init is not None:
         source = plan.init.source

@@ -30,7 +30,8 @@ def train(run: Run) -> None:
         while position.step < last:
             rate = learning_rate(position.step, config.optimizer, last)
             source = partial(run.train_source.micro_batch, position.consumed_samples)
-            result = train_step(run.trainer, source, StepSettings(step=position.step), learning_rate=rate)
+            settings = StepSettings(step=position.step, score_threshold=position.score_threshold)
+            result = train_step(run.trainer, source, settings, learning_rate=rate)
             _advance(run, result)
             recorder.step(result, rate)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -47,7 +48,12 @@ def train(run: Run) -> None:
 
 def _save(run: Run) -> Path:
     position = run.position
-    progress = Progress(step=position.step, consumed_samples=position.consumed_samples, adam_step=position.adam_step)
+    progress = Progress(
+        step=position.step,
+        consumed_samples=position.consumed_samples,
+        adam_step=position.adam_step,
+        score_threshold=position.score_threshold,
+    )
     return run.writer.save(run.trainer.engine.optimizer, progress)
 
 
@@ -55,6 +61,10 @@ def _advance(run: Run, result: StepResult) -> None:
     run.position.step += 1
     run.position.consumed_samples += run.plan.global_batch_size
     run.position.adam_step += not result.skipped
+    sums = result.sums
+    run.position.score_threshold = run.plan.selector.next_threshold(
+        run.position.score_threshold, sums.threshold, sums.threshold_tokens
+    )
 
 
 def _due(step: int, interval: int | None, last: int) -> bool:
@@ -89,13 +99,16 @@ class _Recorder:
         position, plan = self.run.position, self.run.plan
         if self.writer is None:
             return
+        if result.sums.nonfinite_tokens:
+            count = f"{result.sums.nonfinite_tokens:,.0f}"
+            self.say(f"warning: step {position.step}: {count} tokens with a loss or score that is not finite, not kept")
         tokens_per_step = plan.global_batch_size * plan.config.data.seq_length
         values: dict[str, Any] = {
             "step": position.step,
             "samples": position.consumed_samples,
             "tokens": position.consumed_samples * plan.config.data.seq_length,
             "lr": rate,
-            **training_metrics(result, has_reference=plan.reference is not None),
+            **training_metrics(result, has_reference=plan.reference is not None, has_scores=bool(plan.selector.scores)),
             "step_time_seconds": result.seconds,
             "tokens_per_second": tokens_per_step / result.seconds,
             "skipped_steps": position.skipped_steps,

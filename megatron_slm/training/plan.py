@@ -22,6 +22,8 @@ from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_
 from megatron_slm.errors import CheckpointError, ConfigError, LayoutError, VocabularyError
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.selection.configure import build_selector
+from megatron_slm.selection.selector import Selector
 from megatron_slm.training.architecture import check_layout, check_weights, resolve_architecture
 from megatron_slm.training.corpora import check_order, open_data
 
@@ -47,6 +49,7 @@ class Plan:
     init: Model | None
     reference: Model | None
     resume: Resume | None
+    selector: Selector
     num_tokens: int
     """Every token id of the corpora is below this; the smaller vocabulary of model and reference."""
     train_samples: PackedSamples
@@ -112,6 +115,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         raise ConfigError("--eod-mask-loss", True, "needs a tokenizer with an end-of-document token", "leave it out")
     models = [architecture, *([reference.architecture] if reference else [])]
     num_tokens = min(model.vocab_size for model in models)
+    selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
     train, held_out = open_data(config, tokenizer, num_tokens, _num_samples(config, resume, global_batch_size))
     check_order(config, resume.manifest if resume else None, train)
     return Plan(
@@ -122,6 +126,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         init=init,
         reference=reference,
         resume=resume,
+        selector=selector,
         num_tokens=num_tokens,
         train_samples=train,
         held_out=held_out,

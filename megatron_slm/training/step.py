@@ -11,7 +11,7 @@ import torch
 from megatron_slm.loss.objective import LossSums, StepSettings
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
-from megatron_slm.pipeline.gradients import gradients_scaled, sum_over_world
+from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.types import MicroBatch, TokenStatistics
 
@@ -71,7 +71,7 @@ class FlatTrainer:
             self.engine.backward(loss_sum, scale_wrt_gas=False)
             sums = sums + part
         sums = self._over_world(sums)
-        with gradients_scaled(self.engine.optimizer, self.topology.data / max(sums.kept_tokens, 1.0)):
+        with gradients_scaled(self.engine.optimizer, step_factor(sums, self.topology.data)):
             self.engine.step()
         return sums
 
