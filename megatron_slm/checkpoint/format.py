@@ -6,6 +6,7 @@
         weights_00003.safetensors  the fp32 weights that rank 3 owns, by logical tensor
         optimizer_00003.safetensors  Adam's moments of the same
         rng_00003.safetensors      the rank's random state
+        probe.safetensors          which tokens the last probe of the selection kept, where there was one
         tokenizer/                 the tokenizer, as transformers loads it
     SAVE/latest                    name of the newest
 
@@ -29,6 +30,7 @@ from megatron_slm.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PROBE = "probe.safetensors"
 CHECKSUM_LIMIT_BYTES = 256 * 2**20
 """Files up to this size have their checksum compared on loading, larger ones their size only."""
 

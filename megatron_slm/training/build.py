@@ -14,9 +14,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from torch import Tensor
 
 from megatron_slm.checkpoint.fragments import fill_optimizer
-from megatron_slm.checkpoint.load import CheckpointSource, restore_rng
+from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_rng
 from megatron_slm.checkpoint.save import Writer
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
 from megatron_slm.config.load import write_yaml
@@ -35,6 +36,7 @@ from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.training.evaluation import HeldOutSet
 from megatron_slm.training.optimizer import build_optimizer
 from megatron_slm.training.plan import Plan
+from megatron_slm.training.probe import Probe
 from megatron_slm.training.step import FlatTrainer, PipelineTrainer, Trainer
 
 
@@ -47,6 +49,8 @@ class Position:
     adam_step: int = 0
     score_threshold: float | None = None
     """The running threshold of --slm-policy quantile; None before there is one."""
+    probe_kept: Tensor | None = None
+    """What the last probe kept, bool [samples, s]; None before the first."""
 
     @property
     def skipped_steps(self) -> int:
@@ -62,6 +66,7 @@ class Run:
     trainer: Trainer
     train_source: MicroBatchSource
     held_out: list[HeldOutSet]
+    probe: Probe | None
     writer: Writer
     position: Position
 
@@ -79,11 +84,13 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
     position = _fill(plan, trainer.engine.optimizer)
+    train_source = _source(plan, plan.train_samples, pads_at_end=False)
     return Run(
         plan=plan,
         trainer=trainer,
-        train_source=_source(plan, plan.train_samples, pads_at_end=False),
+        train_source=train_source,
         held_out=_held_out(plan),
+        probe=_probe(plan, trainer, train_source),
         writer=writer,
         position=position,
     )
@@ -142,6 +149,8 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         manifest = plan.resume.manifest
         source = CheckpointSource(plan.resume.folder)
         position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
+        if manifest.sample_order == plan.train_samples.order_fingerprint:  # else the first batch is another one
+            position.probe_kept = read_probe(plan.resume.folder, manifest)
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
     elif plan.init is not None:
         source = plan.init.source
@@ -173,6 +182,20 @@ def _held_out(plan: Plan) -> list[HeldOutSet]:
             count = min(count, plan.config.logging.eval_iters)
         sets.append(HeldOutSet(name=name, source=_source(plan, samples, pads_at_end=True), num_global_batches=count))
     return sets
+
+
+def _probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> Probe | None:
+    interval = plan.config.selection.slm_probe_interval
+    if interval == 0 or not plan.selector.scores:
+        return None
+    return Probe(
+        trainer=trainer,
+        source=source,
+        topology=plan.topology,
+        global_batch_size=plan.global_batch_size,
+        num_micro_batches=plan.num_micro_batches,
+        interval=interval,
+    )
 
 
 def _writer(plan: Plan) -> Writer:
