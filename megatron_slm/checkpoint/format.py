@@ -6,6 +6,7 @@
         weights_00003.safetensors  the fp32 weights that rank 3 owns, by logical tensor
         optimizer_00003.safetensors  Adam's moments of the same
         rng_00003.safetensors      the rank's random state
+        probe.safetensors          which tokens the last probe of the selection kept, where there was one
         tokenizer/                 the tokenizer, as transformers loads it
     SAVE/latest                    name of the newest
 
@@ -29,6 +30,7 @@ from megatron_slm.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PROBE = "probe.safetensors"
 CHECKSUM_LIMIT_BYTES = 256 * 2**20
 """Files up to this size have their checksum compared on loading, larger ones their size only."""
 
@@ -48,6 +50,8 @@ class Manifest:
     """Fingerprint of the order in which the corpus is read; None where no data was read (an imported model)."""
     files: dict[str, dict[str, Any]]
     """Size in bytes and sha256 of every other file."""
+    score_threshold: float | None = None
+    """The running threshold of a selection by quantile; None where there is none, as in older checkpoints."""
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

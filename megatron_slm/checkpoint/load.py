@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_slm.checkpoint.format import Manifest
+from megatron_slm.checkpoint.format import PROBE, Manifest
 from megatron_slm.checkpoint.weights import Quantity, slice_of
 from megatron_slm.device import set_device_rng_state
 from megatron_slm.errors import CheckpointError
@@ -112,6 +112,11 @@ class CheckpointSource:
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
         return self._open[path].get_tensor(f"{piece.number}.{quantity}")
+
+
+def read_probe(folder: Path, manifest: Manifest) -> Tensor | None:
+    """Which tokens the last probe before the checkpoint kept, bool [samples, s]; None where there was none."""
+    return load_file(folder / PROBE)["kept"] if PROBE in manifest.files else None
 
 
 def restore_rng(folder: Path, manifest: Manifest, rank: int) -> None:

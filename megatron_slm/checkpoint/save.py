@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_slm.checkpoint.format import (
+    PROBE,
     Manifest,
     complete_checkpoints,
     file_entry,
@@ -43,6 +44,9 @@ class Progress:
     step: int
     consumed_samples: int
     adam_step: int
+    score_threshold: float | None = None
+    probe_kept: Tensor | None = None
+    """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,8 @@ class Writer:
 
     def _commit(self, temporary: Path, files: dict[str, dict[str, Any]], progress: Progress) -> None:
         self.write_config(temporary / "config.yaml")
+        if progress.probe_kept is not None:
+            _write_tensors(temporary / PROBE, {"kept": progress.probe_kept}, {})
         if self.extras is not None:
             shutil.copytree(self.extras, temporary / self.extras.name)
         others = (p for p in temporary.rglob("*") if p.is_file() and p.name not in files)
@@ -133,6 +139,7 @@ class Writer:
             step=progress.step,
             consumed_samples=progress.consumed_samples,
             adam_step=progress.adam_step,
+            score_threshold=progress.score_threshold,
             architecture=self.architecture,
             layout={"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor},
             tokenizer_fingerprint=self.tokenizer_fingerprint,

@@ -83,7 +83,8 @@ def _add_flag(group: Any, f: dataclasses.Field[Any], hint: Any, doc: str) -> Non
     if hint is bool or hint == bool | None:
         group.add_argument(flag, action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=default, help=text)
     elif typing.get_origin(hint) is list:
-        group.add_argument(flag, type=str, nargs="+", default=default, help=text)
+        (item,) = typing.get_args(hint)
+        group.add_argument(flag, type=item, nargs="+", default=default, help=text)
     else:
         group.add_argument(flag, type=hint, default=None if required else default, required=False, help=text)
 
@@ -117,10 +118,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _normalize_flags(argv: Sequence[str]) -> list[str]:
     """Accept underscores and aliases in flag names, and refuse the unknown ones by their nearest name."""
     own = {"--config", "--dry-run", "--no-dry-run", "--local-rank", "--help", "-h"}
-    names, out = _fields(), []
+    names, lists, out = _fields(), _list_fields(), []
     for word in argv:
         if not word.startswith("--"):
-            out.append(word)
+            out.append(_as_value(word))
             continue
         flag, equals, value = word.partition("=")
         flag = "--" + flag[2:].replace("_", "-")
@@ -128,8 +129,21 @@ def _normalize_flags(argv: Sequence[str]) -> list[str]:
             plain = flag[2:]
             no = plain.startswith("no-") and plain.replace("-", "_") not in names
             flag = "--" + "no-" * no + _known_name(plain[3:] if no else plain, source="flag").replace("_", "-")
-        out.append(flag + equals + value)
+        if equals and flag[2:].replace("-", "_") in lists:
+            out += [flag, _as_value(value)]  # argparse would take no further value after an equals sign
+        else:
+            out.append(flag + equals + value)
     return out
+
+
+def _as_value(word: str) -> str:
+    """A value as argparse takes it for one: a space before a dash that starts a word (the score `-loss`)."""
+    return " " + word if re.match(r"-[^\d.]", word) and word != "-h" else word
+
+
+def _list_fields() -> set[str]:
+    hints = {n: h for section in SECTIONS.values() for n, h in typing.get_type_hints(section).items()}
+    return {name for name, hint in hints.items() if typing.get_origin(hint) is list}
 
 
 def parse(argv: Sequence[str]) -> tuple[sections.RunConfig, bool]:
@@ -165,8 +179,8 @@ def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]
     """Check the YAML's values against the flags' types one by one, so that the error names the field."""
     hints = {n: h for section in SECTIONS.values() for n, h in typing.get_type_hints(section).items()}
     for name, value in values.items():
-        if typing.get_origin(hints[name]) is list and isinstance(value, str):
-            values[name] = value.split()
+        if typing.get_origin(hints[name]) is list and not isinstance(value, list):
+            values[name] = value.split() if isinstance(value, str) else [value]
         if isinstance(value, str) and hints[name] in (float, float | None):
             with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 (no dot) as a string
                 values[name] = float(value)
@@ -180,8 +194,15 @@ def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]
 def _assemble(values: Mapping[str, Any]) -> sections.RunConfig:
     built = {}
     for name, section in SECTIONS.items():
-        built[name] = section(**{f.name: values[f.name] for f in dataclasses.fields(section)})
+        built[name] = section(**{f.name: _without_space(values[f.name]) for f in dataclasses.fields(section)})
     return sections.RunConfig(**built)
+
+
+def _without_space(value: Any) -> Any:
+    """Undo `_as_value`."""
+    if isinstance(value, list):
+        return [_without_space(item) for item in value]
+    return value[1:] if isinstance(value, str) and value.startswith(" -") else value
 
 
 def to_flat_dict(config: sections.RunConfig) -> dict[str, Any]:

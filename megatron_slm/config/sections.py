@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_slm.config.selection import check_selection
 from megatron_slm.errors import ConfigError
 
 
@@ -142,31 +143,52 @@ class SelectionConfig:
     """Which tokens are trained on (Rho-1, arXiv 2404.07965, section 2.2)."""
 
     objective: Literal["slm", "clm"] = "slm"
-    """slm: the tokens with the highest excess loss. clm: every token, no reference (how references are trained)."""
+    """slm: the tokens that score highest. clm: every token, no reference (how references are trained)."""
     slm_keep_ratio: float = 0.6
     """Share of the valid tokens that is kept, in (0, 1]; the paper's 0.6 (1B) and 0.7 (7B)."""
-    slm_scope: Literal["sequence", "micro-batch"] = "micro-batch"
-    """The tokens that are ranked against each other."""
+    slm_score: list[str] = field(default_factory=lambda: ["excess"])
+    """What tokens are ranked by: excess, loss, -loss, reference-loss (low is kept), reference-entropy (low is kept),
+    entropy, relative-excess, clipped-excess, random; several with --slm-combine."""
+    slm_combine: Literal["intersection", "union", "sum"] | None = None
+    """Several scores: the tokens that all of their selections keep, those that any keeps, or the top share of the
+    weighted sum of the scores, each brought to mean 0 and deviation 1."""
+    slm_combine_ratios: list[float] = field(default_factory=list)
+    """Each selection's own keep ratio, for intersection and union; default: --slm-keep-ratio for each."""
+    slm_combine_weights: list[float] = field(default_factory=list)
+    """Each score's weight in the sum; default: 1 for each."""
+    slm_policy: Literal["top-k", "threshold", "quantile", "sample", "weights"] = "top-k"
+    """From scores to kept tokens: exactly the top share; those at or above --slm-threshold; those at or above a
+    running quantile of earlier steps; a random sample that favours high scores; or soft weights on all."""
+    slm_scope: Literal["sequence", "micro-batch", "data-parallel"] = "micro-batch"
+    """The tokens that are ranked against each other; data-parallel: one micro-batch of every data-parallel rank."""
+    slm_threshold: float | None = None
+    """Lowest score that is kept, for --slm-policy threshold."""
+    slm_threshold_decay: float = 0.9
+    """How much of the running threshold of --slm-policy quantile stays from one step to the next."""
+    slm_temperature: float = 1.0
+    """Divides scores in --slm-policy sample and weights: high is even, low is greedy."""
+    slm_weight_floor: float = 0.0
+    """Least weight of a token in --slm-policy weights, in [0, 1]."""
+    slm_keep_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the keep ratio goes from --slm-keep-start to its final value, after the warm-up."""
+    slm_keep_warmup_iters: int = 0
+    """Steps at the start of the run that train on every token."""
+    slm_keep_decay_iters: int | None = None
+    """Steps after the warm-up over which the keep ratio changes, for linear and cosine."""
+    slm_keep_start: float = 1.0
+    """Keep ratio at the start of a linear or cosine schedule."""
+    slm_always_keep: list[int] = field(default_factory=list)
+    """Token ids whose labels are kept in any case, before all others, even where they are more than the share."""
+    slm_never_keep: list[int] = field(default_factory=list)
+    """Token ids whose labels are never kept; they leave the ranking as if they were masked."""
+    slm_probe_interval: int = 100
+    """Every this many steps, select on the run's first batch and log how much of it changed; 0: never."""
     reference_load: str | None = None
     """The frozen reference: a Hugging Face folder, or one of our checkpoints written at any layout."""
 
     def __post_init__(self) -> None:
-        _require(
-            0.0 < self.slm_keep_ratio <= 1.0,
-            "slm_keep_ratio",
-            self.slm_keep_ratio,
-            "lies in (0, 1]",
-            "use a share such as 0.6",
-        )
-        if self.objective == "slm":
-            _require(
-                self.reference_load is not None,
-                "reference_load",
-                None,
-                "is given when --objective is slm",
-                "name the reference's folder, or train with --objective clm",
-            )
-        else:
+        check_selection(self)
+        if self.objective == "clm":  # whether slm needs one depends on the score: see selection/configure.py
             _require(
                 self.reference_load is None,
                 "reference_load",
@@ -174,6 +196,26 @@ class SelectionConfig:
                 "is left out when --objective is clm, which has no reference",
                 "drop it or use --objective slm",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossHeadConfig:
+    """How the loss spends memory to save time; results do not depend on it beyond rounding."""
+
+    loss_head_variant: Literal["auto", "recompute", "stash", "predictive"] = "auto"
+    """What is kept between the scoring of all tokens and the gradients of the kept ones: nothing (recompute), every
+    token's exponentials (stash), those of tokens that will probably be kept (predictive), or whichever of these
+    --loss-head-stash-mib and --slm-keep-ratio make the cheapest (auto)."""
+    loss_head_stash_mib: int = 1024
+    """Most memory, in MiB, for what is kept; 0 keeps nothing."""
+    loss_head_stash_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Its precision; auto: that of the model."""
+    loss_head_backend: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the loss; auto: triton on a GPU where it is installed, else torch."""
+
+    def __post_init__(self) -> None:
+        mib = self.loss_head_stash_mib
+        _require(mib >= 0, "loss_head_stash_mib", mib, "is 0 or more", "give 0 to keep nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +331,7 @@ class RunConfig:
     parallel: ParallelConfig
     data: DataConfig
     selection: SelectionConfig
+    loss_head: LossHeadConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig

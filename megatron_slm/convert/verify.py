@@ -15,6 +15,7 @@ from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch
 
 TOLERANCE_NATS = 1e-4
@@ -68,7 +69,7 @@ def _tokens(model: Model, hf: str, text_file: str | None) -> Tensor:
 def _our_losses(model: Model, tokens_bs: Tensor) -> Tensor:
     stage = FrozenStage(model.architecture, ParallelLayers(), stage=0, num_stages=1)
     fill_module(stage, model.source)
-    objective = Objective(keep_ratio=1.0, scope="micro-batch", tp=TensorParallel())
+    objective = Objective(selector=Selector(), tp=TensorParallel())
     inputs, labels = tokens_bs[:, :-1], tokens_bs[:, 1:]
     batch = MicroBatch(inputs, labels, torch.ones_like(labels, dtype=torch.bool), torch.arange(len(inputs)))
     return stage.statistics(stage(inputs), objective, batch).loss_N.view_as(labels)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_slm.loss.prediction import ThresholdPredictor
 from megatron_slm.loss.selective_ce import selective_cross_entropy, token_statistics
+from megatron_slm.loss.variants import LossHead
 from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
-from megatron_slm.parallel.groups import TensorParallel
-from megatron_slm.selection.scope import Scope, select_in_scope
-from megatron_slm.selection.scores import excess_loss
+from megatron_slm.parallel.collectives import all_gather_dim0
+from megatron_slm.parallel.groups import DataParallel, TensorParallel
+from megatron_slm.selection.policies import score_quantiles
+from megatron_slm.selection.selector import Choice, Ranking, Selector
 from megatron_slm.types import MicroBatch, Selection, TokenStatistics
+
+ONE_BY_ITSELF = DataParallel()
 
 
 class OutputWeight(NamedTuple):
@@ -28,7 +33,10 @@ class OutputWeight(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over tokens, each in nats; the quotients that are logged are taken once, over a whole step."""
+    """Sums over tokens, losses in nats; the quotients that are logged are taken once, over a whole step.
+
+    Tokens whose losses or scores are not finite are in `nonfinite_tokens` and in nothing else.
+    """
 
     kept_loss: float = 0.0
     kept_tokens: float = 0.0
@@ -36,6 +44,28 @@ class LossSums:
     valid_tokens: float = 0.0
     reference_loss: float = 0.0
     kept_excess: float = 0.0
+    weighted_loss: float = 0.0
+    """Kept losses, each times its weight: what the gradient is of, before its division."""
+    divisor: float = 0.0
+    """What the step's gradient is divided by: the kept tokens, or what they are on average."""
+    nonfinite_tokens: float = 0.0
+    """Valid tokens with a loss or a score that is NaN or infinite; never kept."""
+    ranked_tokens: float = 0.0
+    """Tokens that could be kept: valid, finite, and not of an id that is never kept."""
+    score_p05: float = 0.0
+    """This and the next four: a micro-batch's quantile of its ranked tokens' scores, times their number."""
+    score_p25: float = 0.0
+    score_p50: float = 0.0
+    score_p75: float = 0.0
+    score_p95: float = 0.0
+    threshold: float = 0.0
+    """What micro-batches say of the next step's threshold, times `threshold_tokens`."""
+    threshold_tokens: float = 0.0
+
+    @property
+    def nothing_finite(self) -> bool:
+        """Nothing could be kept, because no number was finite: the step has no gradient, not one of zero."""
+        return self.nonfinite_tokens > 0 and self.ranked_tokens == 0
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -47,6 +77,8 @@ class StepSettings:
 
     step: int
     """Steps done before this one."""
+    score_threshold: float | None = None
+    """The running threshold of the policy `quantile`; None before there is one."""
 
 
 Observer = Callable[[MicroBatch, Tensor, Tensor | None, Tensor], None]
@@ -58,9 +90,13 @@ kept rows (int64 [K])."""
 class Objective:
     """Selective language modeling, or CLM, which is the same with everything kept and no reference."""
 
-    keep_ratio: float
-    scope: Scope
+    selector: Selector
     tp: TensorParallel
+    dp: DataParallel = ONE_BY_ITSELF
+    """Who ranks together in the scope `data-parallel`; one rank by itself in the others."""
+    head: LossHead = LossHead()  # noqa: RUF009 (frozen)
+    predictor: ThresholdPredictor = field(default_factory=ThresholdPredictor)
+    """Guesses which rows will be kept; no result depends on what it has seen."""
     observer: Observer | None = None
 
     def loss(
@@ -75,31 +111,79 @@ class Objective:
 
         Args:
             x_sbd: the head's output, [s, b, d], or [s / size, b, d] under sequence parallelism.
-            reference: what the reference says of the same tokens; None keeps every token.
+            reference: what the reference says of the same tokens; None where there is none.
             settings: the step's.
         """
-        reference_loss_N = None if reference is None else reference.loss_N
-        valid_N = batch.valid_bs.flatten()
+        chosen: list[Choice] = []
+        scored: list[Tensor] = []
+
+        def likely(rows: slice, tokens: TokenStatistics) -> Tensor | None:
+            score_R = self.selector.row_scores(rows, tokens, reference, batch)
+            if score_R is None:
+                return None
+            scored.append(score_R)
+            return self.predictor.likely(score_R)
 
         def select(tokens: TokenStatistics) -> Selection:
-            if reference_loss_N is None:
-                return Selection(valid_N.nonzero().squeeze(1))
-            score_bs = excess_loss(tokens.loss_N, reference_loss_N).view_as(batch.valid_bs)
-            return Selection(select_in_scope(score_bs, batch.valid_bs, self.keep_ratio, self.scope))
+            choice = self.choose(tokens, batch, reference, settings)
+            chosen.append(choice)
+            kept_K = choice.kept_N.nonzero().squeeze(1)
+            if scored:  # the loss asked what is likely: let it know better next time
+                self.predictor.learn(torch.cat(scored), choice.ranked_N, len(kept_K))
+            return Selection(kept_K, None if choice.weight_N is None else choice.weight_N[kept_K])
 
         loss_sum, selection, tokens = selective_cross_entropy(
             loss_rows(x_sbd, self.tp),
             output.weight_Vd,
             batch.labels_bs.flatten(),
-            valid_N,
+            batch.valid_bs.flatten(),
             select=select,
+            likely=likely,
+            keep_ratio=self.selector.expected_share(settings.step),
             shard=VocabularyShard(tp=self.tp, start=output.start, rows=output.rows),
+            with_entropy=self.selector.needs("entropy"),
+            head=self.head,
         )
+        reference_loss_N = None if reference is None else reference.loss_N
         if self.observer is not None:
             self.observer(batch, tokens.loss_N, reference_loss_N, selection.kept_K)
-        return loss_sum, _sums(tokens.loss_N, selection.kept_K, valid_N, reference_loss_N)
+        measured = self.selector.measure(chosen[0], settings.step)
+        return loss_sum, _sums(tokens.loss_N, reference_loss_N, chosen[0], batch.valid_bs.flatten(), measured)
 
-    def statistics(self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch) -> TokenStatistics:
+    def choose(
+        self,
+        tokens: TokenStatistics,
+        batch: MicroBatch,
+        reference: TokenStatistics | None,
+        settings: StepSettings,
+    ) -> Choice:
+        """Which tokens of a micro-batch are kept. Collective over `dp`, with one gather of a few numbers a token."""
+        ranking = self.selector.rank(tokens, reference, batch)
+        num_rows = ranking.ranked_N.numel()
+        if self.dp.size > 1:
+            table_RN = ranking.pack()
+            parts = all_gather_dim0(table_RN[None], self.dp)
+            ranking = Ranking.unpack(torch.cat(list(parts), dim=1), len(self.selector.scores))
+        choice = self.selector.choose(
+            ranking, length=batch.labels_bs.shape[1], step=settings.step, threshold=settings.score_threshold
+        )
+        return choice.rows(slice(self.dp.rank * num_rows, (self.dp.rank + 1) * num_rows))
+
+    def kept(
+        self,
+        x_sbd: Tensor,
+        output: OutputWeight,
+        batch: MicroBatch,
+        reference: TokenStatistics | None,
+        settings: StepSettings,
+    ) -> Tensor:
+        """Which tokens of a micro-batch would be kept, bool [b, s], without a gradient."""
+        tokens = self.statistics(x_sbd, output, batch, with_entropy=self.selector.needs("entropy"))
+        return self.choose(tokens, batch, reference, settings).kept_N.view_as(batch.valid_bs)
+
+    def statistics(
+        self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch, *, with_entropy: bool = False
+    ) -> TokenStatistics:
         """What a model says of every token, without a gradient: for the reference and for evaluation."""
         return token_statistics(
             loss_rows(x_sbd, self.tp),
@@ -107,32 +191,43 @@ class Objective:
             batch.labels_bs.flatten(),
             batch.valid_bs.flatten(),
             shard=VocabularyShard(tp=self.tp, start=output.start, rows=output.rows),
+            with_entropy=with_entropy,
+            head=self.head,
         )
 
 
-def _sums(token_loss_N: Tensor, kept_K: Tensor, valid_N: Tensor, reference_loss_N: Tensor | None) -> LossSums:
-    loss_N = token_loss_N.double()
-    reference_N = torch.zeros_like(loss_N) if reference_loss_N is None else reference_loss_N.double()
+def _sums(
+    token_loss_N: Tensor,
+    reference_loss_N: Tensor | None,
+    choice: Choice,
+    valid_N: Tensor,
+    measured_threshold: tuple[Tensor, Tensor],
+) -> LossSums:
+    finite_N = choice.finite_N
+    loss_N = torch.where(finite_N, token_loss_N.double(), 0.0)
+    reference_N = torch.zeros_like(loss_N)
+    if reference_loss_N is not None:
+        reference_N = torch.where(finite_N, reference_loss_N.double(), 0.0)
+    kept_N, num_ranked = choice.kept_N, choice.ranked_N.sum()
     sums = [
-        loss_N[kept_K].sum(),
+        loss_N[kept_N].sum(),
+        kept_N.sum(),
         loss_N.sum(),
-        valid_N.sum().double(),
+        finite_N.sum(),
         reference_N.sum(),
-        (loss_N - reference_N)[kept_K].sum(),
+        (loss_N - reference_N)[kept_N].sum(),
+        (loss_N if choice.weight_N is None else loss_N * choice.weight_N)[kept_N].sum(),
+        choice.divisor(),
+        (valid_N & ~finite_N).sum(),
+        num_ranked,
+        *(score_quantiles(choice.score_N, choice.ranked_N) * num_ranked),
+        *measured_threshold,
     ]
-    kept, valid, num_valid, reference, excess = torch.stack(sums).tolist()  # one transfer from the device
-    return LossSums(
-        kept_loss=kept,
-        kept_tokens=float(kept_K.numel()),
-        valid_loss=valid,
-        valid_tokens=num_valid,
-        reference_loss=reference,
-        kept_excess=excess,
-    )
+    return LossSums(*torch.stack([x.double() for x in sums]).tolist())  # one transfer from the device
 
 
 def evaluation_sums(statistics: TokenStatistics, batch: MicroBatch) -> LossSums:
-    """A held-out micro-batch's loss sum and count."""
+    """A held-out micro-batch's loss sum and count; not finite where a loss is not."""
     count = float(batch.valid_bs.sum())
     total = float(statistics.loss_N.double().sum())
     return LossSums(kept_loss=total, kept_tokens=count, valid_loss=total, valid_tokens=count)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.errors import SlmError
-from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.parallel.groups import DataParallel, TensorParallel
 
 
 def all_reduce_sum(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -31,10 +31,10 @@ def all_reduce_sum(x: Tensor, tp: TensorParallel) -> Tensor:
     return x
 
 
-def all_gather_dim0(x: Tensor, tp: TensorParallel) -> Tensor:
+def all_gather_dim0(x: Tensor, ranks: TensorParallel | DataParallel) -> Tensor:
     """The ranks' `x`, one after the other along dim 0: [n, ...] to [size * n, ...]."""
-    out = x.new_empty((x.shape[0] * tp.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=tp.group)
+    out = x.new_empty((x.shape[0] * ranks.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=ranks.group)
     return out
 
 

@@ -66,18 +66,38 @@ class TensorParallel:
     group: ProcessGroup | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataParallel:
+    """One rank's place among the ranks that train the same parameters on different micro-batches."""
+
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = None
+
+
 def tensor_parallel_group(topology: Topology, *, sequence_parallel: bool) -> TensorParallel:
     """This rank's tensor-parallel group. Collective: every rank of the world calls it together."""
-    mine: ProcessGroup | None = None
     rank = dist.get_rank()
-    if topology.tensor > 1:
-        for ranks in topology.tensor_groups():  # every rank takes part in making every group
-            group = dist.new_group(ranks)
-            if rank in ranks:
-                mine = group
+    mine = _group_of(rank, topology.tensor_groups()) if topology.tensor > 1 else None
     return TensorParallel(
         size=topology.tensor,
         rank=topology.coordinate(rank).tensor,
         sequence_parallel=sequence_parallel and topology.tensor > 1,
         group=mine,
     )
+
+
+def data_parallel_group(topology: Topology) -> DataParallel:
+    """This rank's data-parallel group. Collective: every rank of the world calls it together."""
+    rank = dist.get_rank()
+    mine = _group_of(rank, topology.data_groups()) if topology.data > 1 else None
+    return DataParallel(size=topology.data, rank=topology.coordinate(rank).data, group=mine)
+
+
+def _group_of(rank: int, all_ranks: list[list[int]]) -> ProcessGroup | None:
+    mine: ProcessGroup | None = None
+    for ranks in all_ranks:  # every rank takes part in making every group
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            mine = group
+    return mine

@@ -80,3 +80,11 @@ class Topology:
             for d in range(self.data)
             for t in range(self.tensor)
         ]
+
+    def data_groups(self) -> list[list[int]]:
+        """The ranks that hold the same parameters of different micro-batches, in one order on all ranks."""
+        return [
+            [self.rank(pipeline=p, data=d, tensor=t) for d in range(self.data)]
+            for p in range(self.pipeline)
+            for t in range(self.tensor)
+        ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
-from megatron_slm.pipeline.gradients import gradients_scaled, sum_over_world
+from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
 from megatron_slm.pipeline.module import StageModule
 from megatron_slm.pipeline.schedule import Costs, Instruction, Kind, Mode, stage_programs
 from megatron_slm.reference.frozen import FrozenStage
@@ -60,6 +61,7 @@ class SelectiveEngine(PipelineEngine):
         self._reference_statistics: dict[int, TokenStatistics] = {}
         self._outgoing: dict[tuple[Lane, int], Tensor] = {}
         self._losses: dict[int, Tensor] = {}
+        self._probed: list[Tensor] | None = None
         self.pipe_buffers: dict[str, dict[int, Any]] = {
             name: {} for name in ("inputs", "outputs", "output_tensors", "labels")
         }
@@ -78,6 +80,38 @@ class SelectiveEngine(PipelineEngine):
         self.module.eval()
         sums = self._run("evaluate", num_micro_batches, source)
         return sum_over_world(sums, self.device)
+
+    @torch.no_grad()
+    def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
+        """What the reference says of micro-batches outside of training; on the last stage only."""
+        if self.context.reference is None:
+            return [None] * num_micro_batches
+        with self._beside_training():
+            self._run("reference", num_micro_batches, source)
+            return [self._reference_statistics.get(i) for i in range(num_micro_batches)]
+
+    @torch.no_grad()
+    def probe(
+        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings
+    ) -> list[Tensor]:
+        """The kept tokens of micro-batches, bool [b, s] each, without a gradient; on the last stage only."""
+        self.module.eval()
+        self._settings, self._probed = settings, []
+        with self._beside_training():
+            self._reference_statistics = {i: x for i, x in enumerate(references) if x is not None}
+            self._run("evaluate", len(references), source)
+        probed, self._probed = self._probed, None
+        return probed
+
+    @contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        """Inside, micro-batches are numbered anew; what training holds of its own is there again afterwards."""
+        held = self._batches, self._reference_statistics
+        self._batches, self._reference_statistics = {}, {}
+        try:
+            yield
+        finally:
+            self._batches, self._reference_statistics = held
 
     def _run(self, mode: Mode, num_micro_batches: int, source: BatchSource) -> LossSums:
         self._source, self._sums = source, LossSums()
@@ -115,6 +149,9 @@ class SelectiveEngine(PipelineEngine):
         if torch.is_grad_enabled():
             reference = self._reference_statistics.pop(i, None)
             self._losses[i], sums = objective.loss(x_sbd, self.module.output_weight(), batch, reference, self._settings)
+        elif self._probed is not None:
+            reference, sums = self._reference_statistics.get(i), LossSums()
+            self._probed.append(objective.kept(x_sbd, self.module.output_weight(), batch, reference, self._settings))
         else:
             sums = evaluation_sums(objective.statistics(x_sbd, self.module.output_weight(), batch), batch)
         if objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
@@ -168,9 +205,7 @@ class SelectiveEngine(PipelineEngine):
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step."""
         self._sums = sum_over_world(self._sums, self.device)
-        # ZeRO averages over data-parallel ranks; the sum over them is what is divided
-        factor = self.context.topology.data / max(self._sums.kept_tokens, 1.0)
-        with gradients_scaled(self.optimizer, factor):
+        with gradients_scaled(self.optimizer, step_factor(self._sums, self.context.topology.data)):
             PipelineEngine._exec_optimizer_step(self)
 
     _HANDLERS: ClassVar[dict[Kind, Callable[[Any, int], None]]] = {

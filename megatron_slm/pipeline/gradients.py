@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -20,6 +21,18 @@ def sum_over_world(sums: LossSums, device: torch.device) -> LossSums:
     return LossSums(*values.tolist())
 
 
+def step_factor(sums: LossSums, data_parallel_size: int) -> float:
+    """What gradients are multiplied by before the optimizer's step: 1 / divisor of the whole batch.
+
+    ZeRO averages over data-parallel ranks; the sum over them is what is divided. NaN, which makes the optimizer
+    skip the step, where nothing could be kept because no loss was finite: a gradient of zeros would still decay
+    weights and move moments.
+    """
+    if sums.nothing_finite:
+        return math.nan
+    return data_parallel_size / (sums.divisor or 1.0)
+
+
 @contextmanager
 def gradients_scaled(optimizer: Any, factor: float) -> Iterator[None]:
     """Inside, the optimizer's step sees its gradients times `factor`, in its norm and its clipping too.
@@ -32,6 +45,11 @@ def gradients_scaled(optimizer: Any, factor: float) -> Iterator[None]:
             gradients.mul_(factor)
         yield
         return
+    if math.isnan(factor):  # looked for in the gradients themselves, before they are unscaled
+        for group in optimizer.averaged_gradients.values():
+            for gradient in group or ():
+                if gradient is not None:
+                    gradient.fill_(factor)
     optimizer.loss_scale = 1.0 / factor
     try:
         yield

@@ -78,19 +78,27 @@ class FlatModule(nn.Module):
         self.objective, self.recompute = objective, recompute
 
     def forward(
-        self, batch: MicroBatch, reference: TokenStatistics | None, settings: StepSettings | None
+        self,
+        batch: MicroBatch,
+        reference: TokenStatistics | None,
+        settings: StepSettings | None,
+        *,
+        probing: bool = False,
     ) -> tuple[Tensor, LossSums]:
         """The loss sum (nats) and its statistics.
 
         Args:
             settings: the training step's; None evaluates, over all valid tokens and without a gradient.
+            probing: only select; instead of the loss comes which tokens are kept, bool [b, s].
         """
         embedding, *blocks, head = self.layers
         x_sbd = embedding(batch.tokens_bs)
         for block in blocks:
-            x_sbd = checkpoint(block, x_sbd, use_reentrant=False) if self.recompute and settings else block(x_sbd)
+            x_sbd = checkpoint(block, x_sbd, use_reentrant=False) if self.recompute and self.training else block(x_sbd)
         x_sbd = head(x_sbd)
         weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
+        if probing and settings is not None:
+            return self.objective.kept(x_sbd, weight, batch, reference, settings), LossSums()
         if settings is not None:
             return self.objective.loss(x_sbd, weight, batch, reference, settings)
         sums = evaluation_sums(self.objective.statistics(x_sbd, weight, batch), batch)

@@ -20,7 +20,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-Mode = Literal["clm", "ride-along", "evaluate"]
+Mode = Literal["clm", "ride-along", "evaluate", "reference"]
 
 
 class Work(Enum):
@@ -111,9 +111,11 @@ def stage_orders(mode: Mode, num_stages: int, num_micro_batches: int) -> list[li
     - `clm`: the model alone.
     - `ride-along`: the reference's forward of a micro-batch right before the model's; the plainest of all.
     - `evaluate`: the model's forwards alone.
+    - `reference`: the reference's forwards alone.
     """
-    if mode == "evaluate":
-        return [[Computation(Work.FORWARD, i) for i in range(num_micro_batches)] for _ in range(num_stages)]
+    if mode in ("evaluate", "reference"):
+        work = Work.FORWARD if mode == "evaluate" else Work.REFERENCE
+        return [[Computation(work, i) for i in range(num_micro_batches)] for _ in range(num_stages)]
     orders = [one_forward_one_backward(num_stages, num_micro_batches, stage) for stage in range(num_stages)]
     if mode == "ride-along":
         return [[c for item in order for c in _with_reference(item)] for order in orders]
@@ -197,5 +199,9 @@ def stage_programs(
 ) -> tuple[tuple[Instruction, ...], ...]:
     """The programs of all stages for one step. A pure function, so every rank derives the same ones."""
     programs = project(play(stage_orders(mode, num_stages, num_micro_batches), costs), num_stages)
-    end = [] if mode == "evaluate" else [Kind.REDUCE_TIED_GRADIENTS, Kind.REDUCE_GRADIENTS, Kind.OPTIMIZER_STEP]
+    end = (
+        []
+        if mode in ("evaluate", "reference")
+        else [Kind.REDUCE_TIED_GRADIENTS, Kind.REDUCE_GRADIENTS, Kind.OPTIMIZER_STEP]
+    )
     return tuple((*program, *(Instruction(kind) for kind in end)) for program in programs)

@@ -51,4 +51,5 @@ class FrozenStage(nn.Module):
 
     def statistics(self, x_sbd: Tensor, objective: Objective, batch: MicroBatch) -> TokenStatistics:
         """What the reference says of every token; on the last stage only."""
-        return objective.statistics(x_sbd, self.output_weight(), batch)
+        with_entropy = objective.selector.needs("reference-entropy")
+        return objective.statistics(x_sbd, self.output_weight(), batch, with_entropy=with_entropy)

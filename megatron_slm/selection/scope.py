@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,17 +10,34 @@ from torch import Tensor
 
 from megatron_slm.selection.select import top_share
 
-Scope = Literal["sequence", "micro-batch"]
+Scope = Literal["sequence", "micro-batch", "data-parallel"]
+"""`data-parallel` is the same as `micro-batch` to everything here: whoever has several ranks' tokens joins them first,
+in order of rank."""
 
 
-def select_in_scope(score_bs: Tensor, valid_bs: Tensor, keep_ratio: float, scope: Scope) -> Tensor:
-    """Kept positions of a micro-batch, as ascending indices into the flattened [b, s], int64 [K].
+def select_in_scope(
+    score_bs: Tensor, valid_bs: Tensor, keep_ratio: float, scope: Scope, always_bs: Tensor | None = None
+) -> Tensor:
+    """Kept positions, as ascending indices into the flattened [b, s], int64 [K]; see `top_share`.
 
-    `micro-batch` ranks all of it together; `sequence` ranks each of the b sequences by itself (the N of
-    Rho-1's equation 4).
+    `sequence` ranks each of the b sequences by itself (the N of Rho-1's equation 4), the others all together.
     """
-    if scope == "micro-batch":
-        return top_share(score_bs.flatten(), valid_bs.flatten(), keep_ratio)
-    length = score_bs.shape[1]
-    rows = [top_share(score, valid, keep_ratio) for score, valid in zip(score_bs, valid_bs, strict=True)]
-    return torch.cat([kept + i * length for i, kept in enumerate(rows)])
+    if scope != "sequence":
+        always_N = None if always_bs is None else always_bs.flatten()
+        return top_share(score_bs.flatten(), valid_bs.flatten(), keep_ratio, always_N)
+    kept = []
+    for i, (score_s, valid_s) in enumerate(zip(score_bs, valid_bs, strict=True)):
+        always_s = None if always_bs is None else always_bs[i]
+        kept.append(top_share(score_s, valid_s, keep_ratio, always_s) + i * score_bs.shape[1])
+    return torch.cat(kept)
+
+
+def in_scope(function: Callable[[Tensor, Tensor], Tensor], x_bs: Tensor, ranked_bs: Tensor, scope: Scope) -> Tensor:
+    """`function(values, ranked)` of every set that is ranked together, put back in place, [b, s].
+
+    Args:
+        function: takes flat values and a mask of the same length, and returns as many values.
+    """
+    if scope == "sequence":
+        return torch.stack([function(x_s, ranked_s) for x_s, ranked_s in zip(x_bs, ranked_bs, strict=True)])
+    return function(x_bs.flatten(), ranked_bs.flatten()).view_as(x_bs)

@@ -16,7 +16,7 @@ def num_kept(num_valid: int, keep_ratio: float) -> int:
     return max(min(num_valid, 1), math.ceil(round(keep_ratio * num_valid, 9)))
 
 
-def top_share(score_N: Tensor, valid_N: Tensor, keep_ratio: float) -> Tensor:
+def top_share(score_N: Tensor, valid_N: Tensor, keep_ratio: float, always_N: Tensor | None = None) -> Tensor:
     """Positions of the `num_kept` highest valid scores, ascending; ties go to the lower position.
 
     Every score becomes one integer whose order is that of (score, then lower position first), so the number
@@ -24,20 +24,34 @@ def top_share(score_N: Tensor, valid_N: Tensor, keep_ratio: float) -> Tensor:
     `torch.topk` alone breaks ties arbitrarily, and `score >= threshold` keeps too many.
 
     Args:
-        score_N: fp32 [N]; a NaN ranks above everything (its gradient then marks the step as not finite).
+        score_N: fp32 [N]; NaN is never kept, and does not count as valid.
         valid_N: bool [N].
+        always_N: bool [N]; those of them that are valid take the first places, and are all kept even where
+            they are more than the share.
 
     Returns:
         int64 [K].
     """
-    count = num_kept(int(valid_N.sum()), keep_ratio)
-    positions = torch.arange(score_N.numel(), device=score_N.device)
-    key = (_ordered(score_N.float()) << 32) | (score_N.numel() - 1 - positions)
-    key = torch.where(valid_N, key, torch.iinfo(torch.int64).min)
-    return torch.topk(key, count, sorted=False).indices.sort().values
+    valid_N = valid_N & ~score_N.isnan()
+    key_N = _ordered(score_N.float())
+    counts = [valid_N.sum()]
+    if always_N is not None:
+        always_N = always_N & valid_N
+        key_N = torch.where(always_N, _ABOVE_ALL, key_N)
+        counts.append(always_N.sum())
+    num_valid, *num_always = torch.stack(counts).tolist()  # one transfer from the device
+    count = max(num_kept(num_valid, keep_ratio), *num_always, 0)
+    positions_N = torch.arange(score_N.numel(), device=score_N.device)
+    key_N = (key_N << 32) | (score_N.numel() - 1 - positions_N)
+    key_N = torch.where(valid_N, key_N, torch.iinfo(torch.int64).min)
+    return torch.topk(key_N, count, sorted=False).indices.sort().values
+
+
+_ABOVE_ALL = 0x7FFFFFFF
+"""Above the image of infinity, 0x7F800000."""
 
 
 def _ordered(score_N: Tensor) -> Tensor:
-    """int64 images of fp32 numbers in the same order (-0 equals +0; NaN of either sign above infinity)."""
-    bits = torch.where(score_N.isnan(), torch.nan, score_N + 0.0).view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    """int64 images of fp32 numbers in the same order (-0 equals +0)."""
+    bits_N = (score_N + 0.0).view(torch.int32)
+    return torch.where(bits_N < 0, bits_N ^ 0x7FFFFFFF, bits_N).long()

@@ -14,9 +14,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from torch import Tensor
 
 from megatron_slm.checkpoint.fragments import fill_optimizer
-from megatron_slm.checkpoint.load import CheckpointSource, restore_rng
+from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_rng
 from megatron_slm.checkpoint.save import Writer
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
 from megatron_slm.config.load import write_yaml
@@ -26,7 +27,7 @@ from megatron_slm.device import local_device
 from megatron_slm.errors import ConfigError
 from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.parallel.collectives import together
-from megatron_slm.parallel.groups import TensorParallel, tensor_parallel_group
+from megatron_slm.parallel.groups import DataParallel, TensorParallel, data_parallel_group, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.pipeline.engine import StageContext, pipeline_engine
 from megatron_slm.pipeline.module import FlatModule, StageModule, deepspeed_topology
@@ -35,6 +36,7 @@ from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.training.evaluation import HeldOutSet
 from megatron_slm.training.optimizer import build_optimizer
 from megatron_slm.training.plan import Plan
+from megatron_slm.training.probe import Probe
 from megatron_slm.training.step import FlatTrainer, PipelineTrainer, Trainer
 
 
@@ -45,6 +47,10 @@ class Position:
     step: int = 0
     consumed_samples: int = 0
     adam_step: int = 0
+    score_threshold: float | None = None
+    """The running threshold of --slm-policy quantile; None before there is one."""
+    probe_kept: Tensor | None = None
+    """What the last probe kept, bool [samples, s]; None before the first."""
 
     @property
     def skipped_steps(self) -> int:
@@ -60,6 +66,7 @@ class Run:
     trainer: Trainer
     train_source: MicroBatchSource
     held_out: list[HeldOutSet]
+    probe: Probe | None
     writer: Writer
     position: Position
 
@@ -70,18 +77,20 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
     tp = tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
-    objective = Objective(
-        keep_ratio=plan.config.selection.slm_keep_ratio, scope=plan.config.selection.slm_scope, tp=tp, observer=observer
-    )
+    ranks_together = plan.selector.scope == "data-parallel"
+    dp = data_parallel_group(plan.topology) if ranks_together else DataParallel()
+    objective = Objective(selector=plan.selector, tp=tp, dp=dp, head=plan.loss_head, observer=observer)
     reference = _build_reference(plan, layers)
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
     position = _fill(plan, trainer.engine.optimizer)
+    train_source = _source(plan, plan.train_samples, pads_at_end=False)
     return Run(
         plan=plan,
         trainer=trainer,
-        train_source=_source(plan, plan.train_samples, pads_at_end=False),
+        train_source=train_source,
         held_out=_held_out(plan),
+        probe=_probe(plan, trainer, train_source),
         writer=writer,
         position=position,
     )
@@ -139,7 +148,9 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
     if plan.resume is not None:
         manifest = plan.resume.manifest
         source = CheckpointSource(plan.resume.folder)
-        position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step)
+        position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
+        if manifest.sample_order == plan.train_samples.order_fingerprint:  # else the first batch is another one
+            position.probe_kept = read_probe(plan.resume.folder, manifest)
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
     elif plan.init is not None:
         source = plan.init.source
@@ -171,6 +182,20 @@ def _held_out(plan: Plan) -> list[HeldOutSet]:
             count = min(count, plan.config.logging.eval_iters)
         sets.append(HeldOutSet(name=name, source=_source(plan, samples, pads_at_end=True), num_global_batches=count))
     return sets
+
+
+def _probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> Probe | None:
+    interval = plan.config.selection.slm_probe_interval
+    if interval == 0 or not plan.selector.scores:
+        return None
+    return Probe(
+        trainer=trainer,
+        source=source,
+        topology=plan.topology,
+        global_batch_size=plan.global_batch_size,
+        num_micro_batches=plan.num_micro_batches,
+        interval=interval,
+    )
 
 
 def _writer(plan: Plan) -> Writer:

@@ -48,6 +48,7 @@ def print_dry_run(plan: Plan) -> None:
     table = Table(title="Backends", show_header=False)
     for name, found in backends_found().items():
         table.add_row(name, found)
+    table.add_row("loss head", plan.describe_loss_head())
     console.print(table)
     console.print("The configuration is sound; nothing was trained.")
 
@@ -78,8 +79,7 @@ def _batch_table(plan: Plan) -> Table:
     config, samples = plan.config, plan.train_samples
     tokens_per_step = plan.global_batch_size * config.data.seq_length
     rows = {
-        "objective": config.selection.objective
-        + (f", keep {config.selection.slm_keep_ratio} by {config.selection.slm_scope}" if plan.reference else ""),
+        "objective": f"{config.selection.objective}, {plan.selector.describe()}",
         "precision": "bf16, fp32 accumulation" if config.training.bf16 else "fp32",
         "global batch": f"{plan.global_batch_size} samples = {config.training.micro_batch_size} a micro-batch x "
         f"{plan.num_micro_batches} micro-batches x {plan.topology.data} data parallel",

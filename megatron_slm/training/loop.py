@@ -17,6 +17,7 @@ from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.lr_schedule import learning_rate
 from megatron_slm.training.metrics import MetricsWriter, ProgressLine, training_metrics
+from megatron_slm.training.probe import Probe, agreement
 from megatron_slm.training.signals import StopRequest
 from megatron_slm.training.step import StepResult, train_step
 
@@ -27,14 +28,18 @@ def train(run: Run) -> None:
     last = config.training.train_iters
     stop, skipped_in_a_row = StopRequest(local_device()), 0
     with _Recorder(run) as recorder:
+        if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
+            run.probe.prepare()
         while position.step < last:
             rate = learning_rate(position.step, config.optimizer, last)
             source = partial(run.train_source.micro_batch, position.consumed_samples)
-            result = train_step(run.trainer, source, StepSettings(step=position.step), learning_rate=rate)
+            result = train_step(run.trainer, source, _settings(run), learning_rate=rate)
             _advance(run, result)
             recorder.step(result, rate)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             _check_finite(skipped_in_a_row, config.training.max_skipped_steps, position.step)
+            if run.probe is not None and run.probe.due(position.step):
+                recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
             stopping = stop.agreed()
             if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
                 recorder.saved(_save(run))  # before evaluating: what ends a run early does not wait
@@ -45,9 +50,19 @@ def train(run: Run) -> None:
                 break
 
 
+def _settings(run: Run) -> StepSettings:
+    return StepSettings(step=run.position.step, score_threshold=run.position.score_threshold)
+
+
 def _save(run: Run) -> Path:
     position = run.position
-    progress = Progress(step=position.step, consumed_samples=position.consumed_samples, adam_step=position.adam_step)
+    progress = Progress(
+        step=position.step,
+        consumed_samples=position.consumed_samples,
+        adam_step=position.adam_step,
+        score_threshold=position.score_threshold,
+        probe_kept=position.probe_kept,
+    )
     return run.writer.save(run.trainer.engine.optimizer, progress)
 
 
@@ -55,6 +70,10 @@ def _advance(run: Run, result: StepResult) -> None:
     run.position.step += 1
     run.position.consumed_samples += run.plan.global_batch_size
     run.position.adam_step += not result.skipped
+    sums = result.sums
+    run.position.score_threshold = run.plan.selector.next_threshold(
+        run.position.score_threshold, sums.threshold, sums.threshold_tokens
+    )
 
 
 def _due(step: int, interval: int | None, last: int) -> bool:
@@ -89,13 +108,16 @@ class _Recorder:
         position, plan = self.run.position, self.run.plan
         if self.writer is None:
             return
+        if result.sums.nonfinite_tokens:
+            count = f"{result.sums.nonfinite_tokens:,.0f}"
+            self.say(f"warning: step {position.step}: {count} tokens with a loss or score that is not finite, not kept")
         tokens_per_step = plan.global_batch_size * plan.config.data.seq_length
         values: dict[str, Any] = {
             "step": position.step,
             "samples": position.consumed_samples,
             "tokens": position.consumed_samples * plan.config.data.seq_length,
             "lr": rate,
-            **training_metrics(result, has_reference=plan.reference is not None),
+            **training_metrics(result, has_reference=plan.reference is not None, has_scores=bool(plan.selector.scores)),
             "step_time_seconds": result.seconds,
             "tokens_per_second": tokens_per_step / result.seconds,
             "skipped_steps": position.skipped_steps,
@@ -121,6 +143,17 @@ class _Recorder:
                 )
                 shown = "not finite" if loss is None else f"{loss:.4f} nats"
                 self.line.say(f"step {run.position.step}  held-out {held_out.name}: loss {shown}")
+
+    def probe(self, probe: Probe) -> None:
+        """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""
+        position = self.run.position
+        kept = probe.kept(_settings(self.run))
+        if self.writer is not None:
+            tokens = position.consumed_samples * self.run.plan.config.data.seq_length
+            agreed = agreement(position.probe_kept, kept)
+            line = {"event": "probe", "step": position.step, "tokens": tokens, "agreement": agreed}
+            self.writer.write({**line, "kept_tokens": int(kept.sum())})
+        position.probe_kept = kept
 
     def saved(self, folder: Path) -> None:
         """Record a checkpoint."""

@@ -58,6 +58,7 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
     with together():
         plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank())
     logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
+    logger.info("loss head: %s", plan.describe_loss_head())
     run = build_run(plan, observer=observer)
     train(run)
     dist.barrier()  # nobody leaves while another still writes

@@ -19,29 +19,35 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_slm.loss.objective import LossSums
 from megatron_slm.training.step import StepResult
 
+SCORE_QUANTILES = ("score_p05", "score_p25", "score_p50", "score_p75", "score_p95")
 
-def training_metrics(result: StepResult, *, has_reference: bool) -> dict[str, float | None]:
+
+def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, float | None]:
     """The losses of a step, in nats per token, and its token counts and norm.
 
-    `loss` is the mean over kept tokens, `loss_all` over valid ones, `loss_unselected` over the others. Values
-    of the reference, and of sets that are empty, are None.
+    `loss` is the mean over kept tokens (each times its weight), `loss_all` over valid ones, `loss_unselected` over
+    the others. Values of the reference, and of sets that are empty, are None.
     """
     sums = result.sums
     unselected = sums.valid_tokens - sums.kept_tokens
+    excess = sums.valid_loss - sums.reference_loss
 
     def with_reference(total: float, count: float) -> float | None:
         return _mean(total, count) if has_reference else None
 
     return {
-        "loss": _mean(sums.kept_loss, sums.kept_tokens),
+        "loss": _mean(sums.weighted_loss, sums.kept_tokens),
         "loss_all": _mean(sums.valid_loss, sums.valid_tokens),
         "loss_unselected": _mean(sums.valid_loss - sums.kept_loss, unselected),
         "reference_loss": with_reference(sums.reference_loss, sums.valid_tokens),
         "excess_selected": with_reference(sums.kept_excess, sums.kept_tokens),
-        "excess_all": with_reference(sums.valid_loss - sums.reference_loss, sums.valid_tokens),
+        "excess_unselected": with_reference(excess - sums.kept_excess, unselected),
+        "excess_all": with_reference(excess, sums.valid_tokens),
         "keep_fraction": _mean(sums.kept_tokens, sums.valid_tokens),
         "kept_tokens": sums.kept_tokens,
         "valid_tokens": sums.valid_tokens,
+        "nonfinite_tokens": sums.nonfinite_tokens,
+        **{name: _mean(getattr(sums, name), sums.ranked_tokens) if has_scores else None for name in SCORE_QUANTILES},
         "grad_norm": _mean(result.grad_norm, 1.0),
     }
 
@@ -86,6 +92,8 @@ class MetricsWriter:
         step = values["step"]
         if values.get("event") == "eval":
             values = {f"eval/{values['set']}": values["loss"]}
+        elif values.get("event") == "probe":
+            values = {"probe/agreement": values["agreement"]}
         else:
             values = {f"train/{name}": value for name, value in values.items() if name != "step"}
         for name, value in values.items():

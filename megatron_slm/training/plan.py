@@ -19,9 +19,14 @@ from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.data.packing import PackedSamples, SequentialSamples
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_vocabulary
+from megatron_slm.device import on_gpu
 from megatron_slm.errors import CheckpointError, ConfigError, LayoutError, VocabularyError
+from megatron_slm.loss.kernels import choose_kernels
+from megatron_slm.loss.variants import LossHead
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.selection.configure import build_selector
+from megatron_slm.selection.selector import Selector
 from megatron_slm.training.architecture import check_layout, check_weights, resolve_architecture
 from megatron_slm.training.corpora import check_order, open_data
 
@@ -47,6 +52,7 @@ class Plan:
     init: Model | None
     reference: Model | None
     resume: Resume | None
+    selector: Selector
     num_tokens: int
     """Every token id of the corpora is below this; the smaller vocabulary of model and reference."""
     train_samples: PackedSamples
@@ -63,6 +69,29 @@ class Plan:
     def dtype(self) -> torch.dtype:
         """What the models compute in."""
         return torch.bfloat16 if self.config.training.bf16 else torch.float32
+
+    @property
+    def loss_head(self) -> LossHead:
+        """How the loss is computed."""
+        config = self.config.loss_head
+        return LossHead(
+            backend=config.loss_head_backend,
+            variant=config.loss_head_variant,
+            stash_bytes=config.loss_head_stash_mib * 2**20,
+            stash_dtype=config.loss_head_stash_dtype,
+        )
+
+    def describe_loss_head(self) -> str:
+        """What the loss will do with a micro-batch, in a line."""
+        training, tensor = self.config.training, self.topology.tensor
+        num_tokens = training.micro_batch_size * self.config.data.seq_length
+        divisible = self.config.model.make_vocab_size_divisible_by
+        num_columns = -(-self.architecture.vocab_size // divisible) * divisible // tensor
+        share = self.selector.expected_share(self.config.training.train_iters)
+        chosen = self.loss_head.plan(num_tokens, num_columns, share, self.dtype)
+        mib = chosen.capacity * num_columns * chosen.dtype.itemsize / 2**20
+        kernels = choose_kernels(self.loss_head.backend, on_gpu=on_gpu()).name
+        return f"{chosen.variant} ({mib:,.0f} MiB kept of {chosen.capacity} of {num_tokens} tokens), {kernels} kernels"
 
     @property
     def zero_stage(self) -> int:
@@ -85,6 +114,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
     )
     user_deepspeed = ds_config.read_json(parallel.deepspeed_config)
     ds_config.check(user_deepspeed, config)
+    choose_kernels(config.loss_head.loss_head_backend, on_gpu=on_gpu())  # refuses what cannot run here
     global_batch_size, num_micro_batches = batch_arithmetic(config, topology)
     thorough = rank == 0
     resume = _open_resume(config, checksums=thorough)
@@ -112,6 +142,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         raise ConfigError("--eod-mask-loss", True, "needs a tokenizer with an end-of-document token", "leave it out")
     models = [architecture, *([reference.architecture] if reference else [])]
     num_tokens = min(model.vocab_size for model in models)
+    selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
     train, held_out = open_data(config, tokenizer, num_tokens, _num_samples(config, resume, global_batch_size))
     check_order(config, resume.manifest if resume else None, train)
     return Plan(
@@ -122,6 +153,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         init=init,
         reference=reference,
         resume=resume,
+        selector=selector,
         num_tokens=num_tokens,
         train_samples=train,
         held_out=held_out,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from megatron_slm.loss.objective import LossSums, StepSettings
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
-from megatron_slm.pipeline.gradients import gradients_scaled, sum_over_world
+from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.types import MicroBatch, TokenStatistics
 
@@ -42,6 +44,16 @@ class Trainer(Protocol):
         """Losses of held-out micro-batches; the sums over all ranks."""
         ...
 
+    def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
+        """What the reference, if there is one, says of micro-batches outside of training; on the last stage."""
+        ...
+
+    def probe(
+        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings
+    ) -> list[Tensor]:
+        """The kept tokens of micro-batches, bool [b, s] each, without a gradient; on the last stage."""
+        ...
+
 
 class PipelineTrainer:
     """ZeRO-1 at any number of stages."""
@@ -50,6 +62,8 @@ class PipelineTrainer:
         self.engine = engine
         self.train_step = engine.train_step
         self.evaluate = engine.evaluate
+        self.reference_statistics = engine.reference_statistics
+        self.probe = engine.probe
 
 
 class FlatTrainer:
@@ -71,7 +85,7 @@ class FlatTrainer:
             self.engine.backward(loss_sum, scale_wrt_gas=False)
             sums = sums + part
         sums = self._over_world(sums)
-        with gradients_scaled(self.engine.optimizer, self.topology.data / max(sums.kept_tokens, 1.0)):
+        with gradients_scaled(self.engine.optimizer, step_factor(sums, self.topology.data)):
             self.engine.step()
         return sums
 
@@ -83,6 +97,19 @@ class FlatTrainer:
         for i in range(num_micro_batches):
             sums = sums + self.engine(self._on_device(source(i)), None, None)[1]
         return self._over_world(sums)
+
+    def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
+        """See `Trainer`."""
+        return [self._reference_statistics(self._on_device(source(i))) for i in range(num_micro_batches)]
+
+    @torch.no_grad()
+    def probe(
+        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings
+    ) -> list[Tensor]:
+        """See `Trainer`."""
+        self.engine.eval()
+        batches = (self._on_device(source(i)) for i in range(len(references)))
+        return [self.engine(b, x, settings, probing=True)[0] for b, x in zip(batches, references, strict=True)]
 
     def _reference_statistics(self, batch: MicroBatch) -> TokenStatistics | None:
         if self.reference is None:

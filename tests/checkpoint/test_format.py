@@ -40,6 +40,16 @@ def test_a_manifest_reads_back(tmp_path: Path) -> None:
     verify_files(folder, manifest)
 
 
+def test_a_manifest_from_before_thresholds_reads_back(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    raw = json.loads((folder / MANIFEST).read_text())
+    assert raw.pop("score_threshold") is None
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    assert Manifest.read(folder).score_threshold is None
+    (folder / MANIFEST).write_text(json.dumps({**raw, "score_threshold": 0.1 + 0.2}))
+    assert Manifest.read(folder).score_threshold == 0.1 + 0.2
+
+
 def test_the_newest_complete_one_is_found_whatever_latest_says(tmp_path: Path) -> None:
     write(tmp_path, 9)
     write(tmp_path, 10)

@@ -14,7 +14,9 @@ from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
 from megatron_slm.parallel.groups import TensorParallel, init_distributed, tensor_parallel_group
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.selection import scope
+from megatron_slm.selection.scores import SCORES
 from megatron_slm.selection.select import top_share
+from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch, Selection, TokenStatistics
 from tests.loss.heads import Problem
 from tests.support.world import run_world
@@ -46,7 +48,7 @@ def outcome(tp: TensorParallel, *, ties: bool) -> dict[str, Any]:
         kept.append(kept_K.tolist())
         losses.append(token_loss)
 
-    objective = Objective(keep_ratio=0.6, scope="micro-batch", tp=tp, observer=observe)
+    objective = Objective(selector=Selector(scores=(SCORES["excess"],), keep_ratio=0.6), tp=tp, observer=observe)
     loss, sums = objective.loss(
         x_sbd,
         OutputWeight(shard, start, rows),

@@ -35,9 +35,10 @@ def test_num_kept_is_the_ceiling(valid: int, ratio: float, kept: int) -> None:
     assert num_kept(valid, ratio) == kept
 
 
-def test_nan_ranks_first_so_that_the_step_is_seen_as_not_finite() -> None:
+def test_nan_is_never_kept_and_counts_as_not_valid() -> None:
     score = torch.tensor([1.0, math.nan, 5.0, -math.nan])
-    assert top_share(score, torch.ones(4, dtype=torch.bool), 0.5).tolist() == [1, 3]
+    assert top_share(score, torch.ones(4, dtype=torch.bool), 0.5).tolist() == [2]
+    assert top_share(score[1:2], torch.ones(1, dtype=torch.bool), 0.5).tolist() == []
 
 
 def test_scopes_differ_and_each_is_exact() -> None:

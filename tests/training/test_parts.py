@@ -22,8 +22,8 @@ from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
 
 METRIC_NAMES = (
-    "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_all keep_fraction "
-    "kept_tokens valid_tokens grad_norm step_time_seconds tokens_per_second skipped_steps"
+    "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_unselected excess_all "
+    "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm step_time_seconds tokens_per_second skipped_steps"
 ).split()
 
 
@@ -41,20 +41,26 @@ def test_learning_rates() -> None:
 
 def test_metrics_are_quotients_of_sums() -> None:
     sums = LossSums(
-        kept_loss=12.0, kept_tokens=6, valid_loss=20.0, valid_tokens=10, reference_loss=15.0, kept_excess=3.0
-    )
+        kept_loss=12.0, kept_tokens=6, valid_loss=20.0, valid_tokens=10, reference_loss=15.0, kept_excess=3.0,
+        weighted_loss=12.0, nonfinite_tokens=2, ranked_tokens=10, score_p05=-10.0, score_p95=40.0,
+    )  # fmt: skip
     result = StepResult(sums=sums, grad_norm=2.0, skipped=False, seconds=1.0)
     values = training_metrics(result, has_reference=True)
     assert values == {
         "loss": 2.0, "loss_all": 2.0, "loss_unselected": 2.0, "reference_loss": 1.5, "excess_selected": 0.5,
-        "excess_all": 0.5, "keep_fraction": 0.6, "kept_tokens": 6, "valid_tokens": 10, "grad_norm": 2.0,
+        "excess_unselected": 0.5, "excess_all": 0.5, "keep_fraction": 0.6, "kept_tokens": 6, "valid_tokens": 10,
+        "nonfinite_tokens": 2, "score_p05": -1.0, "score_p25": 0.0, "score_p50": 0.0, "score_p75": 0.0,
+        "score_p95": 4.0, "grad_norm": 2.0,
     }  # fmt: skip
     alone = training_metrics(result, has_reference=False)
     assert {name for name, value in alone.items() if value is None} == {
         "reference_loss",
         "excess_selected",
+        "excess_unselected",
         "excess_all",
     }
+    plain = training_metrics(result, has_reference=False, has_scores=False)
+    assert {plain[f"score_p{level}"] for level in ("05", "25", "50", "75", "95")} == {None}
     empty = training_metrics(
         StepResult(sums=LossSums(), grad_norm=float("inf"), skipped=True, seconds=1.0), has_reference=True
     )

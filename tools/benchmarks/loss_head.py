@@ -158,9 +158,9 @@ def _markdown(records: list[dict[str, Any]], missing: dict[str, str], arguments:
         "# The loss head\n\n"
         "Time and peak extra memory of one micro-batch's loss (forward, selection, backward), divided by those of full "
         "logits with `F.cross_entropy` and a mask; lower is better. fp32 on a CPU. Made by `python tools/benchmark.py "
-        f"loss-head`: {report.environment()}, {arguments.threads} threads, {arguments.rounds} rounds in turn. Medians of "
-        "ratios of CPU time, in brackets the distance between the quartiles; memory in the order of the sizes. Other "
-        f"libraries' losses at keep {PEERS_AT}.\n"
+        f"loss-head`: {report.environment()}, {arguments.threads} threads, {arguments.rounds} rounds in turn. "
+        "Medians of ratios of CPU time, in brackets the distance between the quartiles; memory in the order of the "
+        f"sizes. Other libraries' losses at keep {PEERS_AT}.\n"
     ]
     for keep in dict.fromkeys(record["keep"] for record in records):
         rows_of = [record for record in records if record["keep"] == keep]

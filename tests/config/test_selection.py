@@ -1,0 +1,140 @@
+"""Flags of a selection: what is read, and what is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.config import SelectionConfig
+from megatron_slm.config.load import parse, write_yaml
+from megatron_slm.errors import ConfigError
+from megatron_slm.selection.configure import build_selector
+
+BASE = ["--train-iters", "3"]
+TWO = ["--slm-score", "reference-loss", "reference-entropy"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "scores"),
+    [
+        (["--slm-score", "loss"], ["loss"]),
+        (["--slm-score=-loss"], ["-loss"]),
+        (["--slm-score", "-loss"], ["-loss"]),
+        (["--slm-score=-loss", "random", "--slm-combine=union"], ["-loss", "random"]),
+        (["--slm_score", "random", "-loss", "--slm-combine", "union"], ["random", "-loss"]),
+    ],
+)
+def test_scores_on_the_command_line(argv: list[str], scores: list[str]) -> None:
+    assert parse([*BASE, *argv])[0].selection.slm_score == scores
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("slm-score: -loss", {"slm_score": ["-loss"]}),
+        ("slm-score: [-loss, excess]\nslm-combine: sum", {"slm_score": ["-loss", "excess"]}),
+        ("slm-always-keep: 5\nslm-never-keep: [6, 7]", {"slm_always_keep": [5], "slm_never_keep": [6, 7]}),
+        ("slm_always_keep: 5 6", {"slm_always_keep": [5, 6]}),
+    ],
+)
+def test_scores_and_ids_in_yaml(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    selection = parse([*BASE, "--config", str(tmp_path / "run.yaml")])[0].selection
+    assert {name: getattr(selection, name) for name in expected} == expected
+
+
+def test_the_written_configuration_repeats_a_selection(tmp_path: Path) -> None:
+    config, _ = parse(
+        [*BASE, "--slm-score=-loss", "entropy", "--slm-combine", "sum", "--slm-combine-weights", "1", "-0.5",
+         "--slm-always-keep", "3", "4", "--slm-policy", "sample"]
+    )  # fmt: skip
+    assert config.selection.slm_combine_weights == [1.0, -0.5]
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["--slm-score", "loss", "loss", "--slm-combine", "sum"], "--slm-score = .*names each score once"),
+        (["--slm-combine", "sum"], r"--slm-combine = 'sum': combines two or more scores \(--slm-score names excess"),
+        (TWO, "--slm-combine = None: is given when --slm-score names several"),
+        ([*TWO, "--slm-combine", "average"], "--slm-combine"),
+        ([*TWO, "--slm-combine", "union", "--slm-combine-ratios", "0.7"], "has a number for each of the 2 scores"),
+        ([*TWO, "--slm-combine", "union", "--slm-combine-ratios", "0.7", "1.2"], r"-ratios = .*lies in \(0, 1\]"),
+        ([*TWO, "--slm-combine", "sum", "--slm-combine-ratios", "0.7", "0.7"], "is for --slm-combine intersection or"),
+        ([*TWO, "--slm-combine", "union", "--slm-combine-weights", "1", "1"], "is for --slm-combine sum"),
+        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "1"], "has a number for each of the 2 scores"),
+        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "0", "0"], "greater than 0 for at least one score"),
+        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "-1", "0"], "greater than 0 for at least one score"),
+        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "1", "nan"], "--slm-combine-weights"),
+        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "1", ".inf"], "is finite"),
+        ([*TWO, "--slm-combine", "union", "--slm-policy", "sample"], "is top-k with --slm-combine union"),
+        ([*TWO, "--slm-combine", "sum", "--slm-policy", "quantile"], "is top-k or sample or weights with"),
+        (["--slm-policy", "best"], "--slm-policy"),
+        (["--slm-policy", "threshold"], "--slm-threshold = None: is given when --slm-policy is threshold"),
+        (["--slm-threshold", "1"], "--slm-threshold = 1.0: is given when --slm-policy is threshold, and only then"),
+        (["--slm-policy", "threshold", "--slm-threshold", ".nan"], "--slm-threshold"),
+        (["--slm-threshold-decay", "1"], r"--slm-threshold-decay = 1.0: lies in \[0, 1\)"),
+        (["--slm-temperature", "0"], "--slm-temperature = 0.0: is greater than 0"),
+        (["--slm-temperature", "-1"], "--slm-temperature = -1.0: is greater than 0"),
+        (["--slm-policy", "weights", "--slm-weight-floor", "1.5"], "--slm-weight-floor = 1.5"),
+        (["--slm-weight-floor", "0.1"], "is for --slm-policy weights"),
+        (["--slm-scope", "world"], "--slm-scope"),
+        (["--slm-scope", "sequence", "--slm-policy", "quantile"], "is micro-batch with --slm-policy quantile"),
+        (["--slm-keep-ratio", "0"], "--slm-keep-ratio"),
+        (["--slm-keep-ratio", ".nan"], "--slm-keep-ratio"),
+        (["--slm-keep-schedule", "linear"], "--slm-keep-decay-iters = None: is given when --slm-keep-schedule is"),
+        (["--slm-keep-decay-iters", "5"], "--slm-keep-decay-iters = 5: is given when"),
+        (["--slm-keep-schedule", "linear", "--slm-keep-decay-iters", "0"], "is greater than 0"),
+        (["--slm-keep-schedule", "step"], "--slm-keep-schedule"),
+        (["--slm-keep-warmup-iters", "-1"], "is 0 or more"),
+        (["--slm-keep-start", "0"], "--slm-keep-start"),
+        (["--slm-keep-schedule", "cosine", "--slm-keep-decay-iters", "5", "--slm-policy", "weights"], "fixed share"),
+        (["--slm-always-keep", "-3"], "holds token ids, 0 or more"),
+        (["--slm-never-keep", "x"], "--slm-never-keep"),
+        (["--slm-always-keep", "3", "4", "--slm-never-keep", "4"], r"\(both hold \[4\]\)"),
+        (["--slm-always-keep", "3", "--slm-policy", "weights"], "is for policies that leave tokens out"),
+        (["--slm-probe-interval", "-1"], "--slm-probe-interval"),
+        (["--objective", "clm", "--reference-load", "x"], "is left out when --objective is clm"),
+    ],
+)
+def test_refused(argv: list[str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse([*BASE, *argv])
+
+
+def build(**options: Any) -> Any:
+    return build_selector(SelectionConfig(**options), seed=1, vocabulary_size=50)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"slm_score": ["exces"]}, r"--slm-score = 'exces': is one of .*did you mean excess\?"),
+        ({}, "--reference-load = None: is given when --objective is slm and --slm-score is excess"),
+        ({"slm_score": ["loss", "reference-entropy"], "slm_combine": "sum"}, "--slm-score is reference-entropy"),
+        ({"slm_score": ["loss"], "slm_always_keep": [3, 50]}, "--slm-always-keep = 50: holds ids .*below 50"),
+        ({"slm_score": ["loss"], "slm_never_keep": [50]}, "--slm-never-keep = 50"),
+    ],
+)
+def test_refused_where_names_and_ids_are_known(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        build(**options)
+
+
+def test_a_reference_is_needed_by_the_scores_that_read_one() -> None:
+    for name in ("loss", "-loss", "entropy", "random"):
+        assert not build(slm_score=[name]).needs_reference
+    assert build(slm_score=["loss"], reference_load="given anyway").scores
+    assert build(objective="clm").scores == ()
+
+
+def test_each_share_of_a_combination_defaults_to_the_keep_ratio() -> None:
+    chosen = build(slm_score=["loss", "entropy"], slm_combine="union", slm_keep_ratio=0.7)
+    assert chosen.combine_ratios == (0.7, 0.7)
+    own = build(slm_score=["loss", "entropy"], slm_combine="union", slm_combine_ratios=[0.7, 0.9])
+    assert own.combine_ratios == (0.7, 0.9)
+    assert build(slm_score=["loss", "entropy"], slm_combine="sum").combine_weights == (1.0, 1.0)

@@ -1,0 +1,133 @@
+"""A micro-batch's loss, gradient and sums, against full logits in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, StepSettings
+from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.pipeline.gradients import step_factor
+from megatron_slm.selection.scores import SCORES
+from megatron_slm.selection.selector import Selector
+from megatron_slm.types import MicroBatch, TokenStatistics
+
+BATCH, LENGTH, WIDTH, VOCAB = 2, 8, 6, 30
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor, MicroBatch, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x_sbd = torch.randn(LENGTH, BATCH, WIDTH, generator=g).requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH, generator=g).requires_grad_()
+    labels = torch.randint(VOCAB, (BATCH, LENGTH), generator=g)
+    valid = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    valid[0, 3] = valid[1, 0] = False
+    return (
+        x_sbd,
+        weight,
+        MicroBatch(labels, labels, valid, torch.arange(BATCH)),
+        torch.rand(BATCH * LENGTH, generator=g),
+    )
+
+
+def run(selector: Selector, p: Any, reference: Tensor | None) -> tuple[Tensor, LossSums, list[Tensor]]:
+    x_sbd, weight, batch, _ = p
+    objective = Objective(selector=selector, tp=TensorParallel())
+    statistics = None if reference is None else TokenStatistics(reference)
+    loss, sums = objective.loss(x_sbd, OutputWeight(weight, 0, len(weight)), batch, statistics, StepSettings(step=0))
+    return loss.detach(), sums, list(torch.autograd.grad(loss, [x_sbd, weight]))
+
+
+def full_losses(p: Any) -> Tensor:
+    x_sbd, weight, batch, _ = p
+    logits = x_sbd.transpose(0, 1).flatten(0, 1) @ weight.t()
+    return torch.nn.functional.cross_entropy(logits, batch.labels_bs.flatten(), reduction="none")
+
+
+@pytest.mark.parametrize(("temperature", "floor"), [(1.0, 0.0), (0.5, 0.2), (4.0, 0.0)])
+def test_soft_weights_and_their_gradient(temperature: float, floor: float) -> None:
+    p = problem()
+    chosen = Selector(scores=(SCORES["excess"],), policy="weights", temperature=temperature, weight_floor=floor)
+    loss, sums, gradients = run(chosen, p, p[3])
+    losses, valid = full_losses(p), p[2].valid_bs.flatten()
+    score = (losses.detach() - p[3])[valid]
+    weights = floor + (1 - floor) * len(score) * torch.softmax(score / temperature, 0)
+    expected = (losses[valid] * weights).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, [p[0], p[1]]), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert sums.divisor == sums.kept_tokens == 14
+    assert sums.weighted_loss == pytest.approx(expected.item(), rel=1e-5)
+    assert sums.kept_loss == pytest.approx(losses[valid].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reference_loss_that_is_not_finite_is_as_if_masked(bad: float) -> None:
+    p, chosen = problem(), Selector(scores=(SCORES["excess"],), keep_ratio=0.5)
+    reference = p[3].clone()
+    reference[5] = reference[12] = bad
+    reference[3] = bad  # not valid: nothing to count
+    loss, sums, gradients = run(chosen, p, reference)
+    masked = p[2].valid_bs.flatten().clone()
+    masked[[5, 12]] = False
+    q = (p[0], p[1], p[2]._replace(valid_bs=masked.view(BATCH, LENGTH)), p[3])
+    expected, clean, clean_gradients = run(chosen, q, p[3])
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, clean_gradients, strict=True))
+    assert sums.nonfinite_tokens == 2
+    assert sums == LossSums(**{**clean.__dict__, "nonfinite_tokens": 2.0})
+
+
+@pytest.mark.parametrize("clm", [False, True])
+def test_a_token_loss_that_is_not_finite_does_not_touch_its_neighbours(clm: bool) -> None:
+    p = problem()
+    chosen = Selector() if clm else Selector(scores=(SCORES["loss"],), keep_ratio=0.5)
+    with torch.no_grad():
+        p[0][2, 1] = math.nan  # row 10
+    loss, sums, gradients = run(chosen, p, None)
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in gradients)
+    assert (sums.nonfinite_tokens, sums.valid_tokens, sums.kept_tokens) == (1, 13, 13 if clm else 7)
+    losses, valid = full_losses(p).detach(), p[2].valid_bs.flatten().clone()
+    valid[10] = False
+    assert sums.valid_loss == pytest.approx(losses[valid].sum().item(), rel=1e-5)
+    assert not gradients[0][2, 1].any()
+
+
+def test_all_masked_is_zero_of_everything() -> None:
+    p = problem()
+    masked = (p[0], p[1], p[2]._replace(valid_bs=torch.zeros(BATCH, LENGTH, dtype=torch.bool)), p[3])
+    for chosen in (
+        Selector(),
+        *(Selector(scores=(SCORES["excess"],), policy=x) for x in ("top-k", "quantile", "sample", "weights")),
+        Selector(
+            scores=(SCORES["excess"], SCORES["loss"]), combine="sum", combine_weights=(1.0, 1.0), scope="sequence"
+        ),
+    ):
+        loss, sums, gradients = run(chosen, masked, p[3])
+        assert float(loss) == 0
+        assert sums == LossSums()
+        assert not any(g.any() for g in gradients)
+        assert step_factor(sums, 2) == 2.0, "nothing to divide by, and nothing that failed"
+
+
+def test_the_divisor_of_a_step() -> None:
+    assert step_factor(LossSums(kept_tokens=5, divisor=4.0, ranked_tokens=9), 2) == 0.5
+    assert math.isnan(step_factor(LossSums(nonfinite_tokens=3), 2)), "nothing was finite: no step"
+    assert step_factor(LossSums(nonfinite_tokens=3, ranked_tokens=5), 2) == 2.0, "nothing reached the threshold"
+
+
+def test_the_expected_count_divides_in_quantile_selections() -> None:
+    p, chosen = problem(), Selector(scores=(SCORES["loss"],), policy="quantile", keep_ratio=0.5)
+    objective = Objective(selector=chosen, tp=TensorParallel())
+    settings = StepSettings(step=7, score_threshold=0.0)
+    _, sums = objective.loss(p[0], OutputWeight(p[1], 0), p[2], None, settings)
+    assert sums.kept_tokens == 14
+    assert sums.divisor == 7
+    losses = full_losses(p).detach()[p[2].valid_bs.flatten()].sort(descending=True).values
+    assert sums.threshold / sums.threshold_tokens == pytest.approx(float(losses[6]), abs=2**-16)
+    assert sums.score_p50 / sums.ranked_tokens == pytest.approx(float(losses.double().quantile(0.5)), rel=1e-6)
