@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,6 @@ def test_a_probe_compares_with_the_one_before(layout: str, folder: Path, tmp_pat
     probes = lines_of(tmp_path / "run", "probe")
     counts = [4 * math.ceil(32 * ratio) for ratio in (0.875, 0.75, 0.625, 0.5, 0.5)]
     assert [line["kept_tokens"] for line in probes] == counts
-    ratios = [after / before for before, after in zip(counts, counts[1:], strict=False)]
+    ratios = [after / before for before, after in pairwise(counts)]
     assert [line["agreement"] for line in probes] == [None, *(pytest.approx(x) for x in ratios)]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
