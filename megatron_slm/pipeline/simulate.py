@@ -71,7 +71,7 @@ class Simulation:
         if leads is None or stage == 0:
             return 0
         made, read = self._events(stage - 1, Work.REFERENCE), self._events(stage, Work.REFERENCE)
-        changes = [(e.end, 1) for e in made] + [(e.start, -1) for e in read]
+        changes = [(e.end, 1) for e in made] + [(e.start + 1, -1) for e in read]  # a read begins by taking
         return _high_water(changes, leads[stage - 1] - leads[stage])
 
     def window(self, stage: int) -> int:
