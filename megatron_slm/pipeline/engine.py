@@ -127,7 +127,8 @@ class SelectiveEngine(PipelineEngine):
 
     def _execute(self, program: Sequence[Instruction]) -> None:
         for kind, micro_batch in program:
-            with peers_named(f"stage {self.stage_id}, {kind.value} of micro-batch {micro_batch}"):
+            which = f" of micro-batch {micro_batch}" if micro_batch >= 0 else ""
+            with peers_named(f"stage {self.stage_id}, {kind.value}{which}"):
                 self._HANDLERS[kind](self, micro_batch)
 
     def _timing(self, work: Work) -> AbstractContextManager[None]:

@@ -23,6 +23,7 @@ PLAINEST = "ride-along"
 OTHERS = ["skewed", "bubble", "sequential"]
 HALF_THE_LAYERS = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
 HALF_THE_WIDTH = {"num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 24}
+LARGER = {"num_hidden_layers": 6, "hidden_size": 48, "intermediate_size": 72}
 ONE_LAYER = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
@@ -47,7 +48,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     held_out = write_corpus(folder / "held_out", seed=5, num_documents=7)
     done: dict[str, dict[str, Any]] = {}
 
-    def run(layout: str, mode: str, *, reference: dict[str, Any] = HALF_THE_WIDTH, **changes: Any) -> dict[str, Any]:
+    def run(layout: str, mode: str, *, reference: dict[str, Any] = LARGER, **changes: Any) -> dict[str, Any]:
         key = json.dumps([layout, mode, reference, changes], default=str)
         if key not in done:
             world_size, parallel = LAYOUTS[layout]
@@ -84,12 +85,19 @@ def test_every_mode_with_two_stages(train: Train, mode: str) -> None:
 
 @pytest.mark.parametrize("layout", ["pp4", "pp2 tp2 sp", "pp2 dp2 bf16 recompute"])
 def test_the_default_mode_at_every_layout(train: Train, layout: str) -> None:
-    assert_same_bits(train(layout, "skewed"), train(layout, PLAINEST))
+    skewed = train(layout, "skewed")
+    leads = skewed["reports"][0]["schedule"].leads
+    assert leads[0] > leads[-1] > 0, "the stages differ in how far the reference is ahead"
+    assert_same_bits(skewed, train(layout, PLAINEST))
 
 
-def test_a_reference_with_fewer_layers_than_stages(train: Train) -> None:
-    plain = train("pp4", PLAINEST, reference=ONE_LAYER)
-    assert_same_bits(train("pp4", "skewed", reference=ONE_LAYER), plain)
+@pytest.mark.parametrize(
+    ("layout", "reference"),
+    [("pp4", ONE_LAYER), ("pp2", HALF_THE_LAYERS), ("pp2", HALF_THE_WIDTH)],
+    ids=["fewer layers than stages", "half the layers", "half the width"],
+)
+def test_another_size_of_reference(train: Train, layout: str, reference: dict[str, Any]) -> None:
+    assert_same_bits(train(layout, "skewed", reference=reference), train(layout, PLAINEST, reference=reference))
 
 
 def test_a_schedule_that_is_fitted_to_measured_steps(train: Train) -> None:
@@ -99,7 +107,9 @@ def test_a_schedule_that_is_fitted_to_measured_steps(train: Train) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", OTHERS)
 @pytest.mark.parametrize(
-    "reference", [HALF_THE_LAYERS, HALF_THE_WIDTH, ONE_LAYER], ids=["half the layers", "half the width", "one layer"]
+    "reference",
+    [LARGER, HALF_THE_LAYERS, HALF_THE_WIDTH, ONE_LAYER],
+    ids=["larger", "half the layers", "half the width", "one layer"],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_mode_layout_and_reference(train: Train, layout: str, reference: dict[str, Any], mode: str) -> None:
@@ -125,7 +135,7 @@ def test_a_resume_in_the_middle(train: Train, before: str, after: str, layout: s
 
 def test_a_stop_by_a_signal_leaves_nothing_hanging(tmp_path: Path) -> None:
     """The step that turns out to be the last has worked ahead; what it did is dropped and done again on resume."""
-    corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
+    corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference", **LARGER)
     common = {"objective": "slm", "reference_load": reference, "pipeline_model_parallel_size": 2, "lr_decay_iters": 6}
     values = run_flags(corpus, tmp_path / "run", train_iters=6, save_interval=40, **common)
     assert run_world(train_until_killed, 2, values, 4 * 2 + 1) == [3, 3]
@@ -152,7 +162,7 @@ def train_and_list_reads(values: dict[str, Any]) -> list[int]:
 
 @pytest.mark.parametrize("mode", ["skewed", "ride-along"])
 def test_each_sample_is_read_once_and_none_beyond_the_last_step(mode: str, tmp_path: Path) -> None:
-    corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
+    corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference", **LARGER)
     values = run_flags(
         corpus, tmp_path / "run", objective="slm", reference_load=reference, pipeline_model_parallel_size=2,
         train_iters=3, reference_schedule=mode,
