@@ -55,8 +55,8 @@ def strike(tmp_path: Path, victim: int, number: int, where: str, moment: int, *,
         corpus, tmp_path / "run", objective="slm", reference_load=reference, pipeline_model_parallel_size=2,
         train_iters=500, distributed_timeout_minutes=minutes,
     )  # fmt: skip
+    grace = 20.0 if number == signal.SIGKILL else 12.0
     with pytest.raises(WorldError) as failed:
-        grace = 20.0 if number == signal.SIGKILL else 12.0
         run_world(command_struck, 4, flags(values), victim, number, where, moment, grace_seconds=grace)
     outputs, codes = failed.value.outputs, failed.value.codes
     errors = []
