@@ -31,3 +31,13 @@ class TokenStatistics(NamedTuple):
 
     entropy_N: Tensor | None = None
     """Entropy of the predicted distribution, in nats, fp32 [N]; None where nothing asks for it."""
+
+
+class Selection(NamedTuple):
+    """Which tokens of a micro-batch are trained on, and how much each of them counts."""
+
+    kept_K: Tensor
+    """Rows kept, ascending int64 [K]."""
+
+    weight_K: Tensor | None = None
+    """What each kept loss is multiplied by, fp32 [K]; None stands for ones."""

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_slm.loss.selective_ce import selective_cross_entropy, token_losses
+from megatron_slm.loss.selective_ce import selective_cross_entropy, token_statistics
 from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.selection.scope import Scope, select_in_scope
 from megatron_slm.selection.scores import excess_loss
-from megatron_slm.types import MicroBatch, TokenStatistics
+from megatron_slm.types import MicroBatch, Selection, TokenStatistics
 
 
 class OutputWeight(NamedTuple):
@@ -22,6 +22,8 @@ class OutputWeight(NamedTuple):
 
     weight_Vd: Tensor
     start: int
+    rows: int
+    """Rows of the largest part over the tensor-parallel ranks, padding included."""
 
 
 @dataclass(frozen=True)
@@ -79,34 +81,33 @@ class Objective:
         reference_loss_N = None if reference is None else reference.loss_N
         valid_N = batch.valid_bs.flatten()
 
-        def select(token_loss_N: Tensor) -> Tensor:
+        def select(tokens: TokenStatistics) -> Selection:
             if reference_loss_N is None:
-                return valid_N.nonzero().squeeze(1)
-            score_bs = excess_loss(token_loss_N, reference_loss_N).view_as(batch.valid_bs)
-            return select_in_scope(score_bs, batch.valid_bs, self.keep_ratio, self.scope)
+                return Selection(valid_N.nonzero().squeeze(1))
+            score_bs = excess_loss(tokens.loss_N, reference_loss_N).view_as(batch.valid_bs)
+            return Selection(select_in_scope(score_bs, batch.valid_bs, self.keep_ratio, self.scope))
 
-        loss_sum, kept_K, token_loss_N = selective_cross_entropy(
+        loss_sum, selection, tokens = selective_cross_entropy(
             loss_rows(x_sbd, self.tp),
             output.weight_Vd,
             batch.labels_bs.flatten(),
             valid_N,
             select=select,
-            shard=VocabularyShard(tp=self.tp, start=output.start),
+            shard=VocabularyShard(tp=self.tp, start=output.start, rows=output.rows),
         )
         if self.observer is not None:
-            self.observer(batch, token_loss_N, reference_loss_N, kept_K)
-        return loss_sum, _sums(token_loss_N, kept_K, valid_N, reference_loss_N)
+            self.observer(batch, tokens.loss_N, reference_loss_N, selection.kept_K)
+        return loss_sum, _sums(tokens.loss_N, selection.kept_K, valid_N, reference_loss_N)
 
     def statistics(self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch) -> TokenStatistics:
         """What a model says of every token, without a gradient: for the reference and for evaluation."""
-        token_loss_N = token_losses(
+        return token_statistics(
             loss_rows(x_sbd, self.tp),
             output.weight_Vd,
             batch.labels_bs.flatten(),
             batch.valid_bs.flatten(),
-            shard=VocabularyShard(tp=self.tp, start=output.start),
+            shard=VocabularyShard(tp=self.tp, start=output.start, rows=output.rows),
         )
-        return TokenStatistics(token_loss_N)
 
 
 def _sums(token_loss_N: Tensor, kept_K: Tensor, valid_N: Tensor, reference_loss_N: Tensor | None) -> LossSums:

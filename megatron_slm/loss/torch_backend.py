@@ -1,96 +1,51 @@
-"""Cross-entropy by vocabulary blocks, in plain PyTorch.
-
-Pass 1 walks over the vocabulary in blocks with an online log-sum-exp and keeps three numbers a row. Pass 2
-recomputes the logits of the rows that are asked for, block by block, and turns them into gradients; the
-gradient of a block of the weight is written once, because the vocabulary is the outer loop.
-
-Shapes: N rows (tokens), K kept rows, d hidden, V vocabulary rows held here, B rows of one block.
-"""
+"""The loss's element-wise operations in plain PyTorch: what runs on a CPU, and the truth for other backends."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 2048
-"""Vocabulary rows per block. It decides the order of summation, so it is fixed, not tuned per run."""
+from megatron_slm.loss.row_statistics import RowStatistics
 
 
-class RowStatistics(NamedTuple):
-    """What pass 1 knows of each row; max and sum stay apart, since folding them loses digits of large logits."""
+class TorchKernels:
+    """See `Kernels`."""
 
-    max_N: Tensor
-    """Largest logit (-inf where no vocabulary row is held here)."""
-    sum_N: Tensor
-    """Sum of exp(logit - max)."""
-    target_N: Tensor
-    """The label's logit; 0 where the label is not held here."""
+    name = "torch"
 
+    def fold(self, logits_NB: Tensor, rows: RowStatistics, column_N: Tensor, exponentials_NB: Tensor | None) -> None:
+        """See `Kernels`."""
+        label_N1 = column_N.clamp(min=0)[:, None]
+        rows.target_N.copy_(torch.where(column_N >= 0, logits_NB.gather(1, label_N1).squeeze(1), rows.target_N))
+        max_N = torch.maximum(rows.max_N, logits_NB.amax(1))
+        shift_N = rows.max_N - max_N
+        logits_NB.sub_(max_N[:, None])
+        shrink_N = shift_N.exp()
+        if rows.moment_N is not None:
+            moved_N = torch.where(rows.sum_N > 0, rows.sum_N * shift_N, 0.0)  # the first block's shift is infinite
+            rows.moment_N.add_(moved_N).mul_(shrink_N).add_((logits_NB.exp() * logits_NB).sum(1))
+        rows.sum_N.mul_(shrink_N).add_(logits_NB.exp_().sum(1))
+        rows.max_N.copy_(max_N)
+        if exponentials_NB is not None:
+            exponentials_NB.copy_(logits_NB)
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """fp64 for fp64 inputs, else fp32: losses and sums are never less precise than fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def row_statistics(hidden_Nd: Tensor, weight_Vd: Tensor, local_label_N: Tensor) -> RowStatistics:
-    """Pass 1.
-
-    Args:
-        local_label_N: the label's row in `weight_Vd`, int64; outside [0, V) where another rank holds it.
-    """
-    dtype, rows = accumulation_dtype(hidden_Nd), hidden_Nd.shape[0]
-    max_N = hidden_Nd.new_full((rows,), -torch.inf, dtype=dtype)
-    sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
-    for start, block_Bd in _blocks(weight_Vd):
-        logits_NB = _product(hidden_Nd, block_Bd)
-        column_N = local_label_N - start
-        held_N = (column_N >= 0) & (column_N < block_Bd.shape[0])
-        column_N1 = column_N.clamp(0, block_Bd.shape[0] - 1)[:, None]
-        target_N = torch.where(held_N, logits_NB.gather(1, column_N1).squeeze(1), target_N)
-        new_max_N = torch.maximum(max_N, logits_NB.amax(1))
-        sum_N.mul_((max_N - new_max_N).exp_()).add_(logits_NB.sub_(new_max_N[:, None]).exp_().sum(1))
-        max_N = new_max_N
-    return RowStatistics(max_N, sum_N, target_N)
-
-
-def kept_gradients(
-    hidden_Kd: Tensor, weight_Vd: Tensor, local_label_K: Tensor, max_K: Tensor, log_sum_K: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Pass 2: gradients of `scale * sum of token losses` of the kept rows.
-
-    Args:
-        max_K, log_sum_K: the whole vocabulary's statistics, so that exp(logit - max - log_sum) is a probability.
-
-    Returns:
-        gradient of the rows through the vocabulary rows held here [K, d] in fp32 (or fp64), and of the weight
-        [V, d] in the weight's dtype.
-    """
-    grad_weight_Vd = torch.empty_like(weight_Vd)
-    grad_hidden_Kd = torch.zeros_like(hidden_Kd, dtype=accumulation_dtype(hidden_Kd))
-    for start, block_Bd in _blocks(weight_Vd):
-        delta_KB = _product(hidden_Kd, block_Bd).sub_(max_K[:, None]).sub_(log_sum_K[:, None]).exp_()
-        column_K = local_label_K - start
-        row_T = ((column_K >= 0) & (column_K < block_Bd.shape[0])).nonzero().squeeze(1)
-        delta_KB[row_T, column_K[row_T]] -= 1.0
-        delta_KB = delta_KB.mul_(scale).to(weight_Vd.dtype)
-        grad_weight_Vd[start : start + block_Bd.shape[0]] = delta_KB.t() @ hidden_Kd
-        grad_hidden_Kd += delta_KB @ block_Bd
-    return grad_hidden_Kd, grad_weight_Vd
-
-
-def _blocks(weight_Vd: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, weight_Vd.shape[0], BLOCK_SIZE):
-        yield start, weight_Vd[start : start + BLOCK_SIZE]
-
-
-def _product(rows_Nd: Tensor, block_Bd: Tensor) -> Tensor:
-    """Logits [N, B] in fp32 (or fp64); bf16 logits would cost a loss error of 3e-2."""
-    dtype = accumulation_dtype(rows_Nd)
-    if rows_Nd.dtype == dtype:
-        return rows_Nd @ block_Bd.t()
-    if rows_Nd.is_cuda:
-        return torch.mm(rows_Nd, block_Bd.t(), out_dtype=dtype)
-    return rows_Nd.to(dtype) @ block_Bd.to(dtype).t()
+    def gradient(
+        self,
+        x_KB: Tensor,
+        factor_K: Tensor,
+        column_K: Tensor,
+        target_K: Tensor,
+        *,
+        max_K: Tensor | None,
+        out_KB: Tensor,
+    ) -> None:
+        """See `Kernels`."""
+        if x_KB.dtype != factor_K.dtype:
+            x_KB = out_KB.copy_(x_KB) if out_KB.dtype == factor_K.dtype else x_KB.to(factor_K.dtype)
+        if max_K is not None:
+            x_KB.sub_(max_K[:, None]).exp_()
+        x_KB.mul_(factor_K[:, None])
+        row_T = (column_K >= 0).nonzero().squeeze(1)
+        x_KB[row_T, column_K[row_T]] = target_K[row_T]
+        if out_KB is not x_KB:
+            out_KB.copy_(x_KB)

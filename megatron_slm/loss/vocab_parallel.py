@@ -1,4 +1,4 @@
-"""What the ranks of a vocabulary-parallel loss exchange: three numbers a row, and the kept rows' gradients."""
+"""What the ranks of a vocabulary-parallel loss exchange: a few numbers a row, and the kept rows' gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slm.loss.torch_backend import RowStatistics
+from megatron_slm.loss.row_statistics import RowStatistics
 from megatron_slm.parallel.collectives import all_gather_dim0, all_reduce_sum
 from megatron_slm.parallel.groups import TensorParallel
 
@@ -19,6 +19,9 @@ class VocabularyShard:
 
     tp: TensorParallel
     start: int
+    rows: int | None = None
+    """Rows of the largest part. All ranks walk over their parts in the same chunks, so that their exchanges match;
+    None where there is one part."""
 
     def combine(self, local: RowStatistics) -> RowStatistics:
         """The whole vocabulary's statistics, bit-equal on all ranks.
@@ -28,13 +31,7 @@ class VocabularyShard:
         """
         if self.tp.size == 1:
             return local
-        stats_T3N = all_gather_dim0(torch.stack(local)[None], self.tp)
-        max_N = stats_T3N[:, 0].amax(0)
-        sum_N, target_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
-        for part_3N in stats_T3N:
-            sum_N += part_3N[1] * (part_3N[0] - max_N).exp()
-            target_N += part_3N[2]
-        return RowStatistics(max_N, sum_N, target_N)
+        return RowStatistics.from_parts(all_gather_dim0(local.stacked()[None], self.tp))
 
     def sum_rows(self, grad_hidden_Kd: Tensor) -> Tensor:
         """The kept rows' gradient, summed over the vocabulary's parts."""

@@ -99,8 +99,8 @@ class VocabularyWeight(nn.Module):
         super().__init__()
         self.tp = tp
         padded = -(-vocab_size // divisible_by) * divisible_by
-        self.start, rows = even_share(padded, tp, field="padded vocabulary")
-        self.length = max(0, min(vocab_size - self.start, rows))
+        self.start, self.rows = even_share(padded, tp, field="padded vocabulary")
+        self.length = max(0, min(vocab_size - self.start, self.rows))
         """Rows held here that are tokens; the last ranks may hold fewer, or none."""
         part = Part(
             name=f"{name}.weight",
@@ -109,7 +109,7 @@ class VocabularyWeight(nn.Module):
             start=min(self.start, vocab_size),
             length=self.length,
         )
-        self.weight = new_parameter((rows, hidden_size), (part,))
+        self.weight = new_parameter((self.rows, hidden_size), (part,))
 
     def tokens(self) -> Tensor:
         """The rows that are tokens, [length, d]."""

@@ -63,7 +63,7 @@ def _pass_on(embedding: nn.Module, x_sbd: Tensor) -> Tensor:
 
 def output_rows(weight: VocabularyWeight) -> OutputWeight:
     """The rows of a vocabulary weight that are tokens."""
-    return OutputWeight(weight.tokens(), weight.start)
+    return OutputWeight(weight.tokens(), weight.start, weight.rows)
 
 
 class FlatModule(nn.Module):

@@ -11,7 +11,7 @@ import torch
 
 from megatron_slm.config import Architecture
 from megatron_slm.convert.hf_config import read_architecture
-from megatron_slm.loss import token_losses
+from megatron_slm.loss import token_statistics
 from megatron_slm.model import attention
 from tests.support.models import dense_stage, logits_bsV, random_hf_model
 
@@ -46,7 +46,9 @@ def compare(arch: Architecture, model: torch.nn.Module, length: int = 40) -> Non
         assert (ours - theirs).abs().max() <= 1e-5
         labels_N = tokens_bs.roll(-1, 1).flatten()
         hidden_Nd = stage(tokens_bs).transpose(0, 1).flatten(0, 1)
-        losses = token_losses(hidden_Nd, stage.output_weight().weight_Vd, labels_N, torch.ones_like(labels_N) > 0)
+        losses = token_statistics(
+            hidden_Nd, stage.output_weight().weight_Vd, labels_N, torch.ones_like(labels_N) > 0
+        ).loss_N
         expected = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), labels_N, reduction="none")
         assert (losses - expected).abs().max() <= 1e-5
         assert expected.std() > 0.5  # a model whose losses all look alike would prove nothing

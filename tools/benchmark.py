@@ -1,0 +1,26 @@
+#!/usr/bin/env python3
+"""Measure, never assert: `python tools/benchmark.py NAME [--quick] [--json FILE]`; reports are in docs/benchmarks/."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+BENCHMARKS = {"loss-head": ("loss_head", "the loss against full logits and other libraries' losses")}
+
+
+def main() -> int:
+    """Run the benchmark that is named."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    parser = argparse.ArgumentParser(description=__doc__)
+    subparsers = parser.add_subparsers(dest="benchmark", required=True)
+    modules = {}
+    for name, (module, text) in BENCHMARKS.items():
+        modules[name] = importlib.import_module(f"benchmarks.{module}")
+        modules[name].add_arguments(subparsers.add_parser(name, help=text, description=modules[name].__doc__))
+    arguments = parser.parse_args()
+    return modules[arguments.benchmark].run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The benchmarks that `tools/benchmark.py` runs."""
