@@ -80,6 +80,8 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         keep_ratio=plan.config.selection.slm_keep_ratio, scope=plan.config.selection.slm_scope, tp=tp, observer=observer
     )
     reference = _build_reference(plan, layers)
+    if reference is not None and plan.topology.pipeline == 1:
+        logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
     position = _fill(plan, trainer.engine.optimizer)
@@ -113,7 +115,7 @@ def _pipeline_trainer(
     length = plan.config.data.seq_length // (tp.size if tp.sequence_parallel else 1)
     schedule = plan_schedule(plan)
     sizes = _sizes(plan, message_length=length)
-    if reference is not None:
+    if reference is not None and plan.topology.pipeline > 1:
         logger.info("%s", describe(schedule, "counted", sizes))
     engine.attach(
         StageContext(

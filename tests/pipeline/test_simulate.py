@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.pipeline.costs import Costs
+from megatron_slm.pipeline.orders import Mode
 from megatron_slm.pipeline.picture import draw
 from megatron_slm.pipeline.plan_command import main
+from megatron_slm.pipeline.schedule import Kind
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import Simulation, Sizes, describe
 
@@ -43,6 +45,21 @@ def test_working_ahead_holds_more() -> None:
     text = describe(simulation.schedule, "counted", SIZES)
     for expected in ("skewed (costs counted)", "1.000 x CLM's", "bound 1.000", "[8, 7, 6, 5]", "MiB a rank"):
         assert expected in text, text
+
+
+@pytest.mark.parametrize("mode", ["skewed", "bubble", "sequential", "ride-along"])
+@pytest.mark.parametrize("costs", [Costs.uniform(4), Costs.uniform(3, reference=0.3), Costs.uniform(2, reference=2)])
+def test_waiting_messages_are_those_of_the_programs(costs: Costs, mode: Mode) -> None:
+    schedule = choose_schedule(mode, costs, 8)
+    assert schedule.leads is not None
+    for stage, program in enumerate(schedule.step):
+        waiting = schedule.leads[stage - 1] - schedule.leads[stage] if stage else 0
+        counts = [waiting]
+        for kind, _ in program:
+            waiting += kind is Kind.RECV_REFERENCE_ACTIVATION
+            waiting -= kind is Kind.REFERENCE_FORWARD and stage > 0
+            counts.append(waiting)
+        assert Simulation(schedule).unread(stage) == max(counts), stage
 
 
 def test_the_picture(tmp_path: Path) -> None:
