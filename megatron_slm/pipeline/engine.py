@@ -65,7 +65,7 @@ class SelectiveEngine(PipelineEngine):
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes)
         self._window = Window()
-        self._schedule, self._is_prepared = context.schedule, False
+        self.schedule, self._is_prepared = context.schedule, False
         self._stopwatch: Stopwatch | None = None
         self._outgoing: dict[tuple[Lane, int], Tensor] = {}
         self._losses: dict[int, Tensor] = {}
@@ -85,8 +85,8 @@ class SelectiveEngine(PipelineEngine):
         self.module.train()
         self._settings = settings
         if not self._is_prepared:  # the first step of this process, or of a schedule
-            self._run(self._schedule.prologue, source)
-        sums = self._run(self._schedule.last if is_last else self._schedule.step, source)
+            self._run(self.schedule.prologue, source)
+        sums = self._run(self.schedule.last if is_last else self.schedule.step, source)
         self._window.advance(self.micro_batches)
         self._is_prepared = not is_last
         return sums
@@ -106,7 +106,7 @@ class SelectiveEngine(PipelineEngine):
     def adopt(self, schedule: Schedule) -> None:
         """Go on with another schedule; the step before was told to be the last, so nothing is done ahead."""
         assert not self._is_prepared, "work done ahead belongs to the schedule that did it"
-        self._schedule = schedule
+        self.schedule = schedule
 
     def start_measuring(self) -> None:
         """Time the computations of the following steps."""

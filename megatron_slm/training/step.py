@@ -71,7 +71,7 @@ class PipelineTrainer:
         sums = self.engine.train_step(source, settings, is_last=is_last or refits)
         self._left_to_measure -= self._left_to_measure > 0
         if refits:
-            before = self.engine.context.schedule
+            before = self.engine.schedule
             schedule = choose_schedule(before.mode, self.engine.measured_costs(), before.num_micro_batches)
             logger.info("%s", describe(schedule, "measured", self.engine.context.sizes))
             self.engine.adopt(schedule)

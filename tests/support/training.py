@@ -51,7 +51,7 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
         "parameters": [p.detach().float().clone().numpy() for p in run.trainer.engine.module.parameters()],
         "owned": owned,
         "step": run.position.step,
-        "schedule": context.schedule if (context := getattr(run.trainer.engine, "context", None)) else None,
+        "schedule": getattr(run.trainer.engine, "schedule", None),
         "rng": torch.get_rng_state().numpy(),
     }
 
