@@ -32,6 +32,12 @@ def communication_backend() -> str:
     return "nccl" if on_gpu() else "gloo"
 
 
+def synchronize() -> None:
+    """Wait until the device has done all it was told; without effect where there is no GPU."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
 def device_rng_state() -> torch.Tensor | None:
     """State of the device's random generator (uint8), or None where the device is the CPU."""
     return torch.cuda.get_rng_state() if on_gpu() else None

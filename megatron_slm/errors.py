@@ -49,5 +49,9 @@ class CheckpointError(SlmError):
     """A checkpoint is missing, incomplete, damaged, or of another run."""
 
 
+class PeerError(SlmError):
+    """Another rank, or the way to it, is gone or silent."""
+
+
 class TrainingError(SlmError):
     """Training cannot go on (for example: losses are no longer finite)."""

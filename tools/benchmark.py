@@ -6,7 +6,10 @@ import importlib
 import sys
 from pathlib import Path
 
-BENCHMARKS = {"loss-head": ("loss_head", "the loss against full logits and other libraries' losses")}
+BENCHMARKS = {
+    "loss-head": ("loss_head", "the loss against full logits and other libraries' losses"),
+    "pipeline": ("pipeline", "the reference's schedules against plain training"),
+}
 
 
 def main() -> int:

@@ -91,11 +91,21 @@ class ParallelConfig:
     """Cut norms and the residual stream along the sequence over the tensor-parallel ranks."""
     recompute_granularity: Literal["full"] | None = None
     """`full` recomputes each block in the backward pass instead of keeping its activations."""
+    reference_schedule: Literal["skewed", "bubble", "sequential", "ride-along"] = "skewed"
+    """When the reference's forward passes run; the losses are the same bits. skewed: ahead, in the pipeline's idle
+    slots, and on later stages partly in the next step's. bubble: in idle slots of the step before. sequential: all
+    before the model's. ride-along: each right before the model's (always so with one stage, which never idles)."""
+    reference_schedule_warmup_steps: int = 0
+    """Time this many first steps and fit the schedule to them; 0: to costs counted from the architectures."""
+    distributed_timeout_minutes: float = 10.0
+    """Longest wait for another rank; beyond it the run ends with an error that names what was waited for."""
     deepspeed_config: str | None = None
     """DeepSpeed JSON: ZeRO stage and its buckets, communication (default: ds_configs/zero1.json's content)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes")
+        warmup = self.reference_schedule_warmup_steps
+        _require(warmup >= 0, "reference_schedule_warmup_steps", warmup, "is 0 or more", "give 0 or more")
         _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel",

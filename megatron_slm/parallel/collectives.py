@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.errors import SlmError
+from megatron_slm.errors import PeerError, SlmError
 from megatron_slm.parallel.groups import DataParallel, TensorParallel
 
 
@@ -116,6 +116,33 @@ def enter_parallel(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
 def leave_parallel(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
     """From sharded work back into the residual stream."""
     return scatter_sequence_sum(x_sbd, tp) if tp.sequence_parallel else reduce_from_tensor_parallel(x_sbd, tp)
+
+
+_SIGNS_OF_A_LOST_PEER = ("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
+
+
+@contextmanager
+def peers_named(doing: str) -> Iterator[None]:
+    """What a communication library raises inside becomes a `PeerError` that says what this rank was doing.
+
+    Gloo raises a bare RuntimeError when a peer's connection closes and when a time-out is over; NCCL's errors
+    have a class of their own.
+
+    Raises:
+        PeerError: a rank that this one communicates with is gone, or was silent for too long.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(sign in text for sign in _SIGNS_OF_A_LOST_PEER):
+            raise
+        raise PeerError(
+            f"rank {dist.get_rank()}: {doing}",
+            text.splitlines()[0].rpartition("] ")[2] if "gloo" in text else text.splitlines()[0],
+            "has the answer of every other rank it needs within --distributed-timeout-minutes",
+            "find the rank that failed first (its own error, or killed, or out of memory) and resume with --load",
+        ) from error
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from megatron_slm.device import communication_backend, select_device
 from megatron_slm.errors import ConfigError
@@ -15,8 +16,11 @@ from megatron_slm.parallel.topology import Topology
 SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
-def init_distributed() -> None:
+def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     """Join the world that the launcher described in the environment; a world of one where it did not.
+
+    `timeout` bounds every wait for another rank, in groups that are made later too: by DeepSpeed, for one, which
+    passes none of its own.
 
     DeepSpeed would first compile a shared-memory collective for the CPU: a minute of work that needs a
     compiler, and that waits for ever on the lock of a killed build. Its only user is one collective that
@@ -29,6 +33,8 @@ def init_distributed() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of gloo, and of NCCL
+        setattr(distributed_c10d, default, timeout)
     if "RANK" not in os.environ:
         for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if int(os.environ.get(name, "1")) > 1:
@@ -41,7 +47,7 @@ def init_distributed() -> None:
         os.environ.update(SINGLE_PROCESS)
         os.environ.setdefault("MASTER_PORT", _free_port())
     select_device()
-    deepspeed.init_distributed(dist_backend=communication_backend(), verbose=False)
+    deepspeed.init_distributed(dist_backend=communication_backend(), timeout=timeout, verbose=False)
 
 
 def _free_port() -> str:

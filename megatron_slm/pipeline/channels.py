@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from enum import Enum
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
 
 
@@ -27,40 +29,52 @@ class Channel:
     """One lane between this stage and one neighbour.
 
     Sends do not block. Receives are posted ahead of need and waited for by their consumer, in the order of
-    posting, which is the sender's order too.
+    posting, which is the sender's order too. No wait outlasts the time-out of the group.
     """
 
     MAX_SENDS_IN_FLIGHT = 4
     """Beyond this many the oldest is waited for, which bounds the memory that unsent tensors hold. It cannot
     deadlock: the schedule is free of circles even if every send blocks."""
 
-    def __init__(self, group: Any, peer: int) -> None:
-        self.group, self.peer = group, peer
+    def __init__(self, lane: Lane, group: Any, peer: int) -> None:
+        self.lane, self.group, self.peer = lane, group, peer
         self.sends: deque[tuple[Any, Tensor]] = deque()
         self.receives: deque[tuple[Any, Tensor]] = deque()
 
     def send(self, x: Tensor) -> None:
-        """Start sending; the tensor is kept alive until it has left."""
+        """Start sending; the tensor is kept alive until it has left.
+
+        Raises:
+            PeerError: (as all methods) the peer is gone, or was silent for too long.
+        """
         x = x.detach().contiguous()
-        self.sends.append((dist.isend(x, self.peer, group=self.group), x))
-        while len(self.sends) > self.MAX_SENDS_IN_FLIGHT:
-            self.sends.popleft()[0].wait()
+        with self._peer_named("sending"):
+            self.sends.append((dist.isend(x, self.peer, group=self.group), x))
+            while len(self.sends) > self.MAX_SENDS_IN_FLIGHT:
+                self.sends.popleft()[0].wait()
 
     def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Make room for the next message and let it arrive."""
         buffer = torch.empty(shape, dtype=dtype, device=device)
-        self.receives.append((dist.irecv(buffer, self.peer, group=self.group), buffer))
+        with self._peer_named("receiving"):
+            self.receives.append((dist.irecv(buffer, self.peer, group=self.group), buffer))
 
     def receive(self) -> Tensor:
         """The oldest posted message, waited for."""
         handle, buffer = self.receives.popleft()
-        handle.wait()
+        with self._peer_named("receiving"):
+            handle.wait()
         return buffer
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
-        while self.sends:
-            self.sends.popleft()[0].wait()
+        with self._peer_named("sending"):
+            while self.sends:
+                self.sends.popleft()[0].wait()
+
+    def _peer_named(self, doing: str) -> AbstractContextManager[None]:
+        preposition = "to" if doing == "sending" else "from"
+        return peers_named(f"{doing} {preposition} rank {self.peer}, {self.lane.value} lane")
 
 
 class Channels:
@@ -78,9 +92,9 @@ class Channels:
                 for lane in lanes:
                     group = dist.new_group([low, high])
                     if rank == low:
-                        self.next[lane] = Channel(group, high)
+                        self.next[lane] = Channel(lane, group, high)
                     elif rank == high:
-                        self.previous[lane] = Channel(group, low)
+                        self.previous[lane] = Channel(lane, group, low)
         for channel in self.previous.values():
             dist.recv(torch.zeros(1, device=device), channel.peer, group=channel.group)
         for channel in self.next.values():

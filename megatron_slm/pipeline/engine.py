@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,16 +15,22 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
+from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
+from megatron_slm.pipeline.costs import Costs, Work
 from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
+from megatron_slm.pipeline.measure import Stopwatch
 from megatron_slm.pipeline.module import StageModule
-from megatron_slm.pipeline.schedule import Costs, Instruction, Kind, Mode, stage_programs
+from megatron_slm.pipeline.schedule import Instruction, Kind, Programs, Schedule, forward_programs
+from megatron_slm.pipeline.simulate import Sizes
+from megatron_slm.pipeline.window import Window
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.types import MicroBatch, TokenStatistics
 
 BatchSource = Callable[[int], MicroBatch]
-"""The step's micro-batch of a number, counted from 0 on this data-parallel rank."""
+"""A micro-batch by its number, counted from the step's first on this data-parallel rank; from the number of
+micro-batches of a step on they are the next step's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +40,9 @@ class StageContext:
     topology: Topology
     objective: Objective
     reference: FrozenStage | None
-    mode: Mode
-    costs: Costs
+    schedule: Schedule
+    """What to start with; `SelectiveEngine.adopt` changes it."""
+    sizes: Sizes
     message_shape: tuple[int, int, int]
     """Hidden states between the model's stages: [s or s / size, b, d]."""
     dtype: torch.dtype
@@ -57,8 +64,9 @@ class SelectiveEngine(PipelineEngine):
         self.context = context
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes)
-        self._batches: dict[int, MicroBatch] = {}
-        self._reference_statistics: dict[int, TokenStatistics] = {}
+        self._window = Window()
+        self.schedule, self._is_prepared = context.schedule, False
+        self._stopwatch: Stopwatch | None = None
         self._outgoing: dict[tuple[Lane, int], Tensor] = {}
         self._losses: dict[int, Tensor] = {}
         self._probed: list[Tensor] | None = None
@@ -68,27 +76,45 @@ class SelectiveEngine(PipelineEngine):
 
     # ---- steps ------------------------------------------------------------------------------------------
 
-    def train_step(self, source: BatchSource, settings: StepSettings) -> LossSums:
-        """One optimizer step on `micro_batches` micro-batches; the step's sums over all ranks."""
+    def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
+        """One optimizer step on `micro_batches` micro-batches; the step's sums over all ranks.
+
+        Args:
+            is_last: no step follows, so that none of its micro-batches is read, and no reference work is done
+                for it.
+        """
         self.module.train()
         self._settings = settings
-        return self._run(self.context.mode, self.micro_batches, source)
+        if not self._is_prepared:  # the first step of this process, or of a schedule
+            self._run(self.schedule.prologue, source)
+        sums = self._run(self.schedule.last if is_last else self.schedule.step, source)
+        self._window.advance(self.micro_batches)
+        self._is_prepared = not is_last
+        return sums
 
     @torch.no_grad()
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
-        """Losses of held-out micro-batches over all ranks; no reference and no gradient."""
+        """Losses of held-out micro-batches over all ranks; no reference and no gradient.
+
+        What the training steps have done ahead stays where it is, results and messages alike.
+        """
         self.module.eval()
-        sums = self._run("evaluate", num_micro_batches, source)
+        with self._beside_training():
+            sums = self._run(forward_programs(Work.FORWARD, self.num_stages, num_micro_batches), source)
         return sum_over_world(sums, self.device)
 
     @torch.no_grad()
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
-        """What the reference says of micro-batches outside of training; on the last stage only."""
+        """What the reference says of micro-batches outside of training; on the last stage only.
+
+        Before the first step, or where nothing is done ahead: its messages travel on the reference's lane.
+        """
         if self.context.reference is None:
             return [None] * num_micro_batches
+        assert not self._is_prepared, "messages of work done ahead are on their way"
         with self._beside_training():
-            self._run("reference", num_micro_batches, source)
-            return [self._reference_statistics.get(i) for i in range(num_micro_batches)]
+            self._run(forward_programs(Work.REFERENCE, self.num_stages, num_micro_batches), source)
+            return [self._window.take_reference(i) for i in range(num_micro_batches)]
 
     @torch.no_grad()
     def probe(
@@ -98,59 +124,81 @@ class SelectiveEngine(PipelineEngine):
         self.module.eval()
         self._settings, self._probed = settings, []
         with self._beside_training():
-            self._reference_statistics = {i: x for i, x in enumerate(references) if x is not None}
-            self._run("evaluate", len(references), source)
+            for i, statistics in enumerate(references):
+                if statistics is not None:
+                    self._window.add_reference(i, statistics)
+            self._run(forward_programs(Work.FORWARD, self.num_stages, len(references)), source)
         probed, self._probed = self._probed, None
         return probed
 
     @contextmanager
     def _beside_training(self) -> Iterator[None]:
-        """Inside, micro-batches are numbered anew; what training holds of its own is there again afterwards."""
-        held = self._batches, self._reference_statistics
-        self._batches, self._reference_statistics = {}, {}
+        """Inside, micro-batches are numbered anew; what training has done ahead is there again afterwards."""
+        ahead, self._window = self._window, Window()
         try:
             yield
         finally:
-            self._batches, self._reference_statistics = held
+            self._window = ahead
 
-    def _run(self, mode: Mode, num_micro_batches: int, source: BatchSource) -> LossSums:
+    def adopt(self, schedule: Schedule) -> None:
+        """Go on with another schedule; the step before was told to be the last, so nothing is done ahead."""
+        assert not self._is_prepared, "work done ahead belongs to the schedule that did it"
+        self.schedule = schedule
+
+    def start_measuring(self) -> None:
+        """Time the computations of the following steps."""
+        self._stopwatch = Stopwatch()
+
+    def measured_costs(self) -> Costs:
+        """What the steps since `start_measuring` took; ends the measuring. Collective over the world."""
+        assert self._stopwatch is not None, "measuring was started"
+        costs = self._stopwatch.costs(self.context.topology, self.device)
+        self._stopwatch = None
+        return costs
+
+    def _run(self, programs: Programs, source: BatchSource) -> LossSums:
         self._source, self._sums = source, LossSums()
-        program = stage_programs(mode, self.num_stages, num_micro_batches, self.context.costs)[self.stage_id]
-        self._execute(program)
+        self._execute(programs[self.stage_id])
         self._channels.flush()
         return self._sums
 
     def _execute(self, program: Sequence[Instruction]) -> None:
         for kind, micro_batch in program:
-            self._HANDLERS[kind](self, micro_batch)
+            which = f" of micro-batch {micro_batch}" if micro_batch >= 0 else ""
+            with peers_named(f"stage {self.stage_id}, {kind.value}{which}"):
+                self._HANDLERS[kind](self, micro_batch)
+
+    def _timing(self, work: Work) -> AbstractContextManager[None]:
+        return nullcontext() if self._stopwatch is None else self._stopwatch.timing(work)
 
     # ---- the model --------------------------------------------------------------------------------------
 
     def _load(self, i: int) -> None:
-        if i not in self._batches:
-            self._batches[i] = MicroBatch(*(x.to(self.device) for x in self._source(i)))
+        if i not in self._window:
+            self._window.add(i, MicroBatch(*(x.to(self.device) for x in self._source(i))))
 
     def _forward(self, i: int) -> None:
         if self.is_first_stage():
-            x = self._batches[i].tokens_bs
+            x = self._window.batch(i).tokens_bs
         else:
             x = self._channels.previous[Lane.FORWARD].receive().requires_grad_(torch.is_grad_enabled())
-        out = DeepSpeedEngine.forward(self, x)
-        if torch.is_grad_enabled():
-            self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
-        if self.is_last_stage():
-            self._loss(i, out)
-        else:
-            self._outgoing[Lane.FORWARD, i] = out
-        self._batches.pop(i, None)
+        with self._timing(Work.FORWARD):
+            out = DeepSpeedEngine.forward(self, x)
+            if torch.is_grad_enabled():
+                self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
+            if self.is_last_stage():
+                self._loss(i, out)
+            else:
+                self._outgoing[Lane.FORWARD, i] = out
+        self._window.remove(i)
 
     def _loss(self, i: int, x_sbd: Tensor) -> None:
-        batch, objective = self._batches[i], self.context.objective
+        batch, objective = self._window.batch(i), self.context.objective
         if torch.is_grad_enabled():
-            reference = self._reference_statistics.pop(i, None)
+            reference = self._window.take_reference(i)
             self._losses[i], sums = objective.loss(x_sbd, self.module.output_weight(), batch, reference, self._settings)
         elif self._probed is not None:
-            reference, sums = self._reference_statistics.get(i), LossSums()
+            reference, sums = self._window.take_reference(i), LossSums()
             self._probed.append(objective.kept(x_sbd, self.module.output_weight(), batch, reference, self._settings))
         else:
             sums = evaluation_sums(objective.statistics(x_sbd, self.module.output_weight(), batch), batch)
@@ -159,10 +207,12 @@ class SelectiveEngine(PipelineEngine):
 
     def _backward(self, i: int) -> None:
         if self.is_last_stage():
-            DeepSpeedEngine.backward(self, self._losses.pop(i), scale_wrt_gas=False)
+            with self._timing(Work.BACKWARD):
+                DeepSpeedEngine.backward(self, self._losses.pop(i), scale_wrt_gas=False)
         else:
             self.grad_layer = self._channels.next[Lane.BACKWARD].receive()
-            PipelineEngine._exec_backward_pass(self, i)
+            with self._timing(Work.BACKWARD):
+                PipelineEngine._exec_backward_pass(self, i)
             del self.pipe_buffers["output_tensors"][i]
         del self.pipe_buffers["outputs"][i]
         x = self.pipe_buffers["inputs"].pop(i)
@@ -176,14 +226,16 @@ class SelectiveEngine(PipelineEngine):
         reference = self.context.reference
         assert reference is not None, "a schedule with reference instructions needs a reference"
         if self.is_first_stage():
-            x = self._batches[i].tokens_bs
+            x = self._window.batch(i).tokens_bs
         else:
             x = self._channels.previous[Lane.REFERENCE].receive()
-        out = reference(x)
-        if self.is_last_stage():
-            self._reference_statistics[i] = reference.statistics(out, self.context.objective, self._batches[i])
-        else:
-            self._outgoing[Lane.REFERENCE, i] = out
+        with self._timing(Work.REFERENCE):
+            out = reference(x)
+            if self.is_last_stage():
+                statistics = reference.statistics(out, self.context.objective, self._window.batch(i))
+                self._window.add_reference(i, statistics)
+            else:
+                self._outgoing[Lane.REFERENCE, i] = out
 
     # ---- messages ---------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,15 +30,20 @@ from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import DataParallel, TensorParallel, data_parallel_group, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.pipeline.costs import arithmetic_costs
 from megatron_slm.pipeline.engine import StageContext, pipeline_engine
 from megatron_slm.pipeline.module import FlatModule, StageModule, deepspeed_topology
-from megatron_slm.pipeline.schedule import Costs
+from megatron_slm.pipeline.schedule import Schedule
+from megatron_slm.pipeline.search import choose_schedule
+from megatron_slm.pipeline.simulate import Sizes, describe
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.training.evaluation import HeldOutSet
 from megatron_slm.training.optimizer import build_optimizer
 from megatron_slm.training.plan import Plan
 from megatron_slm.training.probe import Probe
 from megatron_slm.training.step import FlatTrainer, PipelineTrainer, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,6 +87,8 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     dp = data_parallel_group(plan.topology) if ranks_together else DataParallel()
     objective = Objective(selector=plan.selector, tp=tp, dp=dp, head=plan.loss_head, observer=observer)
     reference = _build_reference(plan, layers)
+    if reference is not None and plan.topology.pipeline == 1:
+        logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
     position = _fill(plan, trainer.engine.optimizer)
@@ -114,18 +122,51 @@ def _pipeline_trainer(
     optimizer = build_optimizer(module, plan.config.optimizer, local_device())
     engine = pipeline_engine(module, optimizer, plan.deepspeed)
     length = plan.config.data.seq_length // (tp.size if tp.sequence_parallel else 1)
+    schedule = plan_schedule(plan)
+    sizes = _sizes(plan, message_length=length)
+    if reference is not None and plan.topology.pipeline > 1:
+        logger.info("%s", describe(schedule, "counted", sizes))
     engine.attach(
         StageContext(
             topology=plan.topology,
             objective=objective,
             reference=reference,
-            mode="clm" if reference is None else "ride-along",
-            costs=Costs(),
+            schedule=schedule,
+            sizes=sizes,
             message_shape=(length, plan.config.training.micro_batch_size, plan.architecture.hidden_size),
             dtype=plan.dtype,
         )
     )
-    return PipelineTrainer(engine)
+    searches = schedule.mode in ("skewed", "bubble")
+    measured = plan.config.parallel.reference_schedule_warmup_steps if searches else 0
+    return PipelineTrainer(engine, num_measured_steps=measured)
+
+
+def _sizes(plan: Plan, *, message_length: int) -> Sizes:
+    num_samples, length = plan.config.training.micro_batch_size, plan.config.data.seq_length
+    width = plan.reference.architecture.hidden_size if plan.reference else 0
+    return Sizes(
+        reference_message=num_samples * message_length * width * plan.dtype.itemsize,
+        micro_batch=num_samples * (length * 17 + 8),  # two int64, one bool a token; one int64 a sample
+        statistics=num_samples * length * 4,
+    )
+
+
+def plan_schedule(plan: Plan) -> Schedule:
+    """The schedule that a plan starts with. With one stage no slot is idle, and the reference rides along."""
+    config, num_stages = plan.config, plan.topology.pipeline
+    costs = arithmetic_costs(
+        plan.architecture,
+        plan.reference.architecture if plan.reference else None,
+        num_stages,
+        seq_length=config.data.seq_length,
+        keep_ratio=config.selection.slm_keep_ratio if plan.reference else 1.0,
+        recomputes=config.parallel.recompute_granularity == "full",
+    )
+    if plan.reference is None:
+        return choose_schedule("clm", costs, plan.num_micro_batches)
+    mode = config.parallel.reference_schedule if num_stages > 1 else "ride-along"
+    return choose_schedule(mode, costs, plan.num_micro_batches)
 
 
 def _flat_trainer(

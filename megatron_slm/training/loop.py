@@ -33,7 +33,8 @@ def train(run: Run) -> None:
         while position.step < last:
             rate = learning_rate(position.step, config.optimizer, last)
             source = partial(run.train_source.micro_batch, position.consumed_samples)
-            result = train_step(run.trainer, source, _settings(run), learning_rate=rate)
+            is_last = position.step + 1 == last
+            result = train_step(run.trainer, source, _settings(run), learning_rate=rate, is_last=is_last)
             _advance(run, result)
             recorder.step(result, rate)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0

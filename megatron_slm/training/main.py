@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -15,7 +16,7 @@ from megatron_slm.device import backends_found
 from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
-from megatron_slm.parallel.collectives import together
+from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.dry_run import print_dry_run
@@ -54,12 +55,13 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
     Raises:
         SlmError: on every rank alike, before the first step if it can be known by then.
     """
-    init_distributed()
-    with together():
-        plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank())
-    logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
-    logger.info("loss head: %s", plan.describe_loss_head())
-    run = build_run(plan, observer=observer)
-    train(run)
-    dist.barrier()  # nobody leaves while another still writes
+    init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    with peers_named("outside of the pipeline's schedule"):
+        with together():
+            plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank())
+        logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
+        logger.info("loss head: %s", plan.describe_loss_head())
+        run = build_run(plan, observer=observer)
+        train(run)
+        dist.barrier()  # nobody leaves while another still writes
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ from megatron_slm.loss.objective import LossSums, StepSettings
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
 from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
+from megatron_slm.pipeline.search import choose_schedule
+from megatron_slm.pipeline.simulate import describe
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.types import MicroBatch, TokenStatistics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +41,12 @@ class Trainer(Protocol):
 
     engine: Any
 
-    def train_step(self, source: BatchSource, settings: StepSettings) -> LossSums:
-        """Forward, backward and optimizer step; the sums over all ranks."""
+    def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
+        """Forward, backward and optimizer step; the sums over all ranks.
+
+        Args:
+            is_last: no step follows; nothing of a next one is read.
+        """
         ...
 
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
@@ -56,14 +65,31 @@ class Trainer(Protocol):
 
 
 class PipelineTrainer:
-    """ZeRO-1 at any number of stages."""
+    """ZeRO-1 at any number of stages.
 
-    def __init__(self, engine: SelectiveEngine) -> None:
-        self.engine = engine
-        self.train_step = engine.train_step
+    With measured steps, the first ones are run by a schedule whose costs were counted, and timed; then the
+    schedule is chosen again for what they took.
+    """
+
+    def __init__(self, engine: SelectiveEngine, *, num_measured_steps: int = 0) -> None:
+        self.engine, self._left_to_measure = engine, num_measured_steps
         self.evaluate = engine.evaluate
         self.reference_statistics = engine.reference_statistics
         self.probe = engine.probe
+        if num_measured_steps:
+            engine.start_measuring()
+
+    def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
+        """See `Trainer`."""
+        refits = self._left_to_measure == 1
+        sums = self.engine.train_step(source, settings, is_last=is_last or refits)
+        self._left_to_measure -= self._left_to_measure > 0
+        if refits:
+            before = self.engine.schedule
+            schedule = choose_schedule(before.mode, self.engine.measured_costs(), before.num_micro_batches)
+            logger.info("%s", describe(schedule, "measured", self.engine.context.sizes))
+            self.engine.adopt(schedule)
+        return sums
 
 
 class FlatTrainer:
@@ -74,8 +100,8 @@ class FlatTrainer:
         self.num_micro_batches = num_micro_batches
         self.objective = engine.module.objective
 
-    def train_step(self, source: BatchSource, settings: StepSettings) -> LossSums:
-        """See `Trainer`."""
+    def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
+        """See `Trainer`. The reference rides along, so there is no work for a next step."""
         self.engine.train()
         sums = LossSums()
         for i in range(self.num_micro_batches):
@@ -123,14 +149,16 @@ class FlatTrainer:
         return sum_over_world(sums if self.objective.tp.rank == 0 else LossSums(), self.engine.device)
 
 
-def train_step(trainer: Trainer, source: BatchSource, settings: StepSettings, *, learning_rate: float) -> StepResult:
+def train_step(
+    trainer: Trainer, source: BatchSource, settings: StepSettings, *, learning_rate: float, is_last: bool
+) -> StepResult:
     """Set the learning rate, run one step, and say what it did."""
     started = time.perf_counter()
     engine = trainer.engine
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     skipped_before = engine.skipped_steps
-    sums = trainer.train_step(source, settings)
+    sums = trainer.train_step(source, settings, is_last=is_last)
     return StepResult(
         sums=sums,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),

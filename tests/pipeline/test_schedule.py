@@ -1,102 +1,130 @@
-"""Schedules without processes: executed as data under both meanings a send can have."""
+"""Schedules without processes: whole runs executed as data, under every meaning a send can have."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_slm.pipeline.channels import Channel
+from megatron_slm.pipeline.costs import Costs, Work
+from megatron_slm.pipeline.orders import Computation, ListScheduler, model_orders
 from megatron_slm.pipeline.schedule import (
-    Computation,
-    Costs,
     Instruction,
     Kind,
-    Mode,
-    Work,
+    Schedule,
+    clm,
+    evaluation_programs,
+    makespan,
     play,
     project,
-    stage_orders,
-    stage_programs,
+    ride_along,
+    sequential,
 )
+from megatron_slm.pipeline.search import choose_schedule, lower_bound
+from tests.pipeline.execution import CONSUMES, execute, run_of
 
-NEXT = {Kind.SEND_ACTIVATION: Kind.RECV_ACTIVATION, Kind.SEND_REFERENCE_ACTIVATION: Kind.RECV_REFERENCE_ACTIVATION}
-PREVIOUS = {Kind.SEND_GRADIENT: Kind.RECV_GRADIENT}
-RECEIVES = {*NEXT.values(), *PREVIOUS.values()}
-CONSUMES = {
-    Kind.FORWARD: Kind.RECV_ACTIVATION,
-    Kind.BACKWARD: Kind.RECV_GRADIENT,
-    Kind.REFERENCE_FORWARD: Kind.RECV_REFERENCE_ACTIVATION,
-}
-
-costs = st.builds(
-    Costs,
-    forward=st.integers(1, 3000),
-    backward=st.integers(1, 6000),
-    reference=st.integers(1, 3000),
-    head_forward=st.integers(0, 4000),
-    head_backward=st.integers(0, 4000),
-    head_reference=st.integers(0, 4000),
-)
+SEMANTICS = (0, Channel.MAX_SENDS_IN_FLIGHT, None)
 
 
-def peer_of(stage: int, kind: Kind) -> tuple[int, Kind]:
-    return (stage + 1, NEXT[kind]) if kind in NEXT else (stage - 1, PREVIOUS[kind])
+@st.composite
+def costs_of(draw: Any, num_stages: int) -> Costs:
+    """Any costs: a few values, so that ends coincide often, or many."""
+    most = draw(st.sampled_from([2, 6, 3000]))
+    ticks = st.lists(st.integers(1, most), min_size=num_stages, max_size=num_stages).map(tuple)
+    return Costs(forward=draw(ticks), backward=draw(ticks), reference=draw(ticks))
 
 
-def execute(programs: tuple[tuple[Instruction, ...], ...], *, rendezvous: bool) -> list[tuple[int, Instruction]]:
-    """Run the programs; raises if they wait for each other. Computations take their messages in order of posting."""
-    num_stages = len(programs)
-    at = [0] * num_stages
-    posted: dict[tuple[int, Kind], deque[int]] = {}
-    arrived: dict[tuple[int, Kind], deque[int]] = {}
-    trace = []
-    moved = True
-    while moved:
-        moved = False
-        for stage, program in enumerate(programs):
-            while at[stage] < len(program):
-                kind, i = instruction = program[at[stage]]
-                needs = CONSUMES.get(kind)
-                first = stage == (num_stages - 1 if kind is Kind.BACKWARD else 0)
-                if kind in NEXT or kind in PREVIOUS:
-                    peer = peer_of(stage, kind)
-                    if rendezvous and not posted.get(peer):
-                        break
-                    if rendezvous:
-                        assert posted[peer].popleft() == i, "messages of a lane cross"
-                    arrived.setdefault(peer, deque()).append(i)
-                elif kind in RECEIVES:
-                    posted.setdefault((stage, kind), deque()).append(i)
-                elif needs is not None and not first:
-                    queue = arrived.get((stage, needs))
-                    if not queue:
-                        break
-                    assert queue.popleft() == i, "a message of another micro-batch"
-                trace.append((stage, instruction))
-                at[stage] += 1
-                moved = True
-    assert all(a == len(p) for a, p in zip(at, programs, strict=True)), f"deadlock at {at}"
-    assert not any(arrived.values()), "messages nobody read"
-    return trace
+@st.composite
+def listed_schedules(draw: Any, most_stages: int = 6, most_micro_batches: int = 9) -> Schedule:
+    """A schedule by list scheduling with any leads that are allowed, good or bad."""
+    num_stages, m = draw(st.integers(1, most_stages)), draw(st.integers(1, most_micro_batches))
+    costs = draw(costs_of(num_stages))
+    leads = [draw(st.integers(0, m))]
+    for _ in range(num_stages - 1):
+        leads.append(draw(st.integers(max(0, leads[-1] - costs.max_unread), leads[-1])))
+    deadline = int(lower_bound(costs, m) * draw(st.sampled_from([0.5, 1.0, 1.1, 3.0])))
+    orders = ListScheduler(costs, m, leads, deadline=deadline, eager=draw(st.booleans())).run()
+    return Schedule("skewed", costs, m, tuple(leads), orders)
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.sampled_from(["clm", "ride-along", "evaluate"]), st.integers(1, 8), st.integers(1, 12), costs, st.booleans())
-def test_programs_finish(mode: Mode, num_stages: int, num_micro_batches: int, cost: Costs, rendezvous: bool) -> None:
-    programs = stage_programs(mode, num_stages, num_micro_batches, cost)
-    trace = execute(programs, rendezvous=rendezvous)
-    for stage in range(num_stages):
-        done = Counter(kind for s, (kind, _) in trace if s == stage)
-        assert done[Kind.FORWARD] == num_micro_batches
-        assert done[Kind.BACKWARD] == (0 if mode == "evaluate" else num_micro_batches)
-        assert done[Kind.REFERENCE_FORWARD] == (num_micro_batches if mode == "ride-along" else 0)
+def check(schedule: Schedule, num_steps: int) -> None:
+    for max_unmatched in SEMANTICS:
+        trace = execute(run_of(schedule, num_steps), max_unmatched=max_unmatched)
+        every = Counter({i: 1 for i in range(num_steps * schedule.num_micro_batches)})
+        for stage in range(schedule.num_stages):
+            done = {kind: Counter(x.micro_batch for s, x in trace if s == stage and x.kind is kind) for kind in Kind}
+            assert done[Kind.FORWARD] == done[Kind.BACKWARD] == every
+            assert done[Kind.REFERENCE_FORWARD] == (Counter() if schedule.leads is None else every)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(listed_schedules(), st.integers(1, 3))
+def test_a_run_by_list_scheduling_finishes(schedule: Schedule, num_steps: int) -> None:
+    check(schedule, num_steps)
+
+
+@pytest.mark.slow
+@settings(max_examples=5000, deadline=None)
+@given(listed_schedules(16, 24), st.integers(1, 3))
+def test_a_large_run_by_list_scheduling_finishes(schedule: Schedule, num_steps: int) -> None:
+    check(schedule, num_steps)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from([clm, ride_along, sequential]), st.integers(1, 8), st.integers(1, 12))
+def test_a_run_of_the_plain_modes_finishes(data: Any, make: Any, num_stages: int, num_micro_batches: int) -> None:
+    check(make(data.draw(costs_of(num_stages)), num_micro_batches), num_steps=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from(["skewed", "bubble"]), st.integers(1, 6), st.integers(1, 12))
+def test_a_run_by_the_search_finishes(data: Any, mode: Any, num_stages: int, num_micro_batches: int) -> None:
+    check(choose_schedule(mode, data.draw(costs_of(num_stages)), num_micro_batches), num_steps=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 12), st.sampled_from(SEMANTICS))
+def test_evaluation_finishes(num_stages: int, num_micro_batches: int, max_unmatched: int | None) -> None:
+    trace = execute(evaluation_programs(num_stages, num_micro_batches), max_unmatched=max_unmatched)
+    assert Counter(x.kind for _, x in trace)[Kind.FORWARD] == num_stages * num_micro_batches
+    assert {x.kind for _, x in trace} <= {
+        Kind.LOAD_MICRO_BATCH,
+        Kind.FORWARD,
+        Kind.SEND_ACTIVATION,
+        Kind.RECV_ACTIVATION,
+    }
+
+
+@settings(max_examples=300, deadline=None)
+@given(listed_schedules())
+def test_few_reference_results_wait_for_the_next_stage(schedule: Schedule) -> None:
+    """By each stage's own program: receives posted beyond reads, which is the memory that they take."""
+    for stage, program in enumerate(run_of(schedule, 3)):
+        waiting = 0
+        for kind, _ in program:
+            waiting += kind is Kind.RECV_REFERENCE_ACTIVATION
+            waiting -= kind is Kind.REFERENCE_FORWARD and stage > 0
+            assert waiting <= schedule.costs.max_unread
+
+
+def test_skewed_leads_follow_from_the_orders() -> None:
+    schedule = choose_schedule("skewed", Costs.uniform(4), 8)
+    assert schedule.leads == (8, 7, 6, 5)
+    for stage, (order, lead) in enumerate(zip(schedule.orders, schedule.leads, strict=True)):
+        references = [item.micro_batch for item in order if item.work is Work.REFERENCE]
+        assert references == list(range(lead, lead + 8)), stage
+    assert [len([x for x in p if x.kind is Kind.REFERENCE_FORWARD]) for p in schedule.prologue] == [8, 7, 6, 5]
+    last = [[x.micro_batch for x in p if x.kind is Kind.REFERENCE_FORWARD] for p in schedule.last]
+    assert last == [[], [7], [6, 7], [5, 6, 7]]
 
 
 def test_ride_along_runs_the_reference_right_before_the_model() -> None:
-    for program in stage_programs("ride-along", 3, 5, Costs()):
+    for program in ride_along(Costs.uniform(3), 5).step:
         work = [x for x in program if x.kind in CONSUMES]
         for before, after in pairwise(work):
             if after.kind is Kind.FORWARD:
@@ -104,58 +132,59 @@ def test_ride_along_runs_the_reference_right_before_the_model() -> None:
 
 
 def test_a_micro_batch_is_loaded_before_it_is_used_on_the_first_and_last_stage() -> None:
-    programs = stage_programs("ride-along", 4, 6, Costs())
-    for stage, program in enumerate(programs):
-        loads = [x for x in program if x.kind is Kind.LOAD_MICRO_BATCH]
-        assert len(loads) == (6 if stage in (0, 3) else 0)
-        for load in loads:
-            assert program.index(load) < program.index(Instruction(Kind.FORWARD, load.micro_batch))
+    for stage, program in enumerate(run_of(choose_schedule("skewed", Costs.uniform(4), 6), 2)):
+        loads = [x for x in program if x.kind in (Kind.LOAD_MICRO_BATCH, Kind.LOAD_REFERENCE_MICRO_BATCH)]
+        assert len(loads) == (24 if stage in (0, 3) else 0)
+        for kind, i in loads:
+            user = Kind.FORWARD if kind is Kind.LOAD_MICRO_BATCH else Kind.REFERENCE_FORWARD
+            assert program.index(Instruction(kind, i)) < program.index(Instruction(user, i))
 
 
 def test_a_step_ends_with_reductions_and_the_optimizer_once() -> None:
-    for program in stage_programs("clm", 2, 3, Costs()):
-        assert [x.kind for x in program[-3:]] == [
-            Kind.REDUCE_TIED_GRADIENTS,
-            Kind.REDUCE_GRADIENTS,
-            Kind.OPTIMIZER_STEP,
-        ]
+    end = [Kind.REDUCE_TIED_GRADIENTS, Kind.REDUCE_GRADIENTS, Kind.OPTIMIZER_STEP]
+    schedule = choose_schedule("skewed", Costs.uniform(2), 3)
+    for program in (*schedule.step, *schedule.last):
+        assert [x.kind for x in program if x.kind in end] == end
+        assert [x.kind for x in program[-3:]] == end
+    assert not any(x.kind in end for program in schedule.prologue for x in program)
 
 
 @pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(1, 3), (2, 4), (4, 8), (4, 2), (8, 16)])
 def test_makespan_is_that_of_one_forward_one_backward(num_stages: int, num_micro_batches: int) -> None:
-    events = play(stage_orders("clm", num_stages, num_micro_batches), Costs(forward=1000, backward=2000))
-    assert max(event.end for event in events) == 3000 * (num_micro_batches + num_stages - 1)
-
-
-@pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 4), (4, 8), (4, 16)])
-def test_riding_along_costs_up_to_a_third_more(num_stages: int, num_micro_batches: int) -> None:
-    plain = max(event.end for event in play(stage_orders("clm", num_stages, num_micro_batches), Costs()))
-    riding = max(event.end for event in play(stage_orders("ride-along", num_stages, num_micro_batches), Costs()))
-    busiest = 4000 * num_micro_batches
-    assert busiest < riding
-    assert 1.2 < riding / plain <= 4 / 3
+    events = clm(Costs.uniform(num_stages, forward=1, backward=2), num_micro_batches).events
+    assert makespan(events) == 30_000 * (num_micro_batches + num_stages - 1)
 
 
 def test_the_model_order_is_deepspeeds() -> None:
     from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
-    for stage, program in enumerate(stage_programs("clm", 4, 9, Costs())):
-        stock = [c for step in TrainSchedule(9, 4, stage) for c in step if isinstance(c, ForwardPass | BackwardPass)]
-        ours = [x.kind for x in program if x.kind in (Kind.FORWARD, Kind.BACKWARD)]
-        assert ours == [Kind.FORWARD if isinstance(c, ForwardPass) else Kind.BACKWARD for c in stock]
+    for mode in ("clm", "skewed"):
+        for stage, program in enumerate(choose_schedule(mode, Costs.uniform(4), 9).step):
+            stock = [
+                c for step in TrainSchedule(9, 4, stage) for c in step if isinstance(c, ForwardPass | BackwardPass)
+            ]
+            ours = [x.kind for x in program if x.kind in (Kind.FORWARD, Kind.BACKWARD)]
+            assert ours == [Kind.FORWARD if isinstance(c, ForwardPass) else Kind.BACKWARD for c in stock]
 
 
 def test_orders_that_wait_for_each_other_are_refused() -> None:
     forward, backward = Computation(Work.FORWARD, 0), Computation(Work.BACKWARD, 0)
     with pytest.raises(ValueError, match="in a circle"):
-        play([[backward, forward], [forward, backward]], Costs())
+        play([[backward, forward], [forward, backward]], Costs.uniform(2))
+
+
+def test_a_loss_before_the_references_is_refused() -> None:
+    order = [Computation(Work.FORWARD, 0), Computation(Work.REFERENCE, 0), Computation(Work.BACKWARD, 0)]
+    with pytest.raises(ValueError, match="in a circle"):
+        play([order], Costs.uniform(1), [0])
 
 
 def test_a_message_posted_late_is_seen() -> None:
     """The execution above is a real check: a receive moved behind its consumer deadlocks."""
-    programs = [list(p) for p in project(play(stage_orders("clm", 2, 2), Costs()), 2)]
+    programs = [list(p) for p in project(play(model_orders(2, 2), Costs.uniform(2)), 2)]
     receive = next(x for x in programs[1] if x.kind is Kind.RECV_ACTIVATION)
     programs[1].remove(receive)
     programs[1].append(receive)
-    with pytest.raises(AssertionError, match="deadlock"):
-        execute(tuple(map(tuple, programs)), rendezvous=True)
+    for max_unmatched in SEMANTICS:
+        with pytest.raises(AssertionError, match=r"deadlock|another micro-batch"):
+            execute(programs, max_unmatched=max_unmatched)

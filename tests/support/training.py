@@ -51,19 +51,21 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
         "parameters": [p.detach().float().clone().numpy() for p in run.trainer.engine.module.parameters()],
         "owned": owned,
         "step": run.position.step,
+        "schedule": getattr(run.trainer.engine, "schedule", None),
         "rng": torch.get_rng_state().numpy(),
     }
 
 
 def train_drawing_random_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """As above, with a random draw in every micro-batch, as a model with dropout would make."""
-    real = MicroBatch.__new__
+    """As above, with a random draw in every forward pass that is trained on, as a model with dropout makes."""
+    real = Block.forward
 
-    def drawing(cls: type, *args: Any) -> MicroBatch:
-        torch.rand(3)
-        return real(cls, *args)
+    def drawing(self: Block, x_sbd: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            torch.rand(3)
+        return real(self, x_sbd)
 
-    MicroBatch.__new__ = staticmethod(drawing)  # type: ignore[method-assign, assignment]
+    Block.forward = drawing  # type: ignore[method-assign]
     return train_and_report(values)
 
 

@@ -61,8 +61,16 @@ def _rank_main(
     os._exit(code)
 
 
-def run_world(target: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+def run_world(
+    target: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_seconds: float = 120.0,
+    grace_seconds: float = 5.0,
+) -> list[Any]:
     """`target(*args)` on every rank; the ranks' results. `target` is a module-level function.
+
+    Once a rank has failed, the others have `grace_seconds` to end by themselves.
 
     Raises:
         WorldError: a rank failed or the time ran out; every process is gone by then.
@@ -75,7 +83,7 @@ def run_world(target: Callable[..., Any], world_size: int, *args: Any, timeout_s
         ]
         for process in processes:
             process.start()
-        timed_out = _wait(processes, timeout_seconds)
+        timed_out = _wait(processes, timeout_seconds, grace_seconds)
         codes = [process.exitcode for process in processes]
         logs = [Path(f"{folder}/{rank}.log") for rank in range(world_size)]
         outputs = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
@@ -86,14 +94,14 @@ def run_world(target: Callable[..., Any], world_size: int, *args: Any, timeout_s
         return [pickle.loads(Path(f"{folder}/{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
-def _wait(processes: list[BaseProcess], timeout_seconds: float) -> bool:
+def _wait(processes: list[BaseProcess], timeout_seconds: float, grace_seconds: float) -> bool:
     """Wait for all; once one has failed, give the others a moment and end them. True if time ran out."""
     deadline, failed_at = time.monotonic() + timeout_seconds, None
     while any(process.is_alive() for process in processes):
         now = time.monotonic()
         if failed_at is None and any(process.exitcode for process in processes):
             failed_at = now
-        if now > deadline or (failed_at is not None and now > failed_at + 5):
+        if now > deadline or (failed_at is not None and now > failed_at + grace_seconds):
             for process in processes:
                 process.kill()
                 process.join()

@@ -1,0 +1,134 @@
+"""How long each computation takes on each stage: what schedules are made from. Pure; no processes, no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.model.partition import stage_bounds
+
+
+class Work(Enum):
+    """A kind of computation."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    REFERENCE = "reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Duration of each computation on each stage, in ticks (integers of at least 1), first stage first.
+
+    Only proportions matter; wrong ones cost time, never correctness. Integers, because with float times two
+    events that are meant to coincide can sort differently from their cause.
+    """
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    reference: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward", "reference"):
+            ticks = getattr(self, name)
+            assert len(ticks) == len(self.forward), f"{name} costs of {len(ticks)} stages"
+            assert min(ticks) >= 1, f"{name} costs {ticks}"
+
+    @property
+    def num_stages(self) -> int:
+        """Number of pipeline stages."""
+        return len(self.forward)
+
+    @property
+    def max_unread(self) -> int:
+        """How many reference results one stage may leave unread by the next: bounds the memory they take.
+
+        As many as a stage makes while the model does one micro-batch, and two: fewer cost time, more gain none.
+        """
+        in_one_micro_batch = (sum(self.forward) + sum(self.backward)) / sum(self.reference)
+        return min(2 + math.ceil(in_one_micro_batch), 24)
+
+    def of(self, work: Work) -> tuple[int, ...]:
+        """Ticks of one kind of computation on every stage."""
+        return {Work.FORWARD: self.forward, Work.BACKWARD: self.backward, Work.REFERENCE: self.reference}[work]
+
+    @classmethod
+    def scaled(cls, forward: Sequence[float], backward: Sequence[float], reference: Sequence[float]) -> Costs:
+        """Costs from durations in any one unit; a stage's mean forward plus backward becomes 30,000 ticks."""
+        ticks = 30_000 * len(forward) / (sum(forward) + sum(backward))
+
+        def whole(durations: Sequence[float]) -> tuple[int, ...]:
+            return tuple(max(1, round(duration * ticks)) for duration in durations)
+
+        return cls(forward=whole(forward), backward=whole(backward), reference=whole(reference))
+
+    @classmethod
+    def uniform(
+        cls,
+        num_stages: int,
+        *,
+        forward: float = 1.0,
+        backward: float = 2.0,
+        reference: float = 1.0,
+        head_forward: float = 0.0,
+        head_backward: float = 0.0,
+        head_reference: float = 0.0,
+    ) -> Costs:
+        """Equal stages, the last of which also has the loss head."""
+
+        def stages(base: float, head: float) -> list[float]:
+            return [base] * (num_stages - 1) + [base + head]
+
+        return cls.scaled(
+            stages(forward, head_forward), stages(backward, head_backward), stages(reference, head_reference)
+        )
+
+
+def block_flops(arch: Architecture, seq_length: int) -> float:
+    """Floating-point operations of one block's forward pass for one token, causal attention counted as half."""
+    queries, keys = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
+    weights = arch.hidden_size * (2 * queries + 2 * keys) + 3 * arch.hidden_size * arch.ffn_hidden_size
+    seen = seq_length / 2 if arch.sliding_window is None else min(arch.sliding_window, seq_length / 2)
+    return 2.0 * weights + 4.0 * seen * queries
+
+
+def forward_flops(arch: Architecture, num_stages: int, seq_length: int) -> tuple[list[float], float]:
+    """What each stage's forward pass of one token costs without the loss head, and what the head costs.
+
+    Blocks are cut as the models are; the embedding is a lookup, counted as one pass over its row.
+    """
+    blocks = []
+    for stage, (begin, end) in enumerate(pairwise(stage_bounds(arch.num_layers, num_stages))):
+        blocks.append(end - begin - (stage == 0) - (stage == num_stages - 1))
+    stages = [count * block_flops(arch, seq_length) for count in blocks]
+    stages[0] += 2.0 * arch.hidden_size
+    return stages, 2.0 * arch.hidden_size * arch.vocab_size
+
+
+def arithmetic_costs(
+    model: Architecture,
+    reference: Architecture | None,
+    num_stages: int,
+    *,
+    seq_length: int,
+    keep_ratio: float,
+    recomputes: bool,
+) -> Costs:
+    """Costs from counting operations; a backward pass is two forwards, or three where activations are recomputed.
+
+    The loss head computes all rows forwards, and recomputes and differentiates the kept ones: 1 and 3 * keep
+    ratio (see `selective_cross_entropy`). The reference's computes all rows forwards.
+    """
+    stages, head = forward_flops(model, num_stages, seq_length)
+    forward, backward = list(stages), [(3.0 if recomputes else 2.0) * cost for cost in stages]
+    forward[-1] += head
+    backward[-1] += 3.0 * keep_ratio * head
+    frozen = [1.0] * num_stages
+    if reference is not None:
+        frozen, frozen_head = forward_flops(reference, num_stages, seq_length)
+        frozen[-1] += frozen_head
+    return Costs.scaled(forward, backward, frozen)

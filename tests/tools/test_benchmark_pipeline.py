@@ -1,0 +1,26 @@
+"""The pipeline's benchmark runs, and its records are what readers of its JSON expect."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
+
+
+def test_quick(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOL), "pipeline", "--quick", "--rounds", "2", "--unit-ms", "15"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "found.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "found.json").read_text())
+    assert {(r["stages"], r["micro_batches"], r["emulated"]) for r in records} == {(2, 4, True)}
+    predicted = {r["mode"]: (r["predicted"], r["lower_bound"]) for r in records}
+    assert predicted["clm"] == (1.0, 1.0)
+    assert predicted["ride-along"] == (1.2667, 1.0667)
+    assert predicted["skewed"] == (1.0667, 1.0667)
+    ratios = {r["mode"]: r["ratio"] for r in records}
+    assert ratios["clm"] == 1.0
+    assert ratios["skewed"] < ratios["ride-along"]
+    assert "| skewed | 2 | 4 |" in done.stdout

@@ -1,0 +1,288 @@
+"""Step time of the reference's schedules against plain training, beside what the simulator predicts.
+
+All modes take turns on one engine in one world of processes, round after round; a ratio is the median over rounds of
+mode / CLM in the same round, its spread the distance between the quartiles. Emulated compute: the model is tiny, and
+every computation is slept out to its length (forward 1, backward 2, reference 1 unit), so that the engine and its
+messages are real while the cores stay free. Real compute: model and reference of one size, one thread a process; the
+predictions are made from costs measured in the first steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+
+EMULATED = [(2, 4), (2, 8), (4, 8), (4, 16)]
+REAL = [(2, 4)]
+MODES = ("clm", "ride-along", "sequential", "bubble", "skewed")
+BASELINE = "clm"
+SEQ_LENGTH = {True: 8, False: 256}
+WIDTH = {True: 16, False: 512}
+MEASURED_STEPS = 3
+TIMED_STEPS = 2
+VOCAB_SIZE = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's flags."""
+    parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
+    parser.add_argument("--quick", action="store_true", help="2 stages, 4 micro-batches, emulated")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing (default 5)")
+    parser.add_argument("--unit-ms", type=float, default=30.0, help="emulated forward pass, in ms (default 30)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and write the report."""
+    if arguments.child:
+        print(json.dumps(_child(json.loads(arguments.child))))
+        return 0
+    cases = [(case, True) for case in (EMULATED[:1] if arguments.quick else EMULATED)]
+    cases += [] if arguments.quick else [(case, False) for case in REAL]
+    records: list[dict[str, Any]] = []
+    for (stages, micro_batches), emulated in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            job = {
+                "stages": stages,
+                "micro_batches": micro_batches,
+                "emulated": emulated,
+                "rounds": arguments.rounds,
+                "unit_seconds": arguments.unit_ms / 1000,
+                "folder": folder,
+            }
+            _prepare(Path(folder), emulated=emulated)
+            records += _world(job)
+    report.write("pipeline", _markdown(records, arguments), records, arguments.json)
+    return 0
+
+
+# ---- the world of processes -------------------------------------------------------------------------------
+
+
+def _prepare(folder: Path, *, emulated: bool) -> None:
+    """A corpus of random tokens, and a reference as large as the model."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+
+    with IndexedCorpusWriter(folder / "corpus", np.uint16) as writer:
+        writer.add_document(np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, 64 * SEQ_LENGTH[emulated]))
+    torch.manual_seed(0)
+    width = WIDTH[emulated]
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=SEQ_LENGTH[emulated],
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "reference")
+
+
+def _world(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run a job in as many processes as it has stages; what rank 0 found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(Path(__file__).resolve().parents[1] / "benchmark.py"), "pipeline", "--child"]
+    world = {"WORLD_SIZE": str(job["stages"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    ranks = []
+    for rank in range(job["stages"]):
+        environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        ranks.append(subprocess.Popen([*command, json.dumps(job)], env=environment, stdout=output, text=True))
+    found = ranks[0].communicate()[0]
+    if any([process.wait() for process in ranks]):
+        raise RuntimeError(f"a rank of {job} failed; its error stands above")
+    return json.loads(found.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+# ---- one process of it ------------------------------------------------------------------------------------
+
+
+def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    from megatron_slm.log import setup_logging
+    from megatron_slm.parallel.groups import init_distributed
+    from megatron_slm.training.build import build_run
+    from megatron_slm.training.plan import make_plan
+
+    setup_logging(int(os.environ["RANK"]))
+    init_distributed()
+    run_ = build_run(make_plan(_configuration(job), dist.get_world_size(), rank=dist.get_rank()))
+    engine = run_.trainer.engine
+    stepper = _Stepper(engine, run_.train_source.micro_batch, job["micro_batches"])
+    costs = _costs(job, stepper)
+    contexts = _contenders(engine.context, costs, job["micro_batches"])
+    seconds: dict[str, list[float]] = {name: [] for name in contexts}
+    for _ in range(job["rounds"]):
+        for name, context in contexts.items():
+            seconds[name].append(stepper.time(context))
+    dist.barrier()
+    return [_record(job, name, context, seconds) for name, context in contexts.items()]
+
+
+def _configuration(job: dict[str, Any]) -> Any:
+    from megatron_slm.config.load import parse
+
+    folder, width = job["folder"], WIDTH[job["emulated"]]
+    values = {
+        "num-layers": 4,
+        "hidden-size": width,
+        "ffn-hidden-size": 2 * width,
+        "num-attention-heads": 4,
+        "data-path": f"{folder}/corpus",
+        "reference-load": f"{folder}/reference",
+        "reference-schedule": "ride-along",
+        "run-dir": f"{folder}/run",
+        "tokenizer-type": "NullTokenizer",
+        "vocab-size": VOCAB_SIZE - 1,
+        "seq-length": SEQ_LENGTH[job["emulated"]],
+        "pipeline-model-parallel-size": job["stages"],
+        "micro-batch-size": 1,
+        "global-batch-size": job["micro_batches"],
+        "train-iters": 10_000,
+    }
+    return parse([word for name, value in values.items() for word in (f"--{name}", str(value))])[0]
+
+
+def _costs(job: dict[str, Any], stepper: _Stepper) -> Any:
+    from megatron_slm.pipeline.costs import Costs, Work
+
+    if not job["emulated"]:
+        return stepper.measured_costs()
+    unit = job["unit_seconds"]
+    lengths = {Work.FORWARD: unit, Work.BACKWARD: 2 * unit, Work.REFERENCE: unit}
+    stepper.engine._timing = _slept_out(lengths)
+    return Costs.uniform(job["stages"])
+
+
+def _slept_out(lengths: dict[Any, float]) -> Callable[[Any], AbstractContextManager[None]]:
+    """In place of the engine's stopwatch: each computation ends when its length has passed."""
+
+    @contextmanager
+    def sleeping(work: Any) -> Iterator[None]:
+        end = time.perf_counter() + lengths[work]
+        yield
+        time.sleep(max(0.0, end - time.perf_counter()))
+
+    return sleeping
+
+
+def _contenders(context: Any, costs: Any, micro_batches: int) -> dict[str, Any]:
+    """What takes turns, each by what the engine works with: its schedule, and where reference losses come from."""
+    from megatron_slm.pipeline.search import choose_schedule
+
+    return {mode: replace(context, schedule=choose_schedule(mode, costs, micro_batches)) for mode in MODES}
+
+
+class _Stepper:
+    """Takes training steps, one after the other through the corpus."""
+
+    def __init__(self, engine: Any, micro_batch: Callable[[int, int], Any], micro_batches: int) -> None:
+        self.engine, self.micro_batch, self.micro_batches, self.step = engine, micro_batch, micro_batches, 0
+
+    def take(self, *, is_last: bool) -> None:
+        """One step."""
+        from megatron_slm.loss.objective import StepSettings
+
+        source = partial(self.micro_batch, self.step * self.micro_batches)
+        self.engine.train_step(source, StepSettings(step=self.step), is_last=is_last)
+        self.step += 1
+
+    def time(self, context: Any) -> float:
+        """Seconds of a step in the middle of a run: the prologue and the last step's form are not timed."""
+        import torch
+        import torch.distributed as dist
+
+        self.engine.context = context
+        self.engine.adopt(context.schedule)
+        self.take(is_last=False)
+        seconds = []
+        for _ in range(TIMED_STEPS):
+            dist.barrier()
+            started = time.perf_counter()
+            self.take(is_last=False)
+            slowest = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+            seconds.append(float(slowest))
+        self.take(is_last=True)
+        return statistics.median(seconds)
+
+    def measured_costs(self) -> Any:
+        """What each computation takes on each stage."""
+        self.take(is_last=False)  # the first is slower
+        self.engine.start_measuring()
+        for step in range(MEASURED_STEPS):
+            self.take(is_last=step == MEASURED_STEPS - 1)
+        return self.engine.measured_costs()
+
+
+def _record(job: dict[str, Any], name: str, context: Any, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    from megatron_slm.pipeline.simulate import Simulation
+
+    simulation = Simulation(context.schedule)
+    ratios = [mine / clm for mine, clm in zip(seconds[name], seconds[BASELINE], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return {
+        "mode": name,
+        "stages": job["stages"],
+        "micro_batches": job["micro_batches"],
+        "emulated": job["emulated"],
+        "ratio": round(statistics.median(ratios), 4),
+        "predicted": round(simulation.ratio, 4),
+        "lower_bound": round(simulation.lower_bound, 4),
+        "spread": round(quartiles[2] - quartiles[0], 4),
+        "step_seconds": round(statistics.median(seconds[name]), 4),
+    }
+
+
+def _markdown(records: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+    text = (
+        "# The reference's schedules\n\n"
+        f"{report.environment()}; {arguments.rounds} rounds, reference as large as the model. Step time over CLM's, "
+        "which the same engine runs without a reference. Made by `python tools/benchmark.py pipeline`.\n"
+    )
+    for emulated in (True, False):
+        rows = [
+            [
+                record["mode"],
+                str(record["stages"]),
+                str(record["micro_batches"]),
+                f"{record['ratio']:.3f} ± {record['spread'] / 2:.3f}",
+                f"{record['predicted']:.3f}",
+                f"{record['lower_bound']:.3f}",
+                f"{record['step_seconds']:.3f}",
+            ]
+            for record in records
+            if record["emulated"] == emulated
+        ]
+        if rows:
+            kind = f"Compute emulated by sleeping (unit {arguments.unit_ms:g} ms)" if emulated else "Real compute"
+            text += f"\n## {kind}\n\n"
+            header = ("mode", "stages", "micro-batches", "step / CLM's", "predicted", "lower bound", "step, s")
+            text += report.table(header, rows)
+    return text
