@@ -49,5 +49,9 @@ class CheckpointError(SlmError):
     """A checkpoint is missing, incomplete, damaged, or of another run."""
 
 
+class ScoreStoreError(SlmError):
+    """A store of reference scores is missing, incomplete, damaged, or holds other scores than the run needs."""
+
+
 class TrainingError(SlmError):
     """Training cannot go on (for example: losses are no longer finite)."""

@@ -20,6 +20,7 @@ from megatron_slm.pipeline.gradients import gradients_scaled, sum_over_world
 from megatron_slm.pipeline.module import StageModule
 from megatron_slm.pipeline.schedule import Costs, Instruction, Kind, Mode, stage_programs
 from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.reference.stored import StoredScores
 from megatron_slm.types import MicroBatch, TokenStatistics
 
 BatchSource = Callable[[int], MicroBatch]
@@ -33,6 +34,8 @@ class StageContext:
     topology: Topology
     objective: Objective
     reference: FrozenStage | None
+    scores: StoredScores | None
+    """What the reference says, where it is read instead of computed."""
     mode: Mode
     costs: Costs
     message_shape: tuple[int, int, int]
@@ -94,7 +97,11 @@ class SelectiveEngine(PipelineEngine):
 
     def _load(self, i: int) -> None:
         if i not in self._batches:
-            self._batches[i] = MicroBatch(*(x.to(self.device) for x in self._source(i)))
+            batch = self._source(i)
+            self._batches[i] = MicroBatch(*(x.to(self.device) for x in batch))
+            scores = self.context.scores
+            if scores is not None and self.is_last_stage() and torch.is_grad_enabled():
+                self._reference_statistics[i] = scores(batch).to(self.device)
 
     def _forward(self, i: int) -> None:
         if self.is_first_stage():

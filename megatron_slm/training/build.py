@@ -20,6 +20,8 @@ from megatron_slm.checkpoint.load import CheckpointSource, restore_rng
 from megatron_slm.checkpoint.save import Writer
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
 from megatron_slm.config.load import write_yaml
+from megatron_slm.config.sections import RunConfig
+from megatron_slm.convert.source import Model
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.packing import Samples
 from megatron_slm.device import local_device
@@ -28,6 +30,7 @@ from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import TensorParallel, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.engine import StageContext, pipeline_engine
 from megatron_slm.pipeline.module import FlatModule, StageModule, deepspeed_topology
 from megatron_slm.pipeline.schedule import Costs
@@ -70,10 +73,8 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
     tp = tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
-    objective = Objective(
-        keep_ratio=plan.config.selection.slm_keep_ratio, scope=plan.config.selection.slm_scope, tp=tp, observer=observer
-    )
-    reference = _build_reference(plan, layers)
+    objective = build_objective(plan.config, tp, observer)
+    reference = build_reference(plan.reference, plan.topology, layers, plan.dtype)
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
     position = _fill(plan, trainer.engine.optimizer)
@@ -87,14 +88,23 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     )
 
 
-def _build_reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
-    if plan.reference is None:
+def build_objective(config: RunConfig, tp: TensorParallel, observer: Observer | None = None) -> Objective:
+    """What the configuration trains on."""
+    selection = config.selection
+    return Objective(keep_ratio=selection.slm_keep_ratio, scope=selection.slm_scope, tp=tp, observer=observer)
+
+
+def build_reference(
+    model: Model | None, topology: Topology, layers: ParallelLayers, dtype: torch.dtype
+) -> FrozenStage | None:
+    """This rank's stage of a frozen reference with its weights; None of None. Collective over the world."""
+    if model is None:
         return None
-    stage = plan.topology.coordinate(dist.get_rank()).pipeline
-    with _parameters_in(plan.dtype), local_device():  # at once in its final dtype and place
-        reference = FrozenStage(plan.reference.architecture, layers, stage=stage, num_stages=plan.topology.pipeline)
+    stage = topology.coordinate(dist.get_rank()).pipeline
+    with _parameters_in(dtype), local_device():  # at once in its final dtype and place
+        reference = FrozenStage(model.architecture, layers, stage=stage, num_stages=topology.pipeline)
     with together():
-        fill_module(reference, plan.reference.source)
+        fill_module(reference, model.source)
     return reference
 
 
@@ -110,6 +120,7 @@ def _pipeline_trainer(
             topology=plan.topology,
             objective=objective,
             reference=reference,
+            scores=plan.scores,
             mode="clm" if reference is None else "ride-along",
             costs=Costs(),
             message_shape=(length, plan.config.training.micro_batch_size, plan.architecture.hidden_size),
@@ -128,7 +139,7 @@ def _flat_trainer(
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
-    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches)
+    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores)
 
 
 def _fill(plan: Plan, optimizer: Any) -> Position:

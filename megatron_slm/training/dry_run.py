@@ -79,7 +79,7 @@ def _batch_table(plan: Plan) -> Table:
     tokens_per_step = plan.global_batch_size * config.data.seq_length
     rows = {
         "objective": config.selection.objective
-        + (f", keep {config.selection.slm_keep_ratio} by {config.selection.slm_scope}" if plan.reference else ""),
+        + (f", keep {config.selection.slm_keep_ratio} by {config.selection.slm_scope}" if plan.has_reference else ""),
         "precision": "bf16, fp32 accumulation" if config.training.bf16 else "fp32",
         "global batch": f"{plan.global_batch_size} samples = {config.training.micro_batch_size} a micro-batch x "
         f"{plan.num_micro_batches} micro-batches x {plan.topology.data} data parallel",
@@ -88,6 +88,11 @@ def _batch_table(plan: Plan) -> Table:
         "tokens of the run": f"{tokens_per_step * config.training.train_iters:,}",
         "corpus": f"{samples.tokens_per_epoch:,} tokens, {samples.num_epochs} epoch(s) drawn",
     }
+    for reader in plan.scores.readers if plan.scores else ():
+        stored = reader.manifest
+        rows[f"scores {reader.folder}"] = (
+            f"{stored.data.num_samples:,} samples in {stored.dtype}, of the reference {stored.reference}"
+        )
     for name, held_out in plan.held_out.items():
         rows[f"held-out {name}"] = f"{held_out.num_tokens:,} tokens"
     table = Table(title="Batches and tokens", show_header=False)

@@ -22,8 +22,10 @@ from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_
 from megatron_slm.errors import CheckpointError, ConfigError, LayoutError, VocabularyError
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.reference.stored import StoredScores
 from megatron_slm.training.architecture import check_layout, check_weights, resolve_architecture
 from megatron_slm.training.corpora import check_order, open_data
+from megatron_slm.training.stores import open_scores, scored_data
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Plan:
     tokenizer: Tokenizer
     init: Model | None
     reference: Model | None
+    scores: StoredScores | None
+    """The reference's scores where they are read from stores; `reference` is None then."""
     resume: Resume | None
     num_tokens: int
     """Every token id of the corpora is below this; the smaller vocabulary of model and reference."""
@@ -58,6 +62,11 @@ class Plan:
     def num_micro_batches(self) -> int:
         """Micro-batches of one step on one data-parallel rank."""
         return self.global_batch_size // (self.config.training.micro_batch_size * self.topology.data)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference takes part, be it computed or stored."""
+        return self.reference is not None or self.scores is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +98,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
     thorough = rank == 0
     resume = _open_resume(config, checksums=thorough)
     init = _open(config.model.init_from, "--init-from", checksums=thorough)
-    tokenizer = _open_tokenizer(config, init)
+    tokenizer = open_tokenizer(config, init)
     stored = init.architecture if init else resume.manifest.architecture if resume else None
     architecture = resolve_architecture(config, stored, tokenizer)
     if resume is not None and resume.manifest.architecture != architecture:
@@ -99,7 +108,8 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
             "was written by a run of the same architecture",
             "use --init-from alone to start a new run from other weights",
         )
-    reference = _open(config.selection.reference_load, "--reference-load", checksums=thorough)
+    stores = config.selection.reference_scores
+    reference = None if stores else _open(config.selection.reference_load, "--reference-load", checksums=thorough)
     check_layout(architecture, config, topology, what="model")
     check_stages(architecture.num_layers, topology.pipeline)
     _check_vocabularies(config, architecture, tokenizer, init, reference, resume)
@@ -112,8 +122,10 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         raise ConfigError("--eod-mask-loss", True, "needs a tokenizer with an end-of-document token", "leave it out")
     models = [architecture, *([reference.architecture] if reference else [])]
     num_tokens = min(model.vocab_size for model in models)
-    train, held_out = open_data(config, tokenizer, num_tokens, _num_samples(config, resume, global_batch_size))
+    num_samples = _num_samples(config, resume, global_batch_size)
+    train, held_out = open_data(config, tokenizer, num_tokens, num_samples)
     check_order(config, resume.manifest if resume else None, train)
+    data = scored_data(config, tokenizer, train, num_samples, with_content=thorough and bool(stores))
     return Plan(
         config=config,
         topology=topology,
@@ -121,6 +133,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         tokenizer=tokenizer,
         init=init,
         reference=reference,
+        scores=open_scores(config, data, thorough=thorough) if stores else None,
         resume=resume,
         num_tokens=num_tokens,
         train_samples=train,
@@ -171,7 +184,12 @@ def _open_resume(config: RunConfig, *, checksums: bool) -> Resume | None:
     return Resume(folder=folder, manifest=manifest)
 
 
-def _open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
+def open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
+    """The run's tokenizer: the one named, else the one in --init-from.
+
+    Raises:
+        ConfigError: there is neither, or it cannot be read.
+    """
     data = config.data
     model = data.tokenizer_model
     if model is None and init is not None and init.tokenizer_folder is not None:
@@ -208,7 +226,7 @@ def _check_vocabularies(
         )
     for model, field in ((init, "--init-from"), (reference, "--reference-load")):
         if model is not None:
-            _check_model_vocabulary(model, field, tokenizer, config)
+            check_model_vocabulary(model, field, tokenizer, config)
     fingerprint = resume.manifest.tokenizer_fingerprint if resume else None
     if fingerprint is not None and fingerprint != tokenizer.fingerprint():
         raise VocabularyError(
@@ -219,7 +237,12 @@ def _check_vocabularies(
         )
 
 
-def _check_model_vocabulary(model: Model, field: str, tokenizer: Tokenizer, config: RunConfig) -> None:
+def check_model_vocabulary(model: Model, field: str, tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Make sure that a model's token ids mean what the run's tokenizer says.
+
+    Raises:
+        VocabularyError: it has too few tokens, another token table, or no tokenizer to compare.
+    """
     if model.architecture.vocab_size < tokenizer.vocab_size:
         raise VocabularyError(
             f"{field}: vocabulary size",
