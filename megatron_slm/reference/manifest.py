@@ -21,8 +21,9 @@ from megatron_slm.errors import ScoreStoreError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SHARD_TOKENS = 8 << 20
-"""A shard holds at most about this many tokens: 32 MiB of fp32 losses."""
+SHARD_TOKENS = 2 << 20
+"""A shard holds at most about this many tokens: 8 MiB of fp32 losses. Data-parallel ranks meet after each shard, so
+the slowest pipeline must not take longer over one than the others wait for it."""
 LEAST_SHARDS = 64
 """A small store is cut into about this many shards, so that data-parallel ranks have something to share."""
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from megatron_slm.errors import ScoreStoreError
 from megatron_slm.reference import store
@@ -167,6 +169,22 @@ def test_a_shard_of_another_store_or_place_is_refused_when_it_is_read(tmp_path: 
             open_store(folder, checksums=False).read(batch_of(0))
         with pytest.raises(ScoreStoreError, match=r"has the manifest's sha256"):
             open_store(folder)
+
+
+def test_rows_in_each_others_place_are_refused_when_they_are_read(tmp_path: Path) -> None:
+    """Two samples' losses exchanged together with their checksums: the sample's number is in the checksum."""
+    folder = write_store(tmp_path / "store")
+    path = folder / shard_name(0)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for name in ("loss", "score_digest"):
+        tensors[name] = tensors[name][[1, 0, 2, 3]]
+    save_file(tensors, path, metadata=metadata)
+    reader = open_store(folder, checksums=False)
+    reader.read(batch_of(2, 3))
+    with pytest.raises(ScoreStoreError, match="scores of sample 1"):
+        reader.read(batch_of(1))
 
 
 def test_scores_of_other_tokens_are_refused_when_they_are_read(tmp_path: Path) -> None:
