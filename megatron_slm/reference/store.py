@@ -54,6 +54,11 @@ def _score_digest(sample: int, rows: Sequence[Tensor]) -> int:
     return _digest(sample, *(row.contiguous().view(torch.uint8).numpy() for row in rows))
 
 
+def _place(manifest: Manifest, shard: int) -> str:
+    """What a shard's header says of it. One value: safetensors writes several in an order that changes."""
+    return f"shard {shard} of store {manifest.store_id}"
+
+
 # ---- writing ------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +125,7 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, scores: Scores, di
     row_digests = [_score_digest(number, [rows[i] for rows in kept]) for i, number in enumerate(samples)]
     tensors["token_digest"] = torch.tensor(digests, dtype=torch.int64)
     tensors["score_digest"] = torch.tensor(row_digests, dtype=torch.int64)
-    content = save(tensors, metadata={"store": manifest.store_id, "shard": str(shard)})
+    content = save(tensors, metadata={"place": _place(manifest, shard)})
     try:
         write_durably(folder / shard_name(shard), content)
     except OSError as error:
@@ -197,7 +202,6 @@ class ScoreReader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._store_id = manifest.store_id
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def read(self, batch: MicroBatch) -> Scores:
@@ -258,16 +262,13 @@ class ScoreReader:
         expected = [len(self.manifest.samples_of(shard)), self.manifest.data.sequence_length]
         try:
             file = safe_open(path, framework="pt")
-            said = file.metadata() or {}
+            said = (file.metadata() or {}).get("place")
             parts = [file.get_slice(name) for name in names]
             digests = [file.get_tensor(name).tolist() for name in ("token_digest", "score_digest")]
         except (SafetensorError, OSError) as error:
             raise ScoreStoreError(str(path), str(error), "is a whole shard of scores", _DAMAGED) from error
-        if (said.get("store"), said.get("shard")) != (self._store_id, str(shard)):
-            raise ScoreStoreError(
-                str(path), f"shard {said.get('shard')} of store {str(said.get('store'))[:12]}",
-                f"is shard {shard} of store {self._store_id[:12]}", _DAMAGED,
-            )  # fmt: skip
+        if said != _place(self.manifest, shard):
+            raise ScoreStoreError(str(path), said, f"is {_place(self.manifest, shard)}", _DAMAGED)
         shapes = [part.get_shape() for part in parts] + [[len(column)] for column in digests]
         if shapes != [expected] * len(parts) + [expected[:1]] * 2:
             raise ScoreStoreError(str(path), f"shapes {shapes}", f"holds {expected} scores", _DAMAGED)
