@@ -53,5 +53,9 @@ class PeerError(SlmError):
     """Another rank, or the way to it, is gone or silent."""
 
 
+class ScoreStoreError(SlmError):
+    """A store of reference scores is missing, incomplete, damaged, or holds other scores than the run needs."""
+
+
 class TrainingError(SlmError):
     """Training cannot go on (for example: losses are no longer finite)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,10 @@ class TokenStatistics(NamedTuple):
 
     entropy_N: Tensor | None = None
     """Entropy of the predicted distribution, in nats, fp32 [N]; None where nothing asks for it."""
+
+    def to(self, device: torch.device) -> TokenStatistics:
+        """The same on another device."""
+        return TokenStatistics(self.loss_N.to(device), None if self.entropy_N is None else self.entropy_N.to(device))
 
 
 class Selection(NamedTuple):

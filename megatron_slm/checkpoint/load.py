@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -60,6 +61,12 @@ class CheckpointSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every logical tensor."""
         return {name: pieces[0].part.shape for name, pieces in self._pieces.items()}
+
+    def content_sha256(self) -> str:
+        """SHA-256 over the weights' files as they were written; another layout's files give another one."""
+        files = Manifest.read(self.folder).files
+        weights = sorted((name, entry["sha256"]) for name, entry in files.items() if name.startswith("weights_"))
+        return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
     def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
         """See `WeightSource.read`."""

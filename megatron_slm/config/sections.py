@@ -194,18 +194,45 @@ class SelectionConfig:
     slm_probe_interval: int = 100
     """Every this many steps, select on the run's first batch and log how much of it changed; 0: never."""
     reference_load: str | None = None
-    """The frozen reference: a Hugging Face folder, or one of our checkpoints written at any layout."""
+    """The frozen reference: a Hugging Face folder, or one of our checkpoints written at any layout. Beside
+    --reference-scores it is not loaded: the scores must then be this reference's."""
+    reference_scores: list[str] = field(default_factory=list)
+    """Stores of reference losses written by tools/score_corpus.py, read instead of running a reference."""
+    reference_scores_combine: Literal["minimum", "mean"] | None = None
+    """What several stores together say of a token: the least of their losses, or the mean."""
+    reference_scores_verify: Literal["sampled", "whole"] = "sampled"
+    """Checksums compared before the first step: of stores beyond 64 GiB evenly spread shards, or always all. Each
+    sample is checked again when it is read."""
 
     def __post_init__(self) -> None:
         check_selection(self)
         if self.objective == "clm":  # whether slm needs one depends on the score: see selection/configure.py
-            _require(
-                self.reference_load is None,
-                "reference_load",
-                self.reference_load,
-                "is left out when --objective is clm, which has no reference",
-                "drop it or use --objective slm",
-            )
+            for name in ("reference_load", "reference_scores"):
+                _require(
+                    not getattr(self, name),
+                    name,
+                    getattr(self, name),
+                    "is left out when --objective is clm, which has no reference",
+                    "drop it or use --objective slm",
+                )
+        self._check_stores()
+
+    def _check_stores(self) -> None:
+        several = len(self.reference_scores) > 1
+        _require(
+            several == (self.reference_scores_combine is not None),
+            "reference_scores_combine",
+            self.reference_scores_combine,
+            "is given with several --reference-scores, and only then",
+            "choose minimum or mean for several stores, and leave it out for one",
+        )
+        _require(
+            not several or self.reference_load is None,
+            "reference_load",
+            self.reference_load,
+            "is left out with several --reference-scores, which are of several references",
+            "drop it",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

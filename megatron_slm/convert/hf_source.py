@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_slm.checkpoint.format import file_sha256
 from megatron_slm.checkpoint.weights import Quantity
 from megatron_slm.errors import WeightsError
 from megatron_slm.parallel.shards import Part
@@ -60,6 +63,14 @@ class HuggingFaceSource:
             with safe_open(path, framework="pt") as file:
                 out[name] = tuple(file.get_slice(name).get_shape())
         return out
+
+    def content_sha256(self) -> str:
+        """SHA-256 over the folder's safetensors files: every byte is read."""
+        paths = sorted({*self._files.values()})
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+            digests = list(pool.map(file_sha256, paths))
+        weights = [(path.name, digest) for path, digest in zip(paths, digests, strict=True)]
+        return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
     def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
         """See `WeightSource.read`; there are no moments here, so they are zero."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint, verify_files
@@ -20,6 +22,11 @@ class Model:
     architecture: Architecture
     source: HuggingFaceSource | CheckpointSource
     tokenizer_folder: Path | None
+
+    def content_sha256(self) -> str:
+        """SHA-256 over architecture and weights; of a Hugging Face folder it reads every file whole."""
+        parts = [json.dumps(asdict(self.architecture), sort_keys=True), self.source.content_sha256()]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def open_model(path: str, *, field: str, checksums: bool = True) -> Model:

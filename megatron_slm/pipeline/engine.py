@@ -26,6 +26,7 @@ from megatron_slm.pipeline.schedule import Instruction, Kind, Programs, Schedule
 from megatron_slm.pipeline.simulate import Sizes
 from megatron_slm.pipeline.window import Window
 from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.reference.stored import StoredScores
 from megatron_slm.types import MicroBatch, TokenStatistics
 
 BatchSource = Callable[[int], MicroBatch]
@@ -40,6 +41,8 @@ class StageContext:
     topology: Topology
     objective: Objective
     reference: FrozenStage | None
+    scores: StoredScores | None
+    """What the reference says, where it is read instead of computed."""
     schedule: Schedule
     """What to start with; `SelectiveEngine.adopt` changes it."""
     sizes: Sizes
@@ -109,6 +112,9 @@ class SelectiveEngine(PipelineEngine):
 
         Before the first step, or where nothing is done ahead: its messages travel on the reference's lane.
         """
+        scores = self.context.scores
+        if scores is not None and self.is_last_stage():
+            return [scores(source(i)).to(self.device) for i in range(num_micro_batches)]
         if self.context.reference is None:
             return [None] * num_micro_batches
         assert not self._is_prepared, "messages of work done ahead are on their way"
@@ -174,8 +180,13 @@ class SelectiveEngine(PipelineEngine):
     # ---- the model --------------------------------------------------------------------------------------
 
     def _load(self, i: int) -> None:
-        if i not in self._window:
-            self._window.add(i, MicroBatch(*(x.to(self.device) for x in self._source(i))))
+        if i in self._window:
+            return
+        read = self._source(i)
+        self._window.add(i, MicroBatch(*(x.to(self.device) for x in read)))
+        scores = self.context.scores
+        if scores is not None and self.is_last_stage() and torch.is_grad_enabled():
+            self._window.add_reference(i, scores(read).to(self.device))
 
     def _forward(self, i: int) -> None:
         if self.is_first_stage():

@@ -23,12 +23,13 @@ def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int) 
         return Selector()
     scores = tuple(score_named(name) for name in config.slm_score)
     wanting = [score.name for score in scores if score.needs_reference]
-    if wanting and config.reference_load is None:
+    if wanting and config.reference_load is None and not config.reference_scores:
         raise ConfigError(
             "--reference-load",
             None,
             f"is given when --objective is slm and --slm-score is {wanting[0]}",
-            "name the reference's folder, choose a score without one (loss, entropy), or use --objective clm",
+            "name its folder or a store of its scores (--reference-scores), choose a score without one (loss, entropy), "
+            "or use --objective clm",
         )
     for flag in ("slm_always_keep", "slm_never_keep"):
         for token_id in getattr(config, flag):

@@ -22,6 +22,7 @@ from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_r
 from megatron_slm.checkpoint.save import Writer
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
 from megatron_slm.config.load import write_yaml
+from megatron_slm.convert.source import Model
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.packing import Samples
 from megatron_slm.device import local_device
@@ -30,6 +31,7 @@ from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import DataParallel, TensorParallel, data_parallel_group, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.costs import arithmetic_costs
 from megatron_slm.pipeline.engine import StageContext, pipeline_engine
 from megatron_slm.pipeline.module import FlatModule, StageModule, deepspeed_topology
@@ -86,7 +88,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     ranks_together = plan.selector.scope == "data-parallel"
     dp = data_parallel_group(plan.topology) if ranks_together else DataParallel()
     objective = Objective(selector=plan.selector, tp=tp, dp=dp, head=plan.loss_head, observer=observer)
-    reference = _build_reference(plan, layers)
+    reference = build_reference(plan.reference, plan.topology, layers, plan.dtype)
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
@@ -104,14 +106,17 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     )
 
 
-def _build_reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
-    if plan.reference is None:
+def build_reference(
+    model: Model | None, topology: Topology, layers: ParallelLayers, dtype: torch.dtype
+) -> FrozenStage | None:
+    """This rank's stage of a frozen reference with its weights; None of None. Collective over the world."""
+    if model is None:
         return None
-    stage = plan.topology.coordinate(dist.get_rank()).pipeline
-    with _parameters_in(plan.dtype), local_device():  # at once in its final dtype and place
-        reference = FrozenStage(plan.reference.architecture, layers, stage=stage, num_stages=plan.topology.pipeline)
+    stage = topology.coordinate(dist.get_rank()).pipeline
+    with _parameters_in(dtype), local_device():  # at once in its final dtype and place
+        reference = FrozenStage(model.architecture, layers, stage=stage, num_stages=topology.pipeline)
     with together():
-        fill_module(reference, plan.reference.source)
+        fill_module(reference, model.source)
     return reference
 
 
@@ -131,6 +136,7 @@ def _pipeline_trainer(
             topology=plan.topology,
             objective=objective,
             reference=reference,
+            scores=plan.scores,
             schedule=schedule,
             sizes=sizes,
             message_shape=(length, plan.config.training.micro_batch_size, plan.architecture.hidden_size),
@@ -160,7 +166,7 @@ def plan_schedule(plan: Plan) -> Schedule:
         plan.reference.architecture if plan.reference else None,
         num_stages,
         seq_length=config.data.seq_length,
-        keep_ratio=config.selection.slm_keep_ratio if plan.reference else 1.0,
+        keep_ratio=plan.selector.expected_share(config.training.train_iters),
         recomputes=config.parallel.recompute_granularity == "full",
     )
     if plan.reference is None:
@@ -178,7 +184,7 @@ def _flat_trainer(
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
-    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches)
+    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores)
 
 
 def _fill(plan: Plan, optimizer: Any) -> Position:

@@ -88,6 +88,11 @@ def _batch_table(plan: Plan) -> Table:
         "tokens of the run": f"{tokens_per_step * config.training.train_iters:,}",
         "corpus": f"{samples.tokens_per_epoch:,} tokens, {samples.num_epochs} epoch(s) drawn",
     }
+    for reader in plan.scores.readers if plan.scores else ():
+        stored = reader.manifest
+        rows[f"scores {reader.folder}"] = (
+            f"{stored.data.num_samples:,} samples in {stored.dtype}, of the reference {stored.reference}"
+        )
     for name, held_out in plan.held_out.items():
         rows[f"held-out {name}"] = f"{held_out.num_tokens:,} tokens"
     table = Table(title="Batches and tokens", show_header=False)

@@ -118,7 +118,7 @@ class _Recorder:
             "samples": position.consumed_samples,
             "tokens": position.consumed_samples * plan.config.data.seq_length,
             "lr": rate,
-            **training_metrics(result, has_reference=plan.reference is not None, has_scores=bool(plan.selector.scores)),
+            **training_metrics(result, has_reference=plan.has_reference, has_scores=bool(plan.selector.scores)),
             "step_time_seconds": result.seconds,
             "tokens_per_second": tokens_per_step / result.seconds,
             "skipped_steps": position.skipped_steps,

@@ -20,15 +20,17 @@ from megatron_slm.convert.source import Model, open_model
 from megatron_slm.data.packing import PackedSamples, SequentialSamples
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_vocabulary
 from megatron_slm.device import on_gpu
-from megatron_slm.errors import CheckpointError, ConfigError, LayoutError, VocabularyError
+from megatron_slm.errors import CheckpointError, ConfigError, LayoutError, ScoreStoreError, VocabularyError
 from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.reference.stored import StoredScores
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
 from megatron_slm.training.architecture import check_layout, check_weights, resolve_architecture
 from megatron_slm.training.corpora import check_order, open_data
+from megatron_slm.training.stores import open_scores, scored_data
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class Plan:
     tokenizer: Tokenizer
     init: Model | None
     reference: Model | None
+    scores: StoredScores | None
+    """The reference's scores where they are read from stores; `reference` is None then."""
     resume: Resume | None
     selector: Selector
     num_tokens: int
@@ -64,6 +68,11 @@ class Plan:
     def num_micro_batches(self) -> int:
         """Micro-batches of one step on one data-parallel rank."""
         return self.global_batch_size // (self.config.training.micro_batch_size * self.topology.data)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference takes part, be it computed or stored."""
+        return self.reference is not None or self.scores is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +128,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
     thorough = rank == 0
     resume = _open_resume(config, checksums=thorough)
     init = _open(config.model.init_from, "--init-from", checksums=thorough)
-    tokenizer = _open_tokenizer(config, init)
+    tokenizer = open_tokenizer(config, init)
     stored = init.architecture if init else resume.manifest.architecture if resume else None
     architecture = resolve_architecture(config, stored, tokenizer)
     if resume is not None and resume.manifest.architecture != architecture:
@@ -129,7 +138,8 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
             "was written by a run of the same architecture",
             "use --init-from alone to start a new run from other weights",
         )
-    reference = _open(config.selection.reference_load, "--reference-load", checksums=thorough)
+    stores = config.selection.reference_scores
+    reference = None if stores else _open(config.selection.reference_load, "--reference-load", checksums=thorough)
     check_layout(architecture, config, topology, what="model")
     check_stages(architecture.num_layers, topology.pipeline)
     _check_vocabularies(config, architecture, tokenizer, init, reference, resume)
@@ -143,8 +153,18 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
     models = [architecture, *([reference.architecture] if reference else [])]
     num_tokens = min(model.vocab_size for model in models)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
-    train, held_out = open_data(config, tokenizer, num_tokens, _num_samples(config, resume, global_batch_size))
+    num_samples = _num_samples(config, resume, global_batch_size)
+    train, held_out = open_data(config, tokenizer, num_tokens, num_samples)
     check_order(config, resume.manifest if resume else None, train)
+    data = scored_data(config, tokenizer, train, num_samples, with_content=thorough and bool(stores))
+    scores = open_scores(config, data, thorough=thorough) if stores else None
+    if scores is not None and selector.needs("reference-entropy") and not scores.has_entropy:
+        raise ScoreStoreError(
+            "--reference-scores",
+            stores,
+            "hold entropies (--slm-score reference-entropy needs them)",
+            "write them with tools/score_corpus.py --with-entropy, or choose another score",
+        )
     return Plan(
         config=config,
         topology=topology,
@@ -152,6 +172,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
         tokenizer=tokenizer,
         init=init,
         reference=reference,
+        scores=scores,
         resume=resume,
         selector=selector,
         num_tokens=num_tokens,
@@ -203,7 +224,12 @@ def _open_resume(config: RunConfig, *, checksums: bool) -> Resume | None:
     return Resume(folder=folder, manifest=manifest)
 
 
-def _open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
+def open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
+    """The run's tokenizer: the one named, else the one in --init-from.
+
+    Raises:
+        ConfigError: there is neither, or it cannot be read.
+    """
     data = config.data
     model = data.tokenizer_model
     if model is None and init is not None and init.tokenizer_folder is not None:
@@ -240,7 +266,7 @@ def _check_vocabularies(
         )
     for model, field in ((init, "--init-from"), (reference, "--reference-load")):
         if model is not None:
-            _check_model_vocabulary(model, field, tokenizer, config)
+            check_model_vocabulary(model, field, tokenizer, config)
     fingerprint = resume.manifest.tokenizer_fingerprint if resume else None
     if fingerprint is not None and fingerprint != tokenizer.fingerprint():
         raise VocabularyError(
@@ -251,7 +277,12 @@ def _check_vocabularies(
         )
 
 
-def _check_model_vocabulary(model: Model, field: str, tokenizer: Tokenizer, config: RunConfig) -> None:
+def check_model_vocabulary(model: Model, field: str, tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Make sure that a model's token ids mean what the run's tokenizer says.
+
+    Raises:
+        VocabularyError: it has too few tokens, another token table, or no tokenizer to compare.
+    """
     if model.architecture.vocab_size < tokenizer.vocab_size:
         raise VocabularyError(
             f"{field}: vocabulary size",

@@ -18,6 +18,7 @@ from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_o
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import describe
 from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.reference.stored import StoredScores
 from megatron_slm.types import MicroBatch, TokenStatistics
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,15 @@ class PipelineTrainer:
 class FlatTrainer:
     """ZeRO-2 and ZeRO-3: one stage, DeepSpeed's plain engine around a `FlatModule`."""
 
-    def __init__(self, engine: Any, topology: Topology, reference: FrozenStage | None, num_micro_batches: int) -> None:
-        self.engine, self.topology, self.reference = engine, topology, reference
+    def __init__(
+        self,
+        engine: Any,
+        topology: Topology,
+        reference: FrozenStage | None,
+        num_micro_batches: int,
+        scores: StoredScores | None,
+    ) -> None:
+        self.engine, self.topology, self.reference, self.scores = engine, topology, reference, scores
         self.num_micro_batches = num_micro_batches
         self.objective = engine.module.objective
 
@@ -105,9 +113,10 @@ class FlatTrainer:
         self.engine.train()
         sums = LossSums()
         for i in range(self.num_micro_batches):
-            batch = self._on_device(source(i))
+            read = source(i)
+            batch = self._on_device(read)
             self.engine.set_gradient_accumulation_boundary(i == self.num_micro_batches - 1)
-            loss_sum, part = self.engine(batch, self._reference_statistics(batch), settings)
+            loss_sum, part = self.engine(batch, self._reference_statistics(read, batch), settings)
             self.engine.backward(loss_sum, scale_wrt_gas=False)
             sums = sums + part
         sums = self._over_world(sums)
@@ -126,7 +135,8 @@ class FlatTrainer:
 
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
         """See `Trainer`."""
-        return [self._reference_statistics(self._on_device(source(i))) for i in range(num_micro_batches)]
+        batches = [source(i) for i in range(num_micro_batches)]
+        return [self._reference_statistics(batch, self._on_device(batch)) for batch in batches]
 
     @torch.no_grad()
     def probe(
@@ -137,7 +147,9 @@ class FlatTrainer:
         batches = (self._on_device(source(i)) for i in range(len(references)))
         return [self.engine(b, x, settings, probing=True)[0] for b, x in zip(batches, references, strict=True)]
 
-    def _reference_statistics(self, batch: MicroBatch) -> TokenStatistics | None:
+    def _reference_statistics(self, read: MicroBatch, batch: MicroBatch) -> TokenStatistics | None:
+        if self.scores is not None:
+            return self.scores(read).to(self.engine.device)
         if self.reference is None:
             return None
         return self.reference.statistics(self.reference(batch.tokens_bs), self.objective, batch)

@@ -18,7 +18,7 @@ from megatron_slm.pipeline.schedule import (
     Kind,
     Schedule,
     clm,
-    evaluation_programs,
+    forward_programs,
     makespan,
     play,
     project,
@@ -90,7 +90,7 @@ def test_a_run_by_the_search_finishes(data: Any, mode: Any, num_stages: int, num
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 12), st.sampled_from(SEMANTICS))
 def test_evaluation_finishes(num_stages: int, num_micro_batches: int, max_unmatched: int | None) -> None:
-    trace = execute(evaluation_programs(num_stages, num_micro_batches), max_unmatched=max_unmatched)
+    trace = execute(forward_programs(Work.FORWARD, num_stages, num_micro_batches), max_unmatched=max_unmatched)
     assert Counter(x.kind for _, x in trace)[Kind.FORWARD] == num_stages * num_micro_batches
     assert {x.kind for _, x in trace} <= {
         Kind.LOAD_MICRO_BATCH,

@@ -33,7 +33,10 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
 
     Block.forward = counting  # type: ignore[method-assign]
     config, _ = parse(flags(values))
-    run = pretrain(config, observer=observe)
+    try:
+        run = pretrain(config, observer=observe)
+    finally:
+        Block.forward = real_forward  # type: ignore[method-assign]
     optimizer = run.trainer.engine.optimizer
     owned = [
         fragment.view(quantity).clone().numpy()

@@ -1,0 +1,206 @@
+"""What a store of reference scores says about itself, and what a run compares with it.
+
+    STORE/
+        manifest.json              the settings below, and size and sha256 of every shard that is done
+        scores_00000000.safetensors   samples [0, samples_per_shard) of the run's order, and so on
+
+A sample's absolute number in the order of the run is the key: an epoch repeats documents, packed differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_slm.checkpoint.format import versions, write_durably
+from megatron_slm.errors import ScoreStoreError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARD_TOKENS = 2 << 20
+"""A shard holds at most about this many tokens: 8 MiB of fp32 losses. Data-parallel ranks meet after each shard, so
+the slowest pipeline must not take longer over one than the others wait for it."""
+LEAST_SHARDS = 64
+"""A small store is cut into about this many shards, so that data-parallel ranks have something to share."""
+
+ScoreDtype = Literal["float32", "bfloat16", "float16"]
+AGAIN = "score the run's samples with tools/score_corpus.py and the run's own flags, or train with the scored ones"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredData:
+    """Which samples were scored: sample k of two equal ones is the same text. Each field names its flag."""
+
+    sequence_length: int = field(metadata={"flag": "--seq-length"})
+    sequences: tuple[int, int] = field(metadata={"flag": "--split (training sequences of the corpus, from and to)"})
+    seed: int = field(metadata={"flag": "--seed"})
+    corpus_bytes: int = field(metadata={"flag": "--data-path (size of the .bin in bytes)"})
+    corpus_sha256: str | None = field(metadata={"flag": "--data-path (checksum of the .bin)"})
+    """None on the ranks that do not compare it."""
+    tokenizer: str = field(metadata={"flag": "--tokenizer-model (fingerprint of the token table)"})
+    num_epochs: int = field(metadata={"flag": "epochs of the corpus (--train-iters x --global-batch-size)"})
+    sample_order: str = field(metadata={"flag": "order of the samples"})
+    num_samples: int = field(metadata={"flag": "samples (--train-iters x --global-batch-size)"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A store's settings and its finished shards; the only word on which shards there are."""
+
+    data: ScoredData
+    reference: str
+    """The reference's folder, as it was given."""
+    reference_sha256: str
+    """Checksum of its weights and architecture."""
+    computed_in: str
+    """What the reference computed in: float32 or bfloat16."""
+    dtype: ScoreDtype
+    """What the scores are stored in."""
+    with_entropy: bool
+    samples_per_shard: int
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Size in bytes and sha256 of every finished shard."""
+    versions: dict[str, str] = field(default_factory=lambda: dict(versions()))
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole store."""
+        return -(-self.data.num_samples // self.samples_per_shard)
+
+    def samples_of(self, shard: int) -> range:
+        """The numbers of a shard's samples."""
+        start = shard * self.samples_per_shard
+        return range(start, min(start + self.samples_per_shard, self.data.num_samples))
+
+    @property
+    def store_id(self) -> str:
+        """SHA-256 of the settings; every shard repeats it, so that none of another store passes for its own."""
+        settings = {name: value for name, value in asdict(self).items() if name not in ("shards", "versions")}
+        return hashlib.sha256(_canonical(settings)).hexdigest()
+
+    def with_shards(self, shards: dict[str, dict[str, Any]]) -> Manifest:
+        """The same store with these shards."""
+        return replace(self, shards=dict(sorted(shards.items())))
+
+    def write(self, folder: Path) -> None:
+        """Replace the manifest in `folder` at once, reaching the disk before it returns."""
+        content = asdict(self)
+        content["checksum"] = hashlib.sha256(_canonical(content)).hexdigest()
+        write_durably(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read a store's manifest.
+
+        Raises:
+            ScoreStoreError: it is missing, damaged, or of a format this version does not know.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+            version, checksum = content["format_version"], content.pop("checksum")
+        except OSError as error:
+            raise ScoreStoreError(
+                "--reference-scores",
+                str(folder),
+                f"holds a {MANIFEST} ({error.strerror})",
+                "name a folder that tools/score_corpus.py wrote",
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, f"is a JSON object with format_version and checksum ({error!r})") from error
+        if version != FORMAT_VERSION:
+            raise ScoreStoreError(
+                f"{path}: format_version",
+                version,
+                f"is {FORMAT_VERSION} in this version of megatron_slm",
+                "read it with the version that wrote it, or score again",
+            )
+        if checksum != hashlib.sha256(_canonical(content)).hexdigest():
+            raise _damaged(path, "has the checksum that it was written with")
+        data = content.pop("data")
+        try:
+            return cls(data=ScoredData(**{**data, "sequences": tuple(data["sequences"])}), **content)
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, f"has the fields of this version ({error})") from error
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _damaged(path: Path, rule: str) -> ScoreStoreError:
+    return ScoreStoreError(str(path), "content", rule, "copy the store again from where it was made, or score again")
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"scores_{shard:08d}.safetensors"
+
+
+def samples_per_shard(num_samples: int, sequence_length: int, micro_batch_size: int) -> int:
+    """Samples of a shard: many shards, none too large, each a whole number of micro-batches."""
+    most = max(1, SHARD_TOKENS // sequence_length)
+    wanted = min(most, -(-num_samples // LEAST_SHARDS))
+    return -(-wanted // micro_batch_size) * micro_batch_size
+
+
+def differences(stored: ScoredData, wanted: ScoredData) -> Iterator[tuple[str, Any, Any]]:
+    """(flag, stored value, wanted value) of every field that says the samples are others, the plainest first.
+
+    The number of samples is left to the caller; a checksum that one side does not have is not compared.
+    """
+    for f in fields(ScoredData):
+        theirs, ours = getattr(stored, f.name), getattr(wanted, f.name)
+        if f.name != "num_samples" and None not in (theirs, ours) and theirs != ours:
+            yield f.metadata["flag"], theirs, ours
+
+
+def check_data(folder: Path, stored: ScoredData, wanted: ScoredData) -> None:
+    """Refuse a store of other samples than a run's.
+
+    Raises:
+        ScoreStoreError: with the first setting that differs, the store's value and the run's.
+    """
+    for flag, theirs, ours in differences(stored, wanted):
+        raise ScoreStoreError(f"--reference-scores {folder}: {flag}", theirs, f"is the run's, {ours!r}", AGAIN)
+    if stored.num_samples < wanted.num_samples:
+        raise ScoreStoreError(
+            f"--reference-scores {folder}: samples",
+            stored.num_samples,
+            f"is at least the run's, {wanted.num_samples} (--train-iters x --global-batch-size)",
+            "shorten the run, or score again with its --train-iters and --global-batch-size",
+        )
+
+
+def check_same_settings(folder: Path, found: Manifest, wanted: Manifest) -> None:
+    """Refuse to go on with a store of other settings.
+
+    Raises:
+        ScoreStoreError: with the first setting that differs, the store's value and the one asked for.
+    """
+    pairs = list(differences(found.data, wanted.data))
+    flags = {
+        "reference_sha256": "--reference-load (checksum of the weights)",
+        "computed_in": "--bf16 (what the reference computes in)",
+        "dtype": "--score-dtype",
+        "with_entropy": "--with-entropy",
+    }
+    if found.data.num_samples != wanted.data.num_samples:
+        pairs.append(("samples (--train-iters x --global-batch-size)", found.data.num_samples, wanted.data.num_samples))
+    pairs += [
+        (flag, getattr(found, name), getattr(wanted, name))
+        for name, flag in flags.items()
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+    for flag, theirs, ours in pairs:
+        raise ScoreStoreError(
+            f"--output {folder}: {flag}",
+            theirs,
+            f"is what this pass is asked for, {ours!r}",
+            "give the flags that the store was begun with, or choose another folder",
+        )

@@ -1,0 +1,49 @@
+"""The reference's word on a micro-batch, read from stores instead of computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_slm.reference.store import ScoreReader
+from megatron_slm.types import MicroBatch, TokenStatistics
+
+Combine = Literal["minimum", "mean"]
+
+
+class StoredScores:
+    """Statistics of one or several references, by sample number.
+
+    Args:
+        readers: the stores, in the order that sums are taken in.
+        combine: of several references, per token, the `minimum` or the `mean` of their losses (and entropies).
+    """
+
+    def __init__(self, readers: Sequence[ScoreReader], combine: Combine) -> None:
+        self.readers, self.combine = readers, combine
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether every store holds entropies, so that statistics have them."""
+        return all(reader.manifest.with_entropy for reader in self.readers)
+
+    def __call__(self, batch: MicroBatch) -> TokenStatistics:
+        """What the references say of a micro-batch on the CPU: fp32 [N], nats, 0 where not valid.
+
+        Raises:
+            ScoreStoreError: see `ScoreReader.read`.
+        """
+        scores = [reader.read(batch) for reader in self.readers]
+        entropies = [one.entropy_bs for one in scores if one.entropy_bs is not None]
+        masked_N = ~batch.valid_bs.flatten()
+        return TokenStatistics(
+            self._combined([one.loss_bs for one in scores]).masked_fill_(masked_N, 0.0),
+            self._combined(entropies).masked_fill_(masked_N, 0.0) if self.has_entropy else None,
+        )
+
+    def _combined(self, parts_bs: list[Tensor]) -> Tensor:
+        stacked = torch.stack([part_bs.flatten() for part_bs in parts_bs])
+        return stacked.amin(0) if self.combine == "minimum" else stacked.mean(0)

@@ -1,0 +1,118 @@
+"""Training from stored scores is training with the reference itself: the same losses and the very same kept tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.runs import run_flags, save_hf_llama, write_corpus
+from tests.support.scoring import online_losses, online_then_stored, score_here, stored, untimed_metrics
+from tests.support.training import train_and_report
+from tests.support.world import run_world
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "pp2 tp2 sp": (4, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2 dp2 bf16": (4, {"pipeline_model_parallel_size": 2, "bf16": True}),
+    "dp2 zero3": (2, {"deepspeed_config": "ds_configs/zero3.json"}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_same_bits_as_online(name: str, tmp_path: Path) -> None:
+    """Scored and trained at the layout of the online run: metrics, kept tokens and weights are equal bit for bit."""
+    world_size, layout = LAYOUTS[name]
+    corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
+    held_out = write_corpus(tmp_path / "held_out", seed=5, num_documents=3)
+    common = {"objective": "slm", "train_iters": 4, "slm_keep_ratio": 0.5, "valid_data_path": [held_out], **layout}
+    online = run_flags(corpus, tmp_path / "online", **common, reference_load=reference, eod_mask_loss=True)
+    scoring = run_flags(corpus, tmp_path / "run", **common, reference_load=reference, output=tmp_path / "scores")
+    offline = run_flags(
+        corpus, tmp_path / "offline", **common, reference_scores=[tmp_path / "scores"], eod_mask_loss=True
+    )
+    for live, read in run_world(online_then_stored, world_size, online, scoring, offline):
+        assert live["kept"] == read["kept"]
+        assert len(live["owned"]) == len(read["owned"]) > 0
+        assert all(np.array_equal(a, b) for a, b in zip(live["owned"], read["owned"], strict=True))
+        assert read["block_calls"] < live["block_calls"], "no reference was run"
+    lines = untimed_metrics(tmp_path / "offline")
+    assert lines == untimed_metrics(tmp_path / "online")
+    assert len(lines) == 4 + 1  # and an evaluation, which reads no scores
+    assert all(line["kept_tokens"] < line["valid_tokens"] < 8 * 16 for line in lines[:4])  # some masked, some not kept
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, a reference, and its losses as one process computes them online."""
+    path = tmp_path_factory.mktemp("stored")
+    write_corpus(path / "corpus")
+    save_hf_llama(path / "reference")
+    return path
+
+
+RUN = {"objective": "slm", "train_iters": 4}
+
+
+def test_stores_of_all_layouts_hold_the_losses_of_one_process(folder: Path) -> None:
+    common = {**RUN, "reference_load": folder / "reference"}
+    (losses,) = run_world(online_losses, 1, run_flags(folder / "corpus", folder / "online", **common))
+    assert sorted(losses) == list(range(32))
+    rows = torch.from_numpy(np.stack([losses[i] for i in range(32)]))
+    layouts = {
+        "111": {},
+        "211": {"pipeline_model_parallel_size": 2, "micro_batch_size": 1},
+        "222": {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "113": {"micro_batch_size": 3},
+    }
+    for layout, changes in layouts.items():
+        size = int(layout[0]) * int(layout[1]) * int(layout[2])
+        values = run_flags(folder / "corpus", folder / "run", **{**common, **changes}, output=folder / layout)
+        run_world(score_here, size, values)
+        torch.testing.assert_close(stored(folder / layout), rows, rtol=1e-5, atol=1e-6)
+    assert torch.equal(stored(folder / "111"), rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (4, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}),
+        (2, {"deepspeed_config": "ds_configs/zero2.json"}),
+        (1, {"micro_batch_size": 4, "global_batch_size": 16, "train_iters": 2}),
+    ],
+    ids=["pp2 tp2", "zero2 dp2", "other batches"],
+)
+def test_one_store_serves_every_layout_and_batch_size(size: int, changes: dict[str, Any], folder: Path) -> None:
+    corpus, store = folder / "corpus", folder / "scores"
+    batches = {name: value for name, value in changes.items() if name in ("global_batch_size", "train_iters")}
+    online = {**RUN, **batches, "micro_batch_size": changes.get("micro_batch_size", 2)}
+    if not store.exists():
+        run_world(
+            score_here, 1, run_flags(corpus, folder / "run", **RUN, reference_load=folder / "reference", output=store)
+        )
+    values = run_flags(corpus, folder / "single", **online, reference_load=folder / "reference")
+    (single,) = run_world(train_and_report, 1, values)
+    values = run_flags(corpus, folder / "read", **{**RUN, **changes}, reference_scores=[store])
+    reports = run_world(train_and_report, size, values)
+    assert {tokens: kept for report in reports for tokens, kept in report["kept"]} == dict(single["kept"])
+    losses = [[line["loss"] for line in untimed_metrics(folder / name)] for name in ("read", "single")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_resumed_run_reads_the_same_scores(folder: Path) -> None:
+    values = {**RUN, "lr_decay_iters": 4, "pipeline_model_parallel_size": 2}
+    store = {"reference_scores": [folder / "two_stages"]}
+    scored = run_flags(folder / "corpus", folder / "run", **values, reference_load=folder / "reference")
+    run_world(score_here, 2, {**scored, "output": folder / "two_stages"})
+    straight = run_world(train_and_report, 2, run_flags(folder / "corpus", folder / "straight", **values, **store))
+    stopped = run_flags(folder / "corpus", folder / "resumed", **{**values, **store, "train_iters": 2}, save_interval=2)
+    run_world(train_and_report, 2, stopped)
+    load = folder / "resumed" / "checkpoints"
+    again = run_flags(folder / "corpus", folder / "resumed", **values, **store, load=load)
+    resumed = run_world(train_and_report, 2, again)
+    assert untimed_metrics(folder / "straight") == untimed_metrics(folder / "resumed")
+    for one, other in zip(straight, resumed, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one["owned"], other["owned"], strict=True))
