@@ -28,8 +28,8 @@ def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int) 
             "--reference-load",
             None,
             f"is given when --objective is slm and --slm-score is {wanting[0]}",
-            "name its folder or a store of its scores (--reference-scores), choose a score without one (loss, entropy), "
-            "or use --objective clm",
+            "name its folder or a store of its scores (--reference-scores), choose a score without one (loss, "
+            "entropy), or use --objective clm",
         )
     for flag in ("slm_always_keep", "slm_never_keep"):
         for token_id in getattr(config, flag):
