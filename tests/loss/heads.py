@@ -48,6 +48,11 @@ class Problem:
             ),
         )
 
+    def on(self, device: str) -> Problem:
+        """The same on another device."""
+        hidden, weight = (x.detach().to(device).requires_grad_() for x in (self.hidden_Nd, self.weight_Vd))
+        return Problem(hidden, weight, self.label_N.to(device), self.valid_N.to(device), self.reference_N.to(device))
+
     def in_fp64(self) -> Problem:
         """The same numbers, as a truth to compare with."""
         return Problem(

@@ -7,14 +7,10 @@ kernels compute in fp32 and only store bf16, so one unit in the last place is al
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Any
 
 import pytest
 import torch
-
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are decorated
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from megatron_slm.errors import ConfigError
 from megatron_slm.loss import LossHead, kernels
@@ -25,6 +21,7 @@ from tests.loss.heads import Problem, check, oracle, ours
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (it has no builds for this platform)"
 )
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles its kernels for it")
 
 
 @pytest.fixture
@@ -32,6 +29,7 @@ def triton_kernels() -> kernels.Kernels:
     return kernels.choose_kernels("triton", on_gpu=False)
 
 
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("variant", ["recompute", "stash", "predictive"])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (9, 7), (33, 1000), (20, 2051)])
@@ -40,12 +38,14 @@ def test_whole_loss(rows: int, vocab: int, variant: Any, dtype: torch.dtype) -> 
     check(Problem.random(rows, vocab, dtype=dtype), 0.6, head, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
+@interpreted
 def test_all_rows_masked() -> None:
     p = Problem.random(9, 7)
     p.valid_N[:] = False
     assert check(p, 0.6, LossHead(backend="triton"), 1e-10).tolist() == []
 
 
+@interpreted
 @pytest.mark.parametrize("variant", ["recompute", "stash"])
 def test_bf16(variant: Any) -> None:
     p = Problem.random(40, 1000, width=32, dtype=torch.bfloat16)
@@ -60,6 +60,7 @@ def test_bf16(variant: Any) -> None:
         assert (gradient.double() - exact).norm() / exact.norm() < 2**-7
 
 
+@interpreted
 def test_fold_as_torch_does(triton_kernels: kernels.Kernels) -> None:
     """Several blocks, labels in and outside of them, entropies, strided bf16 output, a row that is not finite."""
     g = torch.Generator().manual_seed(0)
@@ -81,6 +82,7 @@ def test_fold_as_torch_does(triton_kernels: kernels.Kernels) -> None:
     assert ours_.sum_N[4].isnan()
 
 
+@interpreted
 @pytest.mark.parametrize("from_logits", [True, False])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_gradient_as_torch_does(triton_kernels: kernels.Kernels, from_logits: bool, out_dtype: torch.dtype) -> None:
@@ -97,8 +99,24 @@ def test_gradient_as_torch_does(triton_kernels: kernels.Kernels, from_logits: bo
     assert outs[0][2, 99].item() == pytest.approx(target[2].item(), rel=tolerance)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """Both backends on the device, against each other: the same kept rows, gradients within the dtype's rounding."""
+    p = Problem.random(600, 5003, width=64, dtype=dtype).on("cuda")
+    outcomes = []
+    for backend in ("torch", "triton"):
+        result = ours(p, 0.6, LossHead(backend=backend))
+        result.loss_sum.backward()
+        outcomes.append((result.selection.kept_K, *p.gradients()))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    for one, other in zip(outcomes[0][1:], outcomes[1][1:], strict=True):
+        assert (one - other).norm() / other.norm() < (1e-5 if dtype == torch.float32 else 2**-7)
+
+
 def test_backends_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=r"--loss-head-backend = 'triton': runs on a GPU"):
         kernels.choose_kernels("triton", on_gpu=False)
     assert kernels.choose_kernels("auto", on_gpu=False).name == "torch"
