@@ -125,7 +125,7 @@ def test_the_expected_count_divides_in_quantile_selections() -> None:
     p, chosen = problem(), Selector(scores=(SCORES["loss"],), policy="quantile", keep_ratio=0.5)
     objective = Objective(selector=chosen, tp=TensorParallel())
     settings = StepSettings(step=7, score_threshold=0.0)
-    _, sums = objective.loss(p[0], OutputWeight(p[1], 0), p[2], None, settings)
+    _, sums = objective.loss(p[0], OutputWeight(p[1], 0, len(p[1])), p[2], None, settings)
     assert sums.kept_tokens == 14
     assert sums.divisor == 7
     losses = full_losses(p).detach()[p[2].valid_bs.flatten()].sort(descending=True).values

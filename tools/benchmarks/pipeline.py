@@ -29,8 +29,8 @@ from benchmarks import report
 
 EMULATED = [(2, 4), (2, 8), (4, 8), (4, 16)]
 REAL = [(2, 4)]
-MODES = ("clm", "ride-along", "sequential", "bubble", "skewed")
-BASELINE = "clm"
+MODES = ("ride-along", "sequential", "bubble", "skewed")
+BASELINE, STORED = "clm", "stored scores"
 SEQ_LENGTH = {True: 8, False: 256}
 WIDTH = {True: 16, False: 512}
 MEASURED_STEPS = 3
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "folder": folder,
             }
             _prepare(Path(folder), emulated=emulated)
+            _store_scores(job)
             records += _world(job)
     report.write("pipeline", _markdown(records, arguments), records, arguments.json)
     return 0
@@ -98,6 +99,14 @@ def _prepare(folder: Path, *, emulated: bool) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "reference")
 
 
+def _store_scores(job: dict[str, Any]) -> None:
+    """What the reference says of all samples that will be drawn, in one process."""
+    tool = Path(__file__).resolve().parents[1] / "score_corpus.py"
+    flags = [*_flags({**job, "stages": 1}), "--output", f"{job['folder']}/scores"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, str(tool), *flags], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
 def _world(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Run a job in as many processes as it has stages; what rank 0 found."""
     with socket.socket() as probe:
@@ -125,6 +134,7 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    from megatron_slm.config.load import parse
     from megatron_slm.log import setup_logging
     from megatron_slm.parallel.groups import init_distributed
     from megatron_slm.training.build import build_run
@@ -132,11 +142,11 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     setup_logging(int(os.environ["RANK"]))
     init_distributed()
-    run_ = build_run(make_plan(_configuration(job), dist.get_world_size(), rank=dist.get_rank()))
+    run_ = build_run(make_plan(parse(_flags(job))[0], dist.get_world_size(), rank=dist.get_rank()))
     engine = run_.trainer.engine
     stepper = _Stepper(engine, run_.train_source.micro_batch, job["micro_batches"])
     costs = _costs(job, stepper)
-    contexts = _contenders(engine.context, costs, job["micro_batches"])
+    contexts = _contenders(engine.context, costs, job)
     seconds: dict[str, list[float]] = {name: [] for name in contexts}
     for _ in range(job["rounds"]):
         for name, context in contexts.items():
@@ -145,9 +155,7 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
     return [_record(job, name, context, seconds) for name, context in contexts.items()]
 
 
-def _configuration(job: dict[str, Any]) -> Any:
-    from megatron_slm.config.load import parse
-
+def _flags(job: dict[str, Any]) -> list[str]:
     folder, width = job["folder"], WIDTH[job["emulated"]]
     values = {
         "num-layers": 4,
@@ -164,9 +172,9 @@ def _configuration(job: dict[str, Any]) -> Any:
         "pipeline-model-parallel-size": job["stages"],
         "micro-batch-size": 1,
         "global-batch-size": job["micro_batches"],
-        "train-iters": 10_000,
+        "train-iters": MEASURED_STEPS + 2 + job["rounds"] * (len(MODES) + 2) * (TIMED_STEPS + 2),
     }
-    return parse([word for name, value in values.items() for word in (f"--{name}", str(value))])[0]
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def _costs(job: dict[str, Any], stepper: _Stepper) -> Any:
@@ -192,11 +200,20 @@ def _slept_out(lengths: dict[Any, float]) -> Callable[[Any], AbstractContextMana
     return sleeping
 
 
-def _contenders(context: Any, costs: Any, micro_batches: int) -> dict[str, Any]:
+def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]:
     """What takes turns, each by what the engine works with: its schedule, and where reference losses come from."""
     from megatron_slm.pipeline.search import choose_schedule
+    from megatron_slm.reference.manifest import Manifest
+    from megatron_slm.reference.store import ScoreReader
+    from megatron_slm.reference.stored import StoredScores
+    from megatron_slm.selection.selector import Selector
 
-    return {mode: replace(context, schedule=choose_schedule(mode, costs, micro_batches)) for mode in MODES}
+    alone = replace(context, schedule=choose_schedule("clm", costs, job["micro_batches"]))
+    found = {BASELINE: replace(alone, objective=replace(context.objective, selector=Selector()))}
+    for mode in MODES:
+        found[mode] = replace(context, schedule=choose_schedule(mode, costs, job["micro_batches"]))
+    folder = Path(job["folder"]) / "scores"
+    return found | {STORED: replace(alone, scores=StoredScores([ScoreReader(folder, Manifest.read(folder))], "mean"))}
 
 
 class _Stepper:
