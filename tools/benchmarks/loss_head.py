@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     sizes, keeps = (SIZES[:1], KEEPS[:1]) if arguments.quick else (SIZES, KEEPS)
     records: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
+    markdown = ""
     for keep in keeps:
         for size in sizes:
             only = arguments.only or ("" if keep == PEERS_AT else "ours")
@@ -56,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
             if keep in MEMORY_KEEPS:
                 memory = {n: _spawn({**job, "what": "memory", "name": n}, RETURN)["bytes"] for n in timed["names"]}
             records += _records(size, keep, timed, memory)
-    report.write("loss-head", _markdown(records, missing, arguments), records, arguments.json)
+            markdown = _markdown(records, missing, arguments)
+            report.write("loss-head", markdown, records, arguments.json)  # now: the whole takes an hour
+    print(markdown)
     return 0
 
 

@@ -68,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
             _prepare(Path(folder), emulated=emulated)
             _store_scores(job)
             records += _world(job)
-    report.write("pipeline", _markdown(records, arguments), records, arguments.json)
+    markdown = _markdown(records, arguments)
+    report.write("pipeline", markdown, records, arguments.json)
+    print(markdown)
     return 0
 
 

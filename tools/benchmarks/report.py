@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,5 +35,3 @@ def write(name: str, markdown: str, records: list[dict[str, Any]], json_file: st
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / f"{name}.json").write_text(text)
         (FOLDER / f"{name}.md").write_text(markdown)
-        sys.stderr.write(f"wrote {FOLDER / name}.md and .json\n")
-    print(markdown)
