@@ -131,23 +131,9 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
     tokenizer = open_tokenizer(config, init)
     stored = init.architecture if init else resume.manifest.architecture if resume else None
     architecture = resolve_architecture(config, stored, tokenizer)
-    if resume is not None and resume.manifest.architecture != architecture:
-        raise CheckpointError(
-            "--load",
-            str(resume.folder),
-            "was written by a run of the same architecture",
-            "use --init-from alone to start a new run from other weights",
-        )
     stores = config.selection.reference_scores
     reference = None if stores else _open(config.selection.reference_load, "--reference-load", checksums=thorough)
-    check_layout(architecture, config, topology, what="model")
-    check_stages(architecture.num_layers, topology.pipeline)
-    _check_vocabularies(config, architecture, tokenizer, init, reference, resume)
-    if reference is not None:
-        check_layout(reference.architecture, config, topology, what="reference")
-    check_weights(architecture, init.source.shapes() if init else None, "--init-from", config)
-    if reference is not None:
-        check_weights(reference.architecture, reference.source.shapes(), "--reference-load", config)
+    _check_models(config, topology, architecture, tokenizer, init, reference, resume)
     if config.data.eod_mask_loss and tokenizer.eod_id is None:
         raise ConfigError("--eod-mask-loss", True, "needs a tokenizer with an end-of-document token", "leave it out")
     models = [architecture, *([reference.architecture] if reference else [])]
@@ -158,13 +144,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
     check_order(config, resume.manifest if resume else None, train)
     data = scored_data(config, tokenizer, train, num_samples, with_content=thorough and bool(stores))
     scores = open_scores(config, data, thorough=thorough) if stores else None
-    if scores is not None and selector.needs("reference-entropy") and not scores.has_entropy:
-        raise ScoreStoreError(
-            "--reference-scores",
-            stores,
-            "hold entropies (--slm-score reference-entropy needs them)",
-            "write them with tools/score_corpus.py --with-entropy, or choose another score",
-        )
+    _check_entropies(config, selector, scores)
     return Plan(
         config=config,
         topology=topology,
@@ -183,6 +163,42 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
             user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
         ),
     )
+
+
+def _check_models(
+    config: RunConfig,
+    topology: Topology,
+    arch: Architecture,
+    tokenizer: Tokenizer,
+    init: Model | None,
+    reference: Model | None,
+    resume: Resume | None,
+) -> None:
+    if resume is not None and resume.manifest.architecture != arch:
+        raise CheckpointError(
+            "--load",
+            str(resume.folder),
+            "was written by a run of the same architecture",
+            "use --init-from alone to start a new run from other weights",
+        )
+    check_layout(arch, config, topology, what="model")
+    check_stages(arch.num_layers, topology.pipeline)
+    _check_vocabularies(config, arch, tokenizer, init, reference, resume)
+    if reference is not None:
+        check_layout(reference.architecture, config, topology, what="reference")
+    check_weights(arch, init.source.shapes() if init else None, "--init-from", config)
+    if reference is not None:
+        check_weights(reference.architecture, reference.source.shapes(), "--reference-load", config)
+
+
+def _check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:
+    if scores is not None and selector.needs("reference-entropy") and not scores.has_entropy:
+        raise ScoreStoreError(
+            "--reference-scores",
+            config.selection.reference_scores,
+            "hold entropies (--slm-score reference-entropy needs them)",
+            "write them with tools/score_corpus.py --with-entropy, or choose another score",
+        )
 
 
 def batch_arithmetic(config: RunConfig, topology: Topology) -> tuple[int, int]:

@@ -45,6 +45,27 @@ def test_the_same_bits_as_online(name: str, tmp_path: Path) -> None:
     assert all(line["kept_tokens"] < line["valid_tokens"] < 8 * 16 for line in lines[:4])  # some masked, some not kept
 
 
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}], ids=["one process", "pp2"])
+def test_self_reference_from_stored_entropies(layout: dict[str, Any], tmp_path: Path) -> None:
+    """The intersection of low losses and low entropies, bit for bit as with the reference itself."""
+    corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
+    common = {
+        "objective": "slm", "train_iters": 3, "slm_score": ["reference-loss", "reference-entropy"],
+        "slm_combine": "intersection", "slm_combine_ratios": [0.7, 0.7], **layout,
+    }  # fmt: skip
+    online = run_flags(corpus, tmp_path / "online", **common, reference_load=reference)
+    scoring = run_flags(
+        corpus, tmp_path / "run", objective="slm", train_iters=3, **layout, reference_load=reference,
+        output=tmp_path / "scores", with_entropy=True,
+    )  # fmt: skip
+    offline = run_flags(corpus, tmp_path / "offline", **common, reference_scores=[tmp_path / "scores"])
+    for live, read in run_world(online_then_stored, 2 if layout else 1, online, scoring, offline):
+        assert live["kept"] == read["kept"]
+        assert all(np.array_equal(a, b) for a, b in zip(live["owned"], read["owned"], strict=True))
+    assert untimed_metrics(tmp_path / "offline") == untimed_metrics(tmp_path / "online")
+    assert not torch.equal(stored(tmp_path / "scores", "entropy"), stored(tmp_path / "scores"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, a reference, and its losses as one process computes them online."""

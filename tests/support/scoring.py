@@ -12,12 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_slm.config.load import parse
-from megatron_slm.loss.objective import Objective
 from megatron_slm.reference import manifest, store
 from megatron_slm.training import scoring
 from megatron_slm.training.main import pretrain
 from megatron_slm.training.score_main import main, parse_scoring, score
-from megatron_slm.types import TokenStatistics
 from tests.support.runs import flags
 from tests.support.training import train_and_report
 
@@ -55,18 +53,6 @@ def score_and_die(values: dict[str, Any], shard: int, rank: int, where: str) -> 
             store.write_durably = dying
         else:
             scoring.write_shard = dying
-    score_here(values)
-
-
-def score_with_entropies(values: dict[str, Any]) -> None:
-    """A pass whose statistics have an entropy: twice the loss."""
-    real = Objective.statistics
-
-    def both(self: Objective, *args: Any) -> TokenStatistics:
-        loss_N = real(self, *args).loss_N
-        return TokenStatistics(loss_N, 2 * loss_N)
-
-    Objective.statistics = both  # type: ignore[method-assign]
     score_here(values)
 
 

@@ -11,7 +11,8 @@ import torch
 
 from megatron_slm.reference.manifest import MANIFEST, Manifest, shard_name
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
-from tests.support.scoring import score_and_die, score_command, score_here, score_with_entropies, stored
+from tests.support.scoring import score_and_die, score_command, score_here, stored
+from tests.support.training import command
 from tests.support.world import WorldError, run_world
 
 STAGES = {"pipeline_model_parallel_size": 2}
@@ -69,12 +70,14 @@ def test_smaller_storage_is_the_rounded_losses(dtype: str, folder: Path, tmp_pat
     assert torch.equal(stored(tmp_path / "store"), stored(folder / "whole").to(getattr(torch, dtype)))
 
 
-def test_entropies_are_stored_where_the_statistics_have_them(folder: Path, tmp_path: Path) -> None:
-    """The statistics here give twice the loss as the entropy."""
-    store = tmp_path / "store"
-    run_world(score_with_entropies, 2, values(folder, store, with_entropy=True, **STAGES))
-    assert torch.equal(stored(store, "entropy"), 2 * stored(store))
-    assert Manifest.read(store).with_entropy
+def test_a_score_that_reads_entropies_needs_a_store_with_them(folder: Path, tmp_path: Path) -> None:
+    run = run_flags(
+        folder / "corpus", tmp_path / "run", objective="slm", slm_score="reference-entropy",
+        reference_scores=folder / "whole",
+    )  # fmt: skip
+    with pytest.raises(WorldError) as failed:
+        run_world(command, 1, flags(run))
+    assert re.search(r"error: --reference-scores = .*hold entropies.*--with-entropy", failed.value.outputs[0])
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
