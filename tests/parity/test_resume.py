@@ -232,13 +232,13 @@ def test_a_checkpoint_before_any_update_resumes(stage: int, tmp_path: Path) -> N
 def train_with_one_bad_step(values: dict[str, Any]) -> None:
     from megatron_slm.loss import selective_ce
 
-    real = selective_ce.kept_gradients
+    real = selective_ce.backward_pass
 
-    def bad(*args: Any) -> Any:
-        hidden, weight = real(*args)
+    def bad(*args: Any, **kwargs: Any) -> Any:
+        hidden, weight = real(*args, **kwargs)
         return hidden * float("nan"), weight
 
-    selective_ce.kept_gradients = bad
+    selective_ce.backward_pass = bad
     train_and_report(values)
 
 
