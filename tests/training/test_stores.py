@@ -137,7 +137,7 @@ def test_a_store_that_fits_is_taken(folder: Path, capsys: pytest.CaptureFixture[
     both = [folder / "of_reference", folder / "of_other_reference"]
     print_dry_run(plan(folder, reference_scores=both, reference_scores_combine="minimum"))
     shown = re.sub(r"\s+", "", capsys.readouterr().out)
-    assert "keep0.6bymicro-batch" in shown
+    assert "keep0.6byexcess" in shown
     assert shown.count("40samplesinfloat32") == 2
 
 
