@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
     parser.add_argument("--quick", action="store_true", help="one size, keep 0.6")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default 7)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: CPU time is work then)")
     parser.add_argument("--only", metavar="TEXT", help="only contenders whose name contains this, and the baseline")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 
