@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one size, keep 0.6")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default 7)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1: CPU time is work then)")
+    parser.add_argument("--resume", action="store_true", help="measure only what docs/benchmarks/loss-head.json lacks")
     parser.add_argument("--only", metavar="TEXT", help="only contenders whose name contains this, and the baseline")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 
@@ -44,11 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_child(json.loads(arguments.child))))
         return 0
     sizes, keeps = (SIZES[:1], KEEPS[:1]) if arguments.quick else (SIZES, KEEPS)
-    records: list[dict[str, Any]] = []
+    records = report.read("loss-head") if arguments.resume else []
+    done = {(tuple(record["size"]), record["keep"]) for record in records}
     missing: dict[str, str] = {}
     markdown = ""
     for keep in keeps:
         for size in sizes:
+            if (size, keep) in done:
+                continue
             only = arguments.only or ("" if keep == PEERS_AT else "ours")
             job = {"size": size, "keep": keep, "rounds": arguments.rounds, "threads": arguments.threads}
             timed = _spawn({**job, "what": "time", "only": only}, RETAIN)

@@ -26,6 +26,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read(name: str) -> list[dict[str, Any]]:
+    """The records of docs/benchmarks/NAME.json."""
+    return json.loads((FOLDER / f"{name}.json").read_text())  # type: ignore[no-any-return]
+
+
 def write(name: str, markdown: str, records: list[dict[str, Any]], json_file: str | None) -> None:
     """Write docs/benchmarks/NAME.md and .json, or where a file is given the records into that file alone."""
     text = json.dumps(records, indent=1) + "\n"
