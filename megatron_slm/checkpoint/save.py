@@ -86,7 +86,8 @@ class Writer:
     def check(self, start: int, damaged: tuple[Path, ...] = ()) -> None:
         """Make sure, before the first step, that this run can write here and will not mix with another one's.
 
-        Checkpoints beyond `start` that are damaged or not complete are put aside under another name.
+        What killed saves and deletions left is cleared; checkpoints beyond `start` that are damaged or not complete
+        are put aside under another name.
 
         Args:
             damaged: complete by name, but found not to be what their manifests say.
@@ -108,6 +109,7 @@ class Writer:
                 "resume from it with --load, choose another folder, or remove it",
             )
         with write_errors():
+            clear_leftovers(self.folder)
             for path in beyond:
                 aside = next(p for n in count() if not (p := _aside(path, n)).exists())
                 os.rename(path, aside)

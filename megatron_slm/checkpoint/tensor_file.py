@@ -77,4 +77,4 @@ def _header(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[s
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

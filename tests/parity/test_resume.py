@@ -102,27 +102,6 @@ def test_a_save_that_is_killed_leaves_the_one_before(victim: int, where: str, tm
     assert not list(saved.glob(".*")), "what the killed save left was cleared"
 
 
-@pytest.mark.parametrize(("wrote", "reads"), [("211", "121"), ("122", "211"), ("221", "111"), ("111", "222")])
-def test_a_checkpoint_moves_to_another_layout(wrote: str, reads: str, tmp_path: Path) -> None:
-    """Weights and moments are stored by logical tensor, so the next losses are those of the unchanged layout."""
-    corpus = write_corpus(tmp_path / "corpus")
-
-    def values(layout: str, name: str, **changes: Any) -> dict[str, Any]:
-        parallel = {"pipeline_model_parallel_size": layout[0], "tensor_model_parallel_size": layout[1]}
-        return run_flags(corpus, tmp_path / name, **{"train_iters": 6, "lr_decay_iters": 6, **parallel, **changes})
-
-    def size(layout: str) -> int:
-        return int(layout[0]) * int(layout[1]) * int(layout[2])
-
-    run_world(train_and_report, size(wrote), values(wrote, "first", train_iters=3, save_interval=3))
-    load = tmp_path / "first" / "checkpoints"
-    run_world(train_and_report, size(wrote), values(wrote, "same", load=load))
-    run_world(train_and_report, size(reads), values(reads, "other", load=load))
-    same, other = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("same", "other"))
-    assert other == pytest.approx(same, rel=1e-5)
-    assert len(same) == 3
-
-
 @pytest.mark.parametrize(("wrote", "reads"), [(3, 1), (1, 3), (2, 1)])
 def test_a_checkpoint_moves_to_another_zero_stage(wrote: int, reads: int, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
