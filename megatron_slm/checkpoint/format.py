@@ -51,7 +51,7 @@ class Manifest:
     sample_order: str | None
     """Fingerprint of the order in which the corpus is read; None where no data was read (an imported model)."""
     files: dict[str, dict[str, Any]]
-    """Size in bytes and sha256 of every other file."""
+    """`size` in bytes and `sha256` of every other file; of one that holds tensors also those of its `header`."""
     score_threshold: float | None = None
     """The running threshold of a selection by quantile; None where there is none."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def verify_files(
     Args:
         checksums: also compare contents, of files up to `limit_bytes`.
         share: (i, n) compares only the i-th of n shares of the contents, so that n ranks compare all of them at
-            once; names and sizes are always compared.
+            once. Names, sizes and headers are always compared.
 
     Raises:
         CheckpointError: a file is missing, has another size or another checksum, or holds tensors and is not listed.
@@ -154,6 +154,8 @@ def verify_files(
                 f"is {entry['size']} bytes long",
                 "load another checkpoint",
             )
+        if "header" in entry:
+            _compare_checksum(path, entry["header"]["sha256"], entry["header"]["size"])
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in manifest.files:
             raise CheckpointError(str(path), "present", f"is listed in {MANIFEST}", "remove it, if you put it there")
@@ -164,9 +166,9 @@ def verify_files(
             _compare_checksum(folder / name, manifest.files[name]["sha256"])
 
 
-def _compare_checksum(path: Path, expected: str) -> None:
+def _compare_checksum(path: Path, expected: str, num_bytes: int | None = None) -> None:
     try:
-        same = file_sha256(path) == expected
+        same = file_sha256(path, num_bytes) == expected
     except OSError as error:
         raise CheckpointError(str(path), "unreadable", f"can be read ({error.strerror})", "see to it") from error
     if not same:
@@ -204,10 +206,13 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, hexadecimal."""
+def file_sha256(path: Path, num_bytes: int | None = None) -> str:
+    """Checksum of a file or of its first bytes, hexadecimal."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
+        if num_bytes is not None:
+            digest.update(file.read(num_bytes))
+            return digest.hexdigest()
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

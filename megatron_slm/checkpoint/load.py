@@ -49,16 +49,15 @@ class CheckpointSource:
         for path in sorted(folder.glob("weights_*.safetensors")):
             file_number = path.stem.partition("_")[2]
             with _readable(path), safe_open(path, framework="pt") as file:
-                described = json.loads(file.metadata()["pieces"])
-            for number, piece in enumerate(described):
-                part = Part(
-                    name=piece["name"],
-                    shape=tuple(piece["shape"]),
-                    dim=piece["dim"],
-                    start=piece["start"],
-                    length=piece["length"],
-                )
-                self._pieces[part.name].append(_Piece(file_number, number, part, piece["begin"], piece["end"]))
+                for number, piece in enumerate(json.loads(file.metadata()["pieces"])):
+                    part = Part(
+                        name=piece["name"],
+                        shape=tuple(piece["shape"]),
+                        dim=piece["dim"],
+                        start=piece["start"],
+                        length=piece["length"],
+                    )
+                    self._pieces[part.name].append(_Piece(file_number, number, part, piece["begin"], piece["end"]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every logical tensor."""

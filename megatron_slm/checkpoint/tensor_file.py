@@ -7,9 +7,10 @@ readable by their owner only; and what the disk says of a failure would be words
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,29 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     """Write 1-D or larger tensors, of any device, as a safetensors file that is on the disk when this returns.
 
     Returns:
-        the file's line in a manifest: size in bytes and sha256.
+        the file's line in a manifest: `size` in bytes and `sha256`, and the same of its header under `header`.
 
     Raises:
         OSError: it cannot be written.
     """
-    digest = hashlib.sha256()
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # so that each is aligned
+    header, digest = _header(tensors, order, metadata), hashlib.sha256()
     try:
         with path.open("wb") as file:
-            for block in _blocks(tensors, metadata):
+            for block in itertools.chain([header], map(_bytes, (tensors[name] for name in order))):
                 for begin in range(0, len(block), _BLOCK_BYTES):  # hashed while it is in the cache
                     file.write(block[begin : begin + _BLOCK_BYTES])
                     digest.update(block[begin : begin + _BLOCK_BYTES])
             file.flush()
             os.fsync(file.fileno())
-            return {"size": file.tell(), "sha256": digest.hexdigest()}
+            return {
+                "size": file.tell(),
+                "sha256": digest.hexdigest(),
+                "header": {"size": len(header), "sha256": hashlib.sha256(header).hexdigest()},
+            }
     except OSError as error:
         error.filename = error.filename or str(path)  # a write's error names no file
         raise
-
-
-def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # so that each is aligned
-    yield _header(tensors, order, metadata)
-    for name in order:
-        yield _bytes(tensors[name])
 
 
 def _header(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[str, str]) -> memoryview:
