@@ -163,13 +163,11 @@ class Writer:
         return target
 
 
-class _Writing:
-    """A save on its way: this rank's files are being written, now or by a thread."""
+class _Job:
+    """Work of this rank, done at once or by a thread."""
 
-    def __init__(self, work: Callable[[], Entries], progress: Progress, temporary: Path, *, in_thread: bool) -> None:
-        self.progress, self.temporary = progress, temporary
-        self.blocked_seconds = 0.0
-        self.entries: Entries = {}
+    def __init__(self, work: Callable[[], Entries], *, in_thread: bool) -> None:
+        self.result: Entries = {}
         self.error: BaseException | None = None
         self._work = work
         self._thread = Thread(target=self._run, name="checkpoint", daemon=True) if in_thread else None
@@ -181,28 +179,42 @@ class _Writing:
     def _run(self) -> None:
         try:
             with write_errors():
-                self.entries = self._work()
+                self.result = self._work()
         except BaseException as error:
             self.error = error
 
     @property
     def done(self) -> bool:
-        """Whether this rank has written, or failed to."""
+        """Whether it has ended, well or not."""
         return self._thread is None or not self._thread.is_alive()
 
-    def wait(self) -> None:
-        """Wait until it has; raise what it raised."""
+    def wait(self) -> Entries:
+        """Wait until it has ended; what it returned, or raise what it raised."""
         if self._thread is not None:
             self._thread.join()
         if self.error is not None:
             raise self.error
+        return self.result
+
+
+@dataclass
+class _Saving:
+    """A save on its way: first every rank writes its files, then rank 0 commits them all."""
+
+    progress: Progress
+    temporary: Path
+    writing: _Job
+    committing: _Job | None = None
+    num_bytes: int = 0
+    blocked_seconds: float = 0.0
 
 
 class Saver:
     """Saves a run's checkpoints. Every rank calls the same methods after the same steps.
 
     Asynchronous: a save copies what it will write and returns; a thread of each rank writes the copies, and the
-    first `poll` after all of them are done commits. At most one save is on its way; a second one waits for it.
+    first `poll` after all of them are done has rank 0's thread commit. At most one save is on its way; a second one
+    waits for it.
 
     Methods raise `CheckpointError`, on every rank, if any rank could not write; earlier checkpoints are then as
     they were, and nothing is left of the failed one.
@@ -212,7 +224,7 @@ class Saver:
         self.writer, self.asynchronous = writer, asynchronous
         self.retention = retention or Retention()
         self._memory = SnapshotMemory()
-        self._writing: _Writing | None = None
+        self._saving: _Saving | None = None
         self._device = local_device()
 
     def save(self, optimizer: Any, progress: Progress) -> Saved | None:
@@ -233,51 +245,70 @@ class Saver:
         files = rank_files(optimizer, rank, tensor_rank=tensor_rank, with_moments=progress.adam_step > 0)
         if self.asynchronous:
             files = self._memory.copy(files)
-
-        def work() -> Entries:
-            return self.writer.write(temporary, files, progress, rank)
-
-        self._writing = _Writing(work, progress, temporary, in_thread=self.asynchronous)
-        self._writing.blocked_seconds = time.perf_counter() - started
+        writing = _Job(lambda: self.writer.write(temporary, files, progress, rank), in_thread=self.asynchronous)
+        self._saving = _Saving(progress, temporary, writing, blocked_seconds=time.perf_counter() - started)
         return finished if self.asynchronous else self.finish()
 
     def poll(self) -> Saved | None:
-        """Commit the save that is on its way, if every rank has written or any has failed. Collective."""
-        if self._writing is None:
+        """Take the save that is on its way further, where all ranks are ready for it. Collective.
+
+        Returns:
+            what was committed since.
+        """
+        saving = self._saving
+        if saving is None:
             return None
         started = time.perf_counter()
-        failed = self._writing.done and self._writing.error is not None
-        counts = torch.tensor([float(self._writing.done), float(failed)], device=self._device)
+        job = saving.committing or saving.writing
+        done = job.done
+        counts = torch.tensor([float(done), float(done and job.error is not None)], device=self._device)
         dist.all_reduce(counts)
-        self._writing.blocked_seconds += time.perf_counter() - started
         num_done, num_failed = counts.tolist()
-        return self.finish() if num_failed or num_done == dist.get_world_size() else None
+        all_done = num_done == dist.get_world_size()
+        if all_done and not num_failed and saving.committing is None:
+            self._start_commit(saving)
+            all_done = False
+        saving.blocked_seconds += time.perf_counter() - started
+        return self.finish() if all_done or num_failed else None
 
     def finish(self) -> Saved | None:
-        """Wait for the save that is on its way, if there is one, and commit it. Collective."""
-        writing, self._writing = self._writing, None
-        if writing is None:
+        """Wait for the save that is on its way, if there is one, until it is committed. Collective."""
+        saving, self._saving = self._saving, None
+        if saving is None:
             return None
         started = time.perf_counter()
         try:
+            if saving.committing is None:
+                self._start_commit(saving)
+            assert saving.committing is not None, "it was started"
             with together():
-                writing.wait()
-            every_rank: list[Entries] = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(every_rank, writing.entries)
-            files = {name: entry for entries in every_rank for name, entry in entries.items()}
-            with together(), write_errors():
-                if dist.get_rank() == 0:
-                    self.writer.commit(writing.temporary, files, writing.progress)
-                    prune(self.writer.folder, self.retention)
+                saving.committing.wait()
         except CheckpointError:
             if dist.get_rank() == 0:
-                shutil.rmtree(writing.temporary, ignore_errors=True)
+                shutil.rmtree(saving.temporary, ignore_errors=True)
             raise
         return Saved(
-            folder=self.writer.folder / folder_name(writing.progress.step),
-            num_bytes=sum(entry["size"] for entry in files.values()),
-            blocked_seconds=writing.blocked_seconds + time.perf_counter() - started,
+            folder=self.writer.folder / folder_name(saving.progress.step),
+            num_bytes=saving.num_bytes,
+            blocked_seconds=saving.blocked_seconds + time.perf_counter() - started,
         )
+
+    def _start_commit(self, saving: _Saving) -> None:
+        entries: Entries = {}
+        with together():
+            entries = saving.writing.wait()
+        every_rank: list[Entries] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every_rank, entries)
+        files = {name: entry for one in every_rank for name, entry in one.items()}
+        saving.num_bytes = sum(entry["size"] for entry in files.values())
+
+        def commit() -> Entries:
+            self.writer.commit(saving.temporary, files, saving.progress)
+            prune(self.writer.folder, self.retention)
+            return {}
+
+        is_ours = dist.get_rank() == 0
+        saving.committing = _Job(commit if is_ours else dict, in_thread=is_ours and self.asynchronous)
 
     def evaluated(self, step: int, losses: dict[str, float | None]) -> None:
         """Note the held-out losses of a step, for the choice of the best; on rank 0."""

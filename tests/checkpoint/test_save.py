@@ -121,7 +121,7 @@ def test_a_failure_surfaces_at_the_next_step_and_leaves_what_was(
     with monkeypatch.context() as patched:
         patched.setattr(save, "write_tensor_file", failing)
         ours.save(OPTIMIZER, progress(2))
-        ours._writing._thread.join()
+        ours._saving.writing._thread.join()
         with pytest.raises(CheckpointError, match=r"weights_00000\.safetensors.*No space left on device"):
             ours.poll()
     assert sorted(path.name for path in folder.iterdir()) == ["latest", folder_name(1)]
