@@ -71,12 +71,21 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def check(folder: Path, wrote: str, reads: str, *, bf16: bool) -> float:
-    """The state moves; returns the largest relative difference of the next losses."""
+    """The state moves; returns the largest relative difference of the next losses.
+
+    In bf16 the same state gives the same first loss where the same sums are rounded (equal tensor parallelism), and
+    the same losses where all sums are the same (only the stages differ). Elsewhere sums in another order round some
+    weights to their neighbours in bf16, which is 2^-8 away, in a run that never moved as in one that did.
+    """
     assert_same_state(folder / wrote / "checkpoints", folder / f"{wrote}-{reads}" / "at_once")
     same, other = losses(folder / f"{wrote}-{wrote}"), losses(folder / f"{wrote}-{reads}")
-    difference = max(abs(a - b) / a for a, b in zip(same, other, strict=True))
-    assert difference <= (2e-3 if bf16 and wrote[1] != reads[1] else 1e-5), (wrote, reads, difference)
-    return difference
+    differences = [abs(a - b) / a for a, b in zip(same, other, strict=True)]
+    if not bf16 or wrote[1:] == reads[1:]:
+        assert max(differences) <= 1e-5, (wrote, reads, differences)
+    elif wrote[1] == reads[1]:
+        assert differences[0] <= 1e-5, (wrote, reads, differences)
+    assert max(differences) <= 2e-3, (wrote, reads, differences)
+    return max(differences)
 
 
 def write(folder: Path, layout: str, options: dict[str, Any]) -> None:
