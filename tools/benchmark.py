@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = {
+    "checkpoint": ("checkpoint", "how long training stands still for a save, synchronous and asynchronous"),
     "loss-head": ("loss_head", "the loss against full logits and other libraries' losses"),
     "pipeline": ("pipeline", "the reference's schedules against plain training"),
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,17 +48,16 @@ class CheckpointSource:
         self._last: tuple[str, Quantity, Tensor] | None = None
         for path in sorted(folder.glob("weights_*.safetensors")):
             file_number = path.stem.partition("_")[2]
-            with safe_open(path, framework="pt") as file:
-                described = json.loads(file.metadata()["pieces"])
-            for number, piece in enumerate(described):
-                part = Part(
-                    name=piece["name"],
-                    shape=tuple(piece["shape"]),
-                    dim=piece["dim"],
-                    start=piece["start"],
-                    length=piece["length"],
-                )
-                self._pieces[part.name].append(_Piece(file_number, number, part, piece["begin"], piece["end"]))
+            with _readable(path), safe_open(path, framework="pt") as file:
+                for number, piece in enumerate(json.loads(file.metadata()["pieces"])):
+                    part = Part(
+                        name=piece["name"],
+                        shape=tuple(piece["shape"]),
+                        dim=piece["dim"],
+                        start=piece["start"],
+                        length=piece["length"],
+                    )
+                    self._pieces[part.name].append(_Piece(file_number, number, part, piece["begin"], piece["end"]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every logical tensor."""
@@ -117,20 +118,37 @@ class CheckpointSource:
         kind = "weights" if quantity == "weight" else "optimizer"
         path = self.folder / f"{kind}_{piece.file_number}.safetensors"
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path].get_tensor(f"{piece.number}.{quantity}")
+            with _readable(path):
+                self._open[path] = safe_open(path, framework="pt")
+        with _readable(path):
+            return self._open[path].get_tensor(f"{piece.number}.{quantity}")
 
 
 def read_probe(folder: Path, manifest: Manifest) -> Tensor | None:
     """Which tokens the last probe before the checkpoint kept, bool [samples, s]; None where there was none."""
-    return load_file(folder / PROBE)["kept"] if PROBE in manifest.files else None
+    if PROBE not in manifest.files:
+        return None
+    with _readable(folder / PROBE):
+        return load_file(folder / PROBE)["kept"]
 
 
 def restore_rng(folder: Path, manifest: Manifest, rank: int) -> None:
     """Put back a rank's random state. A rank the checkpoint's layout did not have keeps its own."""
     path = folder / f"rng_{rank:05d}.safetensors"
     if path.name in manifest.files:
-        states = load_file(path)
-        torch.set_rng_state(states["cpu"])
-        if "device" in states:
-            set_device_rng_state(states["device"])
+        with _readable(path):
+            states = load_file(path)
+            torch.set_rng_state(states["cpu"])
+            if "device" in states:
+                set_device_rng_state(states["device"])
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that is not what a save wrote, and whose checksum was not compared, is named."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            str(path), "content", f"is what a save wrote ({error})", "load another checkpoint"
+        ) from error

@@ -328,14 +328,40 @@ class CheckpointConfig:
     """Folder for checkpoints (default with --save-interval: RUN_DIR/checkpoints); one is written at the end."""
     save_interval: int | None = None
     """Save every this many steps, and at the end."""
+    async_save: bool = False
+    """Go on training while a copy of the state is written; it takes as much host memory as the rank's files."""
+    keep_last: int | None = None
+    """Delete checkpoints but for this many newest ones, once a newer one is committed; default: delete none."""
+    save_retain_interval: int | None = None
+    """With --keep-last: keep those of every this many steps too."""
+    keep_best: str | None = None
+    """With --keep-last: keep the one with the lowest loss of this held-out set too; --save-interval must be a
+    multiple of --eval-interval, so that each has a loss."""
     load: str | None = None
-    """Resume from the newest complete checkpoint in this folder (or from this checkpoint)."""
+    """Resume from the newest complete checkpoint in this folder (or from this checkpoint), of any layout. The folder
+    that the run saves to may hold none yet: the run then starts afresh, so that one command starts and resumes."""
+    exit_on_missing_checkpoint: bool = False
+    """End the run if --load finds no checkpoint, also in the folder that the run saves to."""
+    load_fallback: bool = False
+    """Where the newest checkpoint in --load is damaged, take the newest one that is not."""
+    load_checksums: Literal["small", "all", "none"] = "small"
+    """Files of --load whose checksums are compared: those up to 256 MiB, all, or none; sizes always are."""
     accept_new_sample_order: bool = False
     """Resume although the corpus would be read in another order (other corpus, --seed, --split, --seq-length, or
     a length of run that draws another number of epochs); samples may then repeat or be left out."""
 
     def __post_init__(self) -> None:
-        _positive(self, "save_interval")
+        _positive(self, "save_interval", "keep_last", "save_retain_interval")
+        for name in ("save_retain_interval", "keep_best"):
+            _require(
+                getattr(self, name) is None or self.keep_last is not None,
+                name,
+                getattr(self, name),
+                "is an exception from --keep-last, without which nothing is deleted",
+                "add --keep-last, or leave it out",
+            )
+        for name in ("exit_on_missing_checkpoint", "load_fallback"):
+            _require(self.load is not None or not getattr(self, name), name, True, "goes with --load", "add --load")
 
     @property
     def enabled(self) -> bool:
@@ -373,3 +399,18 @@ class RunConfig:
     training: TrainingConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+
+    def __post_init__(self) -> None:
+        saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
+        _require(
+            self.checkpoint.keep_best is None or not (saves is None or evaluates is None or saves % evaluates),
+            "keep_best",
+            self.checkpoint.keep_best,
+            "has a loss of every checkpoint to compare",
+            f"make --save-interval ({saves}) a multiple of --eval-interval ({evaluates})",
+        )
+
+    @property
+    def save_folder(self) -> str:
+        """Where the run's checkpoints go."""
+        return self.checkpoint.save or f"{self.logging.run_dir}/checkpoints"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from megatron_slm.errors import PeerError, SlmError
 from megatron_slm.parallel.groups import DataParallel, TensorParallel
+
+_T = TypeVar("_T")
 
 
 def all_reduce_sum(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -150,8 +152,11 @@ def together() -> Iterator[None]:
     """What any rank raises inside is raised on every rank, so that none waits for one that is gone.
 
     Collective over the world at its end; nothing inside may communicate. A rank without an error of its own
-    raises the first one of the others.
+    raises the first one of the others. Where there is no world (a dry run) an error is simply raised.
     """
+    if not dist.is_initialized():
+        yield
+        return
     mine: SlmError | None = None
     try:
         yield
@@ -162,3 +167,12 @@ def together() -> Iterator[None]:
     for found in [mine, *errors]:
         if found is not None:
             raise found
+
+
+def from_rank_0(value: _T) -> _T:
+    """Rank 0's value, on every rank. Collective over the world, where there is one."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

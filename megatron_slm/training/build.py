@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_slm.checkpoint.fragments import fill_optimizer
 from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_rng
-from megatron_slm.checkpoint.save import Writer
+from megatron_slm.checkpoint.retention import Retention
+from megatron_slm.checkpoint.save import Saver, Writer
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
 from megatron_slm.config.load import write_yaml
 from megatron_slm.convert.source import Model
@@ -75,13 +76,13 @@ class Run:
     train_source: MicroBatchSource
     held_out: list[HeldOutSet]
     probe: Probe | None
-    writer: Writer
+    saver: Saver
     position: Position
 
 
 def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     """Build everything a run needs on this rank. Collective over the world."""
-    writer = _writer(plan)
+    saver = _saver(plan)
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
     tp = tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
@@ -101,7 +102,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         train_source=train_source,
         held_out=_held_out(plan),
         probe=_probe(plan, trainer, train_source),
-        writer=writer,
+        saver=saver,
         position=position,
     )
 
@@ -199,6 +200,7 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         if manifest.sample_order == plan.train_samples.order_fingerprint:  # else the first batch is another one
             position.probe_kept = read_probe(plan.resume.folder, manifest)
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
+        logger.info("resuming after step %d (saved at %s)", manifest.step, manifest.describe_layout())
     elif plan.init is not None:
         source = plan.init.source
     with together():
@@ -245,12 +247,14 @@ def _probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> Probe | No
     )
 
 
-def _writer(plan: Plan) -> Writer:
+def _saver(plan: Plan) -> Saver:
+    config = plan.config.checkpoint
     run_dir = Path(plan.config.logging.run_dir)
     tokenizer = None if plan.config.data.tokenizer_type == "NullTokenizer" else run_dir / "tokenizer"
     writer = Writer(
-        folder=Path(plan.config.checkpoint.save or run_dir / "checkpoints"),
+        folder=Path(plan.config.save_folder),
         topology=plan.topology,
+        zero_stage=plan.zero_stage,
         architecture=plan.architecture,
         tokenizer_fingerprint=plan.tokenizer.fingerprint(),
         sample_order=plan.train_samples.order_fingerprint,
@@ -262,9 +266,14 @@ def _writer(plan: Plan) -> Writer:
             _prepare_run_dir(run_dir)
             if tokenizer is not None:  # now, and not at the first save: it may have no Hugging Face form
                 plan.tokenizer.save_pretrained(tokenizer)
-            if plan.config.checkpoint.enabled:
-                writer.check(plan.resume.manifest.step if plan.resume else 0)
-    return writer
+            if config.enabled and plan.resume is not None:
+                writer.check(plan.resume.manifest.step, plan.resume.damaged)
+            elif config.enabled:
+                writer.check(0)
+    retention = Retention(
+        keep_last=config.keep_last, retain_interval=config.save_retain_interval, keep_best=config.keep_best
+    )
+    return Saver(writer, asynchronous=config.async_save, retention=retention)
 
 
 def _prepare_run_dir(run_dir: Path) -> None:

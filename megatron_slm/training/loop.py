@@ -8,11 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_slm.checkpoint.save import Progress
+from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
 from megatron_slm.errors import TrainingError
 from megatron_slm.loss.objective import StepSettings
+from megatron_slm.parallel.collectives import from_rank_0
 from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.lr_schedule import learning_rate
@@ -30,6 +31,7 @@ def train(run: Run) -> None:
     with _Recorder(run) as recorder:
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
             run.probe.prepare()
+        recorder.evaluations(recorder.evaluations_cut_off())
         while position.step < last:
             rate = learning_rate(position.step, config.optimizer, last)
             source = partial(run.train_source.micro_batch, position.consumed_samples)
@@ -38,24 +40,28 @@ def train(run: Run) -> None:
             _advance(run, result)
             recorder.step(result, rate)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-            _check_finite(skipped_in_a_row, config.training.max_skipped_steps, position.step)
+            if skipped_in_a_row >= config.training.max_skipped_steps:
+                recorder.saved(run.saver.finish())
+                raise _not_finite(skipped_in_a_row, position.step)
             if run.probe is not None and run.probe.due(position.step):
                 recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
             stopping = stop.agreed()
+            recorder.saved(run.saver.poll())
             if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
                 recorder.saved(_save(run))  # before evaluating: what ends a run early does not wait
             if _due(position.step, config.logging.eval_interval, last):
-                recorder.evaluations()
+                recorder.evaluations([held_out.name for held_out in run.held_out])
             if stopping:
                 recorder.say(f"asked to stop; stopped after step {position.step}")
                 break
+        recorder.saved(run.saver.finish())
 
 
 def _settings(run: Run) -> StepSettings:
     return StepSettings(step=run.position.step, score_threshold=run.position.score_threshold)
 
 
-def _save(run: Run) -> Path:
+def _save(run: Run) -> Saved | None:
     position = run.position
     progress = Progress(
         step=position.step,
@@ -64,7 +70,7 @@ def _save(run: Run) -> Path:
         score_threshold=position.score_threshold,
         probe_kept=position.probe_kept,
     )
-    return run.writer.save(run.trainer.engine.optimizer, progress)
+    return run.saver.save(run.trainer.engine.optimizer, progress)
 
 
 def _advance(run: Run, result: StepResult) -> None:
@@ -81,14 +87,13 @@ def _due(step: int, interval: int | None, last: int) -> bool:
     return step == last or (interval is not None and step % interval == 0)
 
 
-def _check_finite(skipped_in_a_row: int, limit: int, step: int) -> None:
-    if skipped_in_a_row >= limit:
-        raise TrainingError(
-            "gradients",
-            f"not finite in {skipped_in_a_row} steps up to step {step}",
-            f"are finite in at least one of --max-skipped-steps ({limit}) steps",
-            "resume from an earlier checkpoint with a lower --lr, or look at the data of these steps",
-        )
+def _not_finite(skipped_in_a_row: int, step: int) -> TrainingError:
+    return TrainingError(
+        "gradients",
+        f"not finite in {skipped_in_a_row} steps up to step {step}",
+        f"are finite in at least one of --max-skipped-steps ({skipped_in_a_row}) steps",
+        "resume from an earlier checkpoint with a lower --lr, or look at the data of these steps",
+    )
 
 
 class _Recorder:
@@ -127,16 +132,20 @@ class _Recorder:
             self.writer.write(values)
         self.line.update(position.step, values)
 
-    def evaluations(self) -> None:
-        """Evaluate every held-out set and record its loss. Collective."""
+    def evaluations(self, names: list[str]) -> None:
+        """Evaluate held-out sets and record their losses. Collective."""
         run = self.run
+        losses: dict[str, float | None] = {}
         for held_out in run.held_out:
+            if held_out.name not in names:
+                continue
             loss = evaluate(
                 run.trainer,
                 held_out,
                 global_batch_size=run.plan.global_batch_size,
                 num_micro_batches=run.plan.num_micro_batches,
             )
+            losses[held_out.name] = loss
             if self.writer is not None:
                 tokens = run.position.consumed_samples * run.plan.config.data.seq_length
                 self.writer.write(
@@ -144,6 +153,19 @@ class _Recorder:
                 )
                 shown = "not finite" if loss is None else f"{loss:.4f} nats"
                 self.line.say(f"step {run.position.step}  held-out {held_out.name}: loss {shown}")
+        if self.writer is not None and losses and run.plan.config.checkpoint.enabled:
+            run.saver.evaluated(run.position.step, losses)
+
+    def evaluations_cut_off(self) -> list[str]:
+        """Held-out sets that a kill kept from being evaluated after the checkpoint at hand was saved. Collective."""
+        run, config = self.run, self.run.plan.config
+        missing: list[str] = []
+        if self.writer is not None and (lines := self.writer.resumed_lines):
+            step = run.position.step
+            done = {line["set"] for line in lines if line["step"] == step and line.get("event") == "eval"}
+            due = _due(step, config.logging.eval_interval, config.training.train_iters)
+            missing = [held_out.name for held_out in run.held_out if due and held_out.name not in done]
+        return from_rank_0(missing)
 
     def probe(self, probe: Probe) -> None:
         """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""
@@ -156,9 +178,11 @@ class _Recorder:
             self.writer.write({**line, "kept_tokens": int(kept.sum())})
         position.probe_kept = kept
 
-    def saved(self, folder: Path) -> None:
-        """Record a checkpoint."""
-        self.say(f"saved {folder}")
+    def saved(self, saved: Saved | None) -> None:
+        """Record a checkpoint, where one was committed."""
+        if saved is not None:
+            size, seconds = saved.num_bytes / 2**20, saved.blocked_seconds
+            self.say(f"saved {saved.folder} ({size:,.0f} MiB, training stood still for {seconds:.2f} s)")
 
     def say(self, text: str) -> None:
         """A line on the terminal."""

@@ -22,6 +22,7 @@ from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.dry_run import print_dry_run
 from megatron_slm.training.loop import train
 from megatron_slm.training.plan import make_plan
+from megatron_slm.training.resume import open_resume
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dry_run:
             parallel = config.parallel
             least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-            plan = make_plan(config, int(os.environ.get("WORLD_SIZE", least)), rank=rank)
+            resume = open_resume(config)
+            plan = make_plan(config, int(os.environ.get("WORLD_SIZE", least)), rank=rank, resume=resume)
             if rank == 0:
                 print_dry_run(plan)
         else:
@@ -57,8 +59,9 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
     """
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     with peers_named("outside of the pipeline's schedule"):
+        resume = open_resume(config)
         with together():
-            plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank())
+            plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
         logger.info("loss head: %s", plan.describe_loss_head())
         run = build_run(plan, observer=observer)

@@ -73,12 +73,14 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        kept = []
+        kept: list[str] = []
         if path.exists() and path.stat().st_size:
             if resume_step:
                 kept = _lines_up_to(path, resume_step)
             else:
                 path.rename(next(p for i in count(1) if not (p := run_dir / f"metrics.{i}.jsonl").exists()))
+        self.resumed_lines: list[dict[str, Any]] = [json.loads(line) for line in kept]
+        """What was recorded up to the step that the run resumes from."""
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_slm.checkpoint.format import Manifest, find_checkpoint, verify_files
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.convert.source import Model, open_model
@@ -30,17 +28,10 @@ from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
 from megatron_slm.training.architecture import check_layout, check_weights, resolve_architecture
 from megatron_slm.training.corpora import check_order, open_data
+from megatron_slm.training.resume import Resume
 from megatron_slm.training.stores import open_scores, scored_data
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resume:
-    """The checkpoint that a run goes on from."""
-
-    folder: Path
-    manifest: Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +99,12 @@ class Plan:
         return ds_config.zero_stage(self.deepspeed)
 
 
-def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
+def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resume | None = None) -> Plan:
     """Check a configuration against the world, the files and itself.
 
     Args:
         rank: rank 0 also compares checksums of checkpoints.
+        resume: what `open_resume` found.
 
     Raises:
         SlmError: with the field, the value, the rule and the fix.
@@ -126,7 +118,6 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
     choose_kernels(config.loss_head.loss_head_backend, on_gpu=on_gpu())  # refuses what cannot run here
     global_batch_size, num_micro_batches = batch_arithmetic(config, topology)
     thorough = rank == 0
-    resume = _open_resume(config, checksums=thorough)
     init = _open(config.model.init_from, "--init-from", checksums=thorough)
     tokenizer = open_tokenizer(config, init)
     stored = init.architecture if init else resume.manifest.architecture if resume else None
@@ -145,6 +136,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0) -> Plan:
     data = scored_data(config, tokenizer, train, num_samples, with_content=thorough and bool(stores))
     scores = open_scores(config, data, thorough=thorough) if stores else None
     _check_entropies(config, selector, scores)
+    _check_best(config, held_out)
     return Plan(
         config=config,
         topology=topology,
@@ -201,6 +193,15 @@ def _check_entropies(config: RunConfig, selector: Selector, scores: StoredScores
         )
 
 
+def _check_best(config: RunConfig, held_out: dict[str, SequentialSamples]) -> None:
+    best = config.checkpoint.keep_best
+    if best is not None and best not in held_out:
+        known = ", ".join(held_out) or "there is none"
+        raise ConfigError(
+            "--keep-best", best, f"is the name of a held-out set ({known})", "name one, or add --valid-data-path"
+        )
+
+
 def batch_arithmetic(config: RunConfig, topology: Topology) -> tuple[int, int]:
     """(global batch size, micro-batches of a step on one data-parallel rank).
 
@@ -222,22 +223,6 @@ def batch_arithmetic(config: RunConfig, topology: Topology) -> tuple[int, int]:
 
 def _open(path: str | None, field: str, *, checksums: bool) -> Model | None:
     return None if path is None else open_model(path, field=field, checksums=checksums)
-
-
-def _open_resume(config: RunConfig, *, checksums: bool) -> Resume | None:
-    if config.checkpoint.load is None:
-        return None
-    folder = find_checkpoint(config.checkpoint.load)
-    manifest = Manifest.read(folder)
-    verify_files(folder, manifest, checksums=checksums)
-    if manifest.step >= config.training.train_iters:
-        raise CheckpointError(
-            "--train-iters",
-            config.training.train_iters,
-            f"is beyond the checkpoint's step {manifest.step}",
-            "raise --train-iters, or load an earlier checkpoint",
-        )
-    return Resume(folder=folder, manifest=manifest)
 
 
 def open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 from megatron_slm.checkpoint.format import (
     MANIFEST,
     Manifest,
+    checkpoint_folders,
     file_entry,
     find_checkpoint,
     folder_name,
+    step_of,
     verify_files,
     write_durably,
 )
@@ -40,13 +43,11 @@ def test_a_manifest_reads_back(tmp_path: Path) -> None:
     verify_files(folder, manifest)
 
 
-def test_a_manifest_from_before_thresholds_reads_back(tmp_path: Path) -> None:
+def test_a_threshold_reads_back_to_the_last_bit(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
-    raw = json.loads((folder / MANIFEST).read_text())
-    assert raw.pop("score_threshold") is None
-    (folder / MANIFEST).write_text(json.dumps(raw))
-    assert Manifest.read(folder).score_threshold is None
-    (folder / MANIFEST).write_text(json.dumps({**raw, "score_threshold": 0.1 + 0.2}))
+    manifest = Manifest.read(folder)
+    assert manifest.score_threshold is None
+    dataclasses.replace(manifest, score_threshold=0.1 + 0.2).write(folder)
     assert Manifest.read(folder).score_threshold == 0.1 + 0.2
 
 
@@ -84,12 +85,55 @@ def test_damage_is_named(tmp_path: Path) -> None:
         verify_files(folder, manifest)
 
 
+def test_a_file_that_no_manifest_lists_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    (folder / "weights_00007.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"weights_00007.*is listed in manifest\.json"):
+        verify_files(folder, Manifest.read(folder))
+
+
+def test_shares_of_the_checksums_cover_every_file(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    names = [f"weights_{number:05d}.safetensors" for number in range(5)]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(b"x" * (number + 1))
+    manifest = dataclasses.replace(Manifest.read(folder), files={name: file_entry(folder / name) for name in names})
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(b"y" * (number + 1))
+        found = 0
+        for rank in range(3):
+            try:
+                verify_files(folder, manifest, share=(rank, 3))
+            except CheckpointError:
+                found += 1
+        assert found == 1
+        verify_files(folder, manifest, limit_bytes=number)  # larger than the limit: not compared
+        (folder / name).write_bytes(b"x" * (number + 1))
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (100_000_000, 99_999_999, 7):
+        write(tmp_path, step) if step == 7 else (tmp_path / folder_name(step)).mkdir()
+    assert [step_of(path) for path in checkpoint_folders(tmp_path)] == [7, 99_999_999, 100_000_000]
+    assert find_checkpoint(tmp_path).name == folder_name(7)
+
+
 def test_manifests_that_cannot_be_used(tmp_path: Path) -> None:
     folder = write(tmp_path, 5)
-    raw = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**raw, "format_version": 99}))
+    manifest = Manifest.read(folder)
+    dataclasses.replace(manifest, format_version=99).write(folder)
     with pytest.raises(CheckpointError, match="checkpoint format = 99"):
         Manifest.read(folder)
+    manifest.write(folder)
+    raw = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({key: raw[key] for key in raw if key != "manifest_sha256"}))
+    with pytest.raises(CheckpointError, match="by its own checksum"):
+        Manifest.read(folder)
+    (folder / MANIFEST).write_text(json.dumps({**raw, "consumed_samples": 41}))
+    with pytest.raises(CheckpointError, match="by its own checksum"):
+        Manifest.read(folder)
+    (folder / MANIFEST).write_text(json.dumps(raw, indent=3))
+    assert Manifest.read(folder) == manifest, "white space is no damage"
     (folder / MANIFEST).write_text('{"step"')
     with pytest.raises(CheckpointError, match="is readable JSON"):
         Manifest.read(folder)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_slm.checkpoint import save
@@ -88,16 +88,21 @@ def train_and_die_while_saving(values: dict[str, Any], step: int, rank: int, whe
     train_and_report(values)
 
 
-def train_with_a_full_disk(values: dict[str, Any], rank: int) -> int:
-    """The command, with writes that fail on one rank."""
-    real = save.save_file
+def train_with_a_full_disk(values: dict[str, Any], rank: int, step: int) -> int:
+    """The command, on a disk that takes no more than the first 10,000 bytes of a file of one rank from a step on."""
+    real = save.write_tensor_file
 
-    def failing(*args: Any, **kwargs: Any) -> None:
-        if int(os.environ["RANK"]) == rank:
-            raise SafetensorError("No space left on device")
-        real(*args, **kwargs)
+    def on_a_full_disk(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if int(os.environ["RANK"]) != rank or f"step_{step:08d}" not in str(path):
+            return real(path, *args, **kwargs)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            return real(path, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    save.save_file = failing
+    save.write_tensor_file = on_a_full_disk
     return command(flags(values))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import report, world
 
 EMULATED = [(2, 4), (2, 8), (4, 8), (4, 16)]
 REAL = [(2, 4)]
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             }
             _prepare(Path(folder), emulated=emulated)
             _store_scores(job)
-            records += _world(job)
+            records += world.run("pipeline", job, num_ranks=stages)
     markdown = _markdown(records, arguments)
     report.write("pipeline", markdown, records, arguments.json)
     print(markdown)
@@ -107,25 +106,6 @@ def _store_scores(job: dict[str, Any]) -> None:
     flags = [*_flags({**job, "stages": 1}), "--output", f"{job['folder']}/scores"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     subprocess.run([sys.executable, str(tool), *flags], env=environment, check=True, stdout=subprocess.DEVNULL)
-
-
-def _world(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a job in as many processes as it has stages; what rank 0 found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).resolve().parents[1] / "benchmark.py"), "pipeline", "--child"]
-    world = {"WORLD_SIZE": str(job["stages"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    ranks = []
-    for rank in range(job["stages"]):
-        environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        ranks.append(subprocess.Popen([*command, json.dumps(job)], env=environment, stdout=output, text=True))
-    found = ranks[0].communicate()[0]
-    if any([process.wait() for process in ranks]):
-        raise RuntimeError(f"a rank of {job} failed; its error stands above")
-    return json.loads(found.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 # ---- one process of it ------------------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""What one rank writes into a checkpoint: views into the optimizer's memory, or copies that training cannot change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_slm.checkpoint.fragments import Fragment, fragments
+from megatron_slm.checkpoint.weights import Quantity
+from megatron_slm.device import device_rng_state, synchronize
+from megatron_slm.parallel.shards import Part, parts_with_offsets
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One file to be: its name, its tensors by name, and the words in its header."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def rank_files(optimizer: Any, rank: int, *, tensor_rank: int, with_moments: bool) -> list[TensorFile]:
+    """This rank's files: the pieces of logical tensors that are its to write, and its random state.
+
+    The tensors of weights and moments are views: they change with the next optimizer step.
+
+    Args:
+        with_moments: Adam has made its moments (it does at its first step).
+    """
+    owned = [fragment for fragment in fragments(optimizer) if _is_ours_to_write(fragment, tensor_rank)]
+    files = [_fragment_file(f"weights_{rank:05d}.safetensors", owned, ("weight",))]
+    if with_moments:
+        files.append(_fragment_file(f"optimizer_{rank:05d}.safetensors", owned, ("exp_avg", "exp_avg_sq")))
+    states = {"cpu": torch.get_rng_state()}
+    device_state = device_rng_state()
+    if device_state is not None:
+        states["device"] = device_state
+    return [*files, TensorFile(f"rng_{rank:05d}.safetensors", states, {})]
+
+
+class SnapshotMemory:
+    """Host memory for copies. It is kept from save to save: fresh pages cost more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, str], Tensor] = {}
+
+    def copy(self, files: list[TensorFile]) -> list[TensorFile]:
+        """The files with their tensors copied to the host; valid until the next call."""
+        copies = [
+            TensorFile(
+                file.name, {key: self._copy((file.name, key), x) for key, x in file.tensors.items()}, file.metadata
+            )
+            for file in files
+        ]
+        synchronize()
+        return copies
+
+    def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        held = self._held.get(key)
+        on_device = tensor.device.type != "cpu"
+        if held is None or held.shape != tensor.shape:
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
+            self._held[key] = held
+        return held.copy_(tensor, non_blocking=on_device)
+
+
+def _is_ours_to_write(fragment: Fragment, tensor_rank: int) -> bool:
+    """Copies are written once: tensor rank 0's of replicated weights, the first stage's of a tied one."""
+    parameter = fragment.parameter
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return tensor_rank == 0 or bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _fragment_file(name: str, owned: list[Fragment], quantities: tuple[Quantity, ...]) -> TensorFile:
+    """One file: 1-D tensors keyed `number.quantity`, and in its header which piece of what each number is."""
+    tensors: dict[str, Tensor] = {}
+    pieces: list[dict[str, Any]] = []
+    for fragment in owned:
+        for part, offset in parts_with_offsets(fragment.parameter):
+            low, high = max(fragment.begin, offset), min(fragment.end, offset + part.numel)
+            if low >= high:
+                continue
+            for quantity in quantities:
+                held = fragment.view(quantity)[low - fragment.begin : high - fragment.begin]
+                tensors[f"{len(pieces)}.{quantity}"] = held
+            pieces.append(_describe(part, low - offset, high - offset))
+    return TensorFile(name, tensors, {"pieces": json.dumps(pieces)})
+
+
+def _describe(part: Part, begin: int, end: int) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "shape": part.shape,
+        "dim": part.dim,
+        "start": part.start,
+        "length": part.length,
+        "begin": begin,
+        "end": end,
+    }
