@@ -8,6 +8,8 @@
         rng_00003.safetensors      the rank's random state
         probe.safetensors          which tokens the last probe of the selection kept, where there was one
         tokenizer/                 the tokenizer, as transformers loads it
+        origin/                    the config.json that the model once came with, its licence, and origin.json: the
+                                   start, the corpora and the reference of the run
     SAVE/latest                    name of the newest
 
 A folder is written under a temporary name and renamed once its manifest is there, so a folder with its final
@@ -52,6 +54,10 @@ class Manifest:
     """Size in bytes and sha256 of every other file."""
     score_threshold: float | None = None
     """The running threshold of a selection by quantile; None where there is none, as in older checkpoints."""
+    tokens_seen: int | None = 0
+    """Valid tokens of all steps so far; None in checkpoints of runs that did not count them."""
+    tokens_kept: int | None = 0
+    """How many of them were trained on."""
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -71,6 +77,7 @@ class Manifest:
             raw = json.loads(path.read_text())
             version = raw["format_version"]
             if version == FORMAT_VERSION:
+                raw = {"tokens_seen": None, "tokens_kept": None, **raw}  # older checkpoints do not have them
                 return cls(**{**raw, "architecture": Architecture(**raw["architecture"])})
         except FileNotFoundError as error:
             raise CheckpointError(

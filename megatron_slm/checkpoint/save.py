@@ -45,6 +45,8 @@ class Progress:
     consumed_samples: int
     adam_step: int
     score_threshold: float | None = None
+    tokens_seen: int | None = 0
+    tokens_kept: int | None = 0
     probe_kept: Tensor | None = None
     """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
 
@@ -59,8 +61,8 @@ class Writer:
     tokenizer_fingerprint: str | None
     sample_order: str
     """Fingerprint of the order in which the run reads its corpus."""
-    extras: Path | None
-    """A folder whose content goes into every checkpoint (the tokenizer), under the folder's name."""
+    extras: tuple[Path, ...]
+    """Folders that are copied into every checkpoint (the tokenizer, the model's origin), under their names."""
     write_config: Callable[[Path], None]
     """Writes the run's configuration to a path; rank 0 calls it."""
 
@@ -131,8 +133,8 @@ class Writer:
         self.write_config(temporary / "config.yaml")
         if progress.probe_kept is not None:
             _write_tensors(temporary / PROBE, {"kept": progress.probe_kept}, {})
-        if self.extras is not None:
-            shutil.copytree(self.extras, temporary / self.extras.name)
+        for extra in self.extras:
+            shutil.copytree(extra, temporary / extra.name)
         others = (p for p in temporary.rglob("*") if p.is_file() and p.name not in files)
         files |= {str(path.relative_to(temporary)): file_entry(path) for path in others}
         manifest = Manifest(
@@ -140,6 +142,8 @@ class Writer:
             consumed_samples=progress.consumed_samples,
             adam_step=progress.adam_step,
             score_threshold=progress.score_threshold,
+            tokens_seen=progress.tokens_seen,
+            tokens_kept=progress.tokens_kept,
             architecture=self.architecture,
             layout={"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor},
             tokenizer_fingerprint=self.tokenizer_fingerprint,
