@@ -22,7 +22,8 @@ def model_card(checkpoint: Path, manifest: Manifest, hf_config: Mapping[str, Any
         checkpoint: folder of the checkpoint; its config.yaml and origin/origin.json are read where they are there.
         hf_config: the content of the exported config.json.
     """
-    config = _read(checkpoint / "config.yaml", yaml.safe_load)
+    flags = _read(checkpoint / "config.yaml", yaml.safe_load)
+    config = {name: value for name, value in flags.items() if value not in (None, [])}
     story = read_story(checkpoint)
     sections = [
         _front_matter(story, config),
@@ -60,7 +61,7 @@ def _front_matter(story: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _title(checkpoint: Path, config: Mapping[str, Any]) -> str:
-    return Path(str(config["run_dir"])).name if config.get("run_dir") else checkpoint.resolve().parent.name
+    return Path(str(config["run-dir"])).name if config.get("run-dir") else checkpoint.resolve().parent.name
 
 
 def _summary(manifest: Manifest, config: Mapping[str, Any]) -> str:
@@ -77,13 +78,13 @@ def _training(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "steps": f"{manifest.step:,} ({manifest.step - manifest.adam_step} skipped)",
         "samples": f"{manifest.consumed_samples:,}",
-        "sequence length": config.get("seq_length", NOT_KNOWN),
+        "sequence length": config.get("seq-length", NOT_KNOWN),
         "tokens seen": f"{seen:,}" if seen is not None else NOT_KNOWN,
         "tokens kept (trained on)": f"{kept:,} ({kept / seen:.1%})" if kept is not None and seen else NOT_KNOWN,
         "objective": config.get("objective", NOT_KNOWN),
-        "score": " ".join(map(str, _listed(config.get("slm_score")))) if selective else "",
-        "policy": config.get("slm_policy", "") if selective else "",
-        "keep ratio": config.get("slm_keep_ratio", "") if selective else "",
+        "score": " ".join(map(str, _listed(config.get("slm-score")))) if selective else "",
+        "policy": config.get("slm-policy", "") if selective else "",
+        "keep ratio": config.get("slm-keep-ratio", "") if selective else "",
         "order of the samples (SHA-256)": manifest.sample_order or "",
         "tokenizer (SHA-256 of its token table)": manifest.tokenizer_fingerprint or "",
     }

@@ -92,7 +92,7 @@ def test_no_family_for_some_architectures() -> None:
     assert family_of(Architecture(**shape, qkv_bias=True)).model_type == "qwen2"
     assert family_of(Architecture(**shape, qk_norm=True, sliding_window=3)).model_type == "qwen3"
     assert family_of(Architecture(**{**shape, "num_attention_heads": 3, "num_query_groups": 3})).model_type == "mistral"
-    with pytest.raises(WeightsError, match="qk_norm.*is that of a family"):
+    with pytest.raises(WeightsError, match=r"qk_norm.*is that of a family"):
         family_of(Architecture(**shape, qk_norm=True, mlp_bias=True))
     with pytest.raises(WeightsError, match="attention_output_bias"):
         family_of(Architecture(**shape, attention_output_bias=True))
@@ -101,7 +101,9 @@ def test_no_family_for_some_architectures() -> None:
 def swapped_heads(state: dict[str, torch.Tensor]) -> None:
     weight = state["model.layers.1.self_attn.q_proj.weight"]
     width = len(weight) // 4
-    state["model.layers.1.self_attn.q_proj.weight"] = torch.cat([weight[width : 2 * width], weight[:width], weight[2 * width :]])
+    state["model.layers.1.self_attn.q_proj.weight"] = torch.cat(
+        [weight[width : 2 * width], weight[:width], weight[2 * width :]]
+    )
 
 
 def rows_of_a_head_in_megatrons_order(state: dict[str, torch.Tensor]) -> None:
@@ -131,7 +133,14 @@ def block_shifted(state: dict[str, torch.Tensor]) -> None:
     state[one], state[other] = state[other], state[one]
 
 
-FAULTS = [swapped_heads, rows_of_a_head_in_megatrons_order, missing_transpose, gate_for_up, norms_exchanged, block_shifted]
+FAULTS = [
+    swapped_heads,
+    rows_of_a_head_in_megatrons_order,
+    missing_transpose,
+    gate_for_up,
+    norms_exchanged,
+    block_shifted,
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
