@@ -8,6 +8,8 @@
         rng_00003.safetensors      the rank's random state
         probe.safetensors          which tokens the last probe of the selection kept, where there was one
         tokenizer/                 the tokenizer, as transformers loads it
+        origin/                    the config.json that the model once came with, its licence, and origin.json: the
+                                   start, the corpora and the reference of the run
     SAVE/latest                    name of the newest
     SAVE/evaluations.json          held-out losses at the steps of the checkpoints
 
@@ -54,6 +56,10 @@ class Manifest:
     """`size` in bytes and `sha256` of every other file; of one that holds tensors also those of its `header`."""
     score_threshold: float | None = None
     """The running threshold of a selection by quantile; None where there is none."""
+    tokens_seen: int | None = 0
+    """Valid tokens of all steps so far; None in checkpoints of runs that did not count them."""
+    tokens_kept: int | None = 0
+    """How many of them were trained on."""
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

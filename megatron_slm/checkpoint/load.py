@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ class CheckpointSource:
         """Name and shape of every logical tensor."""
         return {name: pieces[0].part.shape for name, pieces in self._pieces.items()}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Name and stored dtype of every logical tensor: fp32, but for what an imported model had."""
+        return {name: self._tensor(pieces[0], "weight").dtype for name, pieces in self._pieces.items()}
+
+    def files(self) -> dict[str, str]:
+        """Name of every logical tensor and the path of the first file that holds some of it."""
+        return {name: str(self._path(pieces[0], "weight")) for name, pieces in self._pieces.items()}
+
     def content_sha256(self) -> str:
         """SHA-256 over the weights' files as they were written; another layout's files give another one."""
         files = Manifest.read(self.folder).files
@@ -90,13 +99,29 @@ class CheckpointSource:
 
     def whole(self, name: str, quantity: Quantity = "weight") -> Tensor:
         """A whole logical tensor, fp32."""
-        shape = self._pieces[name][0].part.shape
-        out = torch.empty(shape)
-        for part in {piece.part for piece in self._pieces[name]}:
-            alike = [piece for piece in self._pieces[name] if piece.part == part]
-            held = self._gather(quantity, alike, 0, part.numel).view(part.local_shape)
-            target = out if part.dim is None else out.narrow(part.dim, part.start, part.length)
-            target.copy_(held)
+        return self._rows(name, quantity, 0, self._pieces[name][0].part.shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a weight along its first dimension, fp32; no file stays mapped afterwards."""
+        try:
+            return self._rows(name, "weight", start, stop)
+        finally:
+            self._open.clear()
+
+    def _rows(self, name: str, quantity: Quantity, start: int, stop: int) -> Tensor:
+        pieces = self._pieces[name]
+        out = torch.empty((stop - start, *pieces[0].part.shape[1:]))
+        for part in {piece.part for piece in pieces}:
+            alike = [piece for piece in pieces if piece.part == part]
+            width = prod(part.local_shape[1:])
+            first = part.start if part.dim == 0 else 0  # a slice along dim 0 begins at that row, any other at row 0
+            low, high = max(start, first), min(stop, first + part.local_shape[0])
+            if low < high:
+                held = self._gather(quantity, alike, (low - first) * width, (high - first) * width)
+                target = out[low - start : high - start]
+                if part.dim == 1:
+                    target = target.narrow(1, part.start, part.length)
+                target.copy_(held.view(target.shape))
         return out
 
     def _gather(self, quantity: Quantity, pieces: list[_Piece], begin: int, end: int) -> Tensor:
@@ -115,13 +140,16 @@ class CheckpointSource:
         return out
 
     def _tensor(self, piece: _Piece, quantity: Quantity) -> Tensor:
-        kind = "weights" if quantity == "weight" else "optimizer"
-        path = self.folder / f"{kind}_{piece.file_number}.safetensors"
+        path = self._path(piece, quantity)
         if path not in self._open:
             with _readable(path):
                 self._open[path] = safe_open(path, framework="pt")
         with _readable(path):
             return self._open[path].get_tensor(f"{piece.number}.{quantity}")
+
+    def _path(self, piece: _Piece, quantity: Quantity) -> Path:
+        kind = "weights" if quantity == "weight" else "optimizer"
+        return self.folder / f"{kind}_{piece.file_number}.safetensors"
 
 
 def read_probe(folder: Path, manifest: Manifest) -> Tensor | None:

@@ -53,6 +53,8 @@ class Progress:
     consumed_samples: int
     adam_step: int
     score_threshold: float | None = None
+    tokens_seen: int | None = 0
+    tokens_kept: int | None = 0
     probe_kept: Tensor | None = None
     """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
 
@@ -78,8 +80,8 @@ class Writer:
     tokenizer_fingerprint: str | None
     sample_order: str
     """Fingerprint of the order in which the run reads its corpus."""
-    extras: Path | None
-    """A folder whose content goes into every checkpoint (the tokenizer), under the folder's name."""
+    extras: tuple[Path, ...]
+    """Folders that are copied into every checkpoint (the tokenizer, the model's origin), under their names."""
     write_config: Callable[[Path], None]
     """Writes the run's configuration to a path; rank 0 calls it."""
 
@@ -128,9 +130,9 @@ class Writer:
             entries[PROBE] = write_tensor_file(folder / PROBE, {"kept": progress.probe_kept}, {})
         self.write_config(folder / "config.yaml")
         written = [folder / "config.yaml"]
-        if self.extras is not None:
-            copied = folder / self.extras.name
-            shutil.copytree(self.extras, copied)
+        for extra in self.extras:
+            copied = folder / extra.name
+            shutil.copytree(extra, copied)
             written += sorted(path for path in copied.rglob("*") if path.is_file())
         for path in written:
             with path.open("rb") as file:
@@ -148,6 +150,8 @@ class Writer:
             consumed_samples=progress.consumed_samples,
             adam_step=progress.adam_step,
             score_threshold=progress.score_threshold,
+            tokens_seen=progress.tokens_seen,
+            tokens_kept=progress.tokens_kept,
             architecture=self.architecture,
             layout={**sizes, "zero_stage": self.zero_stage},
             tokenizer_fingerprint=self.tokenizer_fingerprint,

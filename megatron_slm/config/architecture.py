@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_slm.errors import LayoutError
 
-_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -49,8 +49,12 @@ class Architecture:
     """Bias on the attention's output projection."""
     mlp_bias: bool = False
     """Biases in the MLP."""
+    qk_norm: bool = False
+    """RMSNorm over the width of each query and key head, before RoPE; one weight for all heads of a block."""
     sliding_window: int | None = None
     """Each position sees this many positions, itself included; None for all before it."""
+    full_attention_layers: int = 0
+    """With a sliding window: the first blocks that see everything all the same."""
     initializer_range: float = 0.02
     """Standard deviation of initial weights."""
 
@@ -76,20 +80,45 @@ class Architecture:
             )
         if self.kv_channels % 2:
             raise LayoutError("kv_channels", self.kv_channels, "is even (RoPE turns pairs)", "use an even head width")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise LayoutError("sliding_window", self.sliding_window, "is at least 1, or None", "give a positive number")
+        windowed = self.num_layers if self.sliding_window is not None else 1
+        if not 0 <= self.full_attention_layers < windowed:
+            raise LayoutError(
+                "full_attention_layers",
+                self.full_attention_layers,
+                "leaves at least one block to the sliding window, and is 0 without one",
+                "give fewer, or no sliding window",
+            )
+        self._check_rope()
+
+    def _check_rope(self) -> None:
         rope_type = self.rope_scaling.get("rope_type", "default")
-        if rope_type not in _ROPE_FIELDS:
+        if rope_type not in ROPE_FIELDS:
             raise LayoutError(
                 "rope_scaling.rope_type",
                 rope_type,
-                "is one of default, linear, llama3",
+                f"is one of {', '.join(ROPE_FIELDS)}",
                 "use a checkpoint with one of these",
             )
-        for name in _ROPE_FIELDS[rope_type]:
+        unknown = sorted(set(self.rope_scaling) - {"rope_type", *ROPE_FIELDS[rope_type]})
+        if unknown:
+            raise LayoutError(
+                f"rope_scaling.{unknown[0]}",
+                self.rope_scaling[unknown[0]],
+                f"is a field of rope_type {rope_type} (which has {', '.join(ROPE_FIELDS[rope_type]) or 'none'})",
+                "leave it out, or use a checkpoint without it",
+            )
+        for name in ROPE_FIELDS[rope_type]:
             value = self.rope_scaling.get(name)
             if not isinstance(value, int | float) or value <= 0:
                 raise LayoutError(
                     f"rope_scaling.{name}", value, f"is a positive number with rope_type {rope_type}", "give it"
                 )
+
+    def window_of(self, block: int) -> int | None:
+        """The sliding window of one block; None where it sees everything before it."""
+        return None if block < self.full_attention_layers else self.sliding_window
 
     @property
     def num_parameters(self) -> int:
@@ -98,4 +127,5 @@ class Architecture:
         q, kv = self.num_attention_heads * self.kv_channels, self.num_query_groups * self.kv_channels
         block = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
         block += (q + 2 * kv) * self.qkv_bias + d * self.attention_output_bias + (2 * f + d) * self.mlp_bias
+        block += 2 * self.kv_channels * self.qk_norm
         return self.num_layers * block + d + self.vocab_size * d * (1 if self.tied else 2)

@@ -52,6 +52,8 @@ class ModelConfig:
     """The output layer has a weight of its own (default) instead of the embedding's."""
     add_qkv_bias: bool | None = None
     """Biases on the query, key and value projections (Qwen2)."""
+    qk_layernorm: bool | None = None
+    """RMSNorm over each query and key head (Qwen3)."""
     window_size: int | None = None
     """Sliding-window attention: positions seen, the own one included."""
     init_method_std: float | None = None

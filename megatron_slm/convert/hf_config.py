@@ -1,66 +1,43 @@
-"""Between a Hugging Face configuration and an `Architecture`."""
+"""Between a Hugging Face folder's config.json and an `Architecture`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config.architecture import Architecture
-from megatron_slm.errors import WeightsError
+from megatron_slm.config.architecture import ROPE_FIELDS, Architecture
+from megatron_slm.convert.families import FAMILIES, Family, family_named, family_of
+from megatron_slm.errors import LayoutError, WeightsError
+
+CONFIG = "config.json"
 
 
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder looks like a Hugging Face model."""
-    return (path / "config.json").is_file()
+    return (path / CONFIG).is_file()
 
 
 def read_architecture(folder: Path) -> Architecture:
     """The architecture of a Hugging Face folder.
 
     Raises:
-        WeightsError: no readable config.json, or a model that is not a Llama.
+        WeightsError: no readable config.json, or a model whose mathematics differ from ours; the field is named.
     """
-    raw = _read_json(folder / "config.json")
-    if raw.get("model_type") != "llama":
-        raise WeightsError(
-            f"{folder}/config.json: model_type", raw.get("model_type"), "is llama", "use a Llama-type checkpoint"
-        )
-    if raw.get("hidden_act", "silu") != "silu":
-        raise WeightsError(
-            f"{folder}/config.json: hidden_act", raw["hidden_act"], "is silu (SwiGLU)", "use such a model"
-        )
-    from transformers import LlamaConfig
-
-    config = LlamaConfig.from_dict(raw)  # fills defaults, and reads RoPE fields in their old and new form
-    rope = dict(config.rope_parameters)
-    base = float(rope.pop("rope_theta"))
-    rope.pop("type", None)  # the old name of rope_type, which transformers keeps beside it
-    if rope.get("rope_type", "default") == "default":
-        rope = {}
-    return Architecture(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        kv_channels=config.head_dim,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
-        norm_epsilon=config.rms_norm_eps,
-        rotary_base=base,
-        rope_scaling=rope,
-        tied=config.tie_word_embeddings,
-        qkv_bias=config.attention_bias,
-        attention_output_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        initializer_range=config.initializer_range,
-    )
+    return architecture_of(read_config(folder), str(folder / CONFIG))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    Raises:
+        WeightsError: it cannot be read, or is not a JSON object.
+    """
+    path = folder / CONFIG
     try:
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WeightsError(str(path), error.strerror, "is a readable file", "name a Hugging Face folder") from error
     except ValueError as error:
@@ -70,39 +47,119 @@ def _read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def hf_config(arch: Architecture, *, dtype: str, bos_id: int | None, eos_id: int | None) -> Any:
-    """A `LlamaConfig` that transformers loads the exported weights with.
+def architecture_of(raw: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture that the content of a config.json describes.
+
+    Args:
+        where: the file, for errors.
 
     Raises:
-        WeightsError: the architecture has an option that a Hugging Face Llama cannot express.
+        WeightsError: what it describes is not supported; the field is named.
     """
-    from transformers import LlamaConfig
-
-    if arch.qkv_bias != arch.attention_output_bias or arch.sliding_window is not None:
+    family = _checked_family(raw, where)
+    _check_rope(raw, where)
+    try:
+        config = family.config_class().from_dict(dict(raw))  # fills defaults, and reads RoPE's old and new fields
+    except Exception as error:  # transformers and its validation raise anything
         raise WeightsError(
-            "architecture",
-            "qkv bias without output bias" if arch.qkv_bias else "sliding window",
-            "is expressible as a Hugging Face LlamaForCausalLM",
-            "train without --add-qkv-bias and --window-size",
+            where,
+            f"{type(error).__name__}: {error}",
+            f"is read by transformers as a {family.name}Config",
+            "download the folder again, or update transformers",
+        ) from error
+    _check_windows(config, where)
+    try:
+        return family.architecture(config)
+    except LayoutError as error:
+        raise WeightsError(f"{where}: {error.field}", error.value, error.rule, error.fix) from error
+
+
+def _checked_family(raw: Mapping[str, Any], where: str) -> Family:
+    family = family_named(raw.get("model_type"))
+
+    def refuse(field: str, rule: str, fix: str = "use a model of these") -> None:
+        raise WeightsError(f"{where}: {field}", raw.get(field), rule, fix)
+
+    if family is None:
+        known = "; ".join(f"{one.model_type} ({one.models})" for one in FAMILIES)
+        raise WeightsError(
+            f"{where}: model_type", raw.get("model_type"), f"is one of {known}", "use a model of these families"
         )
-    rope = {"rope_type": "default", **arch.rope_scaling, "rope_theta": arch.rotary_base}
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        num_hidden_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        intermediate_size=arch.ffn_hidden_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_key_value_heads=arch.num_query_groups,
-        head_dim=arch.kv_channels,
-        vocab_size=arch.vocab_size,
-        max_position_embeddings=arch.max_position_embeddings,
-        rms_norm_eps=arch.norm_epsilon,
-        rope_parameters=rope,
-        tie_word_embeddings=arch.tied,
-        attention_bias=arch.qkv_bias,
-        mlp_bias=arch.mlp_bias,
-        initializer_range=arch.initializer_range,
-        bos_token_id=bos_id,
-        eos_token_id=eos_id,
-        dtype=dtype,
-    )
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        refuse("hidden_act", "is silu (SwiGLU)")
+    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+        refuse("auto_map", "names no code of the folder's own (trust_remote_code), which may compute anything else")
+    if raw.get("quantization_config"):
+        refuse("quantization_config", "is absent: weights are full numbers", "use the model before its quantization")
+    classes = raw.get("architectures")
+    if classes and family.causal_lm not in classes:
+        refuse("architectures", f"is {family.causal_lm}: a decoder with a language-modeling head")
+    return family
+
+
+def _check_rope(raw: Mapping[str, Any], where: str) -> None:
+    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(field) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_FIELDS:
+        raise WeightsError(
+            f"{where}: {field}.rope_type",
+            kind,
+            f"is one of {', '.join(ROPE_FIELDS)}",
+            "use a model without it, or drop the scaling if you train within the original length",
+        )
+    turned = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    if turned not in (None, 1, 1.0):
+        raise WeightsError(f"{where}: partial_rotary_factor", turned, "is 1 or absent", "use another model")
+
+
+def _check_windows(config: Any, where: str) -> None:
+    """Which blocks have a window: none, all, or (Qwen) those after the first few."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return
+    num_full = sum(kind == "full_attention" for kind in kinds)
+    windowed = len(kinds) - num_full
+    usual = ["full_attention"] * num_full + ["sliding_attention"] * windowed
+    by_type = config.model_type in ("qwen2", "qwen3")
+    if list(kinds) != usual or (windowed and (config.sliding_window is None or not by_type)):
+        raise WeightsError(
+            f"{where}: layer_types",
+            kinds,
+            "is full_attention, or for Qwen full_attention and then sliding_attention with a sliding_window",
+            "use another model",
+        )
+
+
+def exported_config(
+    arch: Architecture,
+    carried: Mapping[str, Any] | None,
+    *,
+    dtype: str | None,
+    special_ids: Mapping[str, int | None],
+) -> dict[str, Any]:
+    """The content of an exported config.json.
+
+    Args:
+        carried: the config.json the model once came with, which is kept but for what has changed; None for a model
+            that was born here.
+        dtype: what the weights are written in; None keeps what `carried` says.
+        special_ids: bos_token_id and eos_token_id, for a model that was born here.
+
+    Raises:
+        WeightsError: `carried` is of another architecture, or no family of transformers' can express this one.
+    """
+    if carried is None:
+        config = family_of(arch).config(arch, dtype=dtype, **special_ids)
+        return json.loads(config.to_json_string(use_diff=False))
+    where = f"origin/{CONFIG}"
+    then = architecture_of(carried, where)
+    if replace(then, vocab_size=arch.vocab_size) != arch:
+        raise WeightsError(where, then, "describes the checkpoint's architecture", "do not change it")
+    out = dict(carried)
+    if then.vocab_size != arch.vocab_size:
+        out["vocab_size"] = arch.vocab_size
+    names = [name for name in ("dtype", "torch_dtype") if name in out] or ["dtype"]  # torch_dtype is the older name
+    if dtype is not None:
+        out.update(dict.fromkeys(names, dtype))
+    return out

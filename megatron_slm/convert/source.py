@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint, verify_files
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.convert.carried import ORIGIN, TOKENIZER, tokenizer_folder
 from megatron_slm.convert.hf_config import is_hf_folder, read_architecture
 from megatron_slm.convert.hf_source import HuggingFaceSource
 from megatron_slm.errors import CheckpointError, WeightsError
@@ -17,11 +18,14 @@ from megatron_slm.errors import CheckpointError, WeightsError
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model on disk: its shape, its weights, and the folder its tokenizer is in (if it has one)."""
+    """A model on disk: its shape, its weights, and what travels with them."""
 
     architecture: Architecture
     source: HuggingFaceSource | CheckpointSource
     tokenizer_folder: Path | None
+    """Where its tokenizer is, if it has one."""
+    origin_folder: Path | None
+    """Where the config.json it once came with is, and what else travels (see `carried`); None if it was born here."""
 
     def content_sha256(self) -> str:
         """SHA-256 over architecture and weights; of a Hugging Face folder it reads every file whole."""
@@ -46,7 +50,8 @@ def open_model(path: str, *, field: str, checksums: bool = True) -> Model:
         return Model(
             architecture=read_architecture(folder),
             source=HuggingFaceSource(folder),
-            tokenizer_folder=_tokenizer(folder),
+            tokenizer_folder=tokenizer_folder(folder),
+            origin_folder=folder,
         )
     try:
         checkpoint = find_checkpoint(folder)
@@ -62,9 +67,6 @@ def open_model(path: str, *, field: str, checksums: bool = True) -> Model:
     return Model(
         architecture=manifest.architecture,
         source=CheckpointSource(checkpoint),
-        tokenizer_folder=_tokenizer(checkpoint / "tokenizer"),
+        tokenizer_folder=tokenizer_folder(checkpoint / TOKENIZER),
+        origin_folder=checkpoint / ORIGIN if (checkpoint / ORIGIN).is_dir() else None,
     )
-
-
-def _tokenizer(folder: Path) -> Path | None:
-    return folder if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists() else None

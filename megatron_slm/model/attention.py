@@ -6,6 +6,8 @@ k width of a head.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,15 +15,19 @@ from torch import Tensor, nn
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import flash_attention_installed
 from megatron_slm.model.layers import Layers
+from megatron_slm.model.norm import RMSNorm
 from megatron_slm.model.rope import rotate, rotation
+
+FLASH_ATTENTION_WIDEST_HEAD = 256
+"""Its kernels refuse wider heads."""
 
 
 class Attention(nn.Module):
     """`softmax(Q K^T / sqrt(k)) V` over the positions before and including one's own (or a window of them)."""
 
-    def __init__(self, arch: Architecture, layers: Layers, prefix: str) -> None:
+    def __init__(self, arch: Architecture, layers: Layers, prefix: str, *, window: int | None) -> None:
         super().__init__()
-        self.width, self.window = arch.kv_channels, arch.sliding_window
+        self.width, self.window = arch.kv_channels, window
         self.num_heads = layers.share(arch.num_attention_heads, field="num_attention_heads")
         self.num_groups = layers.share(arch.num_query_groups, field="num_query_groups")
         q, kv = arch.num_attention_heads * self.width, arch.num_query_groups * self.width
@@ -29,13 +35,16 @@ class Attention(nn.Module):
             prefix, arch.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=arch.qkv_bias
         )
         self.o_proj = layers.linear_out(f"{prefix}o_proj", q, arch.hidden_size, bias=arch.attention_output_bias)
+        norm = partial(RMSNorm, layers, hidden_size=self.width, epsilon=arch.norm_epsilon, over_heads=True)
+        self.q_norm = norm(f"{prefix}q_norm") if arch.qk_norm else nn.Identity()
+        self.k_norm = norm(f"{prefix}k_norm") if arch.qk_norm else nn.Identity()
         self.rope = (self.width, arch.rotary_base, tuple(sorted(arch.rope_scaling.items())))
 
     def forward(self, x_sbd: Tensor) -> Tensor:
         """[s, b, d] to [s, b, d]."""
         q_sbf, k_sbf, v_sbf = self.qkv(x_sbd)
-        q_sbhk = q_sbf.unflatten(-1, (self.num_heads, self.width))
-        k_sbgk = k_sbf.unflatten(-1, (self.num_groups, self.width))
+        q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
+        k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.num_groups, self.width)))
         v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
 
         cos, sin = rotation(q_sbhk.shape[0], *self.rope, x_sbd.device)
@@ -64,7 +73,8 @@ def causal_attention(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int
 
 
 def _flash_attention_takes(q_sbhk: Tensor) -> bool:
-    return q_sbhk.is_cuda and q_sbhk.dtype in (torch.bfloat16, torch.float16) and flash_attention_installed()
+    fits = q_sbhk.dtype in (torch.bfloat16, torch.float16) and q_sbhk.shape[-1] <= FLASH_ATTENTION_WIDEST_HEAD
+    return q_sbhk.is_cuda and fits and flash_attention_installed()
 
 
 def _flash_attention(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:

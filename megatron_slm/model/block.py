@@ -18,7 +18,7 @@ class Block(nn.Module):
         super().__init__()
         prefix = f"model.layers.{index}."
         self.input_layernorm = RMSNorm(layers, f"{prefix}input_layernorm", arch.hidden_size, arch.norm_epsilon)
-        self.self_attn = Attention(arch, layers, f"{prefix}self_attn.")
+        self.self_attn = Attention(arch, layers, f"{prefix}self_attn.", window=arch.window_of(index))
         self.post_attention_layernorm = RMSNorm(
             layers, f"{prefix}post_attention_layernorm", arch.hidden_size, arch.norm_epsilon
         )

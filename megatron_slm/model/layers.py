@@ -51,3 +51,7 @@ class Layers(Protocol):
     def on_sequence_shard(self, weight: Tensor) -> Tensor:
         """`weight`, as used on the residual stream."""
         ...
+
+    def on_head_share(self, weight: Tensor) -> Tensor:
+        """`weight`, as used on the heads that are computed here."""
+        ...

@@ -167,3 +167,10 @@ class ParallelLayers:
         Each rank then sees only its own positions, so the weight's gradient is summed over the ranks.
         """
         return copy_to_tensor_parallel(weight, self.tp) if self.tp.sequence_parallel else weight
+
+    def on_head_share(self, weight: Tensor) -> Tensor:
+        """A replicated weight as it is used on the heads of one rank.
+
+        Each rank's heads give a part of the weight's gradient, so it is summed over the ranks.
+        """
+        return copy_to_tensor_parallel(weight, self.tp)

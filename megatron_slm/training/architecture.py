@@ -9,11 +9,10 @@ import torch
 
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.data.tokenizers import Tokenizer
-from megatron_slm.errors import ConfigError, LayoutError, WeightsError
+from megatron_slm.errors import ConfigError, LayoutError
 from megatron_slm.model.llama import layer_list
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.parallel.shards import parts_of
 from megatron_slm.parallel.topology import Topology
 
 
@@ -68,6 +67,7 @@ _FLAGS = {
     "rotary_base": "--rotary-base",
     "rope_scaling": "--rope-scaling",
     "qkv_bias": "--add-qkv-bias",
+    "qk_norm": "--qk-layernorm",
     "sliding_window": "--window-size",
     "initializer_range": "--init-method-std",
     "tied": "--untie-embeddings-and-output-weights",
@@ -100,28 +100,7 @@ def check_layout(arch: Architecture, config: RunConfig, topology: Topology, *, w
     layers = ParallelLayers(tp, vocabulary_divisible_by=config.model.make_vocab_size_divisible_by)
     try:
         with torch.device("meta"):
-            for maker in layer_list(replace(arch, num_layers=1), layers):
+            for maker in layer_list(replace(arch, num_layers=1, full_attention_layers=0), layers):
                 maker.make()
     except LayoutError as error:
         raise LayoutError(f"{what}: {error.field}", error.value, error.rule, error.fix) from error
-
-
-def check_weights(arch: Architecture, shapes: dict[str, tuple[int, ...]] | None, field: str, config: RunConfig) -> None:
-    """Compare the tensors that a model folder holds with those that its architecture needs.
-
-    Raises:
-        WeightsError: one is missing or has another shape.
-    """
-    if shapes is None:
-        return
-    layers = ParallelLayers(vocabulary_divisible_by=config.model.make_vocab_size_divisible_by)
-    with torch.device("meta"):
-        modules = [maker.make() for maker in layer_list(arch, layers)]
-    for part in (part for module in modules for p in module.parameters() for part in parts_of(p)):
-        if shapes.get(part.name) != part.shape:
-            raise WeightsError(
-                f"{field}: {part.name}",
-                shapes.get(part.name, "missing"),
-                f"has shape {part.shape}, as the folder's configuration says",
-                "use a folder whose weights fit its configuration",
-            )

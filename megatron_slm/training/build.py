@@ -23,12 +23,13 @@ from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.save import Saver, Writer
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
 from megatron_slm.config.load import write_yaml
+from megatron_slm.convert.carried import ORIGIN
 from megatron_slm.convert.source import Model
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.packing import Samples
 from megatron_slm.device import local_device
 from megatron_slm.errors import ConfigError
-from megatron_slm.loss.objective import Objective, Observer
+from megatron_slm.loss.objective import LossSums, Objective, Observer
 from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import DataParallel, TensorParallel, data_parallel_group, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
@@ -42,6 +43,7 @@ from megatron_slm.pipeline.simulate import Sizes, describe
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.training.evaluation import HeldOutSet
 from megatron_slm.training.optimizer import build_optimizer
+from megatron_slm.training.origin import write_origin
 from megatron_slm.training.plan import Plan
 from megatron_slm.training.probe import Probe
 from megatron_slm.training.step import FlatTrainer, PipelineTrainer, Trainer
@@ -60,6 +62,16 @@ class Position:
     """The running threshold of --slm-policy quantile; None before there is one."""
     probe_kept: Tensor | None = None
     """What the last probe kept, bool [samples, s]; None before the first."""
+    tokens_seen: int | None = 0
+    """Valid tokens so far; None if the run goes on from a checkpoint that does not say."""
+    tokens_kept: int | None = 0
+    """How many of them were trained on."""
+
+    def count(self, sums: LossSums) -> None:
+        """Add a step's tokens."""
+        if self.tokens_seen is not None and self.tokens_kept is not None:
+            self.tokens_seen += round(sums.valid_tokens)
+            self.tokens_kept += round(sums.kept_tokens)
 
     @property
     def skipped_steps(self) -> int:
@@ -197,6 +209,7 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         manifest = plan.resume.manifest
         source = CheckpointSource(plan.resume.folder)
         position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
+        position.tokens_seen, position.tokens_kept = manifest.tokens_seen, manifest.tokens_kept
         if manifest.sample_order == plan.train_samples.order_fingerprint:  # else the first batch is another one
             position.probe_kept = read_probe(plan.resume.folder, manifest)
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
@@ -258,7 +271,7 @@ def _saver(plan: Plan) -> Saver:
         architecture=plan.architecture,
         tokenizer_fingerprint=plan.tokenizer.fingerprint(),
         sample_order=plan.train_samples.order_fingerprint,
-        extras=tokenizer,
+        extras=tuple(folder for folder in (tokenizer, run_dir / ORIGIN) if folder is not None),
         write_config=lambda path: write_yaml(plan.config, path),
     )
     with together():
@@ -266,6 +279,7 @@ def _saver(plan: Plan) -> Saver:
             _prepare_run_dir(run_dir)
             if tokenizer is not None:  # now, and not at the first save: it may have no Hugging Face form
                 plan.tokenizer.save_pretrained(tokenizer)
+            write_origin(plan, run_dir / ORIGIN)
             if config.enabled and plan.resume is not None:
                 writer.check(plan.resume.manifest.step, plan.resume.damaged)
             elif config.enabled:

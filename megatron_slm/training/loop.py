@@ -68,6 +68,8 @@ def _save(run: Run) -> Saved | None:
         consumed_samples=position.consumed_samples,
         adam_step=position.adam_step,
         score_threshold=position.score_threshold,
+        tokens_seen=position.tokens_seen,
+        tokens_kept=position.tokens_kept,
         probe_kept=position.probe_kept,
     )
     return run.saver.save(run.trainer.engine.optimizer, progress)
@@ -78,6 +80,7 @@ def _advance(run: Run, result: StepResult) -> None:
     run.position.consumed_samples += run.plan.global_batch_size
     run.position.adam_step += not result.skipped
     sums = result.sums
+    run.position.count(sums)
     run.position.score_threshold = run.plan.selector.next_threshold(
         run.position.score_threshold, sums.threshold, sums.threshold_tokens
     )

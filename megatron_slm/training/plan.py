@@ -15,6 +15,7 @@ import torch
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.convert.source import Model, open_model
+from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.packing import PackedSamples, SequentialSamples
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_vocabulary
 from megatron_slm.device import on_gpu
@@ -26,7 +27,7 @@ from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
-from megatron_slm.training.architecture import check_layout, check_weights, resolve_architecture
+from megatron_slm.training.architecture import check_layout, resolve_architecture
 from megatron_slm.training.corpora import check_order, open_data
 from megatron_slm.training.resume import Resume
 from megatron_slm.training.stores import open_scores, scored_data
@@ -178,9 +179,10 @@ def _check_models(
     _check_vocabularies(config, arch, tokenizer, init, reference, resume)
     if reference is not None:
         check_layout(reference.architecture, config, topology, what="reference")
-    check_weights(arch, init.source.shapes() if init else None, "--init-from", config)
+    if init is not None:
+        check_tensors(init.architecture, init.source, field="--init-from")
     if reference is not None:
-        check_weights(reference.architecture, reference.source.shapes(), "--reference-load", config)
+        check_tensors(reference.architecture, reference.source, field="--reference-load")
 
 
 def _check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:

@@ -9,12 +9,13 @@ import torch
 
 from megatron_slm.config import RunConfig
 from megatron_slm.convert.source import Model, open_model
+from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.packing import PackedSamples
 from megatron_slm.data.tokenizers import Tokenizer
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.manifest import Manifest, ScoreDtype, samples_per_shard
-from megatron_slm.training.architecture import check_layout, check_weights
+from megatron_slm.training.architecture import check_layout
 from megatron_slm.training.corpora import open_data
 from megatron_slm.training.plan import check_model_vocabulary, open_tokenizer
 from megatron_slm.training.stores import scored_data
@@ -101,7 +102,7 @@ def make_scoring_plan(config: RunConfig, options: ScoringOptions, world_size: in
     tokenizer = open_tokenizer(config, init)
     check_model_vocabulary(reference, "--reference-load", tokenizer, config)
     check_layout(reference.architecture, config, topology, what="reference")
-    check_weights(reference.architecture, reference.source.shapes(), "--reference-load", config)
+    check_tensors(reference.architecture, reference.source, field="--reference-load")
     num_tokens = reference.architecture.vocab_size
     num_samples = training.train_iters * training.global_batch_size
     return ScoringPlan(

@@ -1,4 +1,4 @@
-"""Hugging Face in and out, and errors of folders that cannot be used."""
+"""Trained runs out, the commands, and what a published folder says of itself."""
 
 from __future__ import annotations
 
@@ -10,193 +10,233 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_slm.config import Architecture
-from megatron_slm.convert.export import export_checkpoint, write_shards
-from megatron_slm.convert.hf_config import hf_config, read_architecture
-from megatron_slm.convert.hf_source import HuggingFaceSource
+from megatron_slm.checkpoint.format import Manifest, find_checkpoint
+from megatron_slm.checkpoint.load import CheckpointSource
+from megatron_slm.convert.export import export_checkpoint
 from megatron_slm.convert.imports import import_folder
-from megatron_slm.convert.source import open_model
+from megatron_slm.convert.inspect import inspect_model
 from megatron_slm.convert.verify import verify
 from megatron_slm.errors import CheckpointError, WeightsError
-from megatron_slm.parallel.shards import Part
+from tests.convert.tokenizers import save_tokenizer
+from tests.support.families import save_family
 from tests.support.runs import run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
-OPTIONS = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True},
-    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
-                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
-    "biases and wide heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 10},
-}  # fmt: skip
+FROM_SCRATCH = dict.fromkeys(
+    ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "init_method_std")
+)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_in_and_out_again(name: str, tmp_path: Path) -> None:
-    hf = save_hf_llama(tmp_path / "hf", **OPTIONS[name])
-    checkpoint = import_folder(str(hf), str(tmp_path / "ours"))
-    assert checkpoint.name == "step_00000000"
-    out = export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "again"))
-    before, after = AutoModelForCausalLM.from_pretrained(hf), AutoModelForCausalLM.from_pretrained(out)
-    for (key, one), (other_key, other) in zip(before.state_dict().items(), after.state_dict().items(), strict=True):
-        assert key == other_key
-        assert torch.equal(one, other)
-    assert read_architecture(out) == read_architecture(hf)
-    assert verify(str(out), str(tmp_path / "ours"), None) <= 1e-4
-    assert verify(str(hf), None, None) <= 1e-4
+def tool(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/convert_checkpoint.py", *map(str, words)], capture_output=True, text=True
+    )
 
 
-def test_a_trained_run_exports_what_it_trained(tmp_path: Path) -> None:
+def test_a_trained_run_exports_what_it_trained_and_says_where_it_comes_from(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    base = save_family("qwen3", tmp_path / "base", dtype=torch.bfloat16)
+    (base / "LICENSE").write_text("yours")
+    reference = save_family("mistral", tmp_path / "reference", seed=1)
+    changes = {
+        "init_from": base,
+        "reference_load": reference,
+        "objective": "slm",
+        "slm_keep_ratio": 0.5,
+        **FROM_SCRATCH,
+    }
+    layout = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}
+    run_world(
+        train_and_report, 4, run_flags(corpus, tmp_path / "run", train_iters=2, save_interval=2, **changes, **layout)
+    )
+    resumed = {"load": tmp_path / "run" / "checkpoints", "train_iters": 3, "save_interval": 3}
+    run_world(train_and_report, 1, run_flags(corpus, tmp_path / "run", **{**changes, "init_from": None, **resumed}))
+    checkpoint = find_checkpoint(tmp_path / "run" / "checkpoints")
+    manifest = Manifest.read(checkpoint)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert manifest.step == 3
+    assert manifest.tokens_seen == sum(line["valid_tokens"] for line in lines) > 0
+    assert manifest.tokens_kept == sum(line["kept_tokens"] for line in lines) > 0
+
+    done = export_checkpoint(str(tmp_path / "run" / "checkpoints"), str(tmp_path / "hf"))
+    assert done.report is not None
+    assert done.report.max_nats <= 1e-5
+    config = AutoConfig.from_pretrained(done.folder)
+    assert (config.model_type, config.dtype) == ("qwen3", torch.float32)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, done.folder))
+    assert {key for key in before if before[key] != after[key]} == {"dtype"}
+    assert (done.folder / "LICENSE").read_text() == "yours"
+    state, source = load_file(done.folder / "model.safetensors"), CheckpointSource(checkpoint)
+    assert all(torch.equal(state[name], source.whole(name)) for name in state)
+    card = (done.folder / "README.md").read_text()
+    story = json.loads((checkpoint / "origin" / "origin.json").read_text())
+    for expected in (
+        "base_model: base", f"tokens seen | {manifest.tokens_seen:,}", f"{manifest.tokens_kept:,} (", "keep ratio | 0.5",
+        str(corpus), str(base), str(reference), "Qwen3ForCausalLM", "slm-keep-ratio: 0.5", manifest.sample_order,
+        story["data"][0]["sha256"], story["references"][0]["sha256"], story["base"]["sha256"],
+    ):  # fmt: skip
+        assert str(expected) in card, expected
+
+    half = export_checkpoint(str(checkpoint), str(tmp_path / "half"), dtype="bfloat16")
+    assert half.report is not None
+    assert half.report.rounded_to == "bfloat16"
+    assert half.report.max_nats <= 1e-5
+
+
+def test_a_run_from_scratch_has_a_card_too(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     values = run_flags(
-        corpus, tmp_path / "run", save_interval=5, pipeline_model_parallel_size=2, tensor_model_parallel_size=2,
-        no_untie_embeddings_and_output_weights=True,
-    )  # fmt: skip
-    run_world(train_and_report, 4, values)
-    out = export_checkpoint(str(tmp_path / "run" / "checkpoints"), str(tmp_path / "hf"))
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.config.tie_word_embeddings
-    assert verify(str(out), str(tmp_path / "run" / "checkpoints"), None) <= 1e-4
-    tokens = torch.arange(30)[None] % 97
-    assert torch.isfinite(model(tokens).logits).all()
-
-
-def test_bfloat16_export(tmp_path: Path) -> None:
-    import_folder(str(save_hf_llama(tmp_path / "hf")), str(tmp_path / "ours"))
-    out = export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "out"), dtype="bfloat16")
-    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
-    assert AutoConfig.from_pretrained(out).dtype == torch.bfloat16
+        corpus, tmp_path / "run", save_interval=1, train_iters=1, no_untie_embeddings_and_output_weights=True
+    )
+    run_world(train_and_report, 1, values)
+    out = export_checkpoint(str(tmp_path / "run" / "checkpoints"), str(tmp_path / "hf"), verifies=False)
+    assert (out.report, out.not_verified) == (None, "--no-verify")
+    assert AutoModelForCausalLM.from_pretrained(out.folder).config.tie_word_embeddings
+    card = (out.folder / "README.md").read_text()
+    assert "random weights" in card
+    assert "Trained on every token" in card
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     hf = save_hf_llama(tmp_path / "hf")
     tensors = load_file(hf / "model.safetensors")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text((hf / "config.json").read_text())
-    write_shards(tmp_path / "out", iter(tensors.items()), shard_bytes=20_000)
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
-    source = HuggingFaceSource(tmp_path / "out")
-    assert source.shapes().keys() == tensors.keys()
-    next((tmp_path / "out").glob("model-00002*")).unlink()
-    with pytest.raises(WeightsError, match="names only tensors that the files hold"):
-        HuggingFaceSource(tmp_path / "out")
-
-
-def test_verify_fails_on_a_changed_weight(tmp_path: Path) -> None:
-    hf = save_hf_llama(tmp_path / "hf")
     import_folder(str(hf), str(tmp_path / "ours"))
+    out = export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "out"), shard_bytes=20_000).folder
+    shards = sorted(out.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2
+    assert all(path.stat().st_size <= 20_000 + 2_000 for path in shards)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    again = import_folder(str(out), str(tmp_path / "again"))
+    assert len(list(again.glob("weights_*.safetensors"))) == len(shards)
+    assert all(torch.equal(CheckpointSource(again).whole(name), value) for name, value in tensors.items())
+
+
+def test_tokenizers_travel_byte_for_byte(tmp_path: Path) -> None:
+    hf = save_tokenizer(save_hf_llama(tmp_path / "hf"))
+    import_folder(str(hf), str(tmp_path / "ours"))
+    out = export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "out")).folder
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (hf / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(out)("w3 w5")["input_ids"] == [3, 5]
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    hf = save_tokenizer(save_hf_llama(tmp_path / "hf"))
+    done = tool("import", "--hf", hf, "--output", tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    done = tool("export", "--load", tmp_path / "ours", "--output", tmp_path / "out", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert "max |Δ log-prob| = " in done.stdout
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 97}" for i in range(200)))
+    done = tool("verify", "--hf", tmp_path / "out", "--load", tmp_path / "ours", "--text-file", tmp_path / "text.txt",
+                "--json", tmp_path / "report.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rounded to bfloat16" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [len(row) for row in report["delta_nats"]] == [64, 64, 64]
+    assert report["max_nats"] == max(map(max, report["delta_nats"]))
+    for path in (hf, tmp_path / "ours"):
+        done = tool("inspect", path, "--json")
+        found = json.loads(done.stdout)
+        assert found["family"] == "llama"
+        assert found["dtypes"] == {"float32": 30}
+        assert found["architecture"]["num_layers"] == 3
+    assert "num_query_groups" in tool("inspect", tmp_path / "ours").stdout
+    assert inspect_model(str(tmp_path / "ours"))["tokens_seen"] == 0
+
     tensors = load_file(hf / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.5
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    command = [
-        sys.executable,
-        "tools/convert_checkpoint.py",
-        "verify",
-        "--hf",
-        str(hf),
-        "--load",
-        str(tmp_path / "ours"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = tool("verify", "--hf", hf, "--load", tmp_path / "ours")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith("max |Δ| = ")
     assert "differ by more than" in done.stdout
-    done = subprocess.run(command[:-2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
-def test_the_tool_says_errors_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/convert_checkpoint.py", "export", "--load", str(tmp_path), "--output", "x"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    done = tool("export", "--load", tmp_path, "--output", "x")
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("error: --load")]
     assert "Traceback" not in done.stderr
 
 
-def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+def test_folders_that_are_taken(tmp_path: Path) -> None:
     hf = save_hf_llama(tmp_path / "hf")
-    with pytest.raises(WeightsError, match="is a folder"):
-        open_model(str(tmp_path / "absent"), field="--init-from")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(WeightsError, match="is a Hugging Face folder"):
-        open_model(str(tmp_path / "empty"), field="--init-from")
-    for call in (import_folder, lambda a, b: verify(a, b, None)):
-        with pytest.raises(WeightsError, match="--hf"):
-            call(str(tmp_path / "empty"), str(tmp_path / "x"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    with pytest.raises(WeightsError, match="--output"):
+    with pytest.raises(WeightsError, match=r"--output.*is empty"):
         import_folder(str(hf), str(tmp_path / "taken"))
-    import_folder(str(hf), str(tmp_path / "ours"))
-    with pytest.raises(WeightsError, match="--output"):
-        export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "taken"))
+    checkpoint = import_folder(str(hf), str(tmp_path / "ours"))
+    with pytest.raises(WeightsError, match=r"--output.*--overwrite"):
+        export_checkpoint(str(checkpoint), str(tmp_path / "taken"))
+    with pytest.raises(WeightsError, match=r"to be overwritten"):
+        export_checkpoint(str(checkpoint), str(tmp_path / "taken"), overwrite=True)
+    assert (tmp_path / "taken" / "file").exists()
+    for inside in (checkpoint, checkpoint.parent):
+        with pytest.raises(WeightsError, match="the checkpoint is in"):
+            export_checkpoint(str(checkpoint), str(inside), overwrite=True)
+    with pytest.raises(WeightsError, match="--overwrite"):
+        export_checkpoint(str(checkpoint), str(hf))
+    (hf / "stale").touch()
+    export_checkpoint(str(checkpoint), str(hf), overwrite=True)
+    assert not (hf / "stale").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours", "taken"], "nothing is left over"
+    (tmp_path / "killed" / ".step_00000000.tmp").mkdir(parents=True)
+    import_folder(str(hf), str(tmp_path / "killed"))
     with pytest.raises(CheckpointError, match="is a checkpoint of ours"):
         export_checkpoint(str(hf), str(tmp_path / "x"))
-    other = save_hf_llama(tmp_path / "other", vocab_size=50)
-    with pytest.raises(WeightsError, match="vocabulary of 50 tokens"):
-        verify(str(other), str(tmp_path / "ours"), None)
-    (tmp_path / "one.txt").write_text("")
 
 
-def test_weights_that_do_not_fit_their_configuration(tmp_path: Path) -> None:
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = save_hf_llama(tmp_path / "hf")
-    source = HuggingFaceSource(hf)
-    with pytest.raises(WeightsError, match="is among its tensors"):
-        source.read("weight", Part(name="nothing", shape=(3,)), 0, 3)
-    with pytest.raises(WeightsError, match=r"has shape \(3,\)"):
-        source.read("weight", Part(name="model.norm.weight", shape=(3,)), 0, 3)
-    (hf / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(WeightsError, match="is a whole safetensors file"):
-        HuggingFaceSource(hf)
-    (hf / "model.safetensors").unlink()
-    torch.save({}, hf / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match="pickles are not read"):
-        HuggingFaceSource(hf)
+    checkpoint = import_folder(str(hf), str(tmp_path / "ours"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_slm.convert.writer.os.fsync", full)
+    with pytest.raises(WeightsError, match=r"model.safetensors.*No space left"):
+        export_checkpoint(str(checkpoint), str(tmp_path / "out"))
+    with pytest.raises(WeightsError, match=r"weights_00000.*No space left"):
+        import_folder(str(hf), str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "other").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"num_key_value_heads": 3}, "num_attention_heads = 4"),
-    ],
-)
-def test_other_architectures_are_refused(change: dict[str, object], match: str, tmp_path: Path) -> None:
-    raw = {**LlamaConfig(num_attention_heads=4, hidden_size=32, num_key_value_heads=4).to_dict(), **change}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(Exception, match=match):
-        read_architecture(tmp_path)
+def test_an_export_that_does_not_agree_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = import_folder(str(save_hf_llama(tmp_path / "hf")), str(tmp_path / "ours"))
+    real = CheckpointSource.rows
+
+    def wrong(self: CheckpointSource, name: str, start: int, stop: int) -> torch.Tensor:
+        return (
+            real(self, name, start, stop).flip(0)
+            if name.endswith("layers.1.self_attn.q_proj.weight")
+            else real(self, name, start, stop)
+        )
+
+    monkeypatch.setattr(CheckpointSource, "rows", wrong)
+    with pytest.raises(WeightsError, match=r"max .Δ log-prob.*nothing was kept"):
+        export_checkpoint(str(checkpoint), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("megatron_slm.convert.export.enough_memory", lambda *_: "needs 9 GiB of memory")
+    done = export_checkpoint(str(checkpoint), str(tmp_path / "out"))
+    assert (done.report, done.not_verified) == (None, "needs 9 GiB of memory")
 
 
-def test_unreadable_configurations(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="is a readable file"):
-        read_architecture(tmp_path)
-    for text, match in (("{", "is JSON"), ("[]", "is a JSON object")):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(WeightsError, match=match):
-            read_architecture(tmp_path)
-
-
-def test_a_window_cannot_be_a_llama() -> None:
-    arch = Architecture(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=2,
-                        kv_channels=4, vocab_size=9, sliding_window=4)  # fmt: skip
-    with pytest.raises(WeightsError, match="sliding window"):
-        hf_config(arch, dtype="float32", bos_id=None, eos_id=None)
-
-
-def test_old_and_new_ways_to_write_rope(tmp_path: Path) -> None:
-    raw = LlamaConfig(num_attention_heads=4, hidden_size=32).to_dict()
-    raw.pop("rope_parameters")
-    old = {**raw, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    arch = read_architecture(tmp_path)
-    assert arch.rotary_base == 5e5
-    assert arch.rope_scaling == {"rope_type": "linear", "factor": 2.0}
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "rope_theta": 5e5, "rope_scaling": None}))
-    assert read_architecture(tmp_path).rope_scaling == {}
+def test_verify_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
+    hf = save_hf_llama(tmp_path / "hf")
+    import_folder(str(hf), str(tmp_path / "ours"))
+    other = save_hf_llama(tmp_path / "other", vocab_size=50)
+    with pytest.raises(WeightsError, match="--load: vocab_size = 97"):
+        verify(str(other), str(tmp_path / "ours"))
+    (tmp_path / "text.txt").write_text("some words")
+    with pytest.raises(WeightsError, match=r"--text-file.*has a tokenizer"):
+        verify(str(hf), None, str(tmp_path / "text.txt"))
+    with pytest.raises(WeightsError, match="--tokens"):
+        verify(str(hf), num_tokens=0)
+    with pytest.raises(WeightsError, match="--hf"):
+        verify(str(tmp_path / "ours"))

@@ -1,0 +1,293 @@
+"""Folders that are damaged, incomplete or not supported: one error that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_slm.convert.export import export_checkpoint
+from megatron_slm.convert.hf_config import read_architecture
+from megatron_slm.convert.hf_source import HuggingFaceSource
+from megatron_slm.convert.imports import import_folder
+from megatron_slm.convert.source import open_model
+from megatron_slm.convert.tensors import check_tensors
+from megatron_slm.convert.verify import verify
+from megatron_slm.errors import SlmError, VocabularyError, WeightsError
+from megatron_slm.parallel.shards import Part
+from tests.convert.tokenizers import save_tokenizer
+from tests.support.families import family_model, save_family
+from tests.support.runs import run_flags, save_hf_llama, write_corpus
+from tests.support.training import train_and_report
+from tests.support.world import WorldError, run_world
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return save_hf_llama(tmp_path / "hf")
+
+
+@pytest.fixture
+def sharded(hf: Path, tmp_path: Path) -> Path:
+    import_folder(str(hf), str(tmp_path / "whole"))
+    return export_checkpoint(str(tmp_path / "whole"), str(tmp_path / "sharded"), shard_bytes=20_000).folder
+
+
+def refused(folder: Path, match: str, **options: Any) -> None:
+    with pytest.raises(SlmError, match=match):
+        import_folder(str(folder), str(folder.parent / "refused"), **options)
+    assert not list(folder.parent.glob("refused/*")), "nothing is left of it"
+
+
+def change(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors: dict[str, Any] = {**load_file(folder / "model.safetensors"), **changes}
+    kept = {name: value for name, value in tensors.items() if value is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_no_folder_and_no_model(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is a folder"):
+        open_model(str(tmp_path / "absent"), field="--init-from")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="is a Hugging Face folder"):
+        open_model(str(tmp_path / "empty"), field="--init-from")
+    refused(tmp_path / "empty", "--hf")
+
+
+def test_shards(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    first = index["weight_map"]["model.embed_tokens.weight"]
+
+    def with_map(**changes: str | None) -> None:
+        weight_map = {k: v for k, v in {**index["weight_map"], **changes}.items() if v is not None}
+        (sharded / INDEX).write_text(json.dumps({**index, "weight_map": weight_map}))
+
+    with_map(**{"model.layers.7.mlp.up_proj.weight": first})
+    refused(sharded, r"index.json: model.layers.7.mlp.up_proj.weight = 'in none of the files': is in model-00001")
+    with_map(**{"model.norm.weight": first})
+    refused(sharded, r"index.json: model.norm.weight = 'model-000..-of-.*is in model-00001")
+    with_map(**{"model.norm.weight": None})
+    refused(sharded, r"index.json: model.norm.weight = 'only in")
+    with_map(**{"model.norm.weight": "../elsewhere.safetensors"})
+    refused(sharded, "names only files that are in the folder")
+    (sharded / INDEX).write_text("{")
+    refused(sharded, "is JSON with a weight_map")
+    with_map()
+    (sharded / first).unlink()
+    refused(sharded, f"'{first}': names only files that are in the folder")
+
+
+def test_files_that_are_not_the_models_are_passed_over(hf: Path, tmp_path: Path) -> None:
+    save_file({"layers.0.attention.wq.weight": torch.ones(3)}, hf / "consolidated.safetensors")
+    import_folder(str(hf), str(tmp_path / "ours"))
+
+
+def test_tensors(hf: Path) -> None:
+    up, norm = "model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"
+    whole = (hf / "model.safetensors").read_bytes()
+    rewrite(hf, **{up: torch.ones(40, 23)})
+    refused(hf, rf"--hf: {up} in .*/model.safetensors = \(40, 23\): has shape \(40, 24\)")
+    (hf / "model.safetensors").write_bytes(whole)
+    rewrite(hf, **{up: None})
+    refused(hf, rf"--hf: {up} = 'missing': has shape \(40, 24\)")
+    (hf / "model.safetensors").write_bytes(whole)
+    for dtype, name in ((torch.float64, "float64"), (torch.float8_e4m3fn, "uint8"), (torch.int8, "uint8")):
+        rewrite(hf, **{norm: torch.ones(24).to(dtype)})
+        refused(hf, rf"--hf: {norm} in .*/model.safetensors = '{name}': is stored as one of float32, bfloat16, float16")
+        (hf / "model.safetensors").write_bytes(whole)
+    rewrite(hf, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(6)})
+    refused(hf, r"q_norm.weight in .*model.safetensors = 'shape \(6,\)': is a tensor that the architecture has")
+    (hf / "model.safetensors").write_bytes(whole)
+    rewrite(hf, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})  # which old folders have
+    check_tensors(read_architecture(hf), HuggingFaceSource(hf), field="--hf")
+    (hf / "model.safetensors").write_bytes(whole[:-100])
+    refused(hf, "is a whole safetensors file")
+
+
+def test_a_source_that_is_asked_for_what_it_has_not(hf: Path) -> None:
+    source = HuggingFaceSource(hf)
+    with pytest.raises(WeightsError, match="is among its tensors"):
+        source.read("weight", Part(name="nothing", shape=(3,)), 0, 3)
+    with pytest.raises(WeightsError, match=r"has shape \(3,\)"):
+        source.read("weight", Part(name="model.norm.weight", shape=(3,)), 0, 3)
+
+
+ROPE = {"rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("llama 2", {"model_type": "gpt2"}, r"model_type = 'gpt2': is one of llama \(Llama 2 and 3"),
+        ("llama 2", {"model_type": "mixtral"}, "model_type = 'mixtral'"),
+        ("llama 2", {"model_type": None}, "model_type = None"),
+        ("llama 2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("llama 2", {"architectures": ["LlamaForSequenceClassification"]}, "architectures.*is LlamaForCausalLM"),
+        ("llama 2", {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map"),
+        ("llama 2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("llama 2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ROPE}}, "rope_type = 'yarn': is one of"),
+        ("llama 2", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **ROPE}}, "rope_type = 'dynamic'"),
+        ("llama 2", {"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type = 'longrope'"),
+        ("llama 2", {"rope_parameters": {"rope_type": "llama3", "factor": 4.0, **ROPE}}, "KeyError|low_freq_factor"),
+        ("llama 2", {"rope_parameters": {"rope_type": "default", "extra": 3, **ROPE}}, r"rope_scaling.extra = 3"),
+        ("llama 2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("llama 2", {"num_key_value_heads": 3}, "config.json: num_attention_heads = 4"),
+        ("llama 2", {"num_hidden_layers": "three"}, "is read by transformers as a LlamaConfig"),
+        ("qwen2", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "layer_types"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, "layer_types"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0"),
+        ("qwen3", {"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe'"),
+    ],
+)  # fmt: skip
+def test_architectures_that_are_not_supported(name: str, changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    folder = save_family(name, tmp_path / "hf")
+    change(folder, **changes)
+    refused(folder, match)
+
+
+def test_a_configuration_of_another_model(tmp_path: Path) -> None:
+    """Families differ in their biases and norms, so a changed model_type does not go through."""
+    folder = save_family("qwen2", tmp_path / "hf")
+    change(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+    refused(folder, r"k_proj.bias in .*is a tensor that the architecture has|q_proj.bias|v_proj.bias")
+
+
+def test_unreadable_configurations(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is a readable file"):
+        read_architecture(tmp_path)
+    for text, match in (("{", "is JSON"), ("[]", "is a JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(WeightsError, match=match):
+            read_architecture(tmp_path)
+
+
+def test_old_and_new_ways_to_write_rope(hf: Path) -> None:
+    raw = json.loads((hf / "config.json").read_text())
+    raw.pop("rope_parameters")
+    old = {**raw, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (hf / "config.json").write_text(json.dumps(old))
+    arch = read_architecture(hf)
+    assert (arch.rotary_base, arch.rope_scaling) == (5e5, {"rope_type": "linear", "factor": 2.0})
+    (hf / "config.json").write_text(json.dumps({**raw, "rope_theta": 5e5, "rope_scaling": None}))
+    assert read_architecture(hf).rope_scaling == {}
+
+
+class Pickled:
+    """Runs something when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Path.touch, (Path("/tmp/must-not-exist-megatron-slm"),)  # type: ignore[return-value]
+
+
+def as_bin(folder: Path, *, shards: int = 1, **options: Any) -> Path:
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin", **options)
+        return folder
+    weight_map = {name: f"pytorch_model-{i % shards}.bin" for i, name in enumerate(state)}
+    for file in set(weight_map.values()):
+        torch.save({name: state[name] for name in state if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_folders(shards: int, zipped: bool, hf: Path, tmp_path: Path) -> None:
+    before = load_file(hf / "model.safetensors")
+    as_bin(hf, shards=shards, **({} if shards > 1 else {"_use_new_zipfile_serialization": zipped}))
+    with pytest.raises(WeightsError, match=r"pickles are not read.*--allow-bin"):
+        open_model(str(hf), field="--init-from")
+    refused(hf, "--allow-bin")
+    import_folder(str(hf), str(tmp_path / "ours"), allow_bin=True)
+    assert verify(str(hf), str(tmp_path / "ours"), num_tokens=64).max_nats <= 1e-5
+    out = export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "out")).folder
+    after = load_file(out / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bin_files_that_hold_more_than_tensors(hf: Path) -> None:
+    as_bin(hf)
+    state = torch.load(hf / "pytorch_model.bin", weights_only=True)
+    marker = Path("/tmp/must-not-exist-megatron-slm")
+    torch.save({**state, "model.norm.weight": Pickled()}, hf / "pytorch_model.bin")
+    refused(hf, "holds tensors only", allow_bin=True)
+    (hf / "pytorch_model.bin").write_bytes(pickle.dumps(Pickled()))
+    refused(hf, "holds tensors only", allow_bin=True)
+    assert not marker.exists()
+    torch.save({**state, "epoch": 3}, hf / "pytorch_model.bin")
+    refused(hf, "'epoch': is a tensor", allow_bin=True)
+
+
+def test_more_tokens(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(90)]
+    hf = save_tokenizer(save_family("llama 2", tmp_path / "hf"), words)  # 97 rows, 90 tokens
+    longer = save_tokenizer(tmp_path / "longer", [*words, *(f"new{i}" for i in range(20))])
+    import_folder(str(hf), str(tmp_path / "ours"), extend_vocabulary=str(longer))
+    out = export_checkpoint(str(tmp_path / "ours"), str(tmp_path / "out"))
+    assert out.report is not None
+    assert out.report.max_nats <= 1e-5
+    before, after = load_file(hf / "model.safetensors"), load_file(out.folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(after[name][:97], before[name])
+        mean = before[name][:90].double().mean(0).float()
+        assert torch.allclose(after[name][97:], mean.expand(13, -1), atol=1e-7)
+    config = json.loads((out.folder / "config.json").read_text())
+    assert config == {**json.loads((hf / "config.json").read_text()), "vocab_size": 110}
+    assert (out.folder / "tokenizer.json").read_bytes() == (longer / "tokenizer.json").read_bytes()
+    within = save_tokenizer(tmp_path / "within", [*words, "new"])  # there is a row for it already
+    assert import_folder(str(hf), str(tmp_path / "within_ours"), extend_vocabulary=str(within))
+
+
+def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(97)]
+    hf = save_tokenizer(save_hf_llama(tmp_path / "hf"), words)
+    other = save_tokenizer(tmp_path / "other", [*words[:50], "another", *words[51:], "more"])
+    refused(hf, "id 50 is 'another'.*where it is 'w50'", extend_vocabulary=str(other))
+    shorter = save_tokenizer(tmp_path / "shorter", words[:90])
+    refused(hf, "id 90 is 'none'", extend_vocabulary=str(shorter))
+    save_tokenizer(hf, [*words, "more"])
+    with pytest.raises(VocabularyError, match=r"98.*--extend-vocabulary"):
+        import_folder(str(hf), str(tmp_path / "x"))
+    import_folder(str(hf), str(tmp_path / "ours"), extend_vocabulary=str(hf))
+    bare = save_hf_llama(tmp_path / "bare")
+    refused(bare, "has none to compare with", extend_vocabulary=str(shorter))
+
+
+@pytest.mark.parametrize("flag", ["init_from", "reference_load"])
+def test_training_refuses_the_same_before_its_first_step(flag: str, hf: Path, tmp_path: Path) -> None:
+    """A tensor too many, which no shape of the model's own tells."""
+    corpus = write_corpus(tmp_path / "corpus")
+    rewrite(hf, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(6)})
+    changes: dict[str, Any] = {flag: hf, "objective": "slm" if "reference" in flag else "clm"}
+    if flag == "init_from":
+        changes |= dict.fromkeys(
+            (
+                "num_layers",
+                "hidden_size",
+                "ffn_hidden_size",
+                "num_attention_heads",
+                "num_query_groups",
+                "init_method_std",
+            )
+        )
+    with pytest.raises(WorldError, match=rf"--{flag.replace('_', '-')}: model.layers.0.self_attn.q_norm.weight"):
+        run_world(train_and_report, 1, run_flags(corpus, tmp_path / "run", **changes))
+
+
+def test_every_family_is_told_from_the_others_by_its_tensors() -> None:
+    names = {name: frozenset(family_model(name).state_dict()) for name in ("llama 2", "qwen2", "qwen3")}
+    assert len(set(names.values())) == 3

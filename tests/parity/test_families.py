@@ -1,0 +1,80 @@
+"""Every family trains over tensor-parallel ranks and over stages as in one process, with a reference of its kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.parallel.layers import ParallelLayers
+from tests.support.families import save_family
+from tests.support.runs import run_flags, write_corpus
+from tests.support.training import train_and_report
+from tests.support.world import run_world
+
+NAMES = ["llama 3", "smollm2", "mistral", "qwen2.5 with a window", "qwen3 with everything"]
+TENSOR = {"tensor_model_parallel_size": 2}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+FROM_SCRATCH = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                "init_method_std")  # fmt: skip
+COLUMNS = ("loss", "loss_all", "loss_unselected", "reference_loss", "excess_selected", "kept_tokens", "grad_norm")
+
+
+def train(name: str, folder: Path, run: str, **changes: Any) -> tuple[dict[str, list[float]], dict[bytes, Any]]:
+    """Columns of a run's metrics, and which tokens it kept by micro-batch, in order."""
+    corpus, init, reference = folder / "corpus", folder / "init", folder / "reference"
+    if not init.exists():
+        write_corpus(corpus)
+        save_family(name, init)
+        save_family(name, reference, seed=1)
+    described = dict.fromkeys(FROM_SCRATCH)
+    values = run_flags(
+        corpus, folder / run, init_from=init, reference_load=reference, objective="slm", train_iters=3, lr=1e-4,
+        **{**described, **changes},
+    )  # fmt: skip
+    reports = run_world(train_and_report, 1 if run == "single" else 2, values)
+    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    kept: dict[bytes, Any] = {}
+    for report in reports:
+        seen: set[bytes] = set()
+        for tokens, rows in report["kept"]:
+            if tokens not in seen:
+                seen.add(tokens)
+                assert kept.setdefault(tokens, rows) == rows, "ranks kept different tokens"
+    return {column: [line[column] for line in lines] for column in COLUMNS}, kept
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_tensor_parallel_ranks_and_two_stages(name: str, tmp_path: Path) -> None:
+    single, kept = train(name, tmp_path, "single")
+    first_step = list(kept)[:4]
+    for run, layout in (("tensor", TENSOR), ("stages", PIPELINE)):
+        columns, its_kept = train(name, tmp_path, run, **layout)
+        for column in COLUMNS:
+            assert columns[column] == pytest.approx(single[column], rel=1e-5, abs=1e-6), (run, column)
+        assert all(its_kept[batch] == kept[batch] for batch in first_step)  # later a rounding may turn a near tie
+
+
+def test_norms_of_heads_under_sequence_parallelism(tmp_path: Path) -> None:
+    single, _ = train("qwen3", tmp_path, "single")
+    columns, _ = train("qwen3", tmp_path, "sequence", sequence_parallel=True, **TENSOR)
+    for column in COLUMNS:
+        assert columns[column] == pytest.approx(single[column], rel=1e-5, abs=1e-6), column
+
+
+real_train_and_report = train_and_report
+
+
+def train_with_partial_gradients(values: dict[str, Any]) -> dict[str, Any]:
+    ParallelLayers.on_head_share = ParallelLayers.on_sequence_shard  # type: ignore[method-assign]
+    return real_train_and_report(values)
+
+
+def test_a_gradient_of_one_ranks_heads_alone_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    single, _ = train("qwen3", tmp_path, "single")
+    monkeypatch.setitem(globals(), "train_and_report", train_with_partial_gradients)
+    columns, _ = train("qwen3", tmp_path, "tensor", **TENSOR)
+    assert columns["loss"][0] == pytest.approx(single["loss"][0], rel=1e-5)
+    assert columns["grad_norm"] != pytest.approx(single["grad_norm"], rel=1e-5)

@@ -1,0 +1,51 @@
+"""Small random models of every family, as transformers saves them, whose every option tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.support.models import random_hf_model
+
+BASE = {
+    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 2": ("Llama", {"num_key_value_heads": 4}),
+    "llama 3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "eos_token_id": [2, 3]}),
+    "tinyllama": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 8}),
+    "mistral without a window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2.5 with a window": (
+        "Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "rms_norm_eps": 1e-5},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen3 with everything": (
+        "Qwen3", {"head_dim": 10, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5,
+                  "max_window_layers": 2, "tie_word_embeddings": True},
+    ),
+}  # fmt: skip
+"""transformers' class, and options that make a difference in a small model."""
+
+
+def family_model(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
+    """A random model of a family."""
+    kind, its_options = FAMILIES[name]
+    return random_hf_model(kind, seed, **{**BASE, **its_options, **options})
+
+
+def save_family(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """A random model of a family on disk."""
+    family_model(name, **options).to(dtype).save_pretrained(folder, max_shard_size=options.get("shard", "5GB"))
+    return folder
