@@ -52,6 +52,9 @@ class Manifest:
     """Size in bytes and sha256 of every other file."""
     score_threshold: float | None = None
     """The running threshold of a selection by quantile; None where there is none, as in older checkpoints."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Where the run stood in each of its corpora (`BlendedSamples.state`); empty where no data was read, and in older
+    checkpoints."""
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Progress:
     score_threshold: float | None = None
     probe_kept: Tensor | None = None
     """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Where the run stands in each of its corpora (`BlendedSamples.state`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,7 @@ class Writer:
             layout={"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor},
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             sample_order=self.sample_order,
+            data=progress.data,
             files=dict(sorted(files.items())),
             versions=dict(versions()),
         )

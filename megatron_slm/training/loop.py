@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch.distributed as dist
 from megatron_slm.checkpoint.save import Progress
 from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
-from megatron_slm.errors import TrainingError
+from megatron_slm.errors import SlmError, TrainingError
 from megatron_slm.loss.objective import StepSettings
+from megatron_slm.parallel.collectives import together
 from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.lr_schedule import learning_rate
-from megatron_slm.training.metrics import MetricsWriter, ProgressLine, training_metrics
+from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
 from megatron_slm.training.signals import StopRequest
 from megatron_slm.training.step import StepResult, train_step
@@ -27,7 +29,8 @@ def train(run: Run) -> None:
     config, position = run.plan.config, run.position
     last = config.training.train_iters
     stop, skipped_in_a_row = StopRequest(local_device()), 0
-    with _Recorder(run) as recorder:
+    _raise_together(run.train_source.prepare(position.consumed_samples))
+    with closing(run.train_source), _Recorder(run) as recorder:
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
             run.probe.prepare()
         while position.step < last:
@@ -41,14 +44,23 @@ def train(run: Run) -> None:
             _check_finite(skipped_in_a_row, config.training.max_skipped_steps, position.step)
             if run.probe is not None and run.probe.due(position.step):
                 recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
-            stopping = stop.agreed()
+            unreadable = run.train_source.prepare(position.consumed_samples)
+            stopping = stop.agreed(unreadable is not None)
             if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
                 recorder.saved(_save(run))  # before evaluating: what ends a run early does not wait
             if _due(position.step, config.logging.eval_interval, last):
                 recorder.evaluations()
             if stopping:
+                _raise_together(unreadable)
                 recorder.say(f"asked to stop; stopped after step {position.step}")
                 break
+
+
+def _raise_together(error: SlmError | None) -> None:
+    """What any rank has is raised on every rank. Collective."""
+    with together():
+        if error is not None:
+            raise error
 
 
 def _settings(run: Run) -> StepSettings:
@@ -63,6 +75,7 @@ def _save(run: Run) -> Path:
         adam_step=position.adam_step,
         score_threshold=position.score_threshold,
         probe_kept=position.probe_kept,
+        data=run.plan.train_samples.state(position.consumed_samples) if dist.get_rank() == 0 else {},
     )
     return run.writer.save(run.trainer.engine.optimizer, progress)
 
@@ -123,6 +136,10 @@ class _Recorder:
             "tokens_per_second": tokens_per_step / result.seconds,
             "skipped_steps": position.skipped_steps,
         }
+        sources = plan.train_samples.sources
+        if len(sources) > 1:
+            names, consumed = [s.name for s in sources], plan.train_samples.consumed(position.consumed_samples)
+            values["sources"] = source_metrics(result.sums, names, consumed)
         if _due(position.step, plan.config.logging.log_interval, plan.config.training.train_iters):
             self.writer.write(values)
         self.line.update(position.step, values)
@@ -130,7 +147,10 @@ class _Recorder:
     def evaluations(self) -> None:
         """Evaluate every held-out set and record its loss. Collective."""
         run = self.run
+        is_end = run.position.step == run.plan.config.training.train_iters
         for held_out in run.held_out:
+            if held_out.only_at_end and not is_end:
+                continue
             loss = evaluate(
                 run.trainer,
                 held_out,
