@@ -21,9 +21,8 @@ _BLOCK = 1024
 
 
 def normalized(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights that add up to 1, in Megatron's arithmetic (it divides twice)."""
+    """Weights that add up to 1, in Megatron's arithmetic."""
     values = np.array(weights, dtype=np.float64)
-    values = values / np.sum(values)
     return tuple((values / np.sum(values)).tolist())
 
 

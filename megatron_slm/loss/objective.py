@@ -79,7 +79,7 @@ class LossSums:
         """From the values of its fields in order, those of `by_source` one after the other."""
         names = [f.name for f in fields(cls)][:-1]
         scalars = dict(zip(names, values, strict=False))
-        return cls(**scalars, by_source=tuple(values[len(names) :]))  # type: ignore[arg-type]
+        return cls(**scalars, by_source=tuple(values[len(names) :]))
 
     def __add__(self, other: LossSums) -> LossSums:
         pairs = zip_longest(self.by_source, other.by_source, fillvalue=0.0)

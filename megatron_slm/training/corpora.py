@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -108,8 +108,9 @@ def _train_samples(
     needed, weighted = dict.fromkeys(opened, 0), []
     for (first, blend), end in zip(phases, ends, strict=True):
         prefixes = [corpus.prefix for corpus in blend.corpora]
-        sizes = blend.weights or _sizes([makers[prefix] for prefix in prefixes])
-        weights = normalized(sizes)
+        # Megatron divides weights by their sum twice, sizes once: the last bits can decide a tie
+        given = normalized(blend.weights) if blend.weights else _sizes([makers[prefix] for prefix in prefixes])
+        weights = normalized(given)
         weighted.append(Phase(first, {numbers[p]: w for p, w in zip(prefixes, weights, strict=True)}))
         for prefix, weight in zip(prefixes, weights, strict=True):
             needed[prefix] += end - first if len(prefixes) == 1 else needed_samples(weight, end - first)
@@ -148,7 +149,7 @@ def _make_samples(
     )
 
 
-def _sizes(makers: list[MakeSamples]) -> list[float]:
+def _sizes(makers: list[MakeSamples]) -> Sequence[float]:
     """Samples of one epoch of each corpus, which are its weight where none is given; one corpus needs no weight."""
     return [1.0] if len(makers) == 1 else [float(len(make(None, 0))) for make in makers]
 
