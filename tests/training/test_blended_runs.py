@@ -66,7 +66,7 @@ def test_losses_and_counts_of_each_corpus_are_logged(
         assert mean == pytest.approx(line["loss_all"], rel=1e-12)
         mean = sum(p["loss"] * p["kept_tokens"] for p in parts.values() if p["kept_tokens"]) / line["kept_tokens"]
         assert mean == pytest.approx(line["loss"], rel=1e-12)
-    order = greedy_choices(np.array(normalized([6, 3, 1])), 8)[0].tolist()
+    order = greedy_choices(np.array(normalized(normalized([6, 3, 1]))), 8)[0].tolist()
     first = lines(tmp_path)[0]["sources"]
     for number, name in enumerate(("web", "books", "code")):
         rows = [seen[i] for i in range(8) if order[i] == number]
