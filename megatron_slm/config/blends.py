@@ -117,6 +117,11 @@ def check_names(corpora: Iterable[NamedPrefix], flag: str) -> None:
         by_name[corpus.name] = corpus.prefix
 
 
+def is_number(word: str) -> bool:
+    """Whether a word of a blend is a weight."""
+    return _number(word) is not None
+
+
 def _number(word: str) -> float | None:
     try:
         return float(word)

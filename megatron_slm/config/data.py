@@ -35,7 +35,8 @@ class DataConfig:
     """Other blends from a step on, each `STEP: BLEND` ('2000: 0.3 web 0.7 books'). A corpus that goes on in another
     phase goes on where it was."""
     data_cache_path: str | None = None
-    """Folder for the index of the samples, shared by the ranks of a node; default: RUN_DIR/index-cache."""
+    """Folder for the index of the samples, and for copies of corpora that are named by an address that fsspec opens
+    (s3://...); shared by the ranks of a node. Default: RUN_DIR/index-cache."""
     num_workers: int = 2
     """Threads of a rank that read micro-batches ahead; 0 reads them when they are needed. Results do not depend on
     it."""

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from megatron_slm.checkpoint.format import Manifest
 from megatron_slm.config import RunConfig
-from megatron_slm.config.blends import Blend, NamedPrefix, check_names, named_prefix, parse_blend, parse_phases
+from megatron_slm.config.blends import (
+    Blend,
+    NamedPrefix,
+    check_names,
+    is_number,
+    named_prefix,
+    parse_blend,
+    parse_phases,
+)
 from megatron_slm.config.data import DataConfig
 from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.blending import BlendedSamples, MakeSamples, OrderedSamples, Phase, Source, needed_samples
@@ -21,6 +29,7 @@ from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
 from megatron_slm.data.packing import PackedSamples, SequentialSamples, split_bounds
 from megatron_slm.data.sidecar import read_sidecar
+from megatron_slm.data.staging import staged
 from megatron_slm.data.tokenizers import Tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, CorpusError, VocabularyError
 
@@ -79,12 +88,18 @@ def open_data(
             phases.append((phase.first_step * global_batch_size, phase.blend))
     named = {corpus.prefix: corpus for _, blend in phases for corpus in blend.corpora}
     check_names(named.values(), "--data-phases")
-    opened = {prefix: _open_with_mask(prefix, tokenizer, num_tokens) for prefix in named}
+    cache = cache_folder(config)
+    opened = {prefix: _open_with_mask(staged(prefix, cache), tokenizer, num_tokens) for prefix in named}
     return RunData(
         train=_train_samples(config, paths.split, phases, named, opened, num_samples, manifest),
         valid=_held_out(config, paths, paths.valid, opened, 1, "valid", tokenizer, num_tokens),
         test=_held_out(config, paths, paths.test, opened, 2, "test", tokenizer, num_tokens),
     )
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where indices, and copies of corpora that lie elsewhere, are kept."""
+    return Path(config.data.data_cache_path or Path(config.logging.run_dir) / "index-cache")
 
 
 def _train_samples(
@@ -96,7 +111,7 @@ def _train_samples(
     num_samples: int,
     manifest: Manifest | None,
 ) -> BlendedSamples:
-    cache = IndexCache(Path(config.data.data_cache_path or Path(config.logging.run_dir) / "index-cache"))
+    cache = IndexCache(cache_folder(config))
     makers: dict[str, MakeSamples] = {}
     sequences: dict[str, tuple[int, int]] = {}
     for prefix, corpus in opened.items():
@@ -184,7 +199,9 @@ def _held_out(
         if title in found:
             flag = f"--{name}-data-path"
             raise ConfigError(flag, corpus.prefix, f"has a name of its own ({title} is taken)", "write NAME=PREFIX")
-        held = opened.get(corpus.prefix) or _open_with_mask(corpus.prefix, tokenizer, num_tokens)
+        held = opened.get(corpus.prefix) or _open_with_mask(
+            staged(corpus.prefix, cache_folder(config)), tokenizer, num_tokens
+        )
         whole = held.tokens.num_sequences
         found[title] = SequentialSamples(held.tokens, 0, whole, sequence_length=length, loss_mask=held.loss_mask)
     return found
@@ -235,7 +252,7 @@ def _read_sets(path: str, flag: str) -> tuple[list[str], list[str], list[str]]:
 def _without_weights(words: list[str], flag: str) -> tuple[NamedPrefix, ...]:
     if not words:
         return ()
-    if len(words) % 2 == 0 and parse_blend(words, flag).weights is not None:
+    if len(words) % 2 == 0 and is_number(words[0]):
         logger.warning("%s: held-out corpora are evaluated whole, each by itself; their weights are not used", flag)
         return parse_blend(words, flag).corpora
     return tuple(named_prefix(word) for word in words)
@@ -342,9 +359,11 @@ def check_order(config: RunConfig, manifest: Manifest | None, samples: BlendedSa
     return False
 
 
-def describe_source(source: Source, num_drawn: int, num_samples: int) -> str:
-    """What a run draws from one corpus, in a line."""
-    return (
-        f"{source.orders[0].tokens_per_epoch:,} tokens, {num_drawn / num_samples:.1%} of the samples, "
-        f"{source.epochs(num_drawn):,.2f} epochs"
-    )
+def describe_sources(samples: BlendedSamples) -> list[str]:
+    """What a run draws from each of its corpora, a line each."""
+    total = len(samples)
+    return [
+        f"corpus {source.name}: {source.orders[0].tokens_per_epoch:,} tokens, {drawn / total:.1%} of the samples, "
+        f"{source.epochs(drawn):,.2f} epochs"
+        for source, drawn in zip(samples.sources, samples.consumed(total), strict=True)
+    ]

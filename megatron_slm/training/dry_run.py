@@ -15,7 +15,7 @@ from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.training.corpora import describe_source, document_treatment
+from megatron_slm.training.corpora import describe_sources, document_treatment
 from megatron_slm.training.plan import Plan
 
 
@@ -88,9 +88,9 @@ def _batch_table(plan: Plan) -> Table:
         "steps": f"{config.training.train_iters:,}" + (f" from {plan.resume.manifest.step:,}" if plan.resume else ""),
         "tokens of the run": f"{tokens_per_step * config.training.train_iters:,}",
     }
-    consumed = samples.consumed(len(samples))
-    for source, count in zip(samples.sources, consumed, strict=True):
-        rows[f"corpus {source.name}"] = describe_source(source, count, len(samples))
+    for line in describe_sources(samples):
+        name, _, text = line.partition(": ")
+        rows[name] = text
     rows["documents"] = document_treatment(config.data)
     for reader in plan.scores.readers if plan.scores else ():
         stored = reader.manifest
