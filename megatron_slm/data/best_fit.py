@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,13 +60,14 @@ class BestFitSamples:
         self._cache = cache or IndexCache(None)
         lengths = corpus.sequence_lengths[start:stop]
         self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
-        self.samples_per_epoch = _samples_per_epoch(lengths, sequence_length)
+        sized = self._cache.arrays("best-fit-size", self.order_fingerprint, corpus, self._size)
+        self.samples_per_epoch = int(sized["samples"][0])
         if self.samples_per_epoch == 0:
             raise too_few_tokens(corpus, start, stop, int(lengths.max(initial=0)), 2)
         self.num_epochs = -(-(num_samples or 1) // self.samples_per_epoch)
         self._epochs: OrderedDict[int, Arrays] = OrderedDict()
 
-    @property
+    @cached_property
     def order_fingerprint(self) -> str:
         """The same for two objects that give the same samples in the same order, else another (SHA-256)."""
         start, stop = self._documents
@@ -107,6 +109,12 @@ class BestFitSamples:
                 self._epochs.popitem(last=False)
         return held
 
+    def _size(self) -> Arrays:
+        """How many samples an epoch fills; it depends on the documents' lengths alone."""
+        lengths = self.corpus.sequence_lengths[slice(*self._documents)]
+        sizes = -np.sort(-_pieces(lengths, self.sequence_length, 0)[:, 2])
+        return {"samples": best_fit(sizes, self.sequence_length + 1).max(initial=-1, keepdims=True) + 1}
+
     def _build(self, epoch: int) -> Arrays:
         """Pieces, int64 [P, 3], sample after sample, and where each sample's end, int64 [samples + 1]."""
         generator = np.random.default_rng([self._seed, epoch])
@@ -130,13 +138,6 @@ def _pieces(lengths: npt.NDArray[np.int32], sequence_length: int, first: int) ->
     offset = (np.arange(len(sequence), dtype=np.int64) - before) * sequence_length
     length = np.minimum(sequence_length + 1, lengths[sequence] - offset)
     return np.stack([sequence + first, offset, length], axis=1)
-
-
-def _samples_per_epoch(lengths: npt.NDArray[np.int32], sequence_length: int) -> int:
-    """How many samples the documents fill; it depends on their lengths alone."""
-    sizes = -np.sort(-_pieces(lengths, sequence_length, 0)[:, 2])
-    bins = best_fit(sizes, sequence_length + 1)
-    return int(bins.max(initial=-1)) + 1
 
 
 def best_fit(sizes: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:

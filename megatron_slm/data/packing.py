@@ -151,7 +151,7 @@ class PackedSamples:
         """Sample k of the order is sample shuffle_index[k] of the stream, uint32 [len]."""
         return self._indices[1]
 
-    @property
+    @cached_property
     def order_fingerprint(self) -> str:
         """The same for two objects that give the same samples in the same order, else another (SHA-256).
 
