@@ -127,6 +127,53 @@ def measure_loading(*, micro_batch_size: int = 4, num_documents: int = 20_000, s
     return record
 
 
+def measure_share(*, step_seconds: float = 1.0, num_steps: int = 10, num_micro_batches: int = 16) -> dict[str, Any]:
+    """Which share of a run's time is spent waiting for micro-batches of 4 x 2048 tokens.
+
+    The step is a busy CPU, as a rank's Python thread is while it launches kernels: reading has to share it.
+    """
+    from megatron_slm.data.indexed import IndexedCorpus
+    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+    from megatron_slm.data.loader import MicroBatchSource
+    from megatron_slm.data.packing import PackedSamples
+    from megatron_slm.data.prefetch import Prefetcher
+
+    num_samples, shares = num_steps * num_micro_batches * 4, {}
+    with tempfile.TemporaryDirectory() as folder:
+        generator = np.random.default_rng(0)
+        with IndexedCorpusWriter(Path(folder) / "corpus", np.uint16) as writer:
+            for length in generator.geometric(1 / 600, size=5000):
+                writer.add_document(generator.integers(0, 50_000, size=int(length)))
+        corpus = IndexedCorpus(f"{folder}/corpus")
+        order = {"sequence_length": SEQ_LENGTH, "num_samples": num_samples, "seed": 1}
+        samples = PackedSamples(corpus, 0, corpus.num_sequences, **order)  # type: ignore[arg-type]
+        for num_threads in (0, 2):
+            source = MicroBatchSource(
+                samples, micro_batch_size=4, data_parallel_rank=0, data_parallel_size=1, vocab_size=50_000
+            )
+            ahead = Prefetcher(
+                source, num_micro_batches=num_micro_batches, num_samples=num_samples, num_threads=num_threads
+            )
+            ahead.prepare(0)
+            waited, started = 0.0, time.perf_counter()
+            for step in range(num_steps):
+                began = time.perf_counter()
+                ahead.prepare(step * num_micro_batches * 4)
+                for micro_step in range(num_micro_batches):
+                    ahead.micro_batch(step * num_micro_batches * 4, micro_step)
+                waited += time.perf_counter() - began
+                _compute(step_seconds)
+            shares[f"{num_threads} threads"] = waited / (time.perf_counter() - started)
+            ahead.close()
+    return {"step_seconds": step_seconds, "num_micro_batches": num_micro_batches, "share_of_the_time": shares}
+
+
+def _compute(seconds: float) -> None:
+    matrix, until = np.ones((256, 256), dtype=np.float32), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        matrix @ matrix
+
+
 def _mean_seconds(source: Any, num_micro_batches: int, seconds: float) -> float:
     source.micro_batch(0, 0)
     started, count = time.perf_counter(), 0
@@ -164,6 +211,7 @@ def measure_all() -> dict[str, Any]:
         "index": [measure_index(packing=packing) for packing in PACKINGS],
         "blend": [measure_blend(), measure_blend(10**8)],
         "loading": measure_loading(),
+        "share": measure_share(),
         "cores": os.cpu_count(),
     }
 
