@@ -8,6 +8,28 @@ import torch
 from torch import Tensor
 
 
+class Documents(NamedTuple):
+    """Where documents lie in a micro-batch whose samples hold several, for attention that keeps them apart.
+
+    Positions are counted through the micro-batch sample by sample, N = b * s of them; no document goes beyond its
+    sample.
+    """
+
+    lengths: tuple[int, ...] | None
+    """Tokens of each document, in order, adding up to N; None where attention crosses documents."""
+
+    cumulative: Tensor | None
+    """Where each document starts, and N: int32 [documents + 1]; None where `lengths` is."""
+
+    position_bs: Tensor | None
+    """Positions that start at 0 in every document, int64 [b, s]; None where they go on through the sample."""
+
+    def to(self, device: torch.device) -> Documents:
+        """The same on another device."""
+        tensors = (None if x is None else x.to(device, non_blocking=True) for x in (self.cumulative, self.position_bs))
+        return Documents(self.lengths, *tensors)
+
+
 class MicroBatch(NamedTuple):
     """The tokens of one micro-batch on one data-parallel rank (b samples of s tokens)."""
 
@@ -22,6 +44,16 @@ class MicroBatch(NamedTuple):
 
     sample_b: Tensor
     """Each sample's number in the order of the run (or of the held-out set), int64 [b]; the same at any layout."""
+
+    source_b: Tensor | None = None
+    """Which of the run's corpora each sample is from, int64 [b]; None where there is one."""
+
+    documents: Documents | None = None
+    """Where documents lie; None where attention and positions go through whole samples."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
 
 class TokenStatistics(NamedTuple):

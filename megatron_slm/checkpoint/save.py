@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from threading import Thread
@@ -57,6 +57,8 @@ class Progress:
     tokens_kept: int | None = 0
     probe_kept: Tensor | None = None
     """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Where the run stands in each of its corpora (`BlendedSamples.state`)."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Writer:
             layout={**sizes, "zero_stage": self.zero_stage},
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             sample_order=self.sample_order,
+            data=progress.data,
             files=dict(sorted(files.items())),
             versions=dict(versions()),
         )

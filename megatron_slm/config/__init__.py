@@ -1,9 +1,9 @@
 """What a run is told: one frozen dataclass per section, and how they are read."""
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.data import DataConfig
 from megatron_slm.config.sections import (
     CheckpointConfig,
-    DataConfig,
     LoggingConfig,
     LossHeadConfig,
     ModelConfig,

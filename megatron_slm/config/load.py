@@ -181,6 +181,8 @@ def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]
     for name, value in values.items():
         if typing.get_origin(hints[name]) is list and not isinstance(value, list):
             values[name] = value.split() if isinstance(value, str) else [value]
+        if hints[name] == list[str]:  # the weights of a blend are numbers in YAML
+            values[name] = [str(x) if isinstance(x, (int, float)) else x for x in values[name]]
         if isinstance(value, str) and hints[name] in (float, float | None):
             with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 (no dot) as a string
                 values[name] = float(value)

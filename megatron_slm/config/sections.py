@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_slm.config.data import DataConfig
 from megatron_slm.config.selection import check_selection
 from megatron_slm.errors import ConfigError
 
@@ -114,39 +115,6 @@ class ParallelConfig:
             True,
             "needs --tensor-model-parallel-size of 2 or more",
             "raise the tensor-parallel size or leave it out",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Corpora and the tokenizer they were made with."""
-
-    data_path: list[str] = field(default_factory=list)
-    """Prefix of the training corpus (PREFIX.bin and PREFIX.idx)."""
-    split: str = "1,0,0"
-    """Shares of --data-path for training, validation (a held-out set named valid) and test (left unread), as
-    Megatron cuts them (969,30,1)."""
-    valid_data_path: list[str] = field(default_factory=list)
-    """Held-out corpora, each PREFIX or NAME=PREFIX; each is evaluated whole under its name."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
-    """HuggingFaceTokenizer, SentencePieceTokenizer (GPTSentencePieceTokenizer, Llama2Tokenizer), NullTokenizer."""
-    tokenizer_model: str | None = None
-    """Tokenizer folder or file; default: the one in --init-from."""
-    vocab_size: int | None = None
-    """Number of tokens; only for NullTokenizer, which has no table of its own."""
-    seq_length: int = 2048
-    """Tokens of a sample that the model reads."""
-    eod_mask_loss: bool = False
-    """Leave out the label that follows an end-of-document token."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "seq_length", "vocab_size")
-        _require(
-            len(self.data_path) <= 1,
-            "data_path",
-            self.data_path,
-            "is one corpus prefix",
-            "merge the corpora or choose one of them",
         )
 
 

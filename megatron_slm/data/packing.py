@@ -13,29 +13,18 @@ import hashlib
 import itertools
 import re
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.indexed import IndexedCorpus
+from megatron_slm.data.reading import Piece, Sample, SequenceReader
 from megatron_slm.errors import ConfigError, CorpusError
 
 SEPARATE_LAST_EPOCH_BELOW = 0.80
 """A last epoch that is used for less than this share is shuffled apart, else its documents all mix in."""
-
-PADDING_ID = 0
-"""Fills the last held-out sample: any id the embedding has; its labels are never valid."""
-
-
-class Sample(NamedTuple):
-    """One sample: `s` inputs and their labels, overlapping."""
-
-    tokens: npt.NDArray[np.int64]
-    """int64 [s + 1]: inputs are [:-1], labels are [1:]."""
-
-    valid: npt.NDArray[np.bool_]
-    """bool [s]: True where the label counts."""
 
 
 class Samples(Protocol):
@@ -93,6 +82,8 @@ class PackedSamples:
         num_samples: how many will be asked for at least; decides the number of epochs E, the least with
             E * T >= num_samples * s + 1. None: one epoch.
         seed: seeds both shuffles.
+        loss_mask: which tokens are trained on; None for all (see `SequenceReader`).
+        cache: where the index is kept; None keeps it in memory.
 
     Attributes:
         num_epochs: E.
@@ -111,17 +102,21 @@ class PackedSamples:
         sequence_length: int,
         num_samples: int | None,
         seed: int,
+        loss_mask: IndexedCorpus | None = None,
+        cache: IndexCache | None = None,
     ) -> None:
-        _check_range(corpus, start, stop, sequence_length)
+        check_range(corpus, start, stop, sequence_length)
         if num_samples is not None and num_samples < 1:
             raise ConfigError("num_samples", num_samples, "must be at least 1", "ask for one sample or more")
         if not 0 <= seed < 2**32:
             raise ConfigError("seed", seed, "must be within [0, 2**32)", "choose another seed")
         self.corpus = corpus
         self.sequence_length = sequence_length
+        self.loss_mask, self._reader = loss_mask, SequenceReader(corpus, loss_mask)
+        self._cache = cache or IndexCache(None)
         self.tokens_per_epoch = int(corpus.sequence_lengths[start:stop].sum(dtype=np.int64))
         if self.tokens_per_epoch < 1 or (num_samples is None and self.tokens_per_epoch <= sequence_length):
-            raise _too_few_tokens(corpus, start, stop, self.tokens_per_epoch, sequence_length + 1)
+            raise too_few_tokens(corpus, start, stop, self.tokens_per_epoch, sequence_length + 1)
         wanted = 1 if num_samples is None else num_samples * sequence_length + 1
         self.num_epochs = max(1, -(-wanted // self.tokens_per_epoch))
         self._num_samples = (self.num_epochs * self.tokens_per_epoch - 1) // sequence_length
@@ -130,16 +125,21 @@ class PackedSamples:
 
     @cached_property
     def _indices(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Document index, shuffle index and the stream's document ends: made on first use, since middle pipeline
-        stages never read a sample."""
-        # One state for both shuffles, in this order: Megatron's order depends on it.
-        state = np.random.RandomState(self._seed)
-        documents = np.arange(*self._documents, dtype=np.int32)
-        separate = self._first_part < self._num_samples
-        document_index = _document_index(documents, self.num_epochs, separate, state)
-        shuffle_index = _shuffle_index(self._first_part, self._num_samples, state)
-        ends = np.cumsum(self.corpus.sequence_lengths[document_index], dtype=np.int64)
-        return document_index, shuffle_index, ends
+        """Document index, shuffle index and the stream's document ends: made on first use, since most ranks of a
+        pipeline never read a sample."""
+
+        def build() -> dict[str, npt.NDArray[Any]]:
+            # One state for both shuffles, in this order: Megatron's order depends on it.
+            state = np.random.RandomState(self._seed)
+            documents = np.arange(*self._documents, dtype=np.int32)
+            separate = self._first_part < self._num_samples
+            document_index = _document_index(documents, self.num_epochs, separate, state)
+            shuffle_index = _shuffle_index(self._first_part, self._num_samples, state)
+            ends = np.cumsum(self.corpus.sequence_lengths[document_index], dtype=np.int64)
+            return {"document_index": document_index, "shuffle_index": shuffle_index, "ends": ends}
+
+        arrays = self._cache.arrays("concatenate", self.order_fingerprint, self.corpus, build)
+        return arrays["document_index"], arrays["shuffle_index"], arrays["ends"]
 
     @property
     def document_index(self) -> npt.NDArray[np.int32]:
@@ -151,7 +151,7 @@ class PackedSamples:
         """Sample k of the order is sample shuffle_index[k] of the stream, uint32 [len]."""
         return self._indices[1]
 
-    @property
+    @cached_property
     def order_fingerprint(self) -> str:
         """The same for two objects that give the same samples in the same order, else another (SHA-256).
 
@@ -173,17 +173,18 @@ class PackedSamples:
         return self._num_samples
 
     def __getitem__(self, index: int, /) -> Sample:
-        """Sample `index` of the order; every label is valid.
+        """Sample `index` of the order; every label is valid that no loss mask leaves out.
 
         Raises:
             IndexError: there is no such sample.
+            CorpusError: it cannot be read.
         """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self.name}, which has {self._num_samples}")
         position = int(self.shuffle_index[index]) * self.sequence_length
         document_index, _, ends = self._indices
-        tokens = _read_stream(self.corpus, document_index, ends, position, self.sequence_length + 1)
-        return Sample(tokens, np.ones(self.sequence_length, dtype=np.bool_))
+        pieces = _stream_pieces(self.corpus, document_index, ends, position, self.sequence_length + 1)
+        return self._reader.sample(pieces, self.sequence_length)
 
     def _samples_shuffled_first(self, num_samples: int | None) -> int:
         """Samples that are shuffled together first: all, or those before a last epoch that is little used.
@@ -208,21 +209,31 @@ class SequentialSamples:
         corpus: where the tokens are.
         start, stop: the sequences (see `split_bounds`).
         sequence_length: inputs of a sample, `s`.
+        loss_mask: which tokens count; None for all (see `SequenceReader`).
 
     Raises:
         ConfigError: a number is out of range.
         CorpusError: the sequences hold fewer than two tokens.
     """
 
-    def __init__(self, corpus: IndexedCorpus, start: int, stop: int, *, sequence_length: int) -> None:
-        _check_range(corpus, start, stop, sequence_length)
+    def __init__(
+        self,
+        corpus: IndexedCorpus,
+        start: int,
+        stop: int,
+        *,
+        sequence_length: int,
+        loss_mask: IndexedCorpus | None = None,
+    ) -> None:
+        check_range(corpus, start, stop, sequence_length)
         self.corpus = corpus
+        self._reader = SequenceReader(corpus, loss_mask)
         self.sequence_length = sequence_length
         self._documents = np.arange(start, stop, dtype=np.int64)
         self._ends = np.cumsum(corpus.sequence_lengths[start:stop], dtype=np.int64)
         self.num_tokens = int(self._ends[-1]) if self._ends.size else 0
         if self.num_tokens < 2:
-            raise _too_few_tokens(corpus, start, stop, self.num_tokens, 2)
+            raise too_few_tokens(corpus, start, stop, self.num_tokens, 2)
 
     @property
     def name(self) -> str:
@@ -243,9 +254,8 @@ class SequentialSamples:
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
         position = index * self.sequence_length
         count = min(self.sequence_length + 1, self.num_tokens - position)
-        tokens = np.full(self.sequence_length + 1, PADDING_ID, dtype=np.int64)
-        tokens[:count] = _read_stream(self.corpus, self._documents, self._ends, position, count)
-        return Sample(tokens, np.arange(1, self.sequence_length + 1) < count)
+        pieces = _stream_pieces(self.corpus, self._documents, self._ends, position, count)
+        return self._reader.sample(pieces, self.sequence_length)
 
 
 def _document_index(
@@ -271,10 +281,10 @@ def _shuffle_index(first: int, total: int, state: np.random.RandomState) -> npt.
     return index
 
 
-def _read_stream(
+def _stream_pieces(
     corpus: IndexedCorpus, documents: npt.NDArray[Any], ends: npt.NDArray[np.int64], position: int, count: int
-) -> npt.NDArray[np.int64]:
-    """Tokens [position, position + count) of the documents laid end to end, int64 [count].
+) -> list[Piece]:
+    """Tokens [position, position + count) of the documents laid end to end, as pieces of sequences.
 
     Args:
         corpus: where the tokens are.
@@ -283,20 +293,24 @@ def _read_stream(
         position: first token; position + count <= ends[-1].
         count: number of tokens.
     """
-    tokens = np.empty(count, dtype=np.int64)
+    pieces = []
     # The first place that ends behind the position; places without a token never do.
     place = int(np.searchsorted(ends, position, side="right"))
-    filled = 0
-    while filled < count:
+    while count:
         document, end = int(documents[place]), int(ends[place])
-        take = min(end - position, count - filled)
-        offset = int(corpus.sequence_lengths[document]) - (end - position)
-        tokens[filled : filled + take] = corpus.get(document, offset, take)
-        filled, position, place = filled + take, position + take, place + 1
-    return tokens
+        take = min(end - position, count)
+        if take:
+            pieces.append(Piece(document, int(corpus.sequence_lengths[document]) - (end - position), take))
+        count, position, place = count - take, position + take, place + 1
+    return pieces
 
 
-def _check_range(corpus: IndexedCorpus, start: int, stop: int, sequence_length: int) -> None:
+def check_range(corpus: IndexedCorpus, start: int, stop: int, sequence_length: int) -> None:
+    """Refuse a sample without a token, and sequences that the corpus does not have.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
     if sequence_length < 1:
         raise ConfigError("sequence_length", sequence_length, "must be at least 1", "give --seq-length")
     if not 0 <= start <= stop <= corpus.num_sequences:
@@ -308,7 +322,8 @@ def _check_range(corpus: IndexedCorpus, start: int, stop: int, sequence_length: 
         )
 
 
-def _too_few_tokens(corpus: IndexedCorpus, start: int, stop: int, found: int, needed: int) -> CorpusError:
+def too_few_tokens(corpus: IndexedCorpus, start: int, stop: int, found: int, needed: int) -> CorpusError:
+    """The error of a set that is too small."""
     return CorpusError(
         f"tokens in sequences [{start}, {stop}) of {corpus.prefix}",
         found,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from megatron_slm.selection.selector import Choice, Ranking, Selector
 from megatron_slm.types import MicroBatch, Selection, TokenStatistics
 
 ONE_BY_ITSELF = DataParallel()
+
+
+SOURCE_SUMS = ("kept_loss", "kept_tokens", "valid_loss", "valid_tokens")
+"""What is summed for each corpus by itself."""
 
 
 class OutputWeight(NamedTuple):
@@ -61,14 +66,25 @@ class LossSums:
     threshold: float = 0.0
     """What micro-batches say of the next step's threshold, times `threshold_tokens`."""
     threshold_tokens: float = 0.0
+    by_source: tuple[float, ...] = ()
+    """`SOURCE_SUMS` of each of the run's corpora, one corpus after the other; empty where there is one corpus."""
 
     @property
     def nothing_finite(self) -> bool:
         """Nothing could be kept, because no number was finite: the step has no gradient, not one of zero."""
         return self.nonfinite_tokens > 0 and self.ranked_tokens == 0
 
+    @classmethod
+    def of(cls, values: list[float]) -> LossSums:
+        """From the values of its fields in order, those of `by_source` one after the other."""
+        names = [f.name for f in fields(cls)][:-1]
+        scalars = dict(zip(names, values, strict=False))
+        return cls(**scalars, by_source=tuple(values[len(names) :]))
+
     def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        pairs = zip_longest(self.by_source, other.by_source, fillvalue=0.0)
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return LossSums(**{**sums, "by_source": tuple(a + b for a, b in pairs)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +114,8 @@ class Objective:
     predictor: ThresholdPredictor = field(default_factory=ThresholdPredictor)
     """Guesses which rows will be kept; no result depends on what it has seen."""
     observer: Observer | None = None
+    num_sources: int = 1
+    """Corpora of the run."""
 
     def loss(
         self,
@@ -148,7 +166,8 @@ class Objective:
         if self.observer is not None:
             self.observer(batch, tokens.loss_N, reference_loss_N, selection.kept_K)
         measured = self.selector.measure(chosen[0], settings.step)
-        return loss_sum, _sums(tokens.loss_N, reference_loss_N, chosen[0], batch.valid_bs.flatten(), measured)
+        sources = (batch.source_b, self.num_sources)
+        return loss_sum, _sums(tokens.loss_N, reference_loss_N, chosen[0], batch.valid_bs.flatten(), measured, sources)
 
     def choose(
         self,
@@ -202,6 +221,7 @@ def _sums(
     choice: Choice,
     valid_N: Tensor,
     measured_threshold: tuple[Tensor, Tensor],
+    sources: tuple[Tensor | None, int],
 ) -> LossSums:
     finite_N = choice.finite_N
     loss_N = torch.where(finite_N, token_loss_N.double(), 0.0)
@@ -223,7 +243,14 @@ def _sums(
         *(score_quantiles(choice.score_N, choice.ranked_N) * num_ranked),
         *measured_threshold,
     ]
-    return LossSums(*torch.stack([x.double() for x in sums]).tolist())  # one transfer from the device
+    source_b, num_sources = sources
+    if source_b is not None and num_sources > 1:
+        columns_Nf = torch.stack([loss_N * kept_N, kept_N.double(), loss_N, finite_N.double()], dim=1)
+        columns_bf = columns_Nf.view(len(source_b), -1, len(SOURCE_SUMS)).sum(1)
+        table = torch.zeros(num_sources, len(SOURCE_SUMS), dtype=torch.float64, device=loss_N.device)
+        sums += table.index_add_(0, source_b, columns_bf).flatten().unbind()
+    values = torch.stack([x.double() for x in sums]).tolist()  # one transfer from the device
+    return LossSums.of(values)
 
 
 def evaluation_sums(statistics: TokenStatistics, batch: MicroBatch) -> LossSums:

@@ -17,6 +17,7 @@ from megatron_slm.device import flash_attention_installed
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.norm import RMSNorm
 from megatron_slm.model.rope import rotate, rotation
+from megatron_slm.types import Documents
 
 FLASH_ATTENTION_WIDEST_HEAD = 256
 """Its kernels refuse wider heads."""
@@ -40,15 +41,26 @@ class Attention(nn.Module):
         self.k_norm = norm(f"{prefix}k_norm") if arch.qk_norm else nn.Identity()
         self.rope = (self.width, arch.rotary_base, tuple(sorted(arch.rope_scaling.items())))
 
-    def forward(self, x_sbd: Tensor) -> Tensor:
-        """[s, b, d] to [s, b, d]."""
+    def forward(self, x_sbd: Tensor, documents: Documents | None = None) -> Tensor:
+        """[s, b, d] to [s, b, d].
+
+        Args:
+            documents: what is kept apart; None for whole samples.
+        """
         q_sbf, k_sbf, v_sbf = self.qkv(x_sbd)
         q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
         k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.num_groups, self.width)))
         v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
 
         cos, sin = rotation(q_sbhk.shape[0], *self.rope, x_sbd.device)
-        out_sbhk = causal_attention(rotate(q_sbhk, cos, sin), rotate(k_sbgk, cos, sin), v_sbgk, self.window)
+        if documents is not None and documents.position_bs is not None:
+            position_sb = documents.position_bs.t()
+            cos, sin = cos[position_sb, 0], sin[position_sb, 0]
+        q_sbhk, k_sbgk = rotate(q_sbhk, cos, sin), rotate(k_sbgk, cos, sin)
+        if documents is not None and documents.lengths is not None:
+            out_sbhk = document_attention(q_sbhk, k_sbgk, v_sbgk, self.window, documents)
+        else:
+            out_sbhk = causal_attention(q_sbhk, k_sbgk, v_sbgk, self.window)
         return self.o_proj(out_sbhk.flatten(-2))
 
 
@@ -72,6 +84,27 @@ def causal_attention(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int
     return out.permute(2, 0, 1, 3)
 
 
+def document_attention(
+    q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None, documents: Documents
+) -> Tensor:
+    """`causal_attention` inside each document by itself, [s, b, h, k]; no mask is made of the whole sample.
+
+    Args:
+        window: see `causal_attention`.
+        documents: with `lengths`.
+    """
+    assert documents.lengths is not None, "documents that attention keeps apart have lengths"
+    length, num_samples = q_sbhk.shape[:2]
+    # one after the other: [s, b, heads, k] to [N, heads, k], samples outermost
+    q_Nhk, k_Ngk, v_Ngk = (x.transpose(0, 1).flatten(0, 1) for x in (q_sbhk, k_sbgk, v_sbgk))
+    if _flash_attention_takes(q_sbhk):
+        out_Nhk = _flash_attention_varlen(q_Nhk, k_Ngk, v_Ngk, window, documents)
+    else:
+        parts = zip(*(x[:, None].split(documents.lengths) for x in (q_Nhk, k_Ngk, v_Ngk)), strict=True)
+        out_Nhk = torch.cat([causal_attention(q, k, v, window) for q, k, v in parts]).squeeze(1)
+    return out_Nhk.unflatten(0, (num_samples, length)).transpose(0, 1)
+
+
 def _flash_attention_takes(q_sbhk: Tensor) -> bool:
     fits = q_sbhk.dtype in (torch.bfloat16, torch.float16) and q_sbhk.shape[-1] <= FLASH_ATTENTION_WIDEST_HEAD
     return q_sbhk.is_cuda and fits and flash_attention_installed()
@@ -85,3 +118,15 @@ def _flash_attention(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int
     # its window counts the positions to the left of one's own
     out = flash_attn_func(q, k, v, causal=True, window_size=(-1 if window is None else window - 1, 0))
     return out.transpose(0, 1)
+
+
+def _flash_attention_varlen(
+    q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
+) -> Tensor:
+    """All documents in one call of flash-attn's kernel for sequences of several lengths."""
+    from flash_attn import flash_attn_varlen_func
+
+    assert documents.lengths is not None, "documents that attention keeps apart have lengths"
+    ends, longest = documents.cumulative, max(documents.lengths)
+    sides = (-1 if window is None else window - 1, 0)
+    return flash_attn_varlen_func(q_Nhk, k_Ngk, v_Ngk, ends, ends, longest, longest, causal=True, window_size=sides)

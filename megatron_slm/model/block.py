@@ -9,6 +9,7 @@ from megatron_slm.model.attention import Attention
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.mlp import MLP
 from megatron_slm.model.norm import RMSNorm
+from megatron_slm.types import Documents
 
 
 class Block(nn.Module):
@@ -24,7 +25,11 @@ class Block(nn.Module):
         )
         self.mlp = MLP(arch, layers, f"{prefix}mlp.")
 
-    def forward(self, x_sbd: Tensor) -> Tensor:
-        """[s, b, d] to [s, b, d]."""
-        x_sbd = x_sbd + self.self_attn(self.input_layernorm(x_sbd))
+    def forward(self, x_sbd: Tensor, documents: Documents | None = None) -> Tensor:
+        """[s, b, d] to [s, b, d].
+
+        Args:
+            documents: what attention keeps apart; None for whole samples.
+        """
+        x_sbd = x_sbd + self.self_attn(self.input_layernorm(x_sbd), documents)
         return x_sbd + self.mlp(self.post_attention_layernorm(x_sbd))

@@ -27,7 +27,7 @@ from megatron_slm.pipeline.simulate import Sizes
 from megatron_slm.pipeline.window import Window
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.reference.stored import StoredScores
-from megatron_slm.types import MicroBatch, TokenStatistics
+from megatron_slm.types import Documents, MicroBatch, TokenStatistics
 
 BatchSource = Callable[[int], MicroBatch]
 """A micro-batch by its number, counted from the step's first on this data-parallel rank; from the number of
@@ -49,6 +49,8 @@ class StageContext:
     message_shape: tuple[int, int, int]
     """Hidden states between the model's stages: [s or s / size, b, d]."""
     dtype: torch.dtype
+    keeps_documents_apart: bool = False
+    """Whether layers must know where documents lie; every stage reads its micro-batches then."""
 
 
 class SelectiveEngine(PipelineEngine):
@@ -183,18 +185,26 @@ class SelectiveEngine(PipelineEngine):
         if i in self._window:
             return
         read = self._source(i)
-        self._window.add(i, MicroBatch(*(x.to(self.device) for x in read)))
+        self._window.add(i, read.to(self.device))
         scores = self.context.scores
         if scores is not None and self.is_last_stage() and torch.is_grad_enabled():
             self._window.add_reference(i, scores(read).to(self.device))
+
+    def _documents(self, i: int) -> Documents | None:
+        """Where the documents of a micro-batch lie; stages between the first and the last read it for that alone."""
+        if not self.context.keeps_documents_apart:
+            return None
+        self._load(i)
+        return self._window.batch(i).documents
 
     def _forward(self, i: int) -> None:
         if self.is_first_stage():
             x = self._window.batch(i).tokens_bs
         else:
             x = self._channels.previous[Lane.FORWARD].receive().requires_grad_(torch.is_grad_enabled())
+        documents = self._documents(i)
         with self._timing(Work.FORWARD):
-            out = DeepSpeedEngine.forward(self, x)
+            out = DeepSpeedEngine.forward(self, x, documents)
             if torch.is_grad_enabled():
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
             if self.is_last_stage():
@@ -240,8 +250,9 @@ class SelectiveEngine(PipelineEngine):
             x = self._window.batch(i).tokens_bs
         else:
             x = self._channels.previous[Lane.REFERENCE].receive()
+        documents = self._documents(i)
         with self._timing(Work.REFERENCE):
-            out = reference(x)
+            out = reference(x, documents)
             if self.is_last_stage():
                 statistics = reference.statistics(out, self.context.objective, self._window.batch(i))
                 self._window.add_reference(i, statistics)
@@ -267,7 +278,8 @@ class SelectiveEngine(PipelineEngine):
 
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step."""
-        self._sums = sum_over_world(self._sums, self.device)
+        num_sources = self.context.objective.num_sources
+        self._sums = sum_over_world(self._sums, self.device, num_sources=num_sources)
         with gradients_scaled(self.optimizer, step_factor(self._sums, self.context.topology.data)):
             PipelineEngine._exec_optimizer_step(self)
 

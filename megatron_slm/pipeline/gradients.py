@@ -11,14 +11,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_slm.loss.objective import LossSums
+from megatron_slm.loss.objective import SOURCE_SUMS, LossSums
 
 
-def sum_over_world(sums: LossSums, device: torch.device) -> LossSums:
-    """Add up the statistics of all ranks, the same bits on each. Collective over the world."""
-    values = torch.tensor(astuple(sums), dtype=torch.float64, device=device)
+def sum_over_world(sums: LossSums, device: torch.device, *, num_sources: int = 1) -> LossSums:
+    """Add up the statistics of all ranks, the same bits on each. Collective over the world.
+
+    Args:
+        num_sources: corpora of the run, which ranks that computed no loss do not see in `sums`.
+    """
+    *scalars, by_source = astuple(sums)
+    count = len(SOURCE_SUMS) * num_sources if num_sources > 1 else 0
+    padding = [0.0] * (count - len(by_source))
+    values = torch.tensor([*scalars, *by_source, *padding], dtype=torch.float64, device=device)
     dist.all_reduce(values)
-    return LossSums(*values.tolist())
+    return LossSums.of(values.tolist())
 
 
 def step_factor(sums: LossSums, data_parallel_size: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, StepSettings, evaluation_sums
+from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.layers import ParallelLayers, VocabularyWeight
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.types import MicroBatch, TokenStatistics
+from megatron_slm.types import Documents, MicroBatch, TokenStatistics
 
 _TIED = "embedding"
 
@@ -50,10 +52,34 @@ class StageModule(PipelineModule):
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d].
+
+        DeepSpeed's own hands one value from layer to layer, with nothing beside it.
+        """
+        recomputes = self.activation_checkpoint_interval > 0 and torch.is_grad_enabled()
+        for layer in self.forward_funcs:
+            x = run_layer(layer, x, documents, recomputes=recomputes)
+        return x
+
     def output_weight(self) -> OutputWeight:
         """The output weight's token rows held here; on the last stage only."""
         head = next(layer for layer in self.forward_funcs if isinstance(layer, Head))
         return output_rows(head.output or self.tied_modules[_TIED].embed_tokens)  # type: ignore[arg-type]
+
+
+def run_layer(
+    layer: Callable[..., Tensor], x: Tensor, documents: Documents | None, *, recomputes: bool = False
+) -> Tensor:
+    """One layer of the list on a micro-batch; only blocks ask where its documents lie.
+
+    Args:
+        recomputes: do not keep a block's activations for its backward pass.
+    """
+    if not isinstance(layer, Block):
+        return layer(x)
+    beside = () if documents is None else (documents,)
+    return checkpoint(layer, x, *beside, use_reentrant=False) if recomputes else layer(x, *beside)
 
 
 def _pass_on(embedding: nn.Module, x_sbd: Tensor) -> Tensor:
@@ -91,11 +117,10 @@ class FlatModule(nn.Module):
             settings: the training step's; None evaluates, over all valid tokens and without a gradient.
             probing: only select; instead of the loss comes which tokens are kept, bool [b, s].
         """
-        embedding, *blocks, head = self.layers
-        x_sbd = embedding(batch.tokens_bs)
-        for block in blocks:
-            x_sbd = checkpoint(block, x_sbd, use_reentrant=False) if self.recompute and self.training else block(x_sbd)
-        x_sbd = head(x_sbd)
+        embedding, *_, head = self.layers
+        x_sbd = batch.tokens_bs
+        for layer in self.layers:
+            x_sbd = run_layer(layer, x_sbd, batch.documents, recomputes=self.recompute and self.training)
         weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
         if probing and settings is not None:
             return self.objective.kept(x_sbd, weight, batch, reference, settings), LossSums()

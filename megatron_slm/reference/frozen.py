@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.loss.objective import Objective, OutputWeight
+from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.types import MicroBatch, TokenStatistics
+from megatron_slm.types import Documents, MicroBatch, TokenStatistics
 
 
 class FrozenStage(nn.Module):
@@ -43,10 +44,14 @@ class FrozenStage(nn.Module):
         return OutputWeight(weight.tokens(), weight.start, weight.rows)  # type: ignore[operator, arg-type]
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d]."""
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d].
+
+        Args:
+            documents: what attention keeps apart; None for whole samples.
+        """
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, documents) if documents is not None and isinstance(layer, Block) else layer(x)
         return x
 
     def statistics(self, x_sbd: Tensor, objective: Objective, batch: MicroBatch) -> TokenStatistics:

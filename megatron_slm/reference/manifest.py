@@ -36,7 +36,7 @@ class ScoredData:
     """Which samples were scored: sample k of two equal ones is the same text. Each field names its flag."""
 
     sequence_length: int = field(metadata={"flag": "--seq-length"})
-    sequences: tuple[int, int] = field(metadata={"flag": "--split (training sequences of the corpus, from and to)"})
+    sequences: tuple[int, ...] = field(metadata={"flag": "--split (training sequences of the corpus, from and to)"})
     seed: int = field(metadata={"flag": "--seed"})
     corpus_bytes: int = field(metadata={"flag": "--data-path (size of the .bin in bytes)"})
     corpus_sha256: str | None = field(metadata={"flag": "--data-path (checksum of the .bin)"})
@@ -45,6 +45,9 @@ class ScoredData:
     num_epochs: int = field(metadata={"flag": "epochs of the corpus (--train-iters x --global-batch-size)"})
     sample_order: str = field(metadata={"flag": "order of the samples"})
     num_samples: int = field(metadata={"flag": "samples (--train-iters x --global-batch-size)"})
+    documents: str = field(
+        default="concatenate", metadata={"flag": "--packing, --reset-attention-mask and --reset-position-ids"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from megatron_slm.convert.carried import ORIGIN
 from megatron_slm.convert.source import Model
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.packing import Samples
+from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.device import local_device
 from megatron_slm.errors import ConfigError
 from megatron_slm.loss.objective import LossSums, Objective, Observer
@@ -41,6 +42,7 @@ from megatron_slm.pipeline.schedule import Schedule
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import Sizes, describe
 from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.training.corpora import boundaries
 from megatron_slm.training.evaluation import HeldOutSet
 from megatron_slm.training.optimizer import build_optimizer
 from megatron_slm.training.origin import write_origin
@@ -85,7 +87,7 @@ class Run:
 
     plan: Plan
     trainer: Trainer
-    train_source: MicroBatchSource
+    train_source: Prefetcher
     held_out: list[HeldOutSet]
     probe: Probe | None
     saver: Saver
@@ -100,20 +102,27 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
     ranks_together = plan.selector.scope == "data-parallel"
     dp = data_parallel_group(plan.topology) if ranks_together else DataParallel()
-    objective = Objective(selector=plan.selector, tp=tp, dp=dp, head=plan.loss_head, observer=observer)
+    objective = Objective(
+        selector=plan.selector,
+        tp=tp,
+        dp=dp,
+        head=plan.loss_head,
+        observer=observer,
+        num_sources=len(plan.train_samples.sources),
+    )
     reference = build_reference(plan.reference, plan.topology, layers, plan.dtype)
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
     position = _fill(plan, trainer.engine.optimizer)
-    train_source = _source(plan, plan.train_samples, pads_at_end=False)
+    source = _source(plan, plan.train_samples, pads_at_end=False)
     return Run(
         plan=plan,
         trainer=trainer,
-        train_source=train_source,
+        train_source=_prefetcher(plan, source),
         held_out=_held_out(plan),
-        probe=_probe(plan, trainer, train_source),
+        probe=_probe(plan, trainer, source),
         saver=saver,
         position=position,
     )
@@ -154,6 +163,7 @@ def _pipeline_trainer(
             sizes=sizes,
             message_shape=(length, plan.config.training.micro_batch_size, plan.architecture.hidden_size),
             dtype=plan.dtype,
+            keeps_documents_apart=boundaries(plan.config, plan.tokenizer).matter_to_layers,
         )
     )
     searches = schedule.mode in ("skewed", "bubble")
@@ -210,7 +220,7 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         source = CheckpointSource(plan.resume.folder)
         position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
         position.tokens_seen, position.tokens_kept = manifest.tokens_seen, manifest.tokens_kept
-        if manifest.sample_order == plan.train_samples.order_fingerprint:  # else the first batch is another one
+        if plan.keeps_order:  # else the first batch is another one
             position.probe_kept = read_probe(plan.resume.folder, manifest)
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
         logger.info("resuming after step %d (saved at %s)", manifest.step, manifest.describe_layout())
@@ -230,19 +240,31 @@ def _source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> MicroBatchSou
         data_parallel_rank=plan.topology.coordinate(dist.get_rank()).data,
         data_parallel_size=plan.topology.data,
         vocab_size=plan.num_tokens,
-        eod_id=plan.tokenizer.eod_id,
-        eod_mask_loss=plan.config.data.eod_mask_loss,
+        boundaries=boundaries(plan.config, plan.tokenizer),
         pads_at_end=pads_at_end,
+    )
+
+
+def _prefetcher(plan: Plan, source: MicroBatchSource) -> Prefetcher:
+    """Reads ahead on the ranks that read at all."""
+    stage = plan.topology.coordinate(dist.get_rank()).pipeline
+    reads = stage in (0, plan.topology.pipeline - 1) or source.boundaries.matter_to_layers
+    return Prefetcher(
+        source,
+        num_micro_batches=plan.num_micro_batches,
+        num_samples=len(plan.train_samples),
+        num_threads=plan.config.data.num_workers if reads else 0,
     )
 
 
 def _held_out(plan: Plan) -> list[HeldOutSet]:
     sets = []
-    for name, samples in plan.held_out.items():
+    for name, samples in (*plan.held_out.items(), *plan.test.items()):
         count = num_global_batches(len(samples), plan.global_batch_size)
         if plan.config.logging.eval_iters is not None:
             count = min(count, plan.config.logging.eval_iters)
-        sets.append(HeldOutSet(name=name, source=_source(plan, samples, pads_at_end=True), num_global_batches=count))
+        source, at_end = _source(plan, samples, pads_at_end=True), name in plan.test
+        sets.append(HeldOutSet(name=name, source=source, num_global_batches=count, only_at_end=at_end))
     return sets
 
 

@@ -2,52 +2,283 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from megatron_slm.checkpoint.format import Manifest
 from megatron_slm.config import RunConfig
-from megatron_slm.data.indexed import IndexedCorpus
+from megatron_slm.config.blends import (
+    Blend,
+    NamedPrefix,
+    check_names,
+    is_number,
+    named_prefix,
+    parse_blend,
+    parse_phases,
+)
+from megatron_slm.config.data import DataConfig
+from megatron_slm.data.best_fit import BestFitSamples
+from megatron_slm.data.blending import BlendedSamples, MakeSamples, OrderedSamples, Phase, Source, needed_samples
+from megatron_slm.data.index_cache import IndexCache
+from megatron_slm.data.indexed import IndexedCorpus, idx_path, sidecar_path
+from megatron_slm.data.interleave import normalized
+from megatron_slm.data.loader import Boundaries
 from megatron_slm.data.packing import PackedSamples, SequentialSamples, split_bounds
 from megatron_slm.data.sidecar import read_sidecar
+from megatron_slm.data.staging import staged
 from megatron_slm.data.tokenizers import Tokenizer
-from megatron_slm.errors import CheckpointError, ConfigError, VocabularyError
+from megatron_slm.errors import CheckpointError, ConfigError, CorpusError, VocabularyError
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run reads."""
+
+    train: BlendedSamples
+    valid: dict[str, SequentialSamples] = field(default_factory=dict)
+    """Held-out sets by name."""
+    test: dict[str, SequentialSamples] = field(default_factory=dict)
+    """Held-out sets for the end of the run, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Paths:
+    """Corpora as the flags or the files that they name give them."""
+
+    train: Blend
+    valid: tuple[NamedPrefix, ...]
+    test: tuple[NamedPrefix, ...]
+    split: str | None
+    """How the training corpora are cut; None where they are for training alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Corpus:
+    tokens: IndexedCorpus
+    loss_mask: IndexedCorpus | None
+
+
 def open_data(
-    config: RunConfig, tokenizer: Tokenizer, num_tokens: int, num_samples: int
-) -> tuple[PackedSamples, dict[str, SequentialSamples]]:
-    """The training samples, `num_samples` of them at least, and the held-out sets by name.
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    num_tokens: int,
+    num_samples: int,
+    global_batch_size: int,
+    manifest: Manifest | None = None,
+) -> RunData:
+    """The training samples, `num_samples` of them, and the held-out sets by name.
+
+    Args:
+        global_batch_size: turns the steps of --data-phases into samples.
+        manifest: of the checkpoint that the run goes on from; its orders are kept and go on.
 
     Raises:
         SlmError: a corpus cannot be used, or two held-out sets have one name.
     """
-    data = config.data
-    if not data.data_path:
-        raise ConfigError(
-            "--data-path", data.data_path, "names a corpus", "give the PREFIX of PREFIX.bin and PREFIX.idx"
-        )
-    corpus = open_corpus(data.data_path[0], tokenizer, num_tokens)
-    bounds = split_bounds(data.split, corpus.num_sequences)
-    train = PackedSamples(
-        corpus, *bounds[0], sequence_length=data.seq_length, num_samples=num_samples, seed=config.training.seed
+    paths = _read_paths(config.data)
+    phases = [(0, paths.train)]
+    for phase in parse_phases(config.data.data_phases):
+        if phase.first_step * global_batch_size < num_samples:
+            phases.append((phase.first_step * global_batch_size, phase.blend))
+    named = {corpus.prefix: corpus for _, blend in phases for corpus in blend.corpora}
+    check_names(named.values(), "--data-phases")
+    cache = cache_folder(config)
+    opened = {prefix: _open_with_mask(staged(prefix, cache), tokenizer, num_tokens) for prefix in named}
+    return RunData(
+        train=_train_samples(config, paths.split, phases, named, opened, num_samples, manifest),
+        valid=_held_out(config, paths, paths.valid, opened, 1, "valid", tokenizer, num_tokens),
+        test=_held_out(config, paths, paths.test, opened, 2, "test", tokenizer, num_tokens),
     )
-    held_out = {}
-    if bounds[1][0] < bounds[1][1]:
-        held_out["valid"] = SequentialSamples(corpus, *bounds[1], sequence_length=data.seq_length)
-    for entry in data.valid_data_path:
-        name, given, prefix = entry.partition("=")
-        if not given:
-            name, prefix = Path(entry).name, entry
-        if name in held_out:
-            raise ConfigError(
-                "--valid-data-path", entry, f"has a name of its own ({name} is taken)", "write NAME=PREFIX"
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where indices, and copies of corpora that lie elsewhere, are kept."""
+    return Path(config.data.data_cache_path or Path(config.logging.run_dir) / "index-cache")
+
+
+def _train_samples(
+    config: RunConfig,
+    split: str | None,
+    phases: list[tuple[int, Blend]],
+    named: dict[str, NamedPrefix],
+    opened: dict[str, _Corpus],
+    num_samples: int,
+    manifest: Manifest | None,
+) -> BlendedSamples:
+    cache = IndexCache(cache_folder(config))
+    makers: dict[str, MakeSamples] = {}
+    sequences: dict[str, tuple[int, int]] = {}
+    for prefix, corpus in opened.items():
+        count = corpus.tokens.num_sequences
+        sequences[prefix] = split_bounds(split, count)[0] if split else (0, count)
+        makers[prefix] = partial(_make_samples, config, corpus, sequences[prefix], cache)
+    numbers = {prefix: number for number, prefix in enumerate(opened)}
+    ends = [*(first for first, _ in phases[1:]), num_samples]
+    needed, weighted = dict.fromkeys(opened, 0), []
+    for (first, blend), end in zip(phases, ends, strict=True):
+        prefixes = [corpus.prefix for corpus in blend.corpora]
+        # Megatron divides weights by their sum twice, sizes once: the last bits can decide a tie
+        given = normalized(blend.weights) if blend.weights else _sizes([makers[prefix] for prefix in prefixes])
+        weights = normalized(given)
+        weighted.append(Phase(first, {numbers[p]: w for p, w in zip(prefixes, weights, strict=True)}))
+        for prefix, weight in zip(prefixes, weights, strict=True):
+            needed[prefix] += end - first if len(prefixes) == 1 else needed_samples(weight, end - first)
+    laid_out = (
+        _one_epoch(makers, num_samples) if len(opened) > 1 and all(blend.weights is None for _, blend in phases) else {}
+    )
+    if manifest is not None and not config.checkpoint.accept_new_sample_order:
+        kept = manifest.data.get("laid_out", {})
+        laid_out |= {prefix: kept[corpus.name] for prefix, corpus in named.items() if corpus.name in kept}
+    sources = [
+        Source.for_samples(
+            named[prefix].name, makers[prefix], needed[prefix], laid_out.get(prefix, ()), sequences[prefix]
+        )
+        for prefix in opened
+    ]
+    return BlendedSamples(sources, weighted, num_samples, cache)
+
+
+def _make_samples(
+    config: RunConfig,
+    corpus: _Corpus,
+    sequences: tuple[int, int],
+    cache: IndexCache,
+    num_samples: int | None,
+    seed_offset: int,
+) -> OrderedSamples:
+    kind = BestFitSamples if config.data.packing == "best-fit" else PackedSamples
+    return kind(
+        corpus.tokens,
+        *sequences,
+        sequence_length=config.data.seq_length,
+        num_samples=num_samples,
+        seed=(config.training.seed + seed_offset) % 2**32,
+        loss_mask=corpus.loss_mask,
+        cache=cache,
+    )
+
+
+def _sizes(makers: list[MakeSamples]) -> Sequence[float]:
+    """Samples of one epoch of each corpus, which are its weight where none is given; one corpus needs no weight."""
+    return [1.0] if len(makers) == 1 else [float(len(make(None, 0))) for make in makers]
+
+
+def _one_epoch(makers: dict[str, MakeSamples], num_samples: int) -> dict[str, list[int]]:
+    """Without weights Megatron lays out one epoch of each corpus, and ends with the last; so here, where that lasts."""
+    lengths = {prefix: len(make(None, 0)) for prefix, make in makers.items()}
+    return {p: [n] for p, n in lengths.items()} if num_samples <= sum(lengths.values()) else {}
+
+
+def _held_out(
+    config: RunConfig,
+    paths: _Paths,
+    given: Iterable[NamedPrefix],
+    opened: dict[str, _Corpus],
+    part: int,
+    name: str,
+    tokenizer: Tokenizer,
+    num_tokens: int,
+) -> dict[str, SequentialSamples]:
+    """The held-out parts of the training corpora, and the held-out corpora, by name."""
+    found = {}
+    length = config.data.seq_length
+    for corpus in paths.train.corpora if paths.split else ():
+        held = opened[corpus.prefix]
+        start, stop = split_bounds(paths.split or "", held.tokens.num_sequences)[part]
+        if start < stop:
+            title = name if len(paths.train.corpora) == 1 else f"{name}-{corpus.name}"
+            found[title] = SequentialSamples(held.tokens, start, stop, sequence_length=length, loss_mask=held.loss_mask)
+    for corpus in given:
+        title = corpus.name if name == "valid" else f"{name}-{corpus.name}"
+        if title in found:
+            flag = f"--{name}-data-path"
+            raise ConfigError(flag, corpus.prefix, f"has a name of its own ({title} is taken)", "write NAME=PREFIX")
+        held = opened.get(corpus.prefix) or _open_with_mask(
+            staged(corpus.prefix, cache_folder(config)), tokenizer, num_tokens
+        )
+        whole = held.tokens.num_sequences
+        found[title] = SequentialSamples(held.tokens, 0, whole, sequence_length=length, loss_mask=held.loss_mask)
+    return found
+
+
+def _read_paths(data: DataConfig) -> _Paths:
+    """The corpora of all sets.
+
+    Raises:
+        ConfigError: there is none to train on, or a file that names them cannot be read.
+    """
+    valid, test = data.valid_data_path, data.test_data_path
+    words, flag, split = data.data_path, "--data-path", data.split
+    if data.train_data_path:
+        words, flag, split = data.train_data_path, "--train-data-path", ""
+    elif data.data_args_path:
+        words, flag = _read(data.data_args_path, "--data-args-path").split(), "--data-args-path"
+    elif data.per_split_data_args_path:
+        flag, split = "--per-split-data-args-path", ""
+        words, valid, test = _read_sets(data.per_split_data_args_path, flag)
+    return _Paths(
+        train=parse_blend(words, flag),
+        valid=_without_weights(valid, "--valid-data-path"),
+        test=_without_weights(test, "--test-data-path"),
+        split=split or None,
+    )
+
+
+def _read(path: str, flag: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(flag, path, f"is a readable file ({error})", "check the path") from error
+
+
+def _read_sets(path: str, flag: str) -> tuple[list[str], list[str], list[str]]:
+    try:
+        found = json.loads(_read(path, flag))
+        sets = [[str(word) for word in found.get(name) or []] for name in ("train", "valid", "test")]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(flag, path, f"is a JSON object of lists ({error})", "see --help") from error
+    unknown = sorted(set(found) - {"train", "valid", "test"})
+    if unknown:
+        raise ConfigError(f"{flag} {path}", unknown[0], "is train, valid or test", "rename the key")
+    return sets[0], sets[1], sets[2]
+
+
+def _without_weights(words: list[str], flag: str) -> tuple[NamedPrefix, ...]:
+    if not words:
+        return ()
+    if len(words) % 2 == 0 and is_number(words[0]):
+        logger.warning("%s: held-out corpora are evaluated whole, each by itself; their weights are not used", flag)
+        return parse_blend(words, flag).corpora
+    return tuple(named_prefix(word) for word in words)
+
+
+def _open_with_mask(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> _Corpus:
+    """A corpus and the loss mask that its sidecar mentions or that lies beside it.
+
+    Raises:
+        CorpusError: the mask is mentioned and is not there.
+    """
+    tokens = open_corpus(prefix, tokenizer, num_tokens)
+    mentioned = None
+    if sidecar_path(prefix).is_file():
+        mentioned = json.loads(sidecar_path(prefix).read_text(encoding="utf-8")).get("loss_mask")
+    mask = str(Path(prefix).parent / mentioned) if mentioned else f"{prefix}_loss_mask"
+    if not idx_path(mask).is_file():
+        if mentioned:
+            raise CorpusError(
+                f"loss mask of corpus {prefix}",
+                str(mask),
+                "is there, as its .meta.json says",
+                "copy PREFIX_loss_mask.bin and .idx beside the corpus, or preprocess it again",
             )
-        other = open_corpus(prefix, tokenizer, num_tokens)
-        held_out[name] = SequentialSamples(other, 0, other.num_sequences, sequence_length=data.seq_length)
-    return train, held_out
+        return _Corpus(tokens=tokens, loss_mask=None)
+    return _Corpus(tokens=tokens, loss_mask=IndexedCorpus(mask))
 
 
 def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCorpus:
@@ -78,21 +309,61 @@ def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCo
     return corpus
 
 
-def check_order(config: RunConfig, manifest: Manifest | None, samples: PackedSamples) -> None:
+def boundaries(config: RunConfig, tokenizer: Tokenizer) -> Boundaries:
+    """What the ends of documents mean in this run."""
+    data = config.data
+    return Boundaries(
+        eod_id=tokenizer.eod_id,
+        eod_mask_loss=data.eod_mask_loss,
+        reset_attention_mask=data.reset_attention_mask,
+        reset_position_ids=data.reset_position_ids,
+    )
+
+
+def document_treatment(data: DataConfig) -> str:
+    """What a reference's losses depend on beside the samples' tokens, in words."""
+    words: list[str] = [data.packing]
+    words += ["attention reset"] * data.reset_attention_mask + ["positions reset"] * data.reset_position_ids
+    return ", ".join(words)
+
+
+def check_order(config: RunConfig, manifest: Manifest | None, samples: BlendedSamples) -> bool:
     """Refuse to resume into another order of samples, in which some would repeat and others never come.
 
+    Returns:
+        whether the samples go on from those of the checkpoint, where there is one.
+
     Raises:
-        CheckpointError: the orders differ, and --accept-new-sample-order is not given.
+        CheckpointError: they do not, and --accept-new-sample-order is not given.
     """
-    before = manifest.sample_order if manifest else None
-    if before in (None, samples.order_fingerprint):
-        return
+    if manifest is None or manifest.sample_order is None:
+        return True
+    if manifest.data:
+        found = samples.difference(manifest.data, manifest.consumed_samples)
+    else:  # a checkpoint of a version before blends
+        before, now = manifest.sample_order, samples.order_fingerprint
+        found = None if before == now else ("order of the samples", before[:12], now[:12])
+    if found is None:
+        return True
+    what, there, here = found
     if not config.checkpoint.accept_new_sample_order:
         raise CheckpointError(
-            "--load: order of the samples",
-            samples.order_fingerprint[:12],
-            f"is that of the checkpoint's run ({str(before)[:12]}): same corpus, --split, --seed, --seq-length, and a "
-            "length of run that draws as many epochs",
-            "restore these, or accept that samples repeat or are left out with --accept-new-sample-order",
+            f"--load: {what}",
+            here,
+            f"is that of the checkpoint's run ({there}): same corpora, weights, --split, --seed, --seq-length, "
+            "--packing and, up to the checkpoint, --data-phases and --global-batch-size",
+            "restore these (to change the blend from here on, keep --data-path and add a phase to --data-phases), or "
+            "accept that samples repeat or are left out with --accept-new-sample-order",
         )
     logger.warning("the order of the samples is not that of the checkpoint's run: samples may repeat or be left out")
+    return False
+
+
+def describe_sources(samples: BlendedSamples) -> list[str]:
+    """What a run draws from each of its corpora, a line each."""
+    total = len(samples)
+    return [
+        f"corpus {source.name}: {source.orders[0].tokens_per_epoch:,} tokens, {drawn / total:.1%} of the samples, "
+        f"{source.epochs(drawn):,.2f} epochs"
+        for source, drawn in zip(samples.sources, samples.consumed(total), strict=True)
+    ]

@@ -15,6 +15,7 @@ from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.training.corpora import describe_sources, document_treatment
 from megatron_slm.training.plan import Plan
 
 
@@ -86,14 +87,17 @@ def _batch_table(plan: Plan) -> Table:
         "tokens a step": f"{tokens_per_step:,}",
         "steps": f"{config.training.train_iters:,}" + (f" from {plan.resume.manifest.step:,}" if plan.resume else ""),
         "tokens of the run": f"{tokens_per_step * config.training.train_iters:,}",
-        "corpus": f"{samples.tokens_per_epoch:,} tokens, {samples.num_epochs} epoch(s) drawn",
     }
+    for line in describe_sources(samples):
+        name, _, text = line.partition(": ")
+        rows[name] = text
+    rows["documents"] = document_treatment(config.data)
     for reader in plan.scores.readers if plan.scores else ():
         stored = reader.manifest
         rows[f"scores {reader.folder}"] = (
             f"{stored.data.num_samples:,} samples in {stored.dtype}, of the reference {stored.reference}"
         )
-    for name, held_out in plan.held_out.items():
+    for name, held_out in (*plan.held_out.items(), *plan.test.items()):
         rows[f"held-out {name}"] = f"{held_out.num_tokens:,} tokens"
     table = Table(title="Batches and tokens", show_header=False)
     for name, text in rows.items():

@@ -18,6 +18,8 @@ class HeldOutSet:
     name: str
     source: MicroBatchSource
     num_global_batches: int
+    only_at_end: bool = False
+    """Evaluated at the end of the run alone (a test set)."""
 
 
 def evaluate(trainer: Trainer, held_out: HeldOutSet, *, global_batch_size: int, num_micro_batches: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import torch.distributed as dist
 from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
-from megatron_slm.errors import TrainingError
+from megatron_slm.errors import SlmError, TrainingError
 from megatron_slm.loss.objective import StepSettings
-from megatron_slm.parallel.collectives import from_rank_0
+from megatron_slm.parallel.collectives import from_rank_0, together
 from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.lr_schedule import learning_rate
-from megatron_slm.training.metrics import MetricsWriter, ProgressLine, training_metrics
+from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
 from megatron_slm.training.signals import StopRequest
 from megatron_slm.training.step import StepResult, train_step
@@ -28,7 +29,8 @@ def train(run: Run) -> None:
     config, position = run.plan.config, run.position
     last = config.training.train_iters
     stop, skipped_in_a_row = StopRequest(local_device()), 0
-    with _Recorder(run) as recorder:
+    _raise_together(run.train_source.prepare(position.consumed_samples))
+    with closing(run.train_source), _Recorder(run) as recorder:
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
             run.probe.prepare()
         recorder.evaluations(recorder.evaluations_cut_off())
@@ -45,16 +47,25 @@ def train(run: Run) -> None:
                 raise _not_finite(skipped_in_a_row, position.step)
             if run.probe is not None and run.probe.due(position.step):
                 recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
-            stopping = stop.agreed()
+            unreadable = run.train_source.prepare(position.consumed_samples)
+            stopping = stop.agreed(unreadable is not None)
             recorder.saved(run.saver.poll())
             if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
                 recorder.saved(_save(run))  # before evaluating: what ends a run early does not wait
-            if _due(position.step, config.logging.eval_interval, last):
-                recorder.evaluations([held_out.name for held_out in run.held_out])
+            recorder.evaluations(recorder.evaluations_due())
             if stopping:
+                recorder.saved(run.saver.finish())
+                _raise_together(unreadable)
                 recorder.say(f"asked to stop; stopped after step {position.step}")
                 break
         recorder.saved(run.saver.finish())
+
+
+def _raise_together(error: SlmError | None) -> None:
+    """What any rank has is raised on every rank. Collective."""
+    with together():
+        if error is not None:
+            raise error
 
 
 def _settings(run: Run) -> StepSettings:
@@ -71,6 +82,7 @@ def _save(run: Run) -> Saved | None:
         tokens_seen=position.tokens_seen,
         tokens_kept=position.tokens_kept,
         probe_kept=position.probe_kept,
+        data=run.plan.train_samples.state(position.consumed_samples) if dist.get_rank() == 0 else {},
     )
     return run.saver.save(run.trainer.engine.optimizer, progress)
 
@@ -131,6 +143,10 @@ class _Recorder:
             "tokens_per_second": tokens_per_step / result.seconds,
             "skipped_steps": position.skipped_steps,
         }
+        sources = plan.train_samples.sources
+        if len(sources) > 1:
+            names, consumed = [s.name for s in sources], plan.train_samples.consumed(position.consumed_samples)
+            values["sources"] = source_metrics(result.sums, names, consumed)
         if _due(position.step, plan.config.logging.log_interval, plan.config.training.train_iters):
             self.writer.write(values)
         self.line.update(position.step, values)
@@ -159,15 +175,21 @@ class _Recorder:
         if self.writer is not None and losses and run.plan.config.checkpoint.enabled:
             run.saver.evaluated(run.position.step, losses)
 
+    def evaluations_due(self) -> list[str]:
+        """Names of the held-out sets to evaluate after the step at hand."""
+        run, config, step = self.run, self.run.plan.config, self.run.position.step
+        if not _due(step, config.logging.eval_interval, config.training.train_iters):
+            return []
+        is_end = step == config.training.train_iters
+        return [held_out.name for held_out in run.held_out if is_end or not held_out.only_at_end]
+
     def evaluations_cut_off(self) -> list[str]:
         """Held-out sets that a kill kept from being evaluated after the checkpoint at hand was saved. Collective."""
-        run, config = self.run, self.run.plan.config
         missing: list[str] = []
         if self.writer is not None and (lines := self.writer.resumed_lines):
-            step = run.position.step
+            step = self.run.position.step
             done = {line["set"] for line in lines if line["step"] == step and line.get("event") == "eval"}
-            due = _due(step, config.logging.eval_interval, config.training.train_iters)
-            missing = [held_out.name for held_out in run.held_out if due and held_out.name not in done]
+            missing = [name for name in self.evaluations_due() if name not in done]
         return from_rank_0(missing)
 
     def probe(self, probe: Probe) -> None:

@@ -19,6 +19,7 @@ from megatron_slm.loss.objective import Observer
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.build import Run, build_run
+from megatron_slm.training.corpora import describe_sources
 from megatron_slm.training.dry_run import print_dry_run
 from megatron_slm.training.loop import train
 from megatron_slm.training.plan import make_plan
@@ -64,6 +65,8 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
         logger.info("loss head: %s", plan.describe_loss_head())
+        for line in describe_sources(plan.train_samples):
+            logger.info("%s", line)
         run = build_run(plan, observer=observer)
         train(run)
         dist.barrier()  # nobody leaves while another still writes

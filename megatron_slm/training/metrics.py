@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_slm.loss.objective import LossSums
+from megatron_slm.loss.objective import SOURCE_SUMS, LossSums
 from megatron_slm.training.step import StepResult
 
 SCORE_QUANTILES = ("score_p05", "score_p25", "score_p50", "score_p75", "score_p95")
@@ -50,6 +51,18 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         **{name: _mean(getattr(sums, name), sums.ranked_tokens) if has_scores else None for name in SCORE_QUANTILES},
         "grad_norm": _mean(result.grad_norm, 1.0),
     }
+
+
+def source_metrics(sums: LossSums, names: Sequence[str], consumed: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Each corpus' part of a step, by its name: mean losses in nats over kept and over valid tokens, their counts, and
+    how many samples were drawn from it so far."""
+    parts = {}
+    for i, (name, samples) in enumerate(zip(names, consumed, strict=True)):
+        values = sums.by_source[i * len(SOURCE_SUMS) : (i + 1) * len(SOURCE_SUMS)] or (0.0,) * len(SOURCE_SUMS)
+        kept_loss, kept, valid_loss, valid = values
+        losses = {"loss": _mean(kept_loss, kept), "loss_all": _mean(valid_loss, valid)}
+        parts[name] = {**losses, "kept_tokens": kept, "valid_tokens": valid, "samples": samples}
+    return parts
 
 
 def evaluation_loss(sums: LossSums) -> float | None:
@@ -97,7 +110,10 @@ class MetricsWriter:
         elif values.get("event") == "probe":
             values = {"probe/agreement": values["agreement"]}
         else:
-            values = {f"train/{name}": value for name, value in values.items() if name != "step"}
+            parts = values.get("sources") or {}
+            of_sources = {f"source/{name}/{k}": x for name, part in parts.items() for k, x in part.items()}
+            values = {f"train/{name}": value for name, value in values.items() if name not in ("step", "sources")}
+            values.update(of_sources)
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)

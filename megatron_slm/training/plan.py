@@ -16,7 +16,8 @@ from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
-from megatron_slm.data.packing import PackedSamples, SequentialSamples
+from megatron_slm.data.blending import BlendedSamples
+from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_vocabulary
 from megatron_slm.device import on_gpu
 from megatron_slm.errors import CheckpointError, ConfigError, LayoutError, ScoreStoreError, VocabularyError
@@ -51,8 +52,12 @@ class Plan:
     selector: Selector
     num_tokens: int
     """Every token id of the corpora is below this; the smaller vocabulary of model and reference."""
-    train_samples: PackedSamples
+    train_samples: BlendedSamples
+    keeps_order: bool
+    """Whether the samples go on from those of the checkpoint, where there is one."""
     held_out: dict[str, SequentialSamples]
+    test: dict[str, SequentialSamples]
+    """Held-out sets for the end of the run."""
     global_batch_size: int
     deepspeed: dict[str, Any]
 
@@ -132,12 +137,13 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resu
     num_tokens = min(model.vocab_size for model in models)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
     num_samples = _num_samples(config, resume, global_batch_size)
-    train, held_out = open_data(config, tokenizer, num_tokens, num_samples)
-    check_order(config, resume.manifest if resume else None, train)
-    data = scored_data(config, tokenizer, train, num_samples, with_content=thorough and bool(stores))
-    scores = open_scores(config, data, thorough=thorough) if stores else None
+    manifest = resume.manifest if resume else None
+    data = open_data(config, tokenizer, num_tokens, num_samples, global_batch_size, manifest)
+    keeps_order = check_order(config, manifest, data.train)
+    scored = scored_data(config, tokenizer, data.train, num_samples, with_content=thorough and bool(stores))
+    scores = open_scores(config, scored, thorough=thorough) if stores else None
     _check_entropies(config, selector, scores)
-    _check_best(config, held_out)
+    _check_best(config, data.valid)
     return Plan(
         config=config,
         topology=topology,
@@ -149,8 +155,10 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resu
         resume=resume,
         selector=selector,
         num_tokens=num_tokens,
-        train_samples=train,
-        held_out=held_out,
+        train_samples=data.train,
+        keeps_order=keeps_order,
+        held_out=data.valid,
+        test=data.test,
         global_batch_size=global_batch_size,
         deepspeed=ds_config.resolve(
             user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches

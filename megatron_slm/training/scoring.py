@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megatron_slm.reference.manifest import Manifest, shard_name
 from megatron_slm.reference.store import Scores, begin, token_digests, write_shard
 from megatron_slm.selection.selector import Selector
 from megatron_slm.training.build import build_reference
+from megatron_slm.training.corpora import boundaries
 from megatron_slm.training.scoring_plan import ScoringPlan
 from megatron_slm.types import MicroBatch
 
@@ -114,6 +116,7 @@ class _Scorer:
             data_parallel_rank=0,
             data_parallel_size=1,
             vocab_size=plan.num_tokens,
+            boundaries=replace(boundaries(plan.config, plan.tokenizer), eod_mask_loss=False),
             pads_at_end=True,
         )
         self.progress = _Progress(num_samples, plan.config.data.seq_length, plan.topology.data)
@@ -128,7 +131,7 @@ class _Scorer:
         num_micro_batches = -(-len(samples) // self.b)
         batches: list[MicroBatch] = []
         with together():
-            if self.is_first or self.is_last:
+            if self.is_first or self.is_last or self.source.boundaries.matter_to_layers:
                 batches = [self.source.micro_batch(start, 0) for start in samples[:: self.b]]
         parts = self._forward(num_micro_batches, batches)
         if not samples or not self.is_last or self.objective.tp.rank != 0:
@@ -144,15 +147,21 @@ class _Scorer:
         self._post_receive(previous, posted=0, of=num_micro_batches)
         for i in range(num_micro_batches):
             self._post_receive(previous, posted=i + 1, of=num_micro_batches)  # one ahead of need
-            x = self.reference(previous.receive() if previous else batches[i].tokens_bs.to(self.device))
+            read = batches[i].to(self.device) if batches else None
+            if previous is not None:
+                x = previous.receive()
+            else:
+                assert read is not None, "the first stage reads its micro-batches"
+                x = read.tokens_bs
+            x = self.reference(x, read.documents if read else None)
             if following is not None:
                 following.send(x)
             else:
-                batch = MicroBatch(*(part.to(self.device) for part in batches[i]))
+                assert read is not None, "the last stage reads its micro-batches"
                 statistics = self.objective.statistics(
-                    x, self.reference.output_weight(), batch, with_entropy=self.with_entropy
+                    x, self.reference.output_weight(), read, with_entropy=self.with_entropy
                 )
-                parts.append([part_N.view_as(batch.valid_bs) for part_N in statistics if part_N is not None])
+                parts.append([part_N.view_as(read.valid_bs) for part_N in statistics if part_N is not None])
             self.progress.show(i * self.b)
         self.channels.flush()
         return parts

@@ -10,7 +10,7 @@ import torch
 from megatron_slm.config import RunConfig
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
-from megatron_slm.data.packing import PackedSamples
+from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.tokenizers import Tokenizer
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.topology import Topology
@@ -44,7 +44,7 @@ class ScoringPlan:
     reference: Model
     num_tokens: int
     """Every token id of the corpus is below this."""
-    samples: PackedSamples
+    samples: BlendedSamples
     num_samples: int
     """Samples that the run will draw."""
 
@@ -112,6 +112,6 @@ def make_scoring_plan(config: RunConfig, options: ScoringOptions, world_size: in
         tokenizer=tokenizer,
         reference=reference,
         num_tokens=num_tokens,
-        samples=open_data(config, tokenizer, num_tokens, num_samples)[0],
+        samples=open_data(config, tokenizer, num_tokens, num_samples, training.global_batch_size).train,
         num_samples=num_samples,
     )

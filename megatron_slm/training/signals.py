@@ -26,8 +26,12 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective over the world."""
-        flag = torch.tensor(float(self._asked), device=self.device)
+    def agreed(self, must_stop: bool = False) -> bool:
+        """Whether any rank was asked to stop, or must. Collective over the world.
+
+        Args:
+            must_stop: this rank cannot go on.
+        """
+        flag = torch.tensor(float(self._asked or must_stop), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

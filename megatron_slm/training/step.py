@@ -152,13 +152,14 @@ class FlatTrainer:
             return self.scores(read).to(self.engine.device)
         if self.reference is None:
             return None
-        return self.reference.statistics(self.reference(batch.tokens_bs), self.objective, batch)
+        return self.reference.statistics(self.reference(batch.tokens_bs, batch.documents), self.objective, batch)
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
-        return MicroBatch(*(x.to(self.engine.device) for x in batch))
+        return batch.to(self.engine.device)
 
     def _over_world(self, sums: LossSums) -> LossSums:
-        return sum_over_world(sums if self.objective.tp.rank == 0 else LossSums(), self.engine.device)
+        sums = sums if self.objective.tp.rank == 0 else LossSums()
+        return sum_over_world(sums, self.engine.device, num_sources=self.objective.num_sources)
 
 
 def train_step(

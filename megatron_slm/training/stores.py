@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from megatron_slm.config import RunConfig
 from megatron_slm.convert.source import open_model
+from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.content import content_sha256
 from megatron_slm.data.indexed import bin_path
-from megatron_slm.data.packing import PackedSamples, split_bounds
 from megatron_slm.data.tokenizers import Tokenizer
 from megatron_slm.errors import ScoreStoreError
 from megatron_slm.reference.manifest import Manifest, ScoredData, check_data
 from megatron_slm.reference.store import ScoreReader, check_shards
 from megatron_slm.reference.stored import StoredScores
+from megatron_slm.training.corpora import document_treatment
 
 
 def scored_data(
-    config: RunConfig, tokenizer: Tokenizer, samples: PackedSamples, num_samples: int, *, with_content: bool
+    config: RunConfig, tokenizer: Tokenizer, samples: BlendedSamples, num_samples: int, *, with_content: bool
 ) -> ScoredData:
     """What identifies the samples that a run draws.
 
@@ -25,18 +27,24 @@ def scored_data(
         num_samples: how many it draws.
         with_content: read the corpus for its checksum (up to 256 MiB of it).
     """
-    corpus = samples.corpus
     return ScoredData(
         sequence_length=config.data.seq_length,
-        sequences=split_bounds(config.data.split, corpus.num_sequences)[0],
+        sequences=tuple(bound for source in samples.sources for bound in source.sequences),
         seed=config.training.seed,
-        corpus_bytes=bin_path(corpus.prefix).stat().st_size,
-        corpus_sha256=content_sha256(corpus) if with_content else None,
+        corpus_bytes=sum(bin_path(source.corpus.prefix).stat().st_size for source in samples.sources),
+        corpus_sha256=_content(samples) if with_content else None,
         tokenizer=tokenizer.fingerprint(),
-        num_epochs=samples.num_epochs,
+        num_epochs=sum(order.num_epochs for source in samples.sources for order in source.orders),
         sample_order=samples.order_fingerprint,
         num_samples=num_samples,
+        documents=document_treatment(config.data),
     )
+
+
+def _content(samples: BlendedSamples) -> str:
+    """Checksum of all corpora and their loss masks; of one corpus its own."""
+    parts = [content_sha256(corpus) for source in samples.sources for corpus in source.corpora]
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def open_scores(config: RunConfig, data: ScoredData, *, thorough: bool) -> StoredScores:

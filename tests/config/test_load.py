@@ -61,7 +61,10 @@ def test_the_written_configuration_repeats_the_run(tmp_path: Path) -> None:
         ([*BASE, "--adam-beta2", "1.0"], r"lies in \[0, 1\)"),
         ([*BASE, "--weight-decay", "-0.1"], "is 0 or more"),
         ([*BASE, "--seed", "-1"], "is 0 or more"),
-        ([*BASE, "--data-path", "a", "b"], "is one corpus prefix"),
+        (
+            [*BASE, "--data-path", "1", "a", "0", "b"],
+            r"--data-path = 0.0: is a finite number above 0 \(the weight of b\)",
+        ),
         ([*BASE, "--config", "/nonexistent.yaml"], "is a readable file"),
         ([*BASE, "stray"], "command line"),
     ],

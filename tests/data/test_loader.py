@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slm.data.loader import MicroBatchSource, num_global_batches
+from megatron_slm.data.loader import Boundaries, MicroBatchSource, num_global_batches
 from megatron_slm.data.packing import PackedSamples, Samples, SequentialSamples
 from megatron_slm.errors import ConfigError, VocabularyError
 from tests.data.corpora import make_corpus
@@ -38,7 +38,7 @@ def test_labels_are_the_next_tokens(held_out: SequentialSamples) -> None:
     assert batch.valid_bs.tolist() == [[True] * 4] * 2
     assert batch.tokens_bs.dtype == batch.labels_bs.dtype == torch.int64
     assert batch.valid_bs.dtype == torch.bool
-    assert all(tensor.is_contiguous() for tensor in batch)
+    assert all(tensor.is_contiguous() for tensor in batch if tensor is not None)
 
 
 def test_beyond_the_end_nothing_is_valid(held_out: SequentialSamples) -> None:
@@ -78,7 +78,7 @@ def test_any_position_may_be_read_in_any_order(held_out: SequentialSamples) -> N
     forward = [loader.micro_batch(at, 0) for at in (0, 2, 4)]
     backward = [source(held_out, micro_batch_size=2).micro_batch(at, 0) for at in (4, 2, 0)][::-1]
     for one, other in zip(forward, backward, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[:5], other[:5], strict=True))
 
 
 def test_batches_and_eod_mask_are_megatrons(tmp_path: Path) -> None:
@@ -89,8 +89,7 @@ def test_batches_and_eod_mask_are_megatrons(tmp_path: Path) -> None:
     ours = source(
         PackedSamples(corpus, 0, 4, **order),
         vocab_size=7,
-        eod_id=EOD_ID,
-        eod_mask_loss=True,
+        boundaries=Boundaries(eod_id=EOD_ID, eod_mask_loss=True),
         micro_batch_size=2,
     )
     masked = 0
@@ -107,7 +106,7 @@ def test_batches_and_eod_mask_are_megatrons(tmp_path: Path) -> None:
 
 def test_without_the_option_nothing_is_masked(tmp_path: Path) -> None:
     samples = SequentialSamples(make_corpus(tmp_path / "c", [9], vocab_size=3), 0, 1, sequence_length=8)
-    assert source(samples, eod_id=0).micro_batch(0, 0).valid_bs.all()
+    assert source(samples, boundaries=Boundaries(eod_id=0)).micro_batch(0, 0).valid_bs.all()
 
 
 @pytest.mark.parametrize(("first_id", "vocab_size", "value"), [(0, 17, 17), (-3, 17, -3)])
@@ -121,7 +120,7 @@ def test_token_id_outside_the_vocabulary(tmp_path: Path, first_id: int, vocab_si
 
 def test_bad_options(held_out: SequentialSamples) -> None:
     with pytest.raises(ConfigError, match="eod_mask_loss = True: needs an end-of-document token"):
-        source(held_out, eod_mask_loss=True)
+        source(held_out, boundaries=Boundaries(eod_mask_loss=True))
     with pytest.raises(ConfigError, match="micro_batch_size = 0: must be at least 1"):
         source(held_out, micro_batch_size=0)
     with pytest.raises(ConfigError, match="vocab_size = 0: must be at least 1"):

@@ -58,7 +58,7 @@ def test_equals_megatrons_gpt_dataset(tmp_path: Path, case: str, seed: int) -> N
     assert len(ours) == len(theirs) >= (num_samples or 0)
     for index in range(len(ours)):
         expected, _ = theirs._query_document_sample_shuffle_indices(index)
-        tokens, valid = ours[index]
+        tokens, valid, *_ = ours[index]
         assert tokens.dtype == np.int64
         np.testing.assert_array_equal(tokens, expected)
         assert valid.shape == (sequence_length,)

@@ -173,7 +173,7 @@ def test_another_batch_size_goes_on_where_the_data_was(tmp_path: Path) -> None:
     assert [tokens for tokens, _ in report["kept"]] == [tokens for tokens, _ in whole["kept"]][8:16]
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"seq_length": 8}, {"split": "9,1,0"}, {"train_iters": 40}])
+@pytest.mark.parametrize("change", [{"seed": 5}, {"seq_length": 8}, {"split": "9,1,0"}, {"packing": "best-fit"}])
 def test_another_order_of_samples_is_refused_or_accepted_by_name(change: dict[str, Any], tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     run_world(train_and_report, 1, run_flags(corpus, tmp_path / "a", train_iters=2, save=tmp_path / "saved"))
@@ -186,8 +186,20 @@ def test_another_order_of_samples_is_refused_or_accepted_by_name(change: dict[st
     }
     with pytest.raises(WorldError, match="accept-new-sample-order"):
         run_world(train_and_report, 1, run_flags(corpus, tmp_path / "b", **resume))
-    if "train_iters" not in change:
-        run_world(train_and_report, 1, run_flags(corpus, tmp_path / "b", **resume, accept_new_sample_order=True))
+    run_world(train_and_report, 1, run_flags(corpus, tmp_path / "b", **resume, accept_new_sample_order=True))
+
+
+def test_a_run_may_be_extended_beyond_the_epochs_it_was_laid_out_for(tmp_path: Path) -> None:
+    """The samples already drawn do not come again before their epoch is over, and the others all come."""
+    corpus = write_corpus(tmp_path / "corpus")
+    values = run_flags(corpus, tmp_path / "a", train_iters=2, save=tmp_path / "saved", num_layers=1)
+    (first,) = run_world(train_and_report, 1, values)
+    (rest,) = run_world(train_and_report, 1, {**values, "train-iters": 20, "load": tmp_path / "saved"})
+    batches = [tokens for report in (first, rest) for tokens, _ in report["kept"]]
+    samples = [batch[row * 128 : (row + 1) * 128] for batch in batches for row in (0, 1)]
+    epoch = (sum(np.fromfile(f"{corpus}.bin", np.uint16).shape) - 1) // 16
+    assert 16 < epoch < len(samples) == 160
+    assert len(set(samples[:epoch])) == epoch
 
 
 def test_a_folder_with_a_later_checkpoint_is_not_mixed_up(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
 
     calls, real_forward = [0], Block.forward
 
-    def counting(self: Block, x_sbd: Tensor) -> Tensor:
+    def counting(self: Block, x_sbd: Tensor, *beside: Any) -> Tensor:
         calls[0] += 1
-        return real_forward(self, x_sbd)
+        return real_forward(self, x_sbd, *beside)
 
     Block.forward = counting  # type: ignore[method-assign]
     config, _ = parse(flags(values))
@@ -63,10 +63,10 @@ def train_drawing_random_numbers(values: dict[str, Any]) -> dict[str, Any]:
     """As above, with a random draw in every forward pass that is trained on, as a model with dropout makes."""
     real = Block.forward
 
-    def drawing(self: Block, x_sbd: Tensor) -> Tensor:
+    def drawing(self: Block, x_sbd: Tensor, *beside: Any) -> Tensor:
         if torch.is_grad_enabled():
             torch.rand(3)
-        return real(self, x_sbd)
+        return real(self, x_sbd, *beside)
 
     Block.forward = drawing  # type: ignore[method-assign]
     return train_and_report(values)

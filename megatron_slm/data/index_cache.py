@@ -1,0 +1,124 @@
+"""The index of a run's samples on the disk, so that a node builds it once and its ranks share the memory.
+
+    CACHE/KEY/description.json, NAME.npy ...
+
+A folder is written under a temporary name and renamed when it is whole, and its name is a checksum of everything
+its content is made from. So ranks and nodes need not agree on who builds: the same key is the same content, whoever
+was first, whether they share a file system or not. A lock spares them doing it twice, and nothing waits on it for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from megatron_slm.data.indexed import IndexedCorpus, bin_path
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_DESCRIPTION = "description.json"
+_LOCK_SECONDS = 300.0
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class IndexCache:
+    """Arrays by the checksum of what they are made from.
+
+    Args:
+        folder: where they are kept, made on first use; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def arrays(self, kind: str, made_from: str, corpus: IndexedCorpus | None, build: Callable[[], Arrays]) -> Arrays:
+        """The arrays of one index, mapped from the disk, or in memory where there is no folder or no room.
+
+        Args:
+            kind: what is indexed how; other kinds made from the same are kept apart.
+            made_from: a fingerprint of all that the arrays depend on.
+            corpus: what is indexed, whose size becomes part of the key too.
+            build: makes the arrays.
+        """
+        if self.folder is None:
+            return build()
+        size = bin_path(corpus.prefix).stat().st_size if corpus else 0
+        key = hashlib.sha256(f"{_FORMAT} {kind} {made_from} {size}".encode()).hexdigest()[:32]
+        place = self.folder / f"{kind}-{key}"
+        found = _load(place)
+        if found is not None:
+            return found
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / f".{place.name}.lock"):
+                return _load(place) or self._store(place, build(), {"kind": kind, "made_from": made_from})
+        except OSError as error:
+            logger.warning(
+                "the index cache %s cannot be written (%s): every rank keeps the index in memory",
+                self.folder,
+                error.strerror or error,
+            )
+            return build()
+
+    def _store(self, place: Path, arrays: Arrays, description: dict[str, Any]) -> Arrays:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        try:
+            for name, array in arrays.items():
+                with (temporary / f"{name}.npy").open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
+                    file.flush()
+                    os.fsync(file.fileno())
+            shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
+            (temporary / _DESCRIPTION).write_text(json.dumps({**description, "arrays": shapes}, indent=1))
+            temporary.chmod(0o755)  # the temporary folder was this user's alone
+            if place.exists():  # damaged, or `_load` would have taken it
+                shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):  # another node was first; its content is the same
+                temporary.rename(place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return _load(place) or arrays
+
+
+def _load(place: Path) -> Arrays | None:
+    """The arrays of a whole folder; None where there is none, or it is not what it says it is."""
+    try:
+        described = json.loads((place / _DESCRIPTION).read_text())["arrays"]
+        arrays: Arrays = {}
+        for name, (dtype, shape) in described.items():
+            arrays[name] = np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if arrays[name].dtype.str != dtype or list(arrays[name].shape) != shape:
+                raise ValueError(f"{name} is {arrays[name].dtype.str} {arrays[name].shape}")
+        return arrays
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("the index in %s is damaged (%s) and is built again", place, error)
+        return None
+
+
+class _locked:
+    """Holds a lock if it can be had in time; goes on without it where it cannot, which costs double work only."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(path, timeout=_LOCK_SECONDS)
+
+    def __enter__(self) -> None:
+        with suppress(Timeout, OSError, NotImplementedError):
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

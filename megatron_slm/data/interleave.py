@@ -1,0 +1,120 @@
+"""Which corpus each sample of a blend is from: Megatron's greedy rule, for many samples at once.
+
+Sample k is from the corpus with the largest `weight * max(k, 1) - drawn`, the first of equals, in fp64. Each choice
+depends on those before, so the chain is cut into blocks that are all computed side by side from guessed starts, and
+a block whose start turns out not to be the end of the block before is computed again, until none is left. The
+result is that of the plain loop, to the last tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_slm.data.index_cache import Arrays, IndexCache
+
+_BLOCK = 1024
+
+
+def normalized(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights that add up to 1, in Megatron's arithmetic."""
+    values = np.array(weights, dtype=np.float64)
+    return tuple((values / np.sum(values)).tolist())
+
+
+class Interleave:
+    """The order in which samples are drawn from a number of corpora.
+
+    Args:
+        weights: of the corpora, adding up to 1.
+        size: samples.
+        cache: where the index is kept.
+    """
+
+    def __init__(self, weights: Sequence[float], size: int, cache: IndexCache | None = None) -> None:
+        self.weights, self.size, self._cache = tuple(weights), size, cache or IndexCache(None)
+
+    def __getitem__(self, index: int, /) -> tuple[int, int]:
+        """The corpus that sample `index` is from, and how many samples before it are from the same."""
+        choice, counts = self._indices
+        block = index // _BLOCK
+        source = int(choice[index])
+        before = int(np.count_nonzero(choice[block * _BLOCK : index] == source))
+        return source, int(counts[block, source]) + before
+
+    def drawn(self, num_samples: int) -> list[int]:
+        """How many of the first `num_samples` samples are from each corpus."""
+        if len(self.weights) == 1:
+            return [num_samples]
+        choice, counts = self._indices
+        block = num_samples // _BLOCK
+        inside = np.bincount(choice[block * _BLOCK : num_samples], minlength=len(self.weights))
+        return (counts[block] + inside).tolist()
+
+    @cached_property
+    def _indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        def build() -> Arrays:
+            choice, counts = greedy_choices(np.array(self.weights), self.size)
+            return {"choice": choice, "counts": counts}
+
+        arrays = self._cache.arrays("blend", f"{self.weights!r} {self.size}", None, build)
+        return arrays["choice"], arrays["counts"]
+
+
+def greedy_choices(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The greedy rule's choices.
+
+    Args:
+        weights: fp64 [m].
+        size: samples.
+
+    Returns:
+        the corpus of every sample, uint8 or uint16 [size], and how many samples of each corpus come before every
+        block of `_BLOCK` samples, int64 [blocks + 1, m].
+    """
+    num_sources, num_blocks = len(weights), size // _BLOCK + 1
+    starts = np.arange(num_blocks + 1, dtype=np.int64) * _BLOCK
+    counts_mB = _guess(weights, starts)
+    choice_Bk = np.empty((num_blocks, _BLOCK), dtype=np.uint8 if num_sources <= 256 else np.uint16)
+    todo = np.arange(num_blocks)
+    while todo.size:
+        choice_Bk[todo], ends_mB = _run_blocks(weights, starts[todo], counts_mB[:, todo])
+        changed = (counts_mB[:, todo + 1] != ends_mB).any(axis=0)
+        counts_mB[:, todo + 1] = ends_mB
+        todo = todo[changed] + 1
+        todo = todo[todo < num_blocks]
+    return choice_Bk.reshape(-1)[:size], np.ascontiguousarray(counts_mB.T)
+
+
+def _guess(weights: npt.NDArray[np.float64], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Counts that are near the weights and add up to the starts, int64 [m, B]; right for start 0."""
+    exact_mB = weights[:, None] * starts
+    counts_mB = np.floor(exact_mB).astype(np.int64)
+    missing_B = starts - counts_mB.sum(axis=0)
+    rank_mB = np.argsort(np.argsort(counts_mB - exact_mB, axis=0, kind="stable"), axis=0)
+    return counts_mB + (rank_mB < missing_B)
+
+
+def _run_blocks(
+    weights: npt.NDArray[np.float64], starts: npt.NDArray[np.int64], counts_mB: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The plain loop for many blocks side by side: choices [B, _BLOCK], and the counts at their ends [m, B]."""
+    drawn_mB = counts_mB.astype(np.float64)
+    choice_kB = np.empty((_BLOCK, len(starts)), dtype=np.uint8 if len(weights) <= 256 else np.uint16)
+    blocks = np.arange(len(starts))
+    for k in range(_BLOCK):
+        position_B = np.maximum(starts + k, 1).astype(np.float64)
+        best_B = weights[0] * position_B - drawn_mB[0]
+        chosen_B = np.zeros(len(starts), dtype=np.int64)
+        for source in range(1, len(weights)):
+            error_B = weights[source] * position_B - drawn_mB[source]
+            better_B = error_B > best_B
+            chosen_B[better_B] = source
+            best_B = np.maximum(best_B, error_B)
+        choice_kB[k] = chosen_B
+        drawn_mB[chosen_B, blocks] += 1.0
+    return choice_kB.T, drawn_mB.astype(np.int64)

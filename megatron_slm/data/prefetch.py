@@ -1,0 +1,67 @@
+"""Micro-batches read ahead in the background, so that a step waits for none and a bad disk is known before it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from megatron_slm.data.loader import MicroBatchSource
+from megatron_slm.errors import SlmError
+from megatron_slm.types import MicroBatch
+
+_STEPS_READ = 2
+"""Steps whose micro-batches are there before a step starts: its own, and the next one's, which the reference reads
+ahead. The step behind these is read meanwhile, so at most three steps' micro-batches are held."""
+
+
+class Prefetcher:
+    """The micro-batches of a run on one data-parallel rank, in the order of its steps.
+
+    Args:
+        source: reads them.
+        num_micro_batches: of a step on this rank.
+        num_samples: how many the run draws; nothing behind them is read.
+        num_threads: that read; with 0 micro-batches are read when they are asked for.
+    """
+
+    def __init__(self, source: MicroBatchSource, *, num_micro_batches: int, num_samples: int, num_threads: int) -> None:
+        self._source, self._num_samples = source, num_samples
+        self._step_samples = num_micro_batches * source.samples_together
+        self._pool = ThreadPoolExecutor(num_threads, "micro-batches") if num_threads else None
+        self._ahead: dict[int, Future[MicroBatch]] = {}
+        self._scheduled = 0
+
+    def micro_batch(self, consumed_samples: int, micro_step: int) -> MicroBatch:
+        """See `MicroBatchSource.micro_batch`."""
+        start = consumed_samples + micro_step * self._source.samples_together
+        future = self._ahead.pop(start, None)
+        return self._source.micro_batch(start, 0) if future is None else future.result()
+
+    def prepare(self, consumed_samples: int) -> SlmError | None:
+        """Read ahead for the step that starts here; wait until it and the next one can run.
+
+        Returns:
+            why one of them cannot be read; None where all is well.
+        """
+        if self._pool is None:
+            return None
+        for start in [start for start in self._ahead if start < consumed_samples]:
+            del self._ahead[start]
+        end = consumed_samples + (_STEPS_READ + 1) * self._step_samples
+        self._scheduled = max(self._scheduled, consumed_samples)
+        while self._scheduled < min(end, self._num_samples):
+            self._ahead[self._scheduled] = self._pool.submit(self._source.micro_batch, self._scheduled, 0)
+            self._scheduled += self._source.samples_together
+        for start, future in self._ahead.items():
+            if start >= consumed_samples + _STEPS_READ * self._step_samples:
+                continue
+            error = future.exception()
+            if isinstance(error, SlmError):
+                return error
+            if error is not None:
+                raise error
+        return None
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,63 @@
+"""Blends draw in megatron-core's order, to the last tie."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_slm.data.interleave import Interleave, greedy_choices, normalized
+from tests.data import megatron_oracle  # noqa: F401  (silences its imports)
+
+
+def megatron(weights: list[float], size: int) -> tuple[np.ndarray, np.ndarray]:
+    from megatron.core.datasets import helpers
+
+    source, number = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
+    helpers.build_blending_indices(source, number, np.array(weights), len(weights), size, False)
+    return source, number
+
+
+CASES = {
+    "the paper's 6:3:1": ([6, 3, 1], 50_000),
+    "equal": ([1, 1], 5000),
+    "seven equal": ([1] * 7, 9000),
+    "one rare": ([1e-5, 1.0], 250_000),
+    "one": ([3.0], 3000),
+    "a hundred, most of them rare": ([1.0, *[1e-4] * 99], 120_000),
+    "below one block": ([0.3, 0.7], 100),
+    "exactly two blocks": ([0.3, 0.7], 2048),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_megatrons_helper(case: str) -> None:
+    raw, size = CASES[case]
+    weights = normalized(raw)
+    source, number = megatron(list(weights), size)
+    choice, counts = greedy_choices(np.array(weights), size)
+    np.testing.assert_array_equal(choice, source)
+    interleave = Interleave(weights, size)
+    for index in [0, 1, size // 3, size // 2, min(size - 1, 1024), size - 1]:
+        assert interleave[index] == (source[index], number[index])
+        assert interleave.drawn(index) == np.bincount(source[:index], minlength=len(weights)).tolist()
+    assert interleave.drawn(size) == np.bincount(source, minlength=len(weights)).tolist()
+    assert counts[0].tolist() == [0] * len(weights)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.floats(1e-3, 10), min_size=1, max_size=9), size=st.integers(1, 5000))
+def test_equals_megatrons_helper_for_any_weights(weights: list[float], size: int) -> None:
+    shares = normalized(weights)
+    np.testing.assert_array_equal(greedy_choices(np.array(shares), size)[0], megatron(list(shares), size)[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.floats(1e-3, 10), min_size=2, max_size=9), size=st.integers(1, 3000))
+def test_no_corpus_is_more_than_one_sample_ahead_of_its_weight(weights: list[float], size: int) -> None:
+    """What is laid out of each corpus relies on it: nothing is drawn beyond."""
+    shares = np.array(normalized(weights))
+    choice, _ = greedy_choices(shares, size)
+    drawn = np.cumsum(choice[:, None] == np.arange(len(shares)), axis=0)
+    assert (drawn <= shares * np.arange(size)[:, None] + 1 + 1e-9).all()
