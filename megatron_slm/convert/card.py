@@ -55,9 +55,15 @@ def _front_matter(story: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     base = (story.get("base") or {}).get("path")
     if base:
-        front["base_model"] = Path(base).name
+        front["base_model"] = _hub_name(Path(base))
     front["tags"] = ["megatron_slm", *(["selective-language-modeling"] if config.get("objective") == "slm" else [])]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
+
+
+def _hub_name(path: Path) -> str:
+    """A folder's name, or what a folder of the hub's cache (models--OWNER--NAME/snapshots/...) stands for."""
+    cached = next((part for part in path.parts if part.startswith("models--")), None)
+    return "/".join(cached.split("--")[1:]) if cached else path.name
 
 
 def _title(checkpoint: Path, config: Mapping[str, Any]) -> str:
@@ -73,6 +79,8 @@ def _summary(manifest: Manifest, config: Mapping[str, Any]) -> str:
 
 
 def _training(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, Any]:
+    if not manifest.step:
+        return {"tokenizer (SHA-256 of its token table)": manifest.tokenizer_fingerprint or NOT_KNOWN}
     seen, kept = manifest.tokens_seen, manifest.tokens_kept
     selective = config.get("objective") == "slm"
     return {

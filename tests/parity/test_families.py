@@ -22,8 +22,16 @@ FROM_SCRATCH = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_h
 COLUMNS = ("loss", "loss_all", "loss_unselected", "reference_loss", "excess_selected", "kept_tokens", "grad_norm")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
 def train(name: str, folder: Path, run: str, **changes: Any) -> tuple[dict[str, list[float]], dict[bytes, Any]]:
     """Columns of a run's metrics, and which tokens it kept by micro-batch, in order."""
+    folder = folder / name.replace(" ", "-")
+    if run == "single" and (folder / run).exists():
+        return read(folder / run, [])
     corpus, init, reference = folder / "corpus", folder / "init", folder / "reference"
     if not init.exists():
         write_corpus(corpus)
@@ -35,7 +43,11 @@ def train(name: str, folder: Path, run: str, **changes: Any) -> tuple[dict[str, 
         **{**described, **changes},
     )  # fmt: skip
     reports = run_world(train_and_report, 1 if run == "single" else 2, values)
-    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    return read(folder / run, reports)
+
+
+def read(run_dir: Path, reports: list[dict[str, Any]]) -> tuple[dict[str, list[float]], dict[bytes, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     kept: dict[bytes, Any] = {}
     for report in reports:
         seen: set[bytes] = set()
@@ -47,19 +59,19 @@ def train(name: str, folder: Path, run: str, **changes: Any) -> tuple[dict[str, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_tensor_parallel_ranks_and_two_stages(name: str, tmp_path: Path) -> None:
-    single, kept = train(name, tmp_path, "single")
+def test_two_tensor_parallel_ranks_and_two_stages(name: str, folder: Path) -> None:
+    single, kept = train(name, folder, "single")
     first_step = list(kept)[:4]
     for run, layout in (("tensor", TENSOR), ("stages", PIPELINE)):
-        columns, its_kept = train(name, tmp_path, run, **layout)
+        columns, its_kept = train(name, folder, run, **layout)
         for column in COLUMNS:
             assert columns[column] == pytest.approx(single[column], rel=1e-5, abs=1e-6), (run, column)
         assert all(its_kept[batch] == kept[batch] for batch in first_step)  # later a rounding may turn a near tie
 
 
-def test_norms_of_heads_under_sequence_parallelism(tmp_path: Path) -> None:
-    single, _ = train("qwen3", tmp_path, "single")
-    columns, _ = train("qwen3", tmp_path, "sequence", sequence_parallel=True, **TENSOR)
+def test_norms_of_heads_under_sequence_parallelism(folder: Path) -> None:
+    single, _ = train("qwen3 with everything", folder, "single")
+    columns, _ = train("qwen3 with everything", folder, "sequence", sequence_parallel=True, **TENSOR)
     for column in COLUMNS:
         assert columns[column] == pytest.approx(single[column], rel=1e-5, abs=1e-6), column
 
@@ -72,9 +84,9 @@ def train_with_partial_gradients(values: dict[str, Any]) -> dict[str, Any]:
     return real_train_and_report(values)
 
 
-def test_a_gradient_of_one_ranks_heads_alone_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    single, _ = train("qwen3", tmp_path, "single")
+def test_a_gradient_of_one_ranks_heads_alone_would_be_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    single, _ = train("qwen3 with everything", folder, "single")
     monkeypatch.setitem(globals(), "train_and_report", train_with_partial_gradients)
-    columns, _ = train("qwen3", tmp_path, "tensor", **TENSOR)
+    columns, _ = train("qwen3 with everything", folder, "tensor", **TENSOR)
     assert columns["loss"][0] == pytest.approx(single["loss"][0], rel=1e-5)
     assert columns["grad_norm"] != pytest.approx(single["grad_norm"], rel=1e-5)
