@@ -232,8 +232,8 @@ def _parts_folder(config: PreprocessConfig) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
     except OSError as error:
-        raise ConfigError(
-            "output_prefix", config.output_prefix, f"must be writable: {error}", "give another"
+        raise CorpusError(
+            "output prefix", config.output_prefix, f"must be writable: {error}", "give another"
         ) from error
     with lock:
         try:
@@ -293,6 +293,7 @@ def _require_tokens(config: PreprocessConfig, report: PreprocessReport) -> None:
         elif config.keys.is_masked and counts.num_trained == 0:
             problem, fix = "must hold a token that is trained on: the loss mask lets none through", "check the mask"
         if problem:
+            shutil.rmtree(config.parts_folder)  # no later run could use them
             raise CorpusError("input", ", ".join(config.input), problem, fix)
 
 
