@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = {
+    "data": ("data", "preprocessing against Hugging Face and Megatron's way of sharing work"),
     "loss-head": ("loss_head", "the loss against full logits and other libraries' losses"),
     "pipeline": ("pipeline", "the reference's schedules against plain training"),
 }
