@@ -3,8 +3,8 @@
 Text: Python sources that are installed here, as JSON lines, every file once. Tokenizers: a byte-level BPE and a
 SentencePiece BPE trained on a part of it. Every contender runs in a process of its own, all in turn, round after
 round; a rate is megabytes of JSON lines a second of CPU time of the process and its children (so a rate per core), the
-best of the rounds. Tokenizers are loaded before the clock starts; workers are started after it. All corpora are compared
-byte by byte.
+best of the rounds. Tokenizers are loaded before the clock starts; workers are started after it. All corpora are
+compared byte by byte.
 """
 
 from __future__ import annotations
@@ -247,9 +247,9 @@ def _markdown(records: list[dict[str, Any]], rounds: int) -> str:
     out = [
         "# Preprocessing\n\n"
         "JSON lines to `.bin/.idx` corpora; rates in megabytes of JSON lines a second, higher is better. Made by "
-        f"`python tools/benchmark.py data`: {report.environment()}, {rounds} rounds in turn, the best of each. All corpora of "
-        "one text were the same bytes. A rate per core counts the CPU time of all processes of a contender; `×` is "
-        "it divided by the first row's. The fast one is measured on more text too, because starting it counts.\n"
+        f"`python tools/benchmark.py data`: {report.environment()}, {rounds} rounds in turn, the best of each. All "
+        "corpora of one text were the same bytes. A rate per core counts the CPU time of all processes of a contender; "
+        "`×` is it divided by the first row's. The fast one is measured on more text too, because starting it counts.\n"
     ]
     for kind in dict.fromkeys(record["tokenizer"] for record in records):
         mine = [record for record in records if record["tokenizer"] == kind]
