@@ -120,7 +120,8 @@ class RowGroups(_OfFile):
         wanted = [name for name in dict.fromkeys(columns) if name in table.schema_arrow.names]
         number = 0
         try:
-            for batch in table.iter_batches(_ROWS_PER_BATCH, list(range(self.start, self.stop)), wanted):
+            groups = list(range(self.start, self.stop))
+            for batch in table.iter_batches(_ROWS_PER_BATCH, groups, wanted, use_threads=False):
                 row_bytes = batch.nbytes // max(1, batch.num_rows)
                 for row in batch.to_pylist():
                     yield Line(number, row_bytes, row, "")
