@@ -1,64 +1,98 @@
-"""Reading JSON lines: plain, gzip or Zstandard files, and the texts of one line."""
+"""What a line of the input says: the texts of its keys, and which of them are trained on."""
 
 from __future__ import annotations
 
-import glob
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from megatron_slm.errors import CorpusError
-
-_CHUNK_BYTES = 1 << 20
+from megatron_slm.errors import ConfigError
 
 
 class InvalidLineError(Exception):
     """A line that is not a document; its text says why. Never leaves the package: see `--on-error`."""
 
 
-def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files that `inputs` name, in order; a pattern (`data/*.jsonl`) gives its files sorted by name.
+class Texts(NamedTuple):
+    """The texts of one document under one key."""
+
+    texts: list[str]
+    """One, or several where the value is a list."""
+
+    trained: list[int] | None
+    """0 or 1 for every text: whether its tokens are trained on. None where all are, without a mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentKeys:
+    """Which keys of a line hold what; the names are the flags' of `tools/preprocess_data.py`."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys of texts, a corpus each. With `prompt_key` and `response_key` not used."""
+
+    loss_mask_key: str | None = None
+    """The key of a list of 0 and 1, one for every text of the list under the only JSON key."""
+
+    prompt_key: str | None = None
+    """The key of a text that is read and not trained on."""
+
+    response_key: str | None = None
+    """The key of the text that follows it and is trained on."""
+
+    def __post_init__(self) -> None:
+        if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
+            raise ConfigError(
+                "json_keys", self.json_keys, "must be at least one key, none of them twice", "name each key once"
+            )
+        if (self.prompt_key is None) != (self.response_key is None):
+            raise ConfigError(
+                "prompt_key, response_key", (self.prompt_key, self.response_key), "go together", "give both or neither"
+            )
+        if self.loss_mask_key is not None and (self.prompt_key is not None or len(self.json_keys) != 1):
+            raise ConfigError(
+                "loss_mask_key",
+                self.loss_mask_key,
+                "goes with exactly one of --json-keys, and not with --prompt-key",
+                "choose one way to say which tokens are trained on",
+            )
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """What the corpora are named after, in the order of `texts`."""
+        return ("sft",) if self.prompt_key is not None else self.json_keys
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some tokens are not trained on, so that every document is one sequence with a loss mask."""
+        return self.prompt_key is not None or self.loss_mask_key is not None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every key that is read."""
+        if self.prompt_key is not None and self.response_key is not None:
+            return self.prompt_key, self.response_key
+        return self.json_keys if self.loss_mask_key is None else (*self.json_keys, self.loss_mask_key)
+
+    def texts(self, document: Mapping[str, Any]) -> list[Texts]:
+        """The texts of every corpus.
+
+        Raises:
+            InvalidLineError: a key is missing, or does not hold what it should.
+        """
+        if self.prompt_key is not None and self.response_key is not None:
+            return [Texts([_text(document, self.prompt_key), _text(document, self.response_key)], [0, 1])]
+        texts = [_texts(document, key) for key in self.json_keys]
+        if self.loss_mask_key is None:
+            return [Texts(of_key, None) for of_key in texts]
+        return [Texts(texts[0], _mask(document, self.loss_mask_key, len(texts[0])))]
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line.
 
     Raises:
-        CorpusError: one names no file.
-    """
-    files = []
-    for name in map(str, inputs):
-        found = [name] if Path(name).is_file() else sorted(filter(Path.is_file, map(Path, glob.glob(name))))
-        if not found:
-            raise CorpusError("input", name, "must be a file, or a pattern that matches some", "check the path")
-        files += [Path(path) for path in found]
-    return files
-
-
-def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, decompressed by its suffix (.gz, .zst), without line breaks.
-
-    Raises:
-        CorpusError: it cannot be read to its end.
-    """
-    try:
-        with _open(path) as stream:
-            for line in stream:
-                yield line.rstrip(b"\r\n")
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(
-            "input",
-            str(path),
-            f"cannot be read to its end ({type(error).__name__}: {error})",
-            "copy the file again",
-        ) from error
-
-
-def texts_of_line(line: bytes, keys: Sequence[str]) -> list[list[str]]:
-    """The texts of every key of one JSON line: one text, or several where the value is a list.
-
-    Raises:
-        InvalidLineError: it is not a JSON object with a text (or a list of texts) under every key.
+        InvalidLineError: it is none.
     """
     try:
         document = json.loads(line.decode("utf-8-sig"))
@@ -68,80 +102,39 @@ def texts_of_line(line: bytes, keys: Sequence[str]) -> list[list[str]]:
         raise InvalidLineError(f"not JSON ({error})") from error
     if not isinstance(document, dict):
         raise InvalidLineError(f"not a JSON object but a {type(document).__name__}")
-    return [_texts_of_value(document, key) for key in keys]
+    return document
 
 
-def _texts_of_value(document: dict[str, Any], key: str) -> list[str]:
+def _value(document: Mapping[str, Any], key: str) -> Any:
     if key not in document:
         raise InvalidLineError(f"no key {key!r} (it has {', '.join(map(repr, document)) or 'none'})")
-    value = document[key]
+    return document[key]
+
+
+def _texts(document: Mapping[str, Any], key: str) -> list[str]:
+    value = _value(document, key)
     texts = value if isinstance(value, list) else [value]
     for text in texts:
         if not isinstance(text, str):
             raise InvalidLineError(f"the value of {key!r} is not a text but a {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidLineError(f"the value of {key!r} holds half of a surrogate pair") from error
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidLineError(f"the value of {key!r} holds half of a surrogate pair") from error
     return texts
 
 
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(path)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstandardFile(path), _CHUNK_BYTES)
-    return open(path, "rb", buffering=_CHUNK_BYTES)
+def _text(document: Mapping[str, Any], key: str) -> str:
+    texts = _texts(document, key)
+    if len(texts) != 1 or isinstance(document[key], list):
+        raise InvalidLineError(f"the value of {key!r} is not a text but a list")
+    return texts[0]
 
 
-class _ZstandardFile(io.RawIOBase):
-    """The frames of a .zst file one after another; unlike the library's reader it notices a cut-off file."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = io.FileIO(path)
-        try:
-            import zstandard
-        except ImportError as error:
-            raise CorpusError(
-                "input", str(path), "needs the package zstandard", "pip install zstandard, or decompress it"
-            ) from error
-        self._error = zstandard.ZstdError
-        self._library = zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._compressed = b""
-        self._plain = b""
-
-    def readable(self) -> bool:
-        """True: the only thing it does."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with decompressed bytes; 0 at the end of the file."""
-        while not self._plain:
-            if not self._compressed:
-                self._compressed = self._file.read(_CHUNK_BYTES) or b""
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a frame")
-                return 0
-            self._plain = self._decompress()
-        count = min(len(buffer), len(self._plain))
-        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
-        return count
-
-    def close(self) -> None:
-        """Close the file beneath."""
-        self._file.close()
-        super().close()
-
-    def _decompress(self) -> bytes:
-        if self._frame is None:
-            self._frame = self._library.decompressobj()
-        try:
-            plain: bytes = self._frame.decompress(self._compressed)
-        except self._error as error:
-            raise OSError(str(error)) from error
-        self._compressed = self._frame.unused_data
-        if self._frame.eof:
-            self._frame = None
-        return plain
+def _mask(document: Mapping[str, Any], key: str, num_texts: int) -> list[int]:
+    value = _value(document, key)
+    mask = value if isinstance(value, list) else [value]
+    if len(mask) != num_texts or any(entry not in (0, 1) for entry in mask):
+        raise InvalidLineError(f"the value of {key!r} is not {num_texts} times 0 or 1, once for every text")
+    return [int(entry) for entry in mask]

@@ -1,219 +1,107 @@
-"""Tokenizing chunks of JSON lines, here or in worker processes, always in the order of the input."""
+"""Documents to token ids, many at once, as arrays."""
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slm.data.documents import InvalidLineError, read_lines, texts_of_line
-from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_slm.errors import ConfigError
+from megatron_slm.data.documents import DocumentKeys, Texts
+from megatron_slm.data.tokenizer import Ragged
 
-_LINES_PER_CHUNK = 256
-_BYTES_PER_CHUNK = 1 << 20
-_CHUNKS_AHEAD_PER_WORKER = 4
+
+class Encoder(Protocol):
+    """What turns texts into ids: a tokenizer, or a faster library checked against one."""
+
+    def encode_ragged(self, texts: Sequence[str]) -> Ragged:
+        """Token ids of several texts, nothing added at their ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How documents become token ids: plain values, so that it travels to worker processes."""
+    """How documents become sequences; travels to worker processes."""
 
-    keys: tuple[str, ...]
-    """The keys of a JSON line that hold texts."""
+    keys: DocumentKeys
+    """Which keys hold what."""
 
-    tokenizer_type: str
-    """See `build_tokenizer`."""
+    bos_id: int | None
+    """Begins every document that has a token; None: nothing does."""
 
-    tokenizer_model: str | None
-    """See `build_tokenizer`."""
-
-    vocab_size: int | None
-    """See `build_tokenizer`."""
-
-    append_eod: bool
-    """Whether a document with tokens ends with the tokenizer's `eod_id`."""
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer; each process builds its own.
-
-        Raises:
-            ConfigError: it is asked to append an end-of-document token and has none, or cannot be built.
-        """
-        tokenizer = build_tokenizer(self.tokenizer_type, self.tokenizer_model, self.vocab_size)
-        if self.append_eod and tokenizer.eod_id is None:
-            raise ConfigError(
-                "append_eod",
-                True,
-                f"{self.tokenizer_model} does not say which token ends a document",
-                "set eos_token in its tokenizer_config.json, or leave --append-eod out",
-            )
-        return tokenizer
+    eod_id: int | None
+    """Ends every document that has a token; None: nothing does."""
 
 
-class LineChunk(NamedTuple):
-    """Some consecutive lines of one file."""
-
-    path: Path
-    """The file."""
-
-    first_line: int
-    """Number of the first line, from 1."""
-
-    lines: list[bytes]
-    """Without line breaks; blank ones included."""
-
-
-class Invalid(NamedTuple):
-    """A line that is not a document."""
-
-    path: Path
-    """The file."""
-
-    line: int
-    """Its number, from 1."""
-
-    reason: str
-    """What is wrong with it."""
-
-
-class KeyTokens(NamedTuple):
-    """The tokens of one key of the documents of a chunk."""
+class EncodedDocuments(NamedTuple):
+    """Documents of one corpus as token ids."""
 
     tokens: npt.NDArray[np.int32]
-    """All of them, end to end, [T]."""
+    """All of them, end to end, int32 [T]."""
 
     sequence_lengths: npt.NDArray[np.int64]
-    """Tokens of every sequence; none is 0."""
+    """Tokens of every sequence [S]; none is 0."""
 
     sequences_per_document: npt.NDArray[np.int64]
     """Sequences of every document [D]; 0 where the document has no token."""
 
-
-class EncodedChunk(NamedTuple):
-    """The documents of a `LineChunk` as token ids."""
-
-    keys: list[KeyTokens]
-    """One entry a key, in the order of `Encoding.keys`."""
-
-    num_documents: int
-    """Lines that are documents."""
-
-    invalid: list[Invalid]
-    """Lines that are not."""
-
-    num_bytes: int
-    """Size of the lines with their line breaks."""
+    loss_mask: npt.NDArray[np.uint8] | None
+    """1 for every token that is trained on, uint8 [T]; None where all are."""
 
 
-def line_chunks(paths: Sequence[Path]) -> Iterator[LineChunk]:
-    """Cut files into chunks that are big enough to travel and small enough to wait in memory."""
-    for path in paths:
-        lines: list[bytes] = []
-        first, size = 1, 0
-        for line in read_lines(path):
-            lines.append(line)
-            size += len(line) + 1
-            if len(lines) == _LINES_PER_CHUNK or size >= _BYTES_PER_CHUNK:
-                yield LineChunk(path, first, lines)
-                first, size, lines = first + len(lines), 0, []
-        if lines:
-            yield LineChunk(path, first, lines)
+def encode_documents(documents: Sequence[Texts], encoding: Encoding, encoder: Encoder) -> EncodedDocuments:
+    """Tokenize documents of one corpus.
 
-
-def encode_chunk(chunk: LineChunk, encoding: Encoding, tokenizer: Tokenizer) -> EncodedChunk:
-    """Tokenize the documents of a chunk; blank lines are passed over.
-
-    A text without a token is no sequence, and a document of none stays as one without a sequence: what
-    Megatron's preprocessing writes.
+    Without a mask every text is a sequence, as in Megatron's preprocessing: a text without a token is no sequence, and
+    a document of none stays as one without a sequence. With a mask the texts of a document, tokenized one by one, are
+    one sequence; its end-of-document token is trained on where its last text is, its first token of BOS never.
     """
-    documents: list[list[list[str]]] = []
-    invalid = []
-    for number, line in enumerate(chunk.lines, start=chunk.first_line):
-        if not line.strip():
-            continue
-        try:
-            documents.append(texts_of_line(line, encoding.keys))
-        except InvalidLineError as error:
-            invalid.append(Invalid(chunk.path, number, str(error)))
-    eod_id = tokenizer.eod_id if encoding.append_eod else None
-    keys = [
-        _encode_key([document[at] for document in documents], tokenizer, eod_id) for at in range(len(encoding.keys))
-    ]
-    return EncodedChunk(keys, len(documents), invalid, sum(map(len, chunk.lines)) + len(chunk.lines))
+    ids, lengths = encoder.encode_ragged([text for document in documents for text in document.texts])
+    texts_per_document = np.fromiter((len(document.texts) for document in documents), np.int64, len(documents))
+    owner = np.repeat(np.arange(len(documents)), texts_per_document)
+    mask = last_trained = None
+    if encoding.keys.is_masked:
+        trained = np.fromiter((bit for document in documents for bit in document.trained or ()), np.uint8, owner.size)
+        mask = np.repeat(trained, lengths)
+        last_trained = np.zeros(len(documents), np.uint8)
+        last_trained[owner] = trained  # of a document's texts the last one stays
+        lengths = np.bincount(owner, weights=lengths, minlength=len(documents)).astype(np.int64)
+        owner = np.arange(len(documents))
+    is_sequence = lengths > 0
+    lengths, owner = lengths[is_sequence], owner[is_sequence]
+    sequences_per_document = np.bincount(owner, minlength=len(documents)).astype(np.int64)
+    ids, mask, lengths = _with_ends(ids, mask, lengths, owner, last_trained, encoding)
+    return EncodedDocuments(ids, lengths, sequences_per_document, mask)
 
 
-def encode_chunks(
-    chunks: Iterable[LineChunk], encoding: Encoding, num_workers: int
-) -> Generator[EncodedChunk, None, None]:
-    """Tokenize chunks in order, in this process (`num_workers` 1) or in as many others.
-
-    Raises:
-        ConfigError: `num_workers` is not positive, or a worker was killed.
-    """
-    if num_workers < 1:
-        raise ConfigError("workers", num_workers, "must be at least 1", "give --workers 1 or more")
-    if num_workers == 1:
-        tokenizer = encoding.tokenizer()
-        for chunk in chunks:
-            yield encode_chunk(chunk, encoding, tokenizer)
-        return
-    # Spawned, not forked: tokenizer libraries hold threads and locks that a fork would break.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker)
-    try:
-        # A bounded number of chunks is on its way, so memory does not grow with the input.
-        waiting: deque[Future[EncodedChunk]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk, encoding))
-            if len(waiting) >= num_workers * _CHUNKS_AHEAD_PER_WORKER:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ConfigError(
-            "workers", num_workers, "a worker process was killed (out of memory?)", "use fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer_of(encoding: Encoding) -> Tokenizer:
-    return encoding.tokenizer()
-
-
-def _encode_in_worker(chunk: LineChunk, encoding: Encoding) -> EncodedChunk:
-    return encode_chunk(chunk, encoding, _tokenizer_of(encoding))
-
-
-def _encode_key(documents: list[list[str]], tokenizer: Tokenizer, eod_id: int | None) -> KeyTokens:
-    encoded = iter(tokenizer.encode_batch([text for texts in documents for text in texts]))
-    tokens: list[int] = []
-    lengths: list[int] = []
-    counts = []
-    for texts in documents:
-        sequences = [ids for ids in (next(encoded) for _ in texts) if ids]
-        if sequences and eod_id is not None:
-            sequences[-1] = [*sequences[-1], eod_id]
-        for ids in sequences:
-            tokens.extend(ids)
-            lengths.append(len(ids))
-        counts.append(len(sequences))
-    return KeyTokens(
-        np.array(tokens, dtype=np.int32), np.array(lengths, dtype=np.int64), np.array(counts, dtype=np.int64)
-    )
+def _with_ends(
+    ids: npt.NDArray[np.int32],
+    mask: npt.NDArray[np.uint8] | None,
+    lengths: npt.NDArray[np.int64],
+    owner: npt.NDArray[np.int64],
+    last_trained: npt.NDArray[np.uint8] | None,
+    encoding: Encoding,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8] | None, npt.NDArray[np.int64]]:
+    """Put the end-of-document token after every document's last sequence, and BOS before its first."""
+    changes = np.flatnonzero(np.diff(owner)) if owner.size else np.empty(0, np.int64)
+    ends = np.cumsum(lengths)
+    lengths = lengths.copy()
+    places, values, bits = [], [], []
+    if encoding.eod_id is not None and owner.size:  # before BOS: at one place the earlier document's end comes first
+        last = np.append(changes, owner.size - 1)
+        lengths[last] += 1
+        places.append(ends[last])
+        values.append(np.full(last.size, encoding.eod_id, np.int32))
+        bits.append(np.ones(last.size, np.uint8) if last_trained is None else last_trained[owner[last]])
+    if encoding.bos_id is not None and owner.size:
+        first = np.append(0, changes + 1)
+        places.append(np.append(0, ends)[first])
+        lengths[first] += 1
+        values.append(np.full(first.size, encoding.bos_id, np.int32))
+        bits.append(np.zeros(first.size, np.uint8))
+    if places:
+        at = np.concatenate(places)
+        ids = np.insert(ids, at, np.concatenate(values))
+        mask = None if mask is None else np.insert(mask, at, np.concatenate(bits))
+    return ids, mask, lengths

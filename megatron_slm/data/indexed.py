@@ -61,8 +61,8 @@ def dtype_for_vocabulary(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
-class IndexedCorpus:
-    """A corpus on disk, memory-mapped, validated when it is opened.
+class CorpusIndex:
+    """The boundaries of a corpus on disk, memory-mapped, validated against its `.bin` when they are opened.
 
     Attributes:
         prefix: path without `.bin` and `.idx`.
@@ -70,10 +70,10 @@ class IndexedCorpus:
         sequence_lengths: tokens of every sequence, int32 [N].
         sequence_pointers: where every sequence starts in `.bin`, bytes, int64 [N].
         document_indices: first sequence of every document, then N, int64 [documents + 1].
-        num_tokens: tokens of the whole corpus.
+        num_tokens: tokens of the whole corpus; may be 0 here.
 
     Raises:
-        CorpusError: a file is missing, truncated, damaged, of another format, or holds no token.
+        CorpusError: a file is missing, truncated, damaged, or of another format.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -90,13 +90,6 @@ class IndexedCorpus:
         self._check_documents()
         self.num_tokens = self._check_sequences()
         self._check_bin_size()
-        self._tokens = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=self.dtype))
-
-    def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
-        return type(self), (self.prefix,)
-
-    def __repr__(self) -> str:
-        return f"IndexedCorpus({self.prefix!r}, {self.num_sequences} sequences, {self.num_tokens} tokens)"
 
     @property
     def num_sequences(self) -> int:
@@ -107,67 +100,6 @@ class IndexedCorpus:
     def num_documents(self) -> int:
         """Documents in the corpus, those without a token included."""
         return int(self.document_indices.shape[0]) - 1
-
-    def get(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """Tokens [offset, offset + length) of one sequence: a read-only view in the corpus' dtype.
-
-        Args:
-            index: which sequence.
-            offset: first token within the sequence.
-            length: number of tokens; up to the end of the sequence when None.
-
-        Raises:
-            IndexError: the sequence does not exist, or does not hold these tokens.
-        """
-        if not 0 <= index < self.num_sequences:
-            raise IndexError(f"sequence {index} of {self.prefix}, which has {self.num_sequences}")
-        available = int(self.sequence_lengths[index])
-        count = available - offset if length is None else length
-        if offset < 0 or count < 0 or offset + count > available:
-            raise IndexError(
-                f"tokens [{offset}, {offset + count}) of sequence {index} of {self.prefix}, which holds {available}"
-            )
-        start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
-        return self._tokens[start : start + count]
-
-    def max_token_id(self, byte_budget: int = DEFAULT_SCAN_BYTES) -> int:
-        """The largest token id: of the whole corpus when `.bin` is within the budget, else of sampled blocks.
-
-        Args:
-            byte_budget: how much of `.bin` may be read, in bytes.
-        """
-        return self._token_id_range(byte_budget)[1]
-
-    def check_vocabulary(self, vocab_size: int, byte_budget: int = DEFAULT_SCAN_BYTES) -> None:
-        """Check that the token ids (all, or a sample: see `max_token_id`) fall into [0, vocab_size).
-
-        Raises:
-            VocabularyError: one does not; it is named.
-        """
-        lowest, highest = self._token_id_range(byte_budget)
-        if highest >= vocab_size or lowest < 0:
-            raise VocabularyError(
-                f"token id in {bin_path(self.prefix)}",
-                highest if highest >= vocab_size else lowest,
-                f"must be within [0, {vocab_size}), the vocabulary of this run",
-                "tokenize the corpus again with this run's tokenizer, or give the tokenizer it was made with",
-            )
-
-    def _token_id_range(self, byte_budget: int) -> tuple[int, int]:
-        lowest, highest = np.iinfo(np.int64).max, np.iinfo(np.int64).min
-        for block in self._scanned_blocks(byte_budget // self.dtype.itemsize):
-            lowest, highest = min(lowest, int(block.min())), max(highest, int(block.max()))
-        return lowest, highest
-
-    def _scanned_blocks(self, max_tokens: int) -> Iterator[npt.NDArray[Any]]:
-        if self.num_tokens <= max_tokens:
-            for start in range(0, self.num_tokens, _TOKENS_PER_SCAN):
-                yield self._tokens[start : start + _TOKENS_PER_SCAN]
-            return
-        block = max(1, max_tokens // _SAMPLED_BLOCKS)
-        starts = np.linspace(0, self.num_tokens - block, _SAMPLED_BLOCKS).astype(np.int64)
-        for start in starts.tolist():
-            yield self._tokens[start : start + block]
 
     def _require_files(self) -> None:
         for path in (idx_path(self.prefix), bin_path(self.prefix)):
@@ -236,8 +168,6 @@ class IndexedCorpus:
                     _AGAIN,
                 )
             num_tokens = int(ends[-1])
-        if num_tokens == 0:
-            raise CorpusError(f"tokens in {bin_path(self.prefix)}", 0, "must be at least 1", "preprocess again")
         return num_tokens
 
     def _check_bin_size(self) -> None:
@@ -251,3 +181,84 @@ class IndexedCorpus:
                 f"must be {expected} bytes ({self.num_tokens} tokens of {self.dtype.name}); it is {relation}",
                 "the copy was cut off, or .bin and .idx are of two runs: copy or preprocess again",
             )
+
+
+class IndexedCorpus(CorpusIndex):
+    """A corpus on disk, memory-mapped, validated when it is opened.
+
+    Raises:
+        CorpusError: a file is missing, truncated, damaged, of another format, or holds no token.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        super().__init__(prefix)
+        if self.num_tokens == 0:
+            raise CorpusError(f"tokens in {bin_path(prefix)}", 0, "must be at least 1", "preprocess again")
+        self._tokens = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=self.dtype))
+
+    def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
+        return type(self), (self.prefix,)
+
+    def __repr__(self) -> str:
+        return f"IndexedCorpus({self.prefix!r}, {self.num_sequences} sequences, {self.num_tokens} tokens)"
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
+        """Tokens [offset, offset + length) of one sequence: a read-only view in the corpus' dtype.
+
+        Args:
+            index: which sequence.
+            offset: first token within the sequence.
+            length: number of tokens; up to the end of the sequence when None.
+
+        Raises:
+            IndexError: the sequence does not exist, or does not hold these tokens.
+        """
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of {self.prefix}, which has {self.num_sequences}")
+        available = int(self.sequence_lengths[index])
+        count = available - offset if length is None else length
+        if offset < 0 or count < 0 or offset + count > available:
+            raise IndexError(
+                f"tokens [{offset}, {offset + count}) of sequence {index} of {self.prefix}, which holds {available}"
+            )
+        start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
+        return self._tokens[start : start + count]
+
+    def max_token_id(self, byte_budget: int = DEFAULT_SCAN_BYTES) -> int:
+        """The largest token id: of the whole corpus when `.bin` is within the budget, else of sampled blocks.
+
+        Args:
+            byte_budget: how much of `.bin` may be read, in bytes.
+        """
+        return self._token_id_range(byte_budget)[1]
+
+    def check_vocabulary(self, vocab_size: int, byte_budget: int = DEFAULT_SCAN_BYTES) -> None:
+        """Check that the token ids (all, or a sample: see `max_token_id`) fall into [0, vocab_size).
+
+        Raises:
+            VocabularyError: one does not; it is named.
+        """
+        lowest, highest = self._token_id_range(byte_budget)
+        if highest >= vocab_size or lowest < 0:
+            raise VocabularyError(
+                f"token id in {bin_path(self.prefix)}",
+                highest if highest >= vocab_size else lowest,
+                f"must be within [0, {vocab_size}), the vocabulary of this run",
+                "tokenize the corpus again with this run's tokenizer, or give the tokenizer it was made with",
+            )
+
+    def _token_id_range(self, byte_budget: int) -> tuple[int, int]:
+        lowest, highest = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+        for block in self._scanned_blocks(byte_budget // self.dtype.itemsize):
+            lowest, highest = min(lowest, int(block.min())), max(highest, int(block.max()))
+        return lowest, highest
+
+    def _scanned_blocks(self, max_tokens: int) -> Iterator[npt.NDArray[Any]]:
+        if self.num_tokens <= max_tokens:
+            for start in range(0, self.num_tokens, _TOKENS_PER_SCAN):
+                yield self._tokens[start : start + _TOKENS_PER_SCAN]
+            return
+        block = max(1, max_tokens // _SAMPLED_BLOCKS)
+        starts = np.linspace(0, self.num_tokens - block, _SAMPLED_BLOCKS).astype(np.int64)
+        for start in starts.tolist():
+            yield self._tokens[start : start + block]

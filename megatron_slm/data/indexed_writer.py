@@ -41,25 +41,30 @@ class IndexedCorpusWriter:
     Args:
         prefix: path without `.bin` and `.idx`; its folder is made.
         dtype: token dtype (see `dtype_for_vocabulary`).
+        may_be_empty: whether a corpus without a token is written (a part of one may have none).
+
+    Attributes:
+        num_tokens, num_empty, longest_document, max_token_id: of the documents added so far; empty ones have no token,
+            the longest one's length is in tokens, and the largest id is None before the first token.
 
     Raises:
         CorpusError: the files cannot be made there, or (at close) no token was added.
     """
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, *, may_be_empty: bool = False) -> None:
         self.prefix = str(prefix)
+        self._may_be_empty = may_be_empty
         self.dtype = np.dtype(dtype)
         if CODE_BY_DTYPE.get(self.dtype) not in INTEGER_CODES:
             raise CorpusError("corpus dtype", str(self.dtype), "must be an integer dtype of the format", "use uint16")
         self.num_tokens = 0
+        self.num_empty = 0
         self.longest_document = 0
         self.max_token_id: int | None = None
         self._lengths = array("i")
         self._boundaries = array("q", [0])
         self._limits = np.iinfo(self.dtype)
-        self._bin_part, self._idx_part = (
-            Path(f"{path}.part-{os.getpid()}") for path in (bin_path(prefix), idx_path(prefix))
-        )
+        self._bin_part, self._idx_part = part_path(bin_path(prefix)), part_path(idx_path(prefix))
         try:
             self._bin_part.parent.mkdir(parents=True, exist_ok=True)
             self._bin: BinaryIO = io.BufferedWriter(io.FileIO(self._bin_part, "w"))
@@ -80,16 +85,42 @@ class IndexedCorpusWriter:
             VocabularyError: a token id does not fit the dtype.
         """
         single = isinstance(document, np.ndarray) or (len(document) > 0 and np.isscalar(document[0]))
-        sequences = [document] if single else document
-        length = 0
-        for sequence in sequences:
-            tokens = self._checked(np.asarray(sequence))
-            self._bin.write(tokens.tobytes())
-            self._lengths.append(tokens.size)
-            length += tokens.size
-        self._boundaries.append(len(self._lengths))
-        self.num_tokens += length
-        self.longest_document = max(self.longest_document, length)
+        sequences = [np.asarray(sequence) for sequence in ([document] if single else document)]
+        tokens = np.concatenate(sequences) if sequences else np.empty(0, np.int64)
+        self.add_documents(tokens, np.array([len(ids) for ids in sequences], np.int64), np.array([len(sequences)]))
+
+    def add_documents(
+        self,
+        tokens: npt.NDArray[Any],
+        sequence_lengths: npt.NDArray[np.int64],
+        sequences_per_document: npt.NDArray[np.int64],
+    ) -> None:
+        """Append many documents at once.
+
+        Args:
+            tokens: of all of them, end to end, [T].
+            sequence_lengths: tokens of every sequence, [S]; their sum is T.
+            sequences_per_document: [D]; their sum is S, 0 for a document without a sequence.
+
+        Raises:
+            VocabularyError: a token id does not fit the dtype.
+            CorpusError: a sequence is longer than the format can say.
+        """
+        if sequence_lengths.size and int(sequence_lengths.max()) > np.iinfo(np.int32).max:
+            raise CorpusError(
+                "tokens of a sequence",
+                int(sequence_lengths.max()),
+                "must fit the format's 32-bit lengths",
+                "cut the document",
+            )
+        self._bin.write(self._checked(tokens).tobytes())
+        self._boundaries.frombytes((len(self._lengths) + np.cumsum(sequences_per_document, dtype=np.int64)).tobytes())
+        self._lengths.frombytes(sequence_lengths.astype(np.int32).tobytes())
+        self.num_tokens += tokens.size
+        ends = np.concatenate([[0], np.cumsum(sequence_lengths)])[np.cumsum(sequences_per_document)]
+        lengths = np.diff(ends, prepend=0)
+        self.num_empty += int((lengths == 0).sum())
+        self.longest_document = max(self.longest_document, int(lengths.max(initial=0)))
 
     def close(self) -> None:
         """Put the corpus in place: durable on disk when this returns. A second call does nothing.
@@ -99,19 +130,14 @@ class IndexedCorpusWriter:
         """
         if self._bin.closed:
             return
-        if self.num_tokens == 0:
+        if self.num_tokens == 0 and not self._may_be_empty:
             self.abort()
             raise CorpusError("tokens to write", 0, "a corpus needs at least one token", "check the input")
-        _sync_and_close(self._bin)
+        sync_and_close(self._bin)
         with open(self._idx_part, "wb") as index:
             self._write_index(index)
-            _sync_and_close(index)
-        # An old index over a new .bin of the same size would read as whole: it goes first.
-        for stale in (idx_path(self.prefix), sidecar_path(self.prefix)):
-            stale.unlink(missing_ok=True)
-        os.replace(self._bin_part, bin_path(self.prefix))
-        os.replace(self._idx_part, idx_path(self.prefix))
-        _sync_folder(self._bin_part.parent)
+            sync_and_close(index)
+        put_in_place(self.prefix, self._bin_part, self._idx_part)
 
     def abort(self) -> None:
         """Remove what was written so far; an older corpus at `prefix` stays."""
@@ -155,7 +181,35 @@ class IndexedCorpusWriter:
         index.write(np.frombuffer(self._boundaries, dtype=np.int64).astype("<i8").tobytes())
 
 
-def _sync_and_close(stream: BinaryIO) -> None:
+def part_path(path: Path) -> Path:
+    """The name under which this process writes what will be at `path`."""
+    return path.with_name(f"{path.name}.part-{os.getpid()}")
+
+
+def put_in_place(prefix: str | Path, bin_part: Path, idx_part: Path, sidecar: str | None = None) -> None:
+    """Make two whole files, already durable, the corpus `prefix`: an older one goes first, the index comes last.
+
+    Args:
+        prefix: of the corpus.
+        bin_part, idx_part: the files, in its folder.
+        sidecar: what its `.meta.json` holds; it is there before the corpus is.
+    """
+    # An old index over a new .bin of the same size would read as whole.
+    for stale in (idx_path(prefix), sidecar_path(prefix)):
+        stale.unlink(missing_ok=True)
+    os.replace(bin_part, bin_path(prefix))
+    if sidecar is not None:
+        sidecar_part = part_path(sidecar_path(prefix))
+        with open(sidecar_part, "wb") as file:
+            file.write(sidecar.encode())
+            sync_and_close(file)
+        os.replace(sidecar_part, sidecar_path(prefix))
+    os.replace(idx_part, idx_path(prefix))
+    _sync_folder(bin_part.parent)
+
+
+def sync_and_close(stream: BinaryIO) -> None:
+    """Make what was written durable, and close."""
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()

@@ -1,24 +1,31 @@
-"""From JSON lines to corpora: one `.bin/.idx` a key, under Megatron's names."""
+"""From text to corpora: one `.bin/.idx` a key, under Megatron's names."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
+import logging
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
-from megatron_slm.data.documents import expand_inputs
-from megatron_slm.data.encoding import EncodedChunk, Encoding, Invalid, KeyTokens, encode_chunks, line_chunks
+from megatron_slm.data.documents import DocumentKeys
+from megatron_slm.data.encoding import Encoder, Encoding
+from megatron_slm.data.fast_encoder import LIBRARY, FastEncoder, FastEncoderError
 from megatron_slm.data.indexed import dtype_for_vocabulary
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
-from megatron_slm.data.sidecar import Sidecar, write_sidecar
+from megatron_slm.data.inputs import Inputs, Piece
+from megatron_slm.data.merging import Merged, concatenate
+from megatron_slm.data.shards import REPORTED_INVALID_LINES, CorpusCounts, Shard, ShardWriter, make_shards
+from megatron_slm.data.sidecar import Sidecar, loss_mask_prefix
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import ConfigError, CorpusError
 
-_REPORTED_INVALID_LINES = 100
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,28 +33,25 @@ class PreprocessConfig:
     """What `tools/preprocess_data.py` is asked for; the names are its flags'."""
 
     input: tuple[str, ...]
-    """Files of JSON lines (plain, .gz, .zst) or patterns; read in this order."""
+    """Files (JSON lines, plain, .gz or .zst; .parquet) or patterns, read in this order; `-` is standard input."""
 
     output_prefix: str
     """The corpora are `{output_prefix}_{key}_document.bin` and `.idx`."""
 
-    tokenizer_type: str
-    """See `build_tokenizer`."""
-
-    tokenizer_model: str | None = None
-    """See `build_tokenizer`."""
-
-    vocab_size: int | None = None
-    """For NullTokenizer."""
-
-    json_keys: tuple[str, ...] = ("text",)
-    """The keys whose texts are tokenized, one corpus each."""
+    keys: DocumentKeys = field(default_factory=DocumentKeys)
+    """Which keys hold what."""
 
     append_eod: bool = False
     """End every document that has a token with the end-of-document token."""
 
+    prepend_bos: bool = False
+    """Begin every document that has a token with the beginning-of-text token."""
+
     workers: int = 1
     """Processes that tokenize; the corpora do not depend on it."""
+
+    fast_tokenizer: bool = False
+    """Encode with a faster library, compared with the tokenizer on samples."""
 
     on_error: str = "stop"
     """`stop` at the first line that is not a document, or `skip` such lines."""
@@ -58,144 +62,268 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         if self.on_error not in ("stop", "skip"):
             raise ConfigError("on_error", self.on_error, "must be stop or skip", "choose one of them")
-        if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
-            raise ConfigError(
-                "json_keys",
-                self.json_keys,
-                "must be at least one key, none of them twice",
-                "name each key once",
-            )
+        if self.workers < 1:
+            raise ConfigError("workers", self.workers, "must be at least 1", "give --workers 1 or more")
 
     def corpus_prefix(self, key: str) -> str:
         """Prefix of one key's corpus."""
         return f"{self.output_prefix}_{key}_document"
+
+    @property
+    def parts_folder(self) -> Path:
+        """Where finished parts wait for the others; gone when the corpora are there."""
+        return Path(f"{self.output_prefix}.parts")
+
+
+class InvalidLineOfFile(NamedTuple):
+    """A line that is not a document."""
+
+    source: str
+    """The file."""
+
+    line: int
+    """Its number, from 1; of a table, its row."""
+
+    reason: str
+    """What is wrong with it."""
 
 
 @dataclass
 class PreprocessReport:
     """What was read and written so far; complete when `preprocess` returns it."""
 
+    corpora: dict[str, CorpusCounts] = field(default_factory=dict)
+    """By key."""
+
     num_documents: int = 0
     """Lines that are documents, those without a token included."""
-
-    num_empty: dict[str, int] = field(default_factory=dict)
-    """Documents without a token, by key."""
-
-    num_tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens, by key."""
-
-    longest_document: dict[str, int] = field(default_factory=dict)
-    """Tokens of the longest document, by key."""
 
     num_invalid: int = 0
     """Lines that were skipped."""
 
-    invalid: list[Invalid] = field(default_factory=list)
+    invalid: list[InvalidLineOfFile] = field(default_factory=list)
     """The first of them."""
 
     num_bytes: int = 0
     """Size of the lines read, decompressed."""
 
+    num_resumed_bytes: int = 0
+    """As much of it was done by an earlier run."""
+
+    input_bytes: int = 0
+    """How much of the input's size on disk is done."""
+
+    total_input_bytes: int | None = None
+    """Size of the input on disk; None where it is not known."""
+
     seconds: float = 0.0
     """Time spent."""
 
+    encoder: str = "tokenizer"
+    """What made the ids: the tokenizer, or the faster library."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of this run."""
+        return (self.num_bytes - self.num_resumed_bytes) / max(self.seconds, 1e-9)
+
+
+OnProgress = Callable[[PreprocessReport], None]
+
 
 def preprocess(
-    config: PreprocessConfig, on_progress: Callable[[PreprocessReport], None] = lambda _: None
+    config: PreprocessConfig, tokenizer: Tokenizer, on_progress: OnProgress = lambda _: None
 ) -> PreprocessReport:
     """Tokenize the input and write the corpora, each with its sidecar.
 
-    Nothing is left at the output prefixes if this raises, but for corpora that were there before.
+    Nothing is left at the output prefixes if this raises, but for corpora that were there before. Parts that are done
+    stay in `config.parts_folder`: the same call goes on from there, and none of another call's are taken.
 
     Args:
         config: what to do.
-        on_progress: called after every chunk of documents.
+        tokenizer: what with.
+        on_progress: called after every piece of the input.
 
     Raises:
-        ConfigError: the tokenizer or a number cannot be used.
+        ConfigError: a token is missing, a worker was killed, or another process writes to this prefix.
         CorpusError: the input cannot be read, has an invalid line (with `on_error` stop), or no token.
     """
+    inputs = Inputs(config.input)
+    encoding = _encoding(config, tokenizer)
+    with _parts_folder(config):
+        if config.fast_tokenizer:
+            try:
+                return _preprocess(config, tokenizer, encoding, FastEncoder(tokenizer), inputs, on_progress)
+            except FastEncoderError as error:
+                if not inputs.files and list(config.parts_folder.glob("*.json")):
+                    raise ConfigError(
+                        "fast_tokenizer", LIBRARY, f"must equal the tokenizer: {error}", "leave --fast-tokenizer out"
+                    ) from error
+                logger.warning("NOT using the fast tokenizer: %s. Everything is encoded with the tokenizer.", error)
+        return _preprocess(config, tokenizer, encoding, tokenizer, inputs, on_progress)
+
+
+def _preprocess(
+    config: PreprocessConfig,
+    tokenizer: Tokenizer,
+    encoding: Encoding,
+    encoder: Encoder,
+    inputs: Inputs,
+    on_progress: OnProgress,
+) -> PreprocessReport:
     started = time.monotonic()
-    files = expand_inputs(config.input)
-    encoding = Encoding(
-        keys=config.json_keys,
-        tokenizer_type=config.tokenizer_type,
-        tokenizer_model=config.tokenizer_model,
-        vocab_size=config.vocab_size,
-        append_eod=config.append_eod,
-    )
-    tokenizer = encoding.tokenizer()
-    dtype = dtype_for_vocabulary(tokenizer.vocab_size)
+    name = LIBRARY if isinstance(encoder, FastEncoder) else "tokenizer"
     report = PreprocessReport(
-        num_empty=dict.fromkeys(config.json_keys, 0),
-        num_tokens=dict.fromkeys(config.json_keys, 0),
-        longest_document=dict.fromkeys(config.json_keys, 0),
+        corpora={key: CorpusCounts() for key in config.keys.corpora}, total_input_bytes=inputs.total_bytes, encoder=name
     )
-    with contextlib.ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(IndexedCorpusWriter(config.corpus_prefix(key), dtype)) for key in config.json_keys
-        }
-        chunks = stack.enter_context(contextlib.closing(encode_chunks(line_chunks(files), encoding, config.workers)))
-        for chunk in chunks:
-            _take_invalid(chunk, config, report)
-            for key, tokens in zip(config.json_keys, chunk.keys, strict=True):
-                _take_tokens(key, tokens, writers[key], report)
-            report.num_documents += chunk.num_documents
-            report.num_bytes += chunk.num_bytes
+    writer = ShardWriter(
+        encoding=encoding,
+        encoder=encoder,
+        dtype=dtype_for_vocabulary(tokenizer.vocab_size).name,
+        folder=config.parts_folder,
+        stop_at_invalid=config.on_error == "stop",
+        identity=hashlib.sha256(repr((tokenizer.definition(), encoding, name)).encode()).hexdigest(),
+    )
+    shards: list[Shard] = []
+    lines_before: dict[str, int] = {}
+    with contextlib.closing(make_shards(inputs.pieces(config.workers), writer, config.workers)) as made:
+        for piece, shard in made:
+            _take(piece, shard, config, report, lines_before)
+            shards.append(shard)
             report.seconds = time.monotonic() - started
             on_progress(report)
-        _require_tokens(files, report)
-    _write_sidecars(config, tokenizer, writers)
+    _require_tokens(config, report)
+    for at, key in enumerate(config.keys.corpora):
+        _write_corpus(config, tokenizer, encoding, report, shards, at, key)
     report.seconds = time.monotonic() - started
     return report
 
 
-def _take_invalid(chunk: EncodedChunk, config: PreprocessConfig, report: PreprocessReport) -> None:
-    if chunk.invalid and config.on_error == "stop":
-        first = chunk.invalid[0]
+def _encoding(config: PreprocessConfig, tokenizer: Tokenizer) -> Encoding:
+    for flag, asked, index, name in (
+        ("append_eod", config.append_eod, tokenizer.eod_id, "eos_token"),
+        ("prepend_bos", config.prepend_bos, tokenizer.bos_id, "bos_token"),
+    ):
+        if asked and index is None:
+            raise ConfigError(
+                flag,
+                True,
+                "needs a tokenizer that says which token it is",
+                f"set {name} in its tokenizer_config.json, or leave --{flag.replace('_', '-')} out",
+            )
+    if tokenizer.adds_bos_by_default and not config.prepend_bos:
+        logger.warning(
+            "this tokenizer puts token %s (BOS) before every text in transformers and in Megatron's preprocessing; "
+            "here documents begin with it only with --prepend-bos, which is not given",
+            tokenizer.bos_id,
+        )
+    return Encoding(
+        keys=config.keys,
+        bos_id=tokenizer.bos_id if config.prepend_bos else None,
+        eod_id=tokenizer.eod_id if config.append_eod else None,
+    )
+
+
+@contextlib.contextmanager
+def _parts_folder(config: PreprocessConfig) -> Iterator[None]:
+    """The folder of the parts, ours alone; it goes when all is done, and when nothing in it is worth keeping."""
+    folder = config.parts_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as error:
+        raise CorpusError(
+            "output prefix", config.output_prefix, f"must be writable: {error}", "give another"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                "output_prefix", config.output_prefix, "is being written to by another process", "wait, or give another"
+            ) from error
+        for part in folder.glob("*.part-*"):  # of a killed run: the lock says that nobody writes them
+            part.unlink()
+        try:
+            yield
+        except BaseException:
+            done = len(list(folder.glob("*.json")))
+            if done:
+                logger.warning("%d finished parts stay in %s: the same command goes on from there", done, folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder)
+
+
+def _take(
+    piece: Piece, shard: Shard, config: PreprocessConfig, report: PreprocessReport, lines_before: dict[str, int]
+) -> None:
+    """Count a shard into the report; its lines are numbered on from those of the pieces before."""
+    before = lines_before.get(piece.source, 0)
+    lines_before[piece.source] = before + shard.num_lines
+    invalid = [InvalidLineOfFile(piece.source, before + entry.line + 1, entry.reason) for entry in shard.invalid]
+    if invalid and config.on_error == "stop":
         raise CorpusError(
             "input",
-            f"{first.path}:{first.line}",
-            f"every line must be a document: {first.reason}",
+            f"{invalid[0].source}:{invalid[0].line}",
+            f"every line must be a document: {invalid[0].reason}",
             "mend the line, or leave such lines out with --on-error skip",
         )
-    report.num_invalid += len(chunk.invalid)
-    report.invalid += chunk.invalid[: max(0, _REPORTED_INVALID_LINES - len(report.invalid))]
+    report.num_documents += shard.num_documents
+    report.num_invalid += shard.num_invalid
+    report.invalid += invalid[: max(0, REPORTED_INVALID_LINES - len(report.invalid))]
+    report.num_bytes += shard.num_bytes
+    report.num_resumed_bytes += shard.num_bytes if shard.resumed else 0
+    report.input_bytes += piece.input_bytes
+    for total, counts in zip(report.corpora.values(), shard.corpora, strict=True):
+        total.num_tokens += counts.num_tokens
+        total.num_trained += counts.num_trained
+        total.num_empty += counts.num_empty
+        total.longest_document = max(total.longest_document, counts.longest_document)
+        total.max_token_id = max(total.max_token_id, counts.max_token_id)
 
 
-def _take_tokens(key: str, encoded: KeyTokens, writer: IndexedCorpusWriter, report: PreprocessReport) -> None:
-    sequences = np.split(encoded.tokens, np.cumsum(encoded.sequence_lengths)[:-1])
-    start = 0
-    for count in encoded.sequences_per_document.tolist():
-        writer.add_document(sequences[start : start + count])
-        start += count
-    report.num_empty[key] += int((encoded.sequences_per_document == 0).sum())
-    report.num_tokens[key] = writer.num_tokens
-    report.longest_document[key] = writer.longest_document
-
-
-def _require_tokens(files: Sequence[Path], report: PreprocessReport) -> None:
+def _require_tokens(config: PreprocessConfig, report: PreprocessReport) -> None:
     """All corpora or none: checked for every key before the first is put in place."""
-    for key, num_tokens in report.num_tokens.items():
-        if num_tokens == 0:
-            raise CorpusError(
-                "input",
-                ", ".join(map(str, files)),
-                f"must hold a text with tokens under {key!r} ({report.num_documents} documents were read)",
-                "check the files and --json-keys",
-            )
+    for key, counts in report.corpora.items():
+        problem, fix = "", "check the files and the keys"
+        if counts.num_tokens == 0:
+            problem = f"must hold a text with tokens under {key!r} ({report.num_documents} documents were read)"
+        elif config.keys.is_masked and counts.num_trained == 0:
+            problem, fix = "must hold a token that is trained on: the loss mask lets none through", "check the mask"
+        if problem:
+            shutil.rmtree(config.parts_folder)  # no later run could use them
+            raise CorpusError("input", ", ".join(config.input), problem, fix)
 
 
-def _write_sidecars(config: PreprocessConfig, tokenizer: Tokenizer, writers: dict[str, IndexedCorpusWriter]) -> None:
-    fingerprint = tokenizer.fingerprint()
-    for key, writer in writers.items():
-        sidecar = Sidecar(
-            tokenizer_fingerprint=fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            num_documents=writer.num_documents,
-            num_tokens=writer.num_tokens,
-            max_token_id=writer.max_token_id or 0,
-            eod_id=tokenizer.eod_id if config.append_eod else None,
-            command=config.command,
-        )
-        write_sidecar(config.corpus_prefix(key), sidecar)
+def _write_corpus(
+    config: PreprocessConfig,
+    tokenizer: Tokenizer,
+    encoding: Encoding,
+    report: PreprocessReport,
+    shards: list[Shard],
+    at: int,
+    key: str,
+) -> None:
+    """Put the parts of one key together: the loss mask first, the sidecar before the corpus."""
+    prefix, counts, folder = config.corpus_prefix(key), report.corpora[key], config.parts_folder
+    mask: Merged | None = None
+    if config.keys.is_masked:
+        mask = concatenate([shard.mask_prefix(folder, at) for shard in shards], loss_mask_prefix(prefix))
+    sidecar_of = partial(
+        Sidecar,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        vocab_size=tokenizer.vocab_size,
+        max_token_id=counts.max_token_id,
+        eod_id=encoding.eod_id,
+        bos_id=encoding.bos_id,
+        command=config.command,
+        num_empty=counts.num_empty,
+        num_invalid=report.num_invalid,
+        longest_document=counts.longest_document,
+        loss_mask=None if mask is None else loss_mask_prefix(prefix).name,
+        loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
+        loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
+    )
+    concatenate([shard.prefix(folder, at) for shard in shards], prefix, lambda merged: sidecar_of(**merged._asdict()))

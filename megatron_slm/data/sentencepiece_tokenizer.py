@@ -13,26 +13,12 @@ from typing import Any
 
 from typing_extensions import override
 
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.tokenizer import PROBES, Tokenizer
 from megatron_slm.errors import ConfigError, VocabularyError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _BPE = 2  # TrainerSpec.ModelType
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # SentencePiece.Type
-
-_PROBES = (
-    "",
-    " ",
-    "Plain words, twice.  Two spaces; ",
-    "   leading and trailing   ",
-    "def f(x):\n\treturn x ** 2\n\n\n        # deep\r\n",
-    "0 12 345 6789 3.14159 1,000,000 -7e-3",
-    "naïve café Ünïcödé — “quoted” … ﬁ ½ ™",
-    "Привет, мир! 你好,世界 こんにちは 한국어 عربى",
-    "emoji 🙂👩‍👩‍👧 and \u0000 \u00a0 \u200b \u3000 \ufeff controls",
-    "aaaaaaaaaaaaaaa ------------------------ ================= .......",
-    "<0x41> <unk> \N{LOWER ONE EIGHTH BLOCK} [INST]",
-)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -103,6 +89,21 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
 
     @override
+    def definition(self) -> bytes:
+        return bytes(self._processor.serialized_model_proto())
+
+    @override
+    def fast_definition(self) -> str | None:
+        """Without control tokens, which are plain characters here; None for models with no exact form."""
+        try:
+            proto = self._proto()
+            self._require_convertible(proto)
+            self._check_conversion(_convert(proto), proto)
+        except VocabularyError:
+            return None
+        return str(_convert(proto, with_control=False).to_str())
+
+    @override
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the Hugging Face tokenizer with the same ids; like this one it adds no token on its own.
 
@@ -157,7 +158,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _check_conversion(self, backend: Any, proto: Any) -> None:
         symbols = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type == _USER_DEFINED]
         control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
-        for text in (*_PROBES, *(f"a {symbol} b{symbol}{symbol}" for symbol in symbols)):
+        for text in (*PROBES, *(f"a {symbol} b{symbol}{symbol}" for symbol in symbols)):
             if any(symbol in text for symbol in control):
                 continue
             expected = self.encode(text)
@@ -179,7 +180,7 @@ def _none_if_negative(index: int) -> int | None:
     return index if index >= 0 else None
 
 
-def _convert(proto: Any) -> Any:
+def _convert(proto: Any, *, with_control: bool = True) -> Any:
     """The `tokenizers.Tokenizer` of a SentencePiece BPE model."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers
     from tokenizers import Tokenizer as Backend
@@ -208,7 +209,7 @@ def _convert(proto: Any) -> Any:
         undo.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(undo)
     for piece in proto.pieces:
-        if piece.type in (_CONTROL, _USER_DEFINED):
+        if piece.type == _USER_DEFINED or (with_control and piece.type == _CONTROL):
             token = AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
             (backend.add_special_tokens if piece.type == _CONTROL else backend.add_tokens)([token])
     return backend

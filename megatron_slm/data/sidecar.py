@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.data.indexed import sidecar_path
+from megatron_slm.data.indexed import bin_path, idx_path, sidecar_path
 from megatron_slm.errors import CorpusError
+
+LOSS_MASK_SUFFIX = "_loss_mask"
+_BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +41,50 @@ class Sidecar:
     command: str
     """The command line it was made with."""
 
+    bos_id: int | None = None
+    """The id put before every document, None when none was."""
+
+    bin_sha256: str | None = None
+    """SHA-256 of the `.bin` file, hexadecimal, as `sha256sum` prints it; None in sidecars of older versions."""
+
+    idx_sha256: str | None = None
+    """The same of the `.idx` file."""
+
+    num_empty: int | None = None
+    """Documents without a token."""
+
+    num_invalid: int | None = None
+    """Lines of the input that were left out."""
+
+    longest_document: int | None = None
+    """Tokens of the longest document."""
+
+    loss_mask: str | None = None
+    """Name of the corpus' loss mask, a prefix in the same folder: a corpus of uint8 with the same documents and
+    lengths, 1 for a token that is trained on, 0 for one that is only read. None where all are trained on."""
+
+    loss_mask_bin_sha256: str | None = None
+    """SHA-256 of the mask's `.bin`."""
+
+    loss_mask_idx_sha256: str | None = None
+    """SHA-256 of the mask's `.idx`."""
+
+
+def loss_mask_prefix(prefix: str | Path) -> Path:
+    """Where the loss mask of the corpus `prefix` is, if it has one."""
+    return Path(f"{prefix}{LOSS_MASK_SUFFIX}")
+
+
+def sidecar_text(sidecar: Sidecar) -> str:
+    """What the file holds."""
+    return json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n"
+
 
 def write_sidecar(prefix: str | Path, sidecar: Sidecar) -> None:
     """Write `<prefix>.meta.json` at once: readers see the old file or the new one."""
     path = sidecar_path(prefix)
     part = Path(f"{path}.part-{os.getpid()}")
-    part.write_text(json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n", encoding="utf-8")
+    part.write_text(sidecar_text(sidecar), encoding="utf-8")
     os.replace(part, path)
 
 
@@ -59,7 +101,8 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name: values[field.name] for field in dataclasses.fields(Sidecar)}
+        known = {field.name: values[field.name] for field in dataclasses.fields(Sidecar) if field.name in values}
+        return Sidecar(**known)
     except (ValueError, KeyError, TypeError) as error:
         raise CorpusError(
             "corpus sidecar",
@@ -67,4 +110,52 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
             f"must be a JSON object with the fields of Sidecar ({type(error).__name__}: {error})",
             "delete it (it is optional), or preprocess the corpus again",
         ) from error
-    return Sidecar(**known)
+
+
+def verify_hashes(prefix: str | Path) -> list[Path]:
+    """Read a corpus' files whole, its loss mask's too, and compare them with the sidecar.
+
+    Returns:
+        The files that were compared.
+
+    Raises:
+        CorpusError: there is nothing to compare with, or a file is another one than was written.
+    """
+    sidecar = read_sidecar(prefix)
+    if sidecar is None or sidecar.bin_sha256 is None:
+        raise CorpusError(
+            "corpus sidecar",
+            str(sidecar_path(prefix)),
+            "must exist and hold hashes to compare with",
+            "preprocess the corpus again (Megatron's corpora have none)",
+        )
+    expected = {bin_path(prefix): sidecar.bin_sha256, idx_path(prefix): sidecar.idx_sha256}
+    if sidecar.loss_mask is not None:
+        mask = Path(prefix).parent / sidecar.loss_mask
+        expected |= {bin_path(mask): sidecar.loss_mask_bin_sha256, idx_path(mask): sidecar.loss_mask_idx_sha256}
+    for path, wanted in expected.items():
+        found = file_sha256(path)
+        if found != wanted:
+            raise CorpusError(
+                f"SHA-256 of {path}",
+                found,
+                f"must be {wanted}, which it was when it was written",
+                "copy the file again from where it was made, or preprocess again",
+            )
+    return list(expected)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        CorpusError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise CorpusError("corpus file", str(path), f"cannot be read ({error})", "copy it again") from error
+    return digest.hexdigest()

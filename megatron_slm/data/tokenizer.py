@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+PROBES = (
+    "",
+    " ",
+    "Plain words, twice.  Two spaces; ",
+    "   leading and trailing   ",
+    "def f(x):\n\treturn x ** 2\n\n\n        # deep\r\n",
+    "0 12 345 6789 3.14159 1,000,000 -7e-3",
+    "naïve café Ünïcödé — “quoted” … ﬁ ½ ™",
+    "Привет, мир! 你好,世界 こんにちは 한국어 عربى",
+    "emoji 🙂👩‍👩‍👧 and \u0000 \u00a0 \u200b \u3000 \ufeff controls",
+    "aaaaaaaaaaaaaaa ------------------------ ================= .......",
+    "<0x41> <unk> \N{LOWER ONE EIGHTH BLOCK} [INST]",
+)
+"""Texts that hold what tokenizers differ in: spaces, digits, code, scripts, controls, runs."""
+
+
+class Ragged(NamedTuple):
+    """Token ids of several texts, end to end."""
+
+    ids: npt.NDArray[np.int32]
+    """All of them, int32 [T]."""
+
+    lengths: npt.NDArray[np.int64]
+    """Tokens of every text, int64 [texts]."""
 
 
 class Tokenizer(ABC):
@@ -39,12 +69,31 @@ class Tokenizer(ABC):
         """The token of every id, [vocab_size]; an id without a token has the empty string."""
 
     @abstractmethod
+    def definition(self) -> bytes:
+        """Everything that its ids depend on: two tokenizers of one definition encode every text alike."""
+
+    @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, each as `encode` gives them."""
         return [self.encode(text) for text in texts]
+
+    def encode_ragged(self, texts: Sequence[str]) -> Ragged:
+        """Token ids of several texts, each as `encode` gives them, as arrays."""
+        rows = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return Ragged(np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths)
+
+    def fast_definition(self) -> str | None:
+        """A `tokenizer.json` that encodes every text alike, for faster libraries; None where there is none."""
+        return None
+
+    @property
+    def adds_bos_by_default(self) -> bool:
+        """Whether `transformers` (and so Megatron's preprocessing) would begin every text with `bos_id` unasked."""
+        return False
 
     def fingerprint(self) -> str:
         """SHA-256 of the token table, hexadecimal: equal for two tokenizers whose ids mean the same."""

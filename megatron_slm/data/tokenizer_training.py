@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.data.documents import InvalidLineError, expand_inputs, read_lines, texts_of_line
+from megatron_slm.data.compressed import read_lines
+from megatron_slm.data.documents import DocumentKeys, InvalidLineError, parse_line
+from megatron_slm.data.inputs import expand_inputs
 from megatron_slm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_slm.errors import ConfigError, CorpusError, SlmError
 
@@ -93,12 +95,13 @@ def texts_of_files(inputs: Sequence[str | Path], key: str) -> Iterator[str]:
     Raises:
         CorpusError: a file cannot be read, or a line is not a document.
     """
+    keys = DocumentKeys(json_keys=(key,))
     for path in expand_inputs(inputs):
         for number, line in enumerate(read_lines(path), start=1):
             if not line.strip():
                 continue
             try:
-                yield from texts_of_line(line, [key])[0]
+                yield from keys.texts(parse_line(line))[0].texts
             except InvalidLineError as error:
                 raise CorpusError(
                     "input",

@@ -3,99 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import override
 
+from megatron_slm.data.hugging_face_tokenizer import Gpt2BpeTokenizer, HuggingFaceTokenizer
 from megatron_slm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_slm.data.tiktoken_tokenizer import NUM_SPECIAL_TOKENS, TikTokenizer
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import ConfigError, VocabularyError
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-TOKENIZER_TYPES = ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "NullTokenizer")
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "GPT2BPETokenizer", "TikTokenizer", "NullTokenizer")
 
 __all__ = [
     "SENTENCEPIECE_TYPES",
     "TOKENIZER_TYPES",
+    "Gpt2BpeTokenizer",
     "HuggingFaceTokenizer",
     "NullTokenizer",
     "SentencePieceTokenizer",
+    "TikTokenizer",
     "Tokenizer",
     "build_tokenizer",
     "check_same_vocabulary",
 ]
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of `transformers`, from a local folder or a `tokenizer.json` file.
-
-    As with Hugging Face, a special token that is spelled out in the text (`</s>`) becomes that token.
-    A bare `tokenizer.json` does not say which token ends a document: its `eod_id` is None, unless the
-    `tokenizer_config.json` lies beside it.
-
-    Args:
-        path: the folder or the file.
-
-    Raises:
-        ConfigError: it is neither.
-        VocabularyError: it cannot be loaded.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self._tokenizer = _load_transformers_tokenizer(Path(path))
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            # What a tokenizer.json says about cutting and padding is meant for batches, not for a corpus.
-            backend.no_truncation()
-            backend.no_padding()
-        self._backend = backend
-
-    @cached_property
-    def _tokens_by_id(self) -> dict[int, str]:
-        return {index: token for token, index in self._tokenizer.get_vocab().items()}
-
-    @property
-    @override
-    def vocab_size(self) -> int:
-        return max(self._tokens_by_id) + 1
-
-    @property
-    @override
-    def bos_id(self) -> int | None:
-        bos_id: int | None = self._tokenizer.bos_token_id
-        return bos_id
-
-    @property
-    @override
-    def eod_id(self) -> int | None:
-        eod_id: int | None = self._tokenizer.eos_token_id
-        return eod_id
-
-    @override
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    @override
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._backend is None:
-            ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-            return [list(row) for row in ids]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    @override
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    @override
-    def token_table(self) -> list[str]:
-        return [self._tokens_by_id.get(index, "") for index in range(self.vocab_size)]
-
-    @override
-    def save_pretrained(self, folder: str | Path) -> None:
-        self._tokenizer.save_pretrained(str(folder))
 
 
 class NullTokenizer(Tokenizer):
@@ -157,6 +89,10 @@ class NullTokenizer(Tokenizer):
         return [str(index) for index in range(self.vocab_size)]
 
     @override
+    def definition(self) -> bytes:
+        return str(self._eod_id).encode()
+
+    @override
     def save_pretrained(self, folder: str | Path) -> None:
         """Refused: there is nothing that `transformers` could load.
 
@@ -172,15 +108,25 @@ class NullTokenizer(Tokenizer):
 
 
 def build_tokenizer(
-    tokenizer_type: str, tokenizer_model: str | Path | None, vocab_size: int | None = None
+    tokenizer_type: str,
+    tokenizer_model: str | Path | None,
+    vocab_size: int | None = None,
+    *,
+    vocab_file: str | Path | None = None,
+    merge_file: str | Path | None = None,
+    tiktoken_pattern: str = "v2",
+    tiktoken_num_special_tokens: int = NUM_SPECIAL_TOKENS,
+    tiktoken_special_tokens: Sequence[str] | None = None,
 ) -> Tokenizer:
-    """The tokenizer of Megatron's `--tokenizer-type`, `--tokenizer-model` and `--vocab-size`.
+    """The tokenizer of Megatron's `--tokenizer-type` and the flags that go with it.
 
     Args:
         tokenizer_type: one of `TOKENIZER_TYPES`; the three SentencePiece names mean the same.
-        tokenizer_model: a local folder or tokenizer.json, or a SentencePiece .model file; None for
-            NullTokenizer.
-        vocab_size: for NullTokenizer only, which has no file to read it from.
+        tokenizer_model: a local folder or tokenizer.json; a SentencePiece .model file; a folder with GPT-2's vocab.json
+            and merges.txt; tiktoken's ranks. None for NullTokenizer.
+        vocab_size: for NullTokenizer, which has no file to read it from; for TikTokenizer, where its file is cut.
+        vocab_file, merge_file: for GPT2BPETokenizer, instead of the folder.
+        tiktoken_pattern, tiktoken_num_special_tokens, tiktoken_special_tokens: see `TikTokenizer`.
 
     Raises:
         ConfigError: the type is unknown, or the path is missing.
@@ -195,10 +141,23 @@ def build_tokenizer(
         )
     if tokenizer_type == "NullTokenizer":
         return NullTokenizer(vocab_size)
+    if tokenizer_type == "GPT2BPETokenizer" and vocab_file is not None and merge_file is not None:
+        return Gpt2BpeTokenizer(vocab_file, merge_file)
     if tokenizer_model is None:
-        raise ConfigError("tokenizer_model", None, f"{tokenizer_type} needs a path", "give --tokenizer-model")
+        other = ", or --vocab-file and --merge-file" if tokenizer_type == "GPT2BPETokenizer" else ""
+        raise ConfigError("tokenizer_model", None, f"{tokenizer_type} needs a path", f"give --tokenizer-model{other}")
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(tokenizer_model)
+    if tokenizer_type == "GPT2BPETokenizer":
+        return Gpt2BpeTokenizer(Path(tokenizer_model) / "vocab.json", Path(tokenizer_model) / "merges.txt")
+    if tokenizer_type == "TikTokenizer":
+        return TikTokenizer(
+            tokenizer_model,
+            pattern=tiktoken_pattern,
+            vocab_size=vocab_size,
+            num_special_tokens=tiktoken_num_special_tokens,
+            special_tokens=tiktoken_special_tokens,
+        )
     return SentencePieceTokenizer(tokenizer_model)
 
 
@@ -224,32 +183,4 @@ def check_same_vocabulary(first: Tokenizer, second: Tokenizer, first_name: str, 
         f"must be the same token in both: it is {tokens[0]} in {first_name} ({len(tables[0])} tokens) "
         f"and {tokens[1]} in {second_name} ({len(tables[1])} tokens)",
         "use models that share one tokenizer",
-    )
-
-
-def _load_transformers_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    fast_class: Any = PreTrainedTokenizerFast
-    folder = path.parent if path.name == "tokenizer.json" else path
-    has_config = (folder / "tokenizer_config.json").is_file()
-    try:
-        if path.is_file():
-            if path.name == "tokenizer.json" and has_config:
-                return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            return fast_class(tokenizer_file=str(path))
-        if path.is_dir() and (has_config or (path / "tokenizer.json").is_file()):
-            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # the libraries below raise anything, bare Exception included
-        raise VocabularyError(
-            "tokenizer_model",
-            str(path),
-            f"must load as a Hugging Face tokenizer ({type(error).__name__}: {error})",
-            "check the files, or copy them again",
-        ) from error
-    raise ConfigError(
-        "tokenizer_model",
-        str(path),
-        "must be a local folder with tokenizer.json or tokenizer_config.json, or a tokenizer.json file",
-        "download the tokenizer first, then give the folder",
     )

@@ -1,79 +1,25 @@
-"""Reading JSON lines: compressions, damaged files, and every way a line is no document."""
+"""What a line says: its texts, which of them are trained on, and every way it is no document."""
 
 from __future__ import annotations
 
-import gzip
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
-import zstandard
 
-from megatron_slm.data.documents import InvalidLineError, expand_inputs, read_lines, texts_of_line
-from megatron_slm.errors import CorpusError
-
-LINES = [b'{"text": "one"}', b"", "Zürich".encode(), b"x" * 300_000, b"last, without a line break"]
-PLAIN = b"\r\n".join(LINES[:2]) + b"\n" + b"\n".join(LINES[2:])
+from megatron_slm.data.documents import DocumentKeys, InvalidLineError, Texts, parse_line
+from megatron_slm.errors import ConfigError
 
 
-def write(path: Path, cut: int = 0) -> Path:
-    """The lines above, compressed by the suffix of the path, without the last `cut` bytes."""
-    half = len(PLAIN) // 2
-    content = {
-        ".jsonl": PLAIN,
-        ".gz": gzip.compress(PLAIN),
-        # two frames, as tools that compress in parallel write them
-        ".zst": zstandard.compress(PLAIN[:half]) + zstandard.compress(PLAIN[half:]),
-    }[path.suffix]
-    path.write_bytes(content[: len(content) - cut])
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
-def test_lines_of_any_compression(tmp_path: Path, suffix: str) -> None:
-    assert list(read_lines(write(tmp_path / f"a.{suffix}"))) == LINES
-
-
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
-def test_a_file_that_was_cut_off(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(CorpusError, match=r"input = .*cannot be read to its end \(EOFError"):
-        list(read_lines(write(tmp_path / f"a.{suffix}", cut=5)))
-
-
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_a_file_of_another_kind(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / f"a.{suffix}").write_bytes(PLAIN)
-    with pytest.raises(CorpusError, match=r"input = .*cannot be read to its end"):
-        list(read_lines(tmp_path / f"a.{suffix}"))
-
-
-def test_without_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "a.zst")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(CorpusError, match="needs the package zstandard"):
-        list(read_lines(tmp_path / "a.zst"))
-
-
-def test_patterns_give_files_sorted_and_order_is_kept(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.txt", "odd[1].jsonl"):
-        (tmp_path / name).write_text("")
-    (tmp_path / "folder.jsonl").mkdir()
-    names = [path.name for path in expand_inputs([tmp_path / "c.txt", f"{tmp_path}/[ab].jsonl"])]
-    assert names == ["c.txt", "a.jsonl", "b.jsonl"]
-    assert expand_inputs([tmp_path / "odd[1].jsonl"]) == [tmp_path / "odd[1].jsonl"]
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "*.nothing", "."])
-def test_no_such_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CorpusError, match=r"input = .*must be a file, or a pattern that matches some"):
-        expand_inputs([f"{tmp_path}/{name}"])
+def texts_of_line(line: bytes, *keys: str) -> list[Texts]:
+    """By plain keys."""
+    return DocumentKeys(json_keys=keys).texts(parse_line(line))
 
 
 def test_texts_of_a_line() -> None:
     line = '{"text": "Zürich \\ud83d\\ude42", "title": ["a", "b"], "id": 3}'.encode()
-    assert texts_of_line(line, ["text", "title"]) == [["Zürich 🙂"], ["a", "b"]]
-    assert texts_of_line(b"\xef\xbb\xbf" + line, ["text"]) == [["Zürich 🙂"]], "a byte order mark is no fault"
-    assert texts_of_line(b'{"text": []}', ["text"]) == [[]]
+    assert texts_of_line(line, "text", "title") == [Texts(["Zürich 🙂"], None), Texts(["a", "b"], None)]
+    assert texts_of_line(b"\xef\xbb\xbf" + line, "text")[0].texts == ["Zürich 🙂"], "a byte order mark is no fault"
+    assert texts_of_line(b'{"text": []}', "text")[0].texts == []
 
 
 @pytest.mark.parametrize(
@@ -92,4 +38,43 @@ def test_texts_of_a_line() -> None:
 )
 def test_lines_that_are_no_document(line: bytes, reason: str) -> None:
     with pytest.raises(InvalidLineError, match=reason):
-        texts_of_line(line, ["text"])
+        texts_of_line(line, "text")
+
+
+def test_prompt_and_response() -> None:
+    keys = DocumentKeys(prompt_key="p", response_key="r")
+    assert (keys.corpora, keys.is_masked, keys.columns) == (("sft",), True, ("p", "r"))
+    assert keys.texts({"p": "a", "r": "b", "text": 3}) == [Texts(["a", "b"], [0, 1])]
+    with pytest.raises(InvalidLineError, match="the value of 'r' is not a text but a list"):
+        keys.texts({"p": "a", "r": ["b"]})
+
+
+def test_a_mask_for_a_list_of_texts() -> None:
+    keys = DocumentKeys(loss_mask_key="m")
+    assert (keys.corpora, keys.is_masked, keys.columns) == (("text",), True, ("text", "m"))
+    assert keys.texts({"text": ["a", "b"], "m": [1, False]}) == [Texts(["a", "b"], [1, 0])]
+    assert keys.texts({"text": "a", "m": 1}) == [Texts(["a"], [1])]
+
+
+@pytest.mark.parametrize("mask", [[1], [1, 2], [1, "0"], 1, None])
+def test_masks_that_do_not_fit(mask: Any) -> None:
+    with pytest.raises(InvalidLineError, match="the value of 'm' is not 2 times 0 or 1"):
+        DocumentKeys(loss_mask_key="m").texts({"text": ["a", "b"], "m": mask})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"json_keys": ()}, r"json_keys = \(\): must be at least one key"),
+        ({"json_keys": ("a", "a")}, "json_keys = .*none of them twice"),
+        ({"prompt_key": "p"}, "prompt_key, response_key = .*go together"),
+        ({"loss_mask_key": "m", "json_keys": ("a", "b")}, "loss_mask_key = 'm': goes with exactly one"),
+        (
+            {"loss_mask_key": "m", "prompt_key": "p", "response_key": "r"},
+            "loss_mask_key = 'm': .*not with --prompt-key",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DocumentKeys(**keys)

@@ -46,7 +46,7 @@ def test_writes_a_corpus_and_says_what_it_did(documents: Path, tmp_path: Path) -
     assert header.split() == ["corpus", "documents", "tokens", "empty", "invalid", "longest", "MB/s"]
     assert row.split()[:6] == ["c_text_document", "500", "1497", "1", "1", "3"]
     assert "in.jsonl:501: not JSON" in skipped
-    assert [line.split()[1] for line in done.stderr.splitlines()] == ["256", "500"]
+    assert [line.split()[1] for line in done.stderr.splitlines()] == ["500"]
     assert "MB/s" in done.stderr
 
 

@@ -1,0 +1,223 @@
+"""Several corpora end to end as one: tokens copied, pointers and document indices moved along."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_slm.data.indexed import CODE_BY_DTYPE, HEADER, MAGIC, VERSION, CorpusIndex, bin_path, idx_path
+from megatron_slm.data.indexed_writer import part_path, put_in_place, sync_and_close
+from megatron_slm.data.sidecar import Sidecar, loss_mask_prefix, read_sidecar, sidecar_text
+from megatron_slm.errors import CorpusError, VocabularyError
+
+_BLOCK_BYTES = 8 << 20
+_ENTRIES_PER_BLOCK = 1 << 20
+
+
+class Merged(NamedTuple):
+    """What was written."""
+
+    num_documents: int
+    """Documents, empty ones included."""
+
+    num_tokens: int
+    """Tokens."""
+
+    bin_sha256: str
+    """SHA-256 of the `.bin`, hexadecimal."""
+
+    idx_sha256: str
+    """SHA-256 of the `.idx`."""
+
+
+def concatenate(
+    prefixes: Sequence[str | Path],
+    output_prefix: str | Path,
+    sidecar_of: Callable[[Merged], Sidecar | None] = lambda _: None,
+) -> Merged:
+    """Write the corpora `prefixes`, in this order, as the corpus `output_prefix`: whole, or not there.
+
+    Memory does not grow with the corpora. Parts without a token are fine; all together must have one.
+
+    Args:
+        prefixes: the parts, in order.
+        output_prefix: of the new corpus.
+        sidecar_of: makes its sidecar, which is there before the corpus is.
+
+    Raises:
+        CorpusError: a corpus is damaged, they have several token dtypes, the output is one of them or cannot be
+            written, or there is no token.
+    """
+    if not prefixes:
+        raise CorpusError("corpora to merge", 0, "must be at least one", "name some")
+    indices = [CorpusIndex(prefix) for prefix in prefixes]
+    for index in indices:
+        if index.dtype != indices[0].dtype:
+            raise CorpusError(
+                f"token dtype of {index.prefix}",
+                index.dtype.name,
+                f"must be {indices[0].dtype.name}, that of {indices[0].prefix}",
+                "preprocess one of them again, with the other's tokenizer",
+            )
+        if bin_path(index.prefix).resolve() == bin_path(output_prefix).resolve():
+            raise CorpusError("output prefix", str(output_prefix), "must not be one of the inputs", "give another")
+    num_tokens = sum(index.num_tokens for index in indices)
+    if num_tokens == 0:
+        raise CorpusError("tokens to write", 0, "a corpus needs at least one token", "check the input")
+    bin_part, idx_part = part_path(bin_path(output_prefix)), part_path(idx_path(output_prefix))
+    try:
+        bin_part.parent.mkdir(parents=True, exist_ok=True)
+        hashes = [
+            _write(bin_part, (block for index in indices for block in _token_blocks(index))),
+            _write(idx_part, _index_blocks(indices)),
+        ]
+        merged = Merged(sum(index.num_documents for index in indices), num_tokens, *hashes)
+        sidecar = sidecar_of(merged)
+        put_in_place(output_prefix, bin_part, idx_part, None if sidecar is None else sidecar_text(sidecar))
+    except OSError as error:
+        raise CorpusError(
+            "output prefix", str(output_prefix), f"must be writable: {error}", "give another, or free space"
+        ) from error
+    finally:
+        for part in (bin_part, idx_part):
+            part.unlink(missing_ok=True)
+    return merged
+
+
+def merge_corpora(
+    prefixes: Sequence[str | Path],
+    output_prefix: str | Path,
+    command: str,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Merged:
+    """`concatenate` for corpora of users: with their loss masks and sidecars.
+
+    Args:
+        prefixes: the corpora, in order.
+        output_prefix: of the new corpus.
+        command: the command line, for the sidecar.
+        warn: called with a message where something cannot be checked.
+
+    Raises:
+        VocabularyError: the corpora were made with several tokenizers, or end their documents in several ways.
+        CorpusError: see `concatenate`; or some have a loss mask and some have not.
+    """
+    sidecars = [read_sidecar(prefix) for prefix in prefixes]
+    known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
+    for prefix, sidecar in known:
+        _require_same(prefix, sidecar, *known[0])
+    masked = [str(prefix) for prefix, sidecar in known if sidecar.loss_mask is not None]
+    if masked and len(masked) != len(prefixes):
+        without = next(str(prefix) for prefix in prefixes if str(prefix) not in masked)
+        raise CorpusError(
+            "loss mask", without, f"must exist, as {masked[0]} has one", "merge corpora with masks apart from others"
+        )
+    if len(known) != len(prefixes):
+        without = next(str(prefix) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is None)
+        warn(f"{without} has no .meta.json, so its tokenizer cannot be checked, and the new corpus has none either")
+        return concatenate(prefixes, output_prefix)
+    mask: Merged | None = None
+    if masked:
+        masks = [Path(prefix).parent / str(sidecar.loss_mask) for prefix, sidecar in known]
+        mask = concatenate(masks, loss_mask_prefix(output_prefix))
+    of_all = [sidecar for _, sidecar in known]
+    return concatenate(prefixes, output_prefix, lambda merged: _combined(of_all, merged, mask, output_prefix, command))
+
+
+def _require_same(prefix: str | Path, sidecar: Sidecar, first: str | Path, expected: Sidecar) -> None:
+    if sidecar.tokenizer_fingerprint != expected.tokenizer_fingerprint:
+        raise VocabularyError(
+            f"tokenizer of corpus {prefix}",
+            sidecar.tokenizer_fingerprint[:12],
+            f"must be that of {first} ({expected.tokenizer_fingerprint[:12]}), by token table",
+            "preprocess one of them again with the other's tokenizer",
+        )
+    ends = {(one.bos_id, one.eod_id) for one in (sidecar, expected)}
+    if len(ends) > 1:
+        raise VocabularyError(
+            f"ids around the documents of {prefix} (BOS, EOD)",
+            (sidecar.bos_id, sidecar.eod_id),
+            f"must be those of {first}: {(expected.bos_id, expected.eod_id)}",
+            "preprocess one of them again with the other's flags",
+        )
+
+
+def _combined(
+    sidecars: list[Sidecar], merged: Merged, mask: Merged | None, output_prefix: str | Path, command: str
+) -> Sidecar:
+    def total(field: str) -> int | None:
+        values = [getattr(sidecar, field) for sidecar in sidecars]
+        return None if None in values else sum(values)
+
+    longest = [sidecar.longest_document for sidecar in sidecars]
+    return replace(
+        sidecars[0],
+        num_documents=merged.num_documents,
+        num_tokens=merged.num_tokens,
+        max_token_id=max(sidecar.max_token_id for sidecar in sidecars),
+        command=command,
+        bin_sha256=merged.bin_sha256,
+        idx_sha256=merged.idx_sha256,
+        num_empty=total("num_empty"),
+        num_invalid=total("num_invalid"),
+        longest_document=None if None in longest else max(length or 0 for length in longest),
+        loss_mask=None if mask is None else loss_mask_prefix(output_prefix).name,
+        loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
+        loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
+    )
+
+
+def _write(path: Path, blocks: Iterator[Any]) -> str:
+    digest = hashlib.sha256()
+    file: BinaryIO = open(path, "wb")
+    try:
+        for block in blocks:
+            digest.update(block)
+            file.write(block)
+    except BaseException:
+        file.close()
+        raise
+    sync_and_close(file)
+    return digest.hexdigest()
+
+
+def _token_blocks(index: CorpusIndex) -> Iterator[Any]:
+    left = index.num_tokens * index.dtype.itemsize
+    buffer = memoryview(bytearray(min(left, _BLOCK_BYTES)))
+    with open(bin_path(index.prefix), "rb", buffering=0) as file:
+        while left:
+            count = file.readinto(buffer[: min(left, len(buffer))])
+            if not count:
+                raise CorpusError(
+                    f"size of {bin_path(index.prefix)}", left, "became shorter while it was read", "start again"
+                )
+            left -= count
+            yield buffer[:count]
+
+
+def _index_blocks(indices: list[CorpusIndex]) -> Iterator[bytes]:
+    num_sequences = sum(index.num_sequences for index in indices)
+    num_documents = sum(index.num_documents for index in indices)
+    yield HEADER.pack(MAGIC, VERSION, CODE_BY_DTYPE[indices[0].dtype], num_sequences, num_documents + 1)
+    for index in indices:
+        yield from (block.astype("<i4").tobytes() for block in _entries(index.sequence_lengths))
+    moved = 0
+    for index in indices:
+        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(index.sequence_pointers))
+        moved += index.num_tokens * index.dtype.itemsize
+    yield np.zeros(1, "<i8").tobytes()
+    moved = 0
+    for index in indices:
+        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(index.document_indices[1:]))
+        moved += index.num_sequences
+
+
+def _entries(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    for start in range(0, len(array), _ENTRIES_PER_BLOCK):
+        yield array[start : start + _ENTRIES_PER_BLOCK]
