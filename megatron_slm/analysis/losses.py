@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,11 +97,23 @@ def open_stage(stage: Stage, first: Model | None, *, field: str = "--load") -> M
     return model
 
 
+class Statistics(NamedTuple):
+    """What one model says of each token of a sample, in nats, fp32; 0 where not valid."""
+
+    loss_Ws: Floats
+    """-log P(label)."""
+    entropy_Ws: Floats | None = None
+    """Entropy of the prediction; None where it was not asked for."""
+
+
 @torch.no_grad()
-def model_losses(model: Model, sample: Sample) -> Floats:
-    """-log P(label) in nats, fp32 [W, s]; 0 where not valid. The whole model in this process, in fp32.
+def model_statistics(model: Model, sample: Sample, *, with_entropy: bool = False) -> Statistics:
+    """What a model says of every token of a sample. The whole model in this process, in fp32.
 
     For models that do not fit, write stores with tools/score_corpus.py at any layout, and read those.
+
+    Raises:
+        AnalysisError: windows are longer than the model reads, or a loss is not finite.
     """
     device = local_device()
     stage = FrozenStage(model.architecture, ParallelLayers(), stage=0, num_stages=1)
@@ -116,17 +128,20 @@ def model_losses(model: Model, sample: Sample) -> Floats:
             f"is at most what the model reads, {model.architecture.max_position_embeddings}",
             "give a smaller one",
         )
-    out_Ws = np.zeros((num_windows, length), np.float32)
+    parts = [np.zeros((num_windows, length), np.float32) for _ in range(1 + with_entropy)]
     rows = max(1, BATCH_TOKENS // length)
     for start in range(0, num_windows, rows):
         part = slice(start, start + rows)
         tokens = torch.from_numpy(sample.tokens_Ws1[part]).to(device)
         valid = torch.from_numpy(sample.valid_Ws[part]).to(device)
         batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], valid, torch.arange(len(tokens), device=device))
-        losses_N = stage.statistics(stage(batch.tokens_bs), objective, batch).loss_N
-        out_Ws[part] = losses_N.view(valid.shape).float().cpu().numpy()
-    _check_finite(out_Ws, "losses of the model")
-    return out_Ws
+        hidden_sbd = stage(batch.tokens_bs)
+        said = objective.statistics(hidden_sbd, stage.output_weight(), batch, with_entropy=with_entropy)
+        for whole_Ws, part_N in zip(parts, said, strict=False):
+            assert part_N is not None, "the loss gives what it is asked for"
+            whole_Ws[part] = part_N.view(valid.shape).float().cpu().numpy()
+    _check_finite(parts[0], "losses of the model")
+    return Statistics(*parts)
 
 
 def _check_finite(loss_Ws: Floats, what: str) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megatron_slm.convert.source import Model
 from megatron_slm.data.documents import expand_inputs, read_lines
 from megatron_slm.data.indexed import IndexedCorpus
-from megatron_slm.data.packing import HeldOutSamples
+from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.errors import AnalysisError
 
 Ints = npt.NDArray[np.int64]
@@ -157,7 +157,7 @@ def sample_corpus(prefix: str, tokenizer: Any, *, sequence_length: int, max_toke
         CorpusError: the corpus is missing, damaged or empty.
     """
     corpus = IndexedCorpus(prefix)
-    held_out = HeldOutSamples(corpus, 0, corpus.num_sequences, sequence_length=sequence_length)
+    held_out = SequentialSamples(corpus, 0, corpus.num_sequences, sequence_length=sequence_length)
     count = min(len(held_out), max(1, -(-max_tokens // sequence_length)))
     samples = [held_out[index] for index in range(count)]
     name = Path(prefix).name
