@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +61,7 @@ class Panel:
 
 def svg(panel: Panel) -> bytes:
     """One panel as SVG, the same bytes for the same panel."""
-    with mpl.rc_context({"svg.hashsalt": "megatron_slm", "svg.fonttype": "path"}):
+    with _drawing():
         figure = Figure(figsize=(6.2, 3.9), layout="constrained")
         _draw(figure.subplots(), panel)
         buffer = io.BytesIO()
@@ -71,15 +73,25 @@ def png(panels: Sequence[Panel], *, columns: int = 2) -> bytes:
     """All panels in a grid as PNG."""
     columns = min(columns, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(6.2 * columns, 3.9 * rows), dpi=130, layout="constrained", facecolor="white")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        _draw(axes, panel)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    with _drawing():
+        figure = Figure(figsize=(6.2 * columns, 3.9 * rows), dpi=130, layout="constrained", facecolor="white")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _draw(axes, panel)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """A token with a dollar is no formula, and one that the font lacks is drawn as a box, without a word."""
+    settings = {"svg.hashsalt": "megatron_slm", "svg.fonttype": "path", "text.parse_math": False}
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
 
 
 def _draw(axes: Axes, panel: Panel) -> None:

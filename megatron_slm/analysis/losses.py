@@ -49,7 +49,7 @@ class Stage:
     step: int | None = None
 
 
-def stages_of(paths: Sequence[str]) -> list[Stage]:
+def stages_of(paths: Sequence[str], *, field: str = "--load") -> list[Stage]:
     """Every model that `paths` name, in their order: a run's folder or its checkpoints give all their checkpoints.
 
     Raises:
@@ -66,7 +66,7 @@ def stages_of(paths: Sequence[str]) -> list[Stage]:
             stages.append(_stage(path))
         else:
             raise AnalysisError(
-                "--load",
+                field,
                 str(path),
                 "is a Hugging Face folder, a checkpoint, or a run's folder with checkpoints in it",
                 "check the path, or train with --save-interval",

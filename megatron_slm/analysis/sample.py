@@ -172,7 +172,7 @@ def sample_corpus(prefix: str, tokenizer: Any, *, sequence_length: int, max_toke
 def _records(files: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
     for path in expand_inputs(files):
         if path.suffix == ".txt":
-            yield {"text": b"\n".join(read_lines(path)).decode("utf-8", "replace")}, path.name
+            yield {"text": path.read_text(encoding="utf-8", errors="replace")}, path.name
             continue
         for number, line in enumerate(read_lines(path), 1):
             if not line.strip():

@@ -103,7 +103,10 @@ def _sample(args: argparse.Namespace, model: Model) -> Sample:
     tokenizer = load_tokenizer(model, args.tokenizer_model) if args.text_file or args.tokenizer_model else None
     if tokenizer is None and model.tokenizer_folder is not None:
         tokenizer = load_tokenizer(model, None)
-    length = args.seq_length or min(model.architecture.max_position_embeddings, 2048)
+    context = model.architecture.max_position_embeddings
+    if args.seq_length is not None and args.seq_length > context:
+        raise AnalysisError("--seq-length", args.seq_length, f"is at most what the model reads, {context}", "lower it")
+    length = args.seq_length or min(context, 2048)
     if args.data_path:
         sample = sample_corpus(args.data_path, tokenizer, sequence_length=length, max_tokens=args.max_tokens)
     else:
@@ -115,6 +118,14 @@ def _sample(args: argparse.Namespace, model: Model) -> Sample:
             "give the tokenizer or the corpus that the model was trained with",
         )  # fmt: skip
     return sample
+
+
+def _first(stages: Sequence[Stage]) -> Model:
+    """The first model, after a look at all of them: what cannot be compared is refused before anything is computed."""
+    first = open_stage(stages[0], None)
+    for stage in stages[1:]:
+        open_stage(stage, first)
+    return first
 
 
 def _write_json(output: Path, numbers: dict[str, Any]) -> None:
@@ -162,7 +173,7 @@ def _computed(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
             "names three checkpoints or more: a trend and its fluctuation need that many",
             "name a run's folder, and train with a smaller --save-interval",
         )
-    first = open_stage(stages[0], None)
+    first = _first(stages)
     sample = _sample(args, first)
     loss_CN = np.empty((len(stages), sample.num_tokens), np.float32)
     for row, stage in enumerate(stages):
@@ -197,12 +208,15 @@ def selection_report(args: argparse.Namespace) -> None:
             "--reference-load", None, f"is given for --slm-score {score.name}", "name the reference's folder"
         )
     stages = stages_of(args.load)
-    first = open_stage(stages[0], None)
+    first = _first(stages)
+    reference_stages = [stages_of([path], field="--reference-load")[-1] for path in args.reference_load]
+    for stage in reference_stages:
+        open_stage(stage, first, field="--reference-load")
     sample = _sample(args, first)
     needs = score.needs
     references = [
         (stage.label, _said(stage, first, sample, "--reference-load", "reference-entropy" in needs))
-        for stage in (stages_of([path])[-1] for path in args.reference_load)
+        for stage in reference_stages
     ]
     reference = references[0][1] if references else None
 

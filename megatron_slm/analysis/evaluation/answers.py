@@ -65,8 +65,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def _choice(text: str) -> str | None:
-    boxed = last_boxed(text)
-    tail = boxed if boxed is not None else _MARK.split(text)[-1]
+    """The letter after "the answer is"; a box before it holds the value, and counts only where nothing is said."""
+    parts = _MARK.split(text)
+    tail = parts[-1] if len(parts) > 1 else last_boxed(text) or text
     patterns = (r"\(\s*([A-J])\s*\)", r"(?:^|[\s$*{])([A-J])(?=[\s.,:;)$*}]|$)")
     for pattern in patterns:
         found = re.findall(pattern, tail)
