@@ -135,9 +135,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["train", "results"])
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where the runs are")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="only these")
     parser.add_argument("--fast", action="store_true", help="a few steps of a few runs, with one seed")
     args = parser.parse_args()
-    seeds, ratios = (SEEDS[:1], RATIOS[:2]) if args.fast else (SEEDS, RATIOS)
+    seeds, ratios = (SEEDS[:1], RATIOS[:2]) if args.fast else (args.seeds, RATIOS)
     # seed by seed within each kind of run, so that a study that is stopped has several seeds of the first kinds
     runs = [run for alike in zip(*(planned(args.out, seed, ratios) for seed in seeds), strict=True) for run in alike]
     if args.what == "train":

@@ -199,6 +199,7 @@ def _add_tokenizer(checkpoints: Path, folder: Path) -> None:
     assert (checkpoint / "tokenizer" / "tokenizer.json").exists() or (folder / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_lm_eval_on_a_task_of_ones_own(folders: list[Path], tmp_path: Path) -> None:
     """EleutherAI's harness, its hf model, and a task file beside local questions: no network."""
     pytest.importorskip("lm_eval")
@@ -213,6 +214,7 @@ def test_lm_eval_on_a_task_of_ones_own(folders: list[Path], tmp_path: Path) -> N
     output = tmp_path / "out.json"
     argv = ["--model", str(folders[0]), "--lm-eval", "sums", "--lm-eval-include", str(tmp_path / "tasks")]
     assert main([*argv, "--output", str(output)]) == 0
+    assert main([*argv[:2], "--lm-eval", "no_such_task"]) == 1
     assert 0 <= json.loads(output.read_text())["lm_eval"]["sums"]["acc,none"] <= 1
 
 

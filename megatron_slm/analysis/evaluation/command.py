@@ -21,6 +21,7 @@ from megatron_slm.analysis.evaluation.prompts import read_prompt
 from megatron_slm.analysis.evaluation.tasks import FORMS, read_task
 from megatron_slm.checkpoint.format import write_durably
 from megatron_slm.convert.source import open_model
+from megatron_slm.device import local_device
 from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.log import setup_logging
 
@@ -145,11 +146,18 @@ def lm_eval(folder: str, args: argparse.Namespace) -> dict[str, Any]:
     """
     try:
         from lm_eval import simple_evaluate
+        from lm_eval.models import huggingface  # noqa: F401 (a model that lm-eval would load later)
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
-            "--lm-eval", args.lm_eval, f"needs the package lm-eval ({error})", "pip install -e '.[eval]'"
+            "--lm-eval", args.lm_eval, f"needs the package lm-eval[hf] ({error})", "pip install -e '.[eval]'"
         ) from error
+    tasks = TaskManager(include_path=args.lm_eval_include)
+    unknown = [name for name in args.lm_eval if not tasks.match_tasks([name])]
+    if unknown:
+        raise ConfigError(
+            "--lm-eval", unknown[0], "is a task of the harness or of --lm-eval-include", "see lm-eval ls tasks"
+        )
     out = simple_evaluate(
         model="hf",
         model_args={"pretrained": folder, "dtype": args.dtype},
@@ -157,7 +165,8 @@ def lm_eval(folder: str, args: argparse.Namespace) -> dict[str, Any]:
         num_fewshot=args.lm_eval_shots,
         limit=args.limit,
         batch_size=args.batch_size,
-        task_manager=TaskManager(include_path=args.lm_eval_include),
+        device=str(local_device()),
+        task_manager=tasks,
         log_samples=False,
     )
     results: dict[str, Any] = json.loads(json.dumps(out["results"], default=str))
