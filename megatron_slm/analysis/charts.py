@@ -88,7 +88,7 @@ def png(panels: Sequence[Panel], *, columns: int = 2) -> bytes:
 @contextmanager
 def _drawing() -> Iterator[None]:
     """A token with a dollar is no formula, and one that the font lacks is drawn as a box, without a word."""
-    settings = {"svg.hashsalt": "megatron_slm", "svg.fonttype": "path", "text.parse_math": False}
+    settings: dict[Any, Any] = {"svg.hashsalt": "megatron_slm", "svg.fonttype": "path", "text.parse_math": False}
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         yield

@@ -122,4 +122,4 @@ def _class_means(loss_CN: npt.NDArray[np.float32], class_N: npt.NDArray[np.int8]
     counts = np.bincount(class_N, minlength=len(CLASSES)).astype(np.float64)
     sums = np.stack([np.bincount(class_N, weights=row, minlength=len(CLASSES)) for row in loss_CN], axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return sums / counts[:, None]  # type: ignore[no-any-return]
+        return sums / counts[:, None]

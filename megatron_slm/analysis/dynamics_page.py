@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -147,9 +148,9 @@ def _documents(looked: Looked, count: int) -> Iterator[Markup]:
         yield page.document_card(looked.sample.windows[window].source, spans)
 
 
-def most_fluctuating_rows(looked: Looked, count: int) -> list[dict[str, object]]:
+def most_fluctuating_rows(looked: Looked, count: int) -> list[dict[str, Any]]:
     """The tokens that fluctuate most, with the text before them."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     place_N2 = looked.place_N2
     for n in looked.dynamics.most_fluctuating(count):
         window, position = (int(value) for value in place_N2[n])
@@ -172,7 +173,7 @@ def _most_fluctuating(looked: Looked, count: int) -> Markup:
             page.visible(str(row["token"])),
             f"{row['fluctuation']:.3f}",
             row["class"],
-            " ".join(f"{loss:.1f}" for loss in row["losses"]),  # type: ignore[attr-defined]
+            " ".join(f"{loss:.1f}" for loss in row["losses"]),
             page.visible(str(row["before"])),
         ]
         for row in most_fluctuating_rows(looked, count)

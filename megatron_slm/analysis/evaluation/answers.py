@@ -117,7 +117,7 @@ def equal(answer: str | None, truth: str, kind: AnswerKind, *, rules: Rules = "s
 
 def _same_number(given: Fraction, wanted: Fraction, rules: Rules) -> bool:
     """Equal, or rounded to as many places as the right answer would be if it were written with at least four."""
-    if abs(given - wanted) <= Fraction(1, 10_000) * min(1, abs(wanted)):
+    if abs(given - wanted) <= Fraction(1, 10_000) * min(Fraction(1), abs(wanted)):
         return True
     if rules == "strict":
         return False

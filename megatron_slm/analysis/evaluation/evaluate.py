@@ -125,7 +125,7 @@ def evaluate_task(
         batch_size=batch_size,
         progress=progress,
     )
-    records = []
+    records: list[dict[str, Any]] = []
     for number, (question, text) in enumerate(zip(task.questions, texts, strict=True), 1):
         answer = extract(text, question.kind)
         records.append(
