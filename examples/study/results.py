@@ -20,7 +20,7 @@ from megatron_slm.checkpoint.format import write_durably
 if TYPE_CHECKING:
     from study import Planned
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for 95 % intervals, by the number of seeds."""
 CLEAN = "arithmetic"
 COLOUR = {"clm": COLOURS[0], "slm": COLOURS[1], "random": COLOURS[2], "reference": COLOURS[6]}
@@ -59,7 +59,8 @@ class Results:
 
     def final(self, name: str, held_out: str = "target") -> dict[int, float]:
         """By seed: the last held-out loss."""
-        return {seed: run.held_out(held_out).y[-1] for seed, run in self.runs[name].items()}
+        curves = {seed: run.held_out(held_out) for seed, run in self.runs[name].items()}
+        return {seed: curve.y[-1] for seed, curve in curves.items() if curve}
 
     def tokens_ratio(self, name: str) -> dict[int, float]:
         """By seed: tokens until CLM's last target loss is reached, as a share of CLM's; infinite where it never is."""
@@ -110,7 +111,7 @@ class Results:
 
 def curve_over_seeds(runs: Mapping[int, RunMetrics], held_out: str, name: str, colour: str, marker: str) -> Line | None:
     """The mean over seeds, with a band from the lowest to the highest seed."""
-    curves = [run.held_out(held_out) for run in runs.values()]
+    curves = [curve for run in runs.values() if (curve := run.held_out(held_out))]
     if not curves:
         return None
     values = np.array([curve.y for curve in curves if len(curve.y) == len(curves[0].y)])
@@ -221,7 +222,7 @@ def _page(results: Results, missing: int) -> Iterator[str]:
     yield "| run | precision | recall | clean share of all tokens |"
     yield "|---|---|---|---|"
     for name in sorted(results.looked):
-        if name.startswith(("slm", "self", "reference-loss", "random")):
+        if results.looked[name] and name.startswith(("slm", "self", "reference-loss", "random")):
             columns = results.kept(name)
             yield f"| {name} | {' | '.join(shown([100 * v for v in column], '.1f') + ' %' for column in columns)} |"
     if results.answers:
