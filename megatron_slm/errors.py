@@ -57,5 +57,13 @@ class ScoreStoreError(SlmError):
     """A store of reference scores is missing, incomplete, damaged, or holds other scores than the run needs."""
 
 
+class AnalysisError(SlmError):
+    """Runs, checkpoints or texts cannot be looked at as asked."""
+
+
+class TaskError(SlmError):
+    """A file of questions, or a prompt for them, cannot be used."""
+
+
 class TrainingError(SlmError):
     """Training cannot go on (for example: losses are no longer finite)."""

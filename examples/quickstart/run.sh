@@ -39,6 +39,8 @@ python tools/convert_checkpoint.py export --load "$out/slm/checkpoints" --output
 python tools/convert_checkpoint.py export --load "$out/reference/checkpoints" --output "$out/hf_reference"
 python tools/convert_checkpoint.py verify --hf "$out/hf_slm" --load "$out/slm/checkpoints"
 python "$here/summarize.py" --run-dir "$out" --seconds $((SECONDS - started))
-python "$here/report.py" --run-dir "$out" --model "$out/hf_slm" --reference "$out/hf_reference" \
-  --text-file "$out/text/noisy_heldout.jsonl" --keep-ratio 0.6
-printf '\nOpen %s/report.html; the model is in %s/hf_slm. Took %d seconds.\n' "$out" "$out" $((SECONDS - started))
+python tools/report.py "$out/clm" "$out/slm" "$out/reference" --output "$out/report.html"
+python tools/analyze_tokens.py selection --load "$out/hf_slm" --reference-load "$out/hf_reference" \
+  --text-file "$out/text/noisy_heldout.jsonl" --slm-keep-ratio 0.6 --output "$out/tokens.html"
+printf '\nOpen %s/report.html and %s/tokens.html; the model is in %s/hf_slm. Took %d seconds.\n' \
+  "$out" "$out" "$out" $((SECONDS - started))

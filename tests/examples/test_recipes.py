@@ -72,7 +72,9 @@ def test_scripts_name_files_that_exist(script: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.parent.name != "quickstart"], ids=name_of)
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.parent.name not in ("quickstart", "study")], ids=name_of
+)
 def test_a_recipe_runs(script: Path) -> None:
     """The whole script, a few steps of everything."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}

@@ -1,0 +1,159 @@
+"""From what a model wrote to an answer, and whether it is the right one.
+
+The answer is looked for as in the harness of Rho-1's authors: the last `\\boxed{...}`, else what follows the last
+"the answer is" (or "the final answer is", or GSM8K's "####"), else the last number. Numbers are then compared as
+exact fractions: thousands separators, currency signs, units, percent signs and LaTeX around them do not count. What
+is no number is compared by math-verify (https://github.com/huggingface/Math-Verify).
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import cache
+from typing import Literal
+
+from megatron_slm.errors import TaskError
+
+AnswerKind = Literal["number", "math", "choice"]
+Rules = Literal["strict", "paper"]
+"""`paper` also takes a number for right that is a hundredth or hundred times the answer (percent), or that rounds to
+it, as the authors' harness does."""
+
+_MARK = re.compile(r"(?:[tT]he (?:final )?answer is|####|[aA]nswer:)\s*:?\s*")
+_HOPE = re.compile(r"\.?\s*I hope it is correct\.?", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?P<sign>[-−]\s*)?[$£€]?\s*(?:"
+    r"(?P<whole>\d+)\s+(?P<mixed_top>\d+)\s*/\s*(?P<mixed_bottom>\d+)"
+    r"|(?P<top>\d[\d,]*(?:\.\d+)?)\s*/\s*(?P<bottom>\d[\d,]*(?:\.\d+)?)"
+    r"|(?P<plain>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+))"
+)
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))")
+_DROPPED = re.compile(r"\\(?:left|right|displaystyle|,|!|;|:|quad)|\\?\$|\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
+
+
+def extract(text: str, kind: AnswerKind) -> str | None:
+    """The answer in a text; None where there is none that can be read."""
+    if kind == "choice":
+        return _choice(text)
+    found = last_boxed(text)
+    if found is None:
+        *_, after = _MARK.split(text) if _MARK.search(text) else [None]
+        if after is not None:
+            found = _HOPE.sub("", after).strip().split("\n")[0].strip()
+    if found is None or not found.strip(" .:"):
+        numbers = list(_NUMBER.finditer(text))
+        return numbers[-1].group().strip() if numbers else None
+    found = found.strip()
+    if kind == "number" and number_of(found) is None:
+        return None
+    return found.rstrip(".").strip()
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last `\\boxed{...}` holds, braces balanced; None where there is none."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0 or (opened := text.find("{", start)) < 0:
+        return None
+    depth = 0
+    for end in range(opened, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[opened + 1 : end]
+    return None
+
+
+def _choice(text: str) -> str | None:
+    """The letter after "the answer is"; a box before it holds the value, and counts only where nothing is said."""
+    parts = _MARK.split(text)
+    tail = parts[-1] if len(parts) > 1 else last_boxed(text) or text
+    patterns = (r"\(\s*([A-J])\s*\)", r"(?:^|[\s$*{])([A-J])(?=[\s.,:;)$*}]|$)")
+    for pattern in patterns:
+        found = re.findall(pattern, tail)
+        if found:
+            return str(found[0] if tail is not text else found[-1])
+    return None
+
+
+def number_of(text: str) -> Fraction | None:
+    """The number that an answer gives: after its last equals sign, the first one; None where there is none."""
+    plain = _TEXT.sub(r" \1 ", text)
+    plain = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", plain)
+    plain = _DROPPED.sub("", plain).replace("{,}", ",").replace("\\%", "%").replace("{", " ").replace("}", " ")
+    plain = re.split(r"=|\\approx|≈", plain)[-1]
+    match = _NUMBER.search(plain)
+    if match is None:
+        return None
+    try:
+        value = _value(match)
+    except (ZeroDivisionError, ValueError):
+        return None
+    return -value if match["sign"] else value
+
+
+def _value(match: re.Match[str]) -> Fraction:
+    if match["whole"]:
+        return Fraction(match["whole"]) + Fraction(int(match["mixed_top"]), int(match["mixed_bottom"]))
+    if match["top"]:
+        return Fraction(match["top"].replace(",", "")) / Fraction(match["bottom"].replace(",", ""))
+    return Fraction(match["plain"].replace(",", ""))
+
+
+def equal(answer: str | None, truth: str, kind: AnswerKind, *, rules: Rules = "strict") -> bool:
+    """Whether an extracted answer is the right one."""
+    if answer is None:
+        return False
+    if kind == "choice":
+        return answer.strip().upper() == truth.strip().strip("()").upper()
+    if kind == "number" or (_is_number(answer) and _is_number(truth)):
+        given, wanted = number_of(answer), number_of(truth)
+        if given is not None and wanted is not None and _same_number(given, wanted, rules):
+            return True
+        if kind == "number":
+            return False
+    return _normal(answer) == _normal(truth) or _verified(answer, truth)
+
+
+def _same_number(given: Fraction, wanted: Fraction, rules: Rules) -> bool:
+    """Equal, or rounded to as many places as the right answer would be if it were written with at least four."""
+    if abs(given - wanted) <= Fraction(1, 10_000) * min(Fraction(1), abs(wanted)):
+        return True
+    if rules == "strict":
+        return False
+    for scaled in (wanted / 100, wanted, wanted * 100):
+        if given == scaled or (scaled.denominator == 1 and round(float(given)) == scaled):
+            return True
+    return False
+
+
+def _is_number(text: str) -> bool:
+    """Whether nothing but one number is there, with its sign, currency or percent."""
+    plain = _DROPPED.sub("", _FRACTION.sub("1/2", text)).replace("\\%", "").replace("%", "").strip(" .{}")
+    return _NUMBER.fullmatch(plain) is not None
+
+
+def _normal(text: str) -> str:
+    plain = _DROPPED.sub("", _TEXT.sub(r"\1", text)).replace("dfrac", "frac").replace("tfrac", "frac")
+    return re.sub(r"\s+", "", plain).rstrip(".").lower()
+
+
+def _verified(answer: str, truth: str) -> bool:
+    try:
+        from math_verify import verify
+    except ImportError as error:
+        raise TaskError(
+            "math-verify",
+            None,
+            "is installed: it compares answers that are no plain numbers",
+            "pip install math-verify",
+        ) from error
+    wanted, given = _parsed(truth), _parsed(answer)
+    return bool(wanted and given and verify(list(wanted), list(given)))
+
+
+@cache
+def _parsed(text: str) -> tuple[object, ...]:
+    from math_verify import parse
+
+    return tuple(parse(text if "$" in text else f"${text}$"))

@@ -1,0 +1,153 @@
+"""Evaluate one model: its perplexity on named sets and its accuracy on tasks, with intervals."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.analysis.evaluation.answers import Rules, equal, extract
+from megatron_slm.analysis.evaluation.generation import Generator
+from megatron_slm.analysis.evaluation.prompts import STOPS, Prompt, prompt_named
+from megatron_slm.analysis.evaluation.statistics import bootstrap
+from megatron_slm.analysis.evaluation.tasks import Task
+from megatron_slm.analysis.losses import model_statistics
+from megatron_slm.analysis.sample import Sample, load_tokenizer, sample_corpus, sample_texts
+from megatron_slm.convert.export import export_checkpoint
+from megatron_slm.convert.hf_config import is_hf_folder
+from megatron_slm.convert.source import Model
+from megatron_slm.data.indexed import bin_path
+from megatron_slm.errors import ConfigError
+
+
+@contextmanager
+def hugging_face_folder(path: str) -> Iterator[str]:
+    """A model as a Hugging Face folder: itself, or a checkpoint of ours exported for as long as it is needed.
+
+    Raises:
+        CheckpointError, WeightsError: it is neither.
+    """
+    if is_hf_folder(Path(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron_slm_") as folder:
+        inside = Path(path) / "checkpoints"
+        yield str(export_checkpoint(str(inside if inside.is_dir() else path), f"{folder}/hf"))
+
+
+# ---- perplexity ---------------------------------------------------------------------------------------------
+
+
+def named_sets(texts: Sequence[str]) -> dict[str, str]:
+    """`NAME=FILE` or `NAME=PREFIX` (a Megatron corpus) by name.
+
+    Raises:
+        ConfigError: there is no name, or one twice.
+    """
+    sets: dict[str, str] = {}
+    for text in texts:
+        name, _, path = text.partition("=")
+        if not name or not path or name in sets:
+            raise ConfigError("--perplexity", text, "is NAME=FILE or NAME=PREFIX, each name once", "name the set")
+        sets[name] = path
+    return sets
+
+
+def perplexity(
+    model: Model, path: str, *, tokenizer_model: str | None, sequence_length: int | None, max_tokens: int
+) -> dict[str, Any]:
+    """Loss in nats a token, perplexity and (of texts) bits a byte of one set, each window read by itself.
+
+    The interval is over windows, which are drawn whole: tokens of one text are no independent draws.
+    """
+    length = sequence_length or min(model.architecture.max_position_embeddings, 2048)
+    is_corpus = bin_path(path).is_file()
+    tokenizer = None if is_corpus else load_tokenizer(model, tokenizer_model)
+    sample = (
+        sample_corpus(path, None, sequence_length=length, max_tokens=max_tokens)
+        if is_corpus
+        else sample_texts([path], tokenizer, sequence_length=length, max_tokens=max_tokens)
+    )
+    loss_Ws = model_statistics(model, sample).loss_Ws
+    loss_W, tokens_W = loss_Ws.sum(axis=1, dtype=np.float64), sample.valid_Ws.sum(axis=1).astype(np.float64)
+    interval = bootstrap(loss_W, tokens_W, resamples=2_000)
+    return {
+        "loss": interval.mean,
+        "loss_interval": [interval.low, interval.high],
+        "perplexity": math.exp(min(interval.mean, 700.0)),
+        "bits_per_byte": None if is_corpus else float(loss_W.sum()) / math.log(2) / max(1, _num_bytes(sample)),
+        "tokens": sample.num_tokens,
+        "windows": len(sample.windows),
+    }
+
+
+def _num_bytes(sample: Sample) -> int:
+    """Bytes of the predicted tokens."""
+    return sum(len("".join(window.pieces[1:]).encode()) for window in sample.windows if window.pieces)
+
+
+# ---- tasks --------------------------------------------------------------------------------------------------
+
+
+def evaluate_task(
+    generator: Generator,
+    task: Task,
+    *,
+    prompt: Prompt | None = None,
+    num_shots: int | None = None,
+    max_new_tokens: int = 1024,
+    batch_size: int = 16,
+    rules: Rules = "strict",
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask every question, few-shot and greedily.
+
+    Args:
+        prompt: instead of the task's own.
+        num_shots: use only the first of its shots.
+
+    Returns:
+        accuracy with its interval and the count of answers that could not be read; and a record a question.
+    """
+    prompt = prompt or prompt_named(task.prompt)
+    if num_shots is not None:
+        prompt = prompt.with_shots(num_shots)
+    special = generator.tokenizer.eos_token
+    texts = generator.write(
+        [prompt.ask(question.text) for question in task.questions],
+        max_new_tokens=max_new_tokens,
+        stops=[*STOPS, *([special] if special else [])],
+        batch_size=batch_size,
+        progress=progress,
+    )
+    records: list[dict[str, Any]] = []
+    for number, (question, text) in enumerate(zip(task.questions, texts, strict=True), 1):
+        answer = extract(text, question.kind)
+        records.append(
+            {
+                "number": number,
+                "question": question.text,
+                "truth": question.answer,
+                "written": text,
+                "answer": answer,
+                "correct": equal(answer, question.answer, question.kind, rules=rules),
+            }
+        )
+    interval = bootstrap([float(record["correct"]) for record in records])
+    unread = [record["number"] for record in records if record["answer"] is None]
+    summary = {
+        "accuracy": interval.mean,
+        "interval": [interval.low, interval.high],
+        "questions": len(records),
+        "correct": sum(record["correct"] for record in records),
+        "unread": len(unread),
+        "unread_questions": unread,
+        "shots": len(prompt.shots),
+        "rules": rules,
+    }
+    return summary, records

@@ -1,0 +1,108 @@
+"""Greedy generation in batches with transformers and its key-value cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_slm.device import local_device
+from megatron_slm.errors import TaskError, WeightsError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """A model of transformers and its tokenizer, padded on the left."""
+
+    model: Any
+    tokenizer: Any
+    context: int
+    """Tokens that the model reads at most, prompt and answer together."""
+
+    def write(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stops: Sequence[str],
+        batch_size: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[str]:
+        """What the model writes after each prompt, greedily, up to the first stop.
+
+        Prompts of like length share a batch; the texts come back in the order of the prompts.
+
+        Raises:
+            TaskError: a prompt leaves the model no room to answer.
+        """
+        ids = [self.tokenizer(prompt, add_special_tokens=True)["input_ids"] for prompt in prompts]
+        for i, row in enumerate(ids):
+            if len(row) >= self.context:
+                raise TaskError(
+                    f"prompt of question {i + 1}",
+                    f"{len(row)} tokens",
+                    f"is shorter than what the model reads, {self.context} tokens",
+                    "give fewer --shots, or a model with a longer context",
+                )
+        texts = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            for i, text in zip(rows, self._batch([ids[i] for i in rows], max_new_tokens, stops), strict=True):
+                texts[i] = text
+            progress(start + len(rows))
+        return texts
+
+    @torch.no_grad()
+    def _batch(self, ids: Sequence[list[int]], max_new_tokens: int, stops: Sequence[str]) -> list[str]:
+        length = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id
+        tokens_bs = torch.tensor([[pad] * (length - len(row)) + row for row in ids])
+        mask_bs = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
+        device = self.model.device
+        out = self.model.generate(
+            tokens_bs.to(device),
+            attention_mask=mask_bs.to(device),
+            max_new_tokens=min(max_new_tokens, self.context - length),
+            do_sample=False,
+            num_beams=1,
+            stop_strings=list(stops),
+            tokenizer=self.tokenizer,
+            pad_token_id=pad,
+        )
+        written = self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        return [cut(text, stops) for text in written]
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def load_generator(folder: str, *, dtype: str = "float32") -> Generator:
+    """A Hugging Face folder, ready to write on this process's device.
+
+    Raises:
+        WeightsError: transformers cannot load the model or its tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    except Exception as error:  # the library raises anything
+        raise WeightsError(
+            "--model", folder, f"loads with transformers ({type(error).__name__}: {error})", "check the folder"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
+    return Generator(
+        model=model.to(local_device()).eval(), tokenizer=tokenizer, context=int(model.config.max_position_embeddings)
+    )

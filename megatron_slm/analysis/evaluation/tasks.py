@@ -1,0 +1,135 @@
+"""Tasks: JSON lines with questions and right answers, in the form that each data set is published in, or in ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_slm.analysis.evaluation.answers import AnswerKind, last_boxed
+from megatron_slm.analysis.evaluation.prompts import PromptName, with_choices
+from megatron_slm.data.documents import expand_inputs, read_lines
+from megatron_slm.errors import TaskError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question and its right answer."""
+
+    text: str
+    answer: str
+    kind: AnswerKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Questions that are asked with one prompt."""
+
+    name: str
+    prompt: PromptName
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """How a data set writes its lines."""
+
+    prompt: PromptName
+    kind: AnswerKind
+    question: tuple[tuple[str, ...], ...] = (("question",), ("problem",), ("input",))
+    """Fields that make up the question, joined; the first of these that a line has in full."""
+    answer: tuple[str, ...] = ("answer", "target")
+    clean: Callable[[str], str] = str.strip
+
+
+def _after_hashes(answer: str) -> str:
+    return answer.rpartition("####")[2].strip()
+
+
+def _without_brackets(answer: str) -> str:
+    return re.sub(r"\(.*?\)", "", answer).strip()
+
+
+def _boxed(solution: str) -> str:
+    return last_boxed(solution) or solution.strip()
+
+
+_WORDS: PromptName = "gsm8k"
+_SVAMP, _ASDIV = (("Body", "Question"), ("question",)), (("body", "question"), ("question",))
+FORMS = {
+    "gsm8k": _Form(prompt=_WORDS, kind="number", clean=_after_hashes),
+    "svamp": _Form(prompt=_WORDS, kind="number", question=_SVAMP, answer=("Answer", "answer")),
+    "asdiv": _Form(prompt=_WORDS, kind="number", question=_ASDIV, clean=_without_brackets),
+    "mawps": _Form(prompt=_WORDS, kind="number"),
+    "tabmwp": _Form(prompt=_WORDS, kind="math", question=(("table", "question"), ("question",))),
+    "math": _Form(prompt="math", kind="math", answer=("answer", "solution"), clean=_boxed),
+    "mathqa": _Form(prompt="choices", kind="choice", answer=("correct", "answer")),
+    "mmlu_stem": _Form(prompt="choices", kind="choice"),
+    "sat_math": _Form(prompt="choices", kind="choice", answer=("answer", "Answer")),
+}  # fmt: skip
+"""The nine tasks of the paper's table 1, by name."""
+
+
+def read_task(text: str, *, limit: int | None = None) -> Task:
+    """A task from `FORM=FILE` or `NAME:FORM=FILE`.
+
+    Raises:
+        TaskError: an unknown form, or a line without its fields.
+        CorpusError: the file is missing or cut off.
+    """
+    label, separator, path = text.partition("=")
+    name, _, form_name = label.partition(":")
+    form = FORMS.get(form_name or name)
+    if not separator or form is None:
+        raise TaskError("--task", text, f"is FORM=FILE or NAME:FORM=FILE with one of {', '.join(FORMS)}", "name a form")
+    questions: list[Question] = []
+    for file in expand_inputs([path]):
+        for number, line in enumerate(read_lines(file), 1):
+            if line.strip() and (limit is None or len(questions) < limit):
+                questions.append(_question(line, form, f"{file}: line {number}"))
+    if not questions:
+        raise TaskError("--task", text, "holds a question", "give a file that is not empty")
+    return Task(name=name, prompt=form.prompt, questions=tuple(questions))
+
+
+def _question(line: bytes, form: _Form, place: str) -> Question:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise TaskError(place, str(error), "is a JSON object", "mend the line") from error
+    if not isinstance(record, dict):
+        raise TaskError(place, type(record).__name__, "is a JSON object", "mend the line")
+    fields = next((names for names in form.question if all(record.get(name) for name in names)), None)
+    answer = next((record[name] for name in form.answer if record.get(name) not in (None, "")), None)
+    if fields is None or answer is None:
+        wanted = " or ".join("+".join(names) for names in form.question) if fields is None else " or ".join(form.answer)
+        what = "a question" if fields is None else "an answer"
+        raise TaskError(place, sorted(record), f"has {what} under {wanted}", "rename the fields of the file")
+    text = " ".join(str(record[name]).strip() for name in fields)
+    options = record.get("choices") or record.get("options")
+    if form.kind == "choice":
+        if not options:
+            raise TaskError(place, sorted(record), "has choices (a list, an object, or text)", "add them")
+        return Question(text=with_choices(text, _options(options)), answer=_letter(str(answer)), kind="choice")
+    if options:
+        text += f" Please select from the following options: {options}"
+    clean = form.clean(str(answer))
+    if not clean:
+        raise TaskError(place, answer, "has an answer that is not empty", "mend the line")
+    return Question(text=text, answer=clean, kind=form.kind)
+
+
+def _options(options: Any) -> str:
+    if isinstance(options, dict):
+        return ", ".join(f"({key}) {value}" for key, value in options.items())
+    if isinstance(options, list):
+        return ", ".join(f"({chr(ord('A') + i)}) {value}" for i, value in enumerate(options))
+    return str(options)
+
+
+def _letter(answer: str) -> str:
+    """MMLU numbers its choices from 0, MathQA writes them in lower case."""
+    plain = answer.strip().strip("().")
+    return chr(ord("A") + int(plain)) if plain.isdigit() else plain.upper()

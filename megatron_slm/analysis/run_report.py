@@ -1,0 +1,188 @@
+"""The report of one run or several side by side: curves, a summary, and the tokens that each needs to reach a loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from markupsafe import Markup
+
+from megatron_slm.analysis import page
+from megatron_slm.analysis.charts import COLOURS, MARKERS, Line, Panel, png, svg
+from megatron_slm.analysis.runs import AXIS_LABELS, Axis, Curve, RunMetrics, held_out_sets
+from megatron_slm.checkpoint.format import write_durably
+
+_NATS = "nats per token"
+_TRAINING_PANELS = (
+    ("Training loss, all tokens", "loss_all", _NATS),
+    ("Training loss, kept tokens", "loss", _NATS),
+    ("Training loss, tokens not kept", "loss_unselected", _NATS),
+    ("Excess loss of kept tokens", "excess_selected", _NATS),
+    ("Kept share", "keep_fraction", "share of valid tokens"),
+    ("Gradient norm before clipping", "grad_norm", "norm"),
+    ("Throughput", "tokens_per_second", "tokens per second"),
+    ("Learning rate", "lr", "learning rate"),
+)
+
+
+def panels(runs: Sequence[RunMetrics], axis: Axis) -> list[Panel]:
+    """Every chart that any of the runs has something for: held-out sets first, then training."""
+    label = AXIS_LABELS[axis]
+    made = [
+        _panel(f"Held-out loss: {name}", label, _NATS, [(run, run.held_out(name, axis)) for run in runs])
+        for name in held_out_sets(runs)
+    ]
+    for title, key, unit in _TRAINING_PANELS:
+        made.append(_panel(title, label, unit, [(run, run.curve(key, axis)) for run in runs]))
+    agreements = [(run, run.agreement(axis)) for run in runs]
+    made.append(_panel("Selection kept since the last probe", label, "share of kept tokens", agreements))
+    return [panel for panel in made if panel.lines]
+
+
+def _panel(title: str, x_label: str, y_label: str, curves: Sequence[tuple[RunMetrics, Curve]]) -> Panel:
+    lines = [
+        Line(
+            name=run.name,
+            x=curve.x,
+            y=curve.y,
+            colour=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            style="-" if i < len(COLOURS) else "--",
+        )
+        for i, (run, curve) in enumerate(curves)
+        if curve
+    ]
+    return Panel(title=title, x_label=x_label, y_label=y_label, lines=lines, hides_start=y_label == _NATS)
+
+
+def tokens_to_reach(
+    runs: Sequence[RunMetrics], targets: Mapping[str, Sequence[float]] | None = None
+) -> list[dict[str, Any]]:
+    """Millions of tokens that each run reads until its held-out loss first falls to a target.
+
+    Targets of a set are the last losses of the runs, and those of `targets`. `ratio` compares with the first run,
+    which is the baseline; both are None where a target is never reached.
+    """
+    rows = []
+    for name in held_out_sets(runs):
+        curves = {run.name: run.held_out(name) for run in runs}
+        wanted = [(f"final loss of {run}", curve.y[-1]) for run, curve in curves.items() if curve]
+        wanted += [("target", loss) for loss in (targets or {}).get(name, ())]
+        for what, loss in sorted(wanted, key=lambda pair: -pair[1]):
+            reached = {run: curve.reaches(loss) for run, curve in curves.items()}
+            baseline = reached[runs[0].name]
+            ratios = {run: None if at is None or not baseline else at / baseline for run, at in reached.items()}
+            rows.append({"set": name, "target": what, "loss": loss, "million_tokens": reached, "ratio": ratios})
+    return rows
+
+
+def summary(run: RunMetrics) -> dict[str, Any]:
+    """One run in numbers; losses in nats per token."""
+    seconds = [line["step_time_seconds"] for line in run.training if line.get("step_time_seconds")]
+    rates = [line["tokens_per_second"] for line in run.training if line.get("tokens_per_second")]
+    step = run.last_step
+    return {
+        "name": run.name,
+        "status": run.status,
+        "objective": run.config.get("objective"),
+        "keep_ratio": run.config.get("slm_keep_ratio") if run.config.get("objective") == "slm" else None,
+        "step": step,
+        "million_tokens": _finite(run.position("tokens", step)),
+        "million_trained_tokens": _finite(run.position("trained-tokens", step)) if run.training else None,
+        "hours": _finite(run.position("hours", step)) if seconds else None,
+        "median_tokens_per_second": median(rates) if rates else None,
+        "held_out": {name: run.held_out(name).y[-1] for name in run.set_names},
+        "skipped_steps": max((line.get("skipped_steps") or 0 for line in run.training), default=0),
+        "unreadable_lines": run.unreadable_lines,
+    }
+
+
+def write_report(
+    runs: Sequence[RunMetrics],
+    output: Path,
+    *,
+    axis: Axis = "tokens",
+    targets: Mapping[str, Sequence[float]] | None = None,
+    extra: Sequence[Markup] = (),
+) -> Path:
+    """Write `output` (HTML) and the same curves beside it as PNG; each is whole or absent.
+
+    Args:
+        runs: the first is the baseline that others are compared with.
+        targets: losses whose tokens-to-reach are asked for, by held-out set.
+        extra: further parts, put before the curves.
+    """
+    charts = panels(runs, axis)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(output.with_suffix(".png"), png(charts))
+    names = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    parts = [
+        *_notes(runs),
+        _summary_table(runs),
+        *extra,
+        *_reach_table(runs, tokens_to_reach(runs, targets)),
+        page.heading("Curves"),
+        page.paragraph(
+            "Training curves are running means of the logged steps. Losses are in nats per token.", kind="soft"
+        ),
+        page.pictures((chart.describe(), svg(chart)) for chart in charts),
+    ]
+    return page.write_page(output, f"Training report: {names}", parts)
+
+
+def _notes(runs: Sequence[RunMetrics]) -> Iterator[Markup]:
+    for run in runs:
+        if "of" in run.status.split():
+            yield page.paragraph(f"{run.name} is not finished: {run.status}. What is there is shown.", kind="verdict")
+        if run.unreadable_lines:
+            yield page.paragraph(f"{run.name}: {run.unreadable_lines} unreadable line(s) left out.", kind="soft")
+        if run.training and not run.evaluations:
+            yield page.paragraph(f"{run.name} has no held-out losses yet (--valid-data-path).", kind="soft")
+
+
+def _summary_table(runs: Sequence[RunMetrics]) -> Markup:
+    sets = held_out_sets(runs)
+    heads = ["run", "objective", "progress"]
+    heads += [*(f"{name}, nats" for name in sets), *(f"{name}, perplexity" for name in sets)]
+    heads += ["tokens read", "trained on", "tokens/s", "hours"]
+    rows = []
+    for row in map(summary, runs):
+        losses = [row["held_out"].get(name) for name in sets]
+        keep = "" if row["keep_ratio"] is None else f" {row['keep_ratio']:g}"
+        cells = [row["name"], f"{row['objective'] or '?'}{keep}", row["status"]]
+        cells += [_cell(loss, ".4f") for loss in losses]
+        cells += [_cell(None if loss is None else math.exp(min(loss, 700.0)), ",.3f") for loss in losses]
+        cells += [_cell(row["million_tokens"], ",.2f", " M"), _cell(row["million_trained_tokens"], ",.2f", " M")]
+        cells += [_cell(row["median_tokens_per_second"], ",.0f"), _cell(row["hours"], ",.3f")]
+        rows.append(cells)
+    return page.table(heads, rows)
+
+
+def _reach_table(runs: Sequence[RunMetrics], rows: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
+    if not rows or len(runs) < 2:
+        return
+    yield page.heading("Tokens to reach a loss")
+    yield page.paragraph(
+        f"Millions of tokens read until the held-out loss first falls to it, and as a share of {runs[0].name}'s."
+    )
+    heads = ["held-out set", "loss", "which is the", *(run.name for run in runs)]
+    body = []
+    for row in rows:
+        cells = [row["set"], f"{row['loss']:.4f}", row["target"]]
+        for run in runs:
+            at, ratio = row["million_tokens"][run.name], row["ratio"][run.name]
+            share = "" if ratio is None else f" ({ratio:.2f}x)"
+            cells.append("never" if at is None else f"{at:,.2f} M{share}")
+        body.append(cells)
+    yield page.table(heads, body)
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

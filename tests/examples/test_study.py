@@ -1,0 +1,112 @@
+"""The study: its plan, what its page says of good and bad outcomes, and (slow) the whole script."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_slm.config.load import parse
+from tests.analysis.test_runs import write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def modules() -> tuple[ModuleType, ModuleType]:
+    """`study` and `results`, which stand beside each other and are no package."""
+    folder = str(ROOT / "examples" / "study")
+    sys.path.insert(0, folder)
+    try:
+        import results
+        import study
+    finally:
+        sys.path.remove(folder)
+    return study, results
+
+
+def test_every_planned_run_is_a_configuration(modules: tuple[ModuleType, ModuleType]) -> None:
+    """References come before the runs that need them; every name is there once."""
+    runs = list(modules[0].planned(Path("runs/study"), 1))
+    assert len({run.folder for run in runs}) == len(runs) == 16
+    seen: set[str] = set()
+    for run in runs:
+        config, _ = parse(["--config", str(ROOT / "examples/study/train.yaml"), *run.flags])
+        assert config.selection.reference_load in (None, *(f"{folder}/checkpoints" for folder in seen))
+        seen.add(str(run.folder))
+        if run.name.startswith("random"):
+            assert config.selection.slm_score == ["random"]
+            assert config.selection.reference_load is None
+
+
+def finish(run: Any, final: float, clean_kept: float) -> None:
+    """Pretend that a run is done: its metrics, and what it keeps of 60 clean and 40 other tokens."""
+    write_run(run.folder, final=final)
+    (run.folder / "finished").touch()
+    groups = [
+        {"grouping": "part of the document", "name": name, "tokens": tokens, "kept_share": share, "mean_loss": loss}
+        for name, tokens, share, loss in (("arithmetic", 60, clean_kept, 1.0), ("noise", 40, 0.5, 4.0))
+    ]
+    kept = 60 * clean_kept + 40 * 0.5
+    (run.folder / "selection.json").write_text(json.dumps({"kept_tokens": kept, "groups": groups}))
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_page_says_what_came_out(tmp_path: Path, modules: tuple[ModuleType, ModuleType], good: bool) -> None:
+    study, results = modules
+    runs = [run for seed in (1, 2) for run in study.planned(tmp_path, seed, (0.6, 0.4))]
+    finals = {"clm": 1.0, "slm-0.6": 0.0 if good else 1.5, "random-0.6": 1.2, "slm-0.4": 0.9, "reference": 0.0}
+    for run in runs:
+        if run.name in finals:
+            finish(run, finals[run.name], clean_kept=1.0 if good else 0.5)
+    path = results.write_results(tmp_path, runs)
+    page = path.read_text()
+    assert path.with_name("figures.png").read_bytes().startswith(b"\x89PNG")
+    assert "6 planned runs are not finished" in page
+    found = results.Results(runs)
+    assert found.best_ratio() == (0.6 if good else 0.4)
+    target = 1 + 4 / 32
+    before, after = 4 / 2 ** math.floor(math.log2(4 / target)), 4 / 2 ** math.ceil(math.log2(4 / target))
+    place = 8 * (math.floor(math.log2(4 / target)) + (before - target) / (before - after))
+    ratio = found.tokens_ratio("slm-0.6")
+    assert ratio == pytest.approx({1: place / 40, 2: place / 40}) if good else ratio == {1: math.inf, 2: math.inf}
+    precision, recall, base = found.kept("slm-0.6")
+    assert (precision[0], recall[0], base[0]) == pytest.approx((60 / 80, 1.0, 0.6) if good else (0.6, 0.5, 0.6))
+    verdicts = list(results.verdicts(found))
+    wanted = [good, good, good]
+    assert [verdict.startswith("Reached") for verdict in verdicts] == wanted, verdicts
+    row = next(line for line in page.splitlines() if line.startswith("| slm-0.6 |"))
+    assert ("never in 2 of 2" in row) is (not good)
+
+
+def test_means_and_intervals(modules: tuple[ModuleType, ModuleType]) -> None:
+    mean, width = modules[1].mean_and_interval([1.0, 2.0, 3.0])
+    assert (mean, width) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+    assert modules[1].shown([0.5]) == "0.500"
+
+
+def test_nothing_to_compare_yet(tmp_path: Path, modules: tuple[ModuleType, ModuleType]) -> None:
+    with pytest.raises(SystemExit, match="not finished yet"):
+        modules[1].write_results(tmp_path, list(modules[0].planned(tmp_path, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_script() -> None:
+    """A few steps of everything."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    script = str(ROOT / "examples/study/run.sh")
+    done = subprocess.run(["bash", script, "--fast"], capture_output=True, text=True, timeout=880, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (ROOT / "runs/study_fast/results/README.md").read_text()
+    assert "slm-0.6" in page
+    assert "self-reference-0.6" in page
+    assert "not finished" not in page

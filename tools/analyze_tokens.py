@@ -1,0 +1,15 @@
+#!/usr/bin/env python3
+"""Look at tokens: `tools/analyze_tokens.py {selection,dynamics} --load RUN --text-file FILE --output PAGE.html`."""
+
+import os
+import sys
+
+import torch
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported next, otherwise warns that it guessed this
+
+from megatron_slm.analysis.tokens_command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
