@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slm.convert.source import Model
-from megatron_slm.data.documents import expand_inputs, read_lines
+from megatron_slm.data.compressed import read_lines
 from megatron_slm.data.indexed import IndexedCorpus
+from megatron_slm.data.inputs import expand_inputs
 from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.errors import AnalysisError
 

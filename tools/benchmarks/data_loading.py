@@ -6,9 +6,8 @@ index. Each measurement of the index runs in a process of its own, whose peak me
 
 from __future__ import annotations
 
-import json
+import argparse
 import multiprocessing
-import os
 import resource
 import tempfile
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks import report
 
 SEQ_LENGTH = 2048
 PACKINGS = ("concatenate", "best-fit")
@@ -205,16 +206,62 @@ def _report(sender: Any, function: Callable[..., None], arguments: tuple[Any, ..
     sender.send({"seconds": seconds, "mib": grown / 1024})
 
 
-def measure_all() -> dict[str, Any]:
-    """Every measurement of this file."""
-    return {
-        "index": [measure_index(packing=packing) for packing in PACKINGS],
-        "blend": [measure_blend(), measure_blend(10**8)],
-        "loading": measure_loading(),
-        "share": measure_share(),
-        "cores": os.cpu_count(),
-    }
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's flags."""
+    parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
+    parser.add_argument("--quick", action="store_true", help="an index of 10^7 tokens, short loading")
 
 
-if __name__ == "__main__":
-    print(json.dumps(measure_all(), indent=1))
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and write the report."""
+    num_tokens, num_documents = (10**7, 10**4) if arguments.quick else (10**9, 10**6)
+    indices = [measure_index(num_tokens, num_documents, packing=packing) for packing in PACKINGS]
+    blends = [measure_blend(count) for count in ((10**5,) if arguments.quick else (10**7, 10**8))]
+    loading = measure_loading(seconds=0.3 if arguments.quick else 3.0)
+    share = measure_share(step_seconds=0.1 if arguments.quick else 1.0)
+    markdown = _markdown(indices, blends, loading, share)
+    records = [
+        *({"name": "index", **record} for record in indices),
+        *({"name": "blend", **record} for record in blends),
+        {"name": "loading", **loading},
+        {"name": "share", **share},
+    ]
+    report.write("data-loading", markdown, records, arguments.json)
+    print(markdown)
+    return 0
+
+
+def _markdown(
+    indices: list[dict[str, Any]], blends: list[dict[str, Any]], loading: dict[str, Any], share: dict[str, Any]
+) -> str:
+    states = ("in memory", "cache made", "cache read")
+    rows = [
+        [record["packing"], *(f"{record[state]['seconds']:.2f} s, {record[state]['mib']:,.0f} MiB" for state in states)]
+        for record in indices
+    ]
+    tokens, documents = indices[0]["tokens"], indices[0]["documents"]
+    out = [
+        f"# Reading corpora\n\n{report.environment()}. Made by `python tools/benchmark.py data-loading`.\n\n"
+        f"## From opening a corpus of {tokens:,} tokens in {documents:,} documents to its first sample\n\n",
+        report.table(["packing", *states], rows),
+        "\n## The order of a blend of three corpora\n\n",
+        report.table(
+            ["samples", "time", "memory"],
+            [[f"{r['samples']:,}", f"{r['seconds']:.2f} s", f"{r['mib']:,.0f} MiB"] for r in blends],
+        ),
+        f"\n## A micro-batch of {loading['micro_batch_size']} x {loading['seq_length']} tokens, read by one thread\n\n",
+        report.table(
+            ["packing", "milliseconds", "million tokens a second"],
+            [
+                [name, f"{found['milliseconds']:.2f}", f"{found['tokens_per_second'] / 1e6:.1f}"]
+                for name, found in loading.items()
+                if isinstance(found, dict)
+            ],
+        ),
+        f"\n## Waiting for {share['num_micro_batches']} of them beside a step of {share['step_seconds']} s\n\n",
+        report.table(
+            ["read ahead by", "share of the time"],
+            [[name, f"{value:.2%}"] for name, value in share["share_of_the_time"].items()],
+        ),
+    ]
+    return "".join(out)
