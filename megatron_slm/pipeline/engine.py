@@ -67,6 +67,8 @@ class SelectiveEngine(PipelineEngine):
         The context is a plain object, so the reference in it does not become a submodule of the engine.
         """
         self.context = context
+        if self.using_bf16_optimizer:
+            self.optimizer.backward_prologue = lambda: None  # `_backward` clears the bf16 gradients, in time
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes)
         self._window = Window()
@@ -228,6 +230,10 @@ class SelectiveEngine(PipelineEngine):
 
     def _backward(self, i: int) -> None:
         if self.is_last_stage():
+            if self.using_bf16_optimizer:
+                # DeepSpeed would do this when the gradient reaches the module's output. By then the loss, which is no
+                # part of the module, has given the output weight its gradient, and that would be lost.
+                self.optimizer.clear_lp_grads()
             with self._timing(Work.BACKWARD):
                 DeepSpeedEngine.backward(self, self._losses.pop(i), scale_wrt_gas=False)
         else:
