@@ -27,6 +27,8 @@ from megatron_slm.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)
 
+_FALLBACK = "NOT using the fast tokenizer: %s. Everything is encoded with the tokenizer."
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
@@ -151,16 +153,25 @@ def preprocess(
     inputs = Inputs(config.input)
     encoding = _encoding(config, tokenizer)
     with _parts_folder(config):
-        if config.fast_tokenizer:
+        encoder = _fast_encoder(tokenizer) if config.fast_tokenizer else None
+        if encoder is not None:
             try:
-                return _preprocess(config, tokenizer, encoding, FastEncoder(tokenizer), inputs, on_progress)
+                return _preprocess(config, tokenizer, encoding, encoder, inputs, on_progress)
             except FastEncoderError as error:
-                if not inputs.files and list(config.parts_folder.glob("*.json")):
+                if not inputs.files:  # some of it is read, and cannot be read again
                     raise ConfigError(
                         "fast_tokenizer", LIBRARY, f"must equal the tokenizer: {error}", "leave --fast-tokenizer out"
                     ) from error
-                logger.warning("NOT using the fast tokenizer: %s. Everything is encoded with the tokenizer.", error)
+                logger.warning(_FALLBACK, error)
         return _preprocess(config, tokenizer, encoding, tokenizer, inputs, on_progress)
+
+
+def _fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
+    try:
+        return FastEncoder(tokenizer)
+    except FastEncoderError as error:
+        logger.warning(_FALLBACK, error)
+        return None
 
 
 def _preprocess(

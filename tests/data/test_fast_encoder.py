@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from megatron_slm.data.fast_encoder import FastEncoder, FastEncoderError
 from megatron_slm.data.preprocess import PreprocessConfig, preprocess
 from megatron_slm.data.tokenizer import Ragged, Tokenizer
 from megatron_slm.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, SentencePieceTokenizer, TikTokenizer
+from megatron_slm.errors import ConfigError
 from tests.data.byte_level import byte_level_folder, tiktoken_file
 from tests.data.texts import TEXTS, write_json_lines
 
@@ -137,3 +140,20 @@ def test_falls_back_loudly_and_whole(
         fallen = run(tmp_path, source, tokenizer, True)
     assert fallen == plain
     assert "NOT using the fast tokenizer: gigatoken gives other ids" in caplog.text
+
+
+def test_standard_input_cannot_be_read_again(tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read of it would be lost: an error, and no fallback."""
+    lines = b'{"text": "uncommon"}\n'
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines)))
+    break_library(monkeypatch, "uncommon")
+    config = PreprocessConfig(input=("-",), output_prefix=f"{tmp_path}/out/c", fast_tokenizer=True)
+    with pytest.raises(ConfigError, match="fast_tokenizer = 'gigatoken': must equal the tokenizer: gigatoken gives"):
+        preprocess(config, SentencePieceTokenizer(model_file))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_no_fast_form_is_no_error(tmp_path: Path) -> None:
+    source = write_json_lines(tmp_path / "in.jsonl", ["1"])
+    config = PreprocessConfig(input=(str(source),), output_prefix=f"{tmp_path}/c", fast_tokenizer=True)
+    assert preprocess(config, NullTokenizer(10)).encoder == "tokenizer"

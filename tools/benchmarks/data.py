@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's flags."""
     parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
     parser.add_argument("--quick", action="store_true", help="2 MB, one round")
-    parser.add_argument("--megabytes", type=float, default=24.0, help="text for all contenders (default 24)")
+    parser.add_argument("--megabytes", type=float, default=48.0, help="text for all contenders (default 48)")
     parser.add_argument("--fast-megabytes", type=float, default=160.0, help="text for the fast one alone (default 160)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of timing (default 3)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
