@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ _NUM_BANDS = 8
 class Report:
     """How far two models' log-probabilities are apart, in nats; of a position, the largest of all tokens' counts."""
 
-    delta_bs: Tensor
+    delta_bs: Tensor = field(repr=False)
     """max |Δ log-prob| over the vocabulary at every position, fp32 [b, s]."""
     rounded_to: str | None
     """The folder's dtype, where it is not the checkpoint's and the checkpoint's weights were rounded to it."""
