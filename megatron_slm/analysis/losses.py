@@ -113,21 +113,16 @@ def model_statistics(model: Model, sample: Sample, *, with_entropy: bool = False
     For models that do not fit, write stores with tools/score_corpus.py at any layout, and read those.
 
     Raises:
-        AnalysisError: windows are longer than the model reads, or a loss is not finite.
+        AnalysisError: windows are longer than the model reads, a token is not in its vocabulary, or a loss is not
+            finite.
     """
+    _check_readable(model, sample)
     device = local_device()
     stage = FrozenStage(model.architecture, ParallelLayers(), stage=0, num_stages=1)
     fill_module(stage, model.source)
     stage = stage.to(device)
     objective = Objective(selector=Selector(), tp=TensorParallel())
     num_windows, length = sample.valid_Ws.shape
-    if length > model.architecture.max_position_embeddings:
-        raise AnalysisError(
-            "--seq-length",
-            length,
-            f"is at most what the model reads, {model.architecture.max_position_embeddings}",
-            "give a smaller one",
-        )
     parts = [np.zeros((num_windows, length), np.float32) for _ in range(1 + with_entropy)]
     rows = max(1, BATCH_TOKENS // length)
     for start in range(0, num_windows, rows):
@@ -142,6 +137,20 @@ def model_statistics(model: Model, sample: Sample, *, with_entropy: bool = False
             whole_Ws[part] = part_N.view(valid.shape).float().cpu().numpy()
     _check_finite(parts[0], "losses of the model")
     return Statistics(*parts)
+
+
+def _check_readable(model: Model, sample: Sample) -> None:
+    context, length = model.architecture.max_position_embeddings, sample.valid_Ws.shape[1]
+    if length > context:
+        raise AnalysisError("--seq-length", length, f"is at most what the model reads, {context}", "give a smaller one")
+    highest, vocab_size = int(sample.tokens_Ws1.max()), model.architecture.vocab_size
+    if highest >= vocab_size:
+        raise AnalysisError(
+            "token id",
+            highest,
+            f"is of the model's vocabulary, below {vocab_size}",
+            "give the tokenizer or the corpus that the model was trained with",
+        )
 
 
 def _check_finite(loss_Ws: Floats, what: str) -> None:

@@ -69,7 +69,7 @@ def tokens_to_reach(
     rows = []
     for name in held_out_sets(runs):
         curves = {run.name: run.held_out(name) for run in runs}
-        wanted = [(f"final loss of {run}", curve.y[-1]) for run, curve in curves.items() if curve]
+        wanted = [(f"last loss of {run}", curve.y[-1]) for run, curve in curves.items() if curve]
         wanted += [("target", loss) for loss in (targets or {}).get(name, ())]
         for what, loss in sorted(wanted, key=lambda pair: -pair[1]):
             reached = {run: curve.reaches(loss) for run, curve in curves.items()}
@@ -88,6 +88,7 @@ def summary(run: RunMetrics) -> dict[str, Any]:
         "name": run.name,
         "status": run.status,
         "objective": run.config.get("objective"),
+        "score": _listed(run.config.get("slm_score")) if run.config.get("objective") == "slm" else None,
         "keep_ratio": run.config.get("slm_keep_ratio") if run.config.get("objective") == "slm" else None,
         "step": step,
         "million_tokens": _finite(run.position("tokens", step)),
@@ -152,6 +153,7 @@ def _summary_table(runs: Sequence[RunMetrics]) -> Markup:
     for row in map(summary, runs):
         losses = [row["held_out"].get(name) for name in sets]
         keep = "" if row["keep_ratio"] is None else f" {row['keep_ratio']:g}"
+        keep += "" if row["score"] in (None, ["excess"]) else f" {' + '.join(map(str, row['score']))}"
         cells = [row["name"], f"{row['objective'] or '?'}{keep}", row["status"]]
         cells += [_cell(loss, ".4f") for loss in losses]
         cells += [_cell(None if loss is None else math.exp(min(loss, 700.0)), ",.3f") for loss in losses]
@@ -186,3 +188,7 @@ def _cell(value: float | None, form: str, unit: str = "") -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _listed(value: Any) -> list[Any] | None:
+    return value if value is None or isinstance(value, list) else [value]

@@ -94,7 +94,7 @@ def decode_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def load_tokenizer(model: Model, folder: str | None) -> Any:
+def load_tokenizer(model: Model | None, folder: str | None) -> Any:
     """The tokenizer of `--tokenizer-model`, or the one beside a model's weights.
 
     Raises:
@@ -102,7 +102,7 @@ def load_tokenizer(model: Model, folder: str | None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    place = Path(folder) if folder is not None else model.tokenizer_folder
+    place = Path(folder) if folder is not None else None if model is None else model.tokenizer_folder
     if place is None:
         raise AnalysisError(
             "--tokenizer-model", None, "is given where the model's folder holds no tokenizer", "name its folder"

@@ -108,16 +108,8 @@ def _sample(args: argparse.Namespace, model: Model) -> Sample:
         raise AnalysisError("--seq-length", args.seq_length, f"is at most what the model reads, {context}", "lower it")
     length = args.seq_length or min(context, 2048)
     if args.data_path:
-        sample = sample_corpus(args.data_path, tokenizer, sequence_length=length, max_tokens=args.max_tokens)
-    else:
-        sample = sample_texts(args.text_file, tokenizer, sequence_length=length, max_tokens=args.max_tokens)
-    highest = int(sample.tokens_Ws1.max())
-    if highest >= model.architecture.vocab_size:
-        raise AnalysisError(
-            "token id", highest, f"is of the model's vocabulary, below {model.architecture.vocab_size}",
-            "give the tokenizer or the corpus that the model was trained with",
-        )  # fmt: skip
-    return sample
+        return sample_corpus(args.data_path, tokenizer, sequence_length=length, max_tokens=args.max_tokens)
+    return sample_texts(args.text_file, tokenizer, sequence_length=length, max_tokens=args.max_tokens)
 
 
 def _first(stages: Sequence[Stage]) -> Model:
@@ -185,9 +177,7 @@ def _computed(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
 def _stored(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
     if args.data_path is None:
         raise AnalysisError("--data-path", None, "is the corpus that the stores were written for", "name its prefix")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model) if args.tokenizer_model else None
+    tokenizer = load_tokenizer(None, args.tokenizer_model) if args.tokenizer_model else None
     sample = sample_of_store(args.scores[0], args.data_path, tokenizer, max_tokens=args.max_tokens)
     loss_CN = np.stack([store_losses(store, sample)[sample.valid_Ws] for store in args.scores])
     return sample, [Stage(label=Path(store).name, path=store) for store in args.scores], loss_CN

@@ -20,6 +20,7 @@ from megatron_slm.analysis.evaluation.tasks import FORMS, read_task
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.errors import TaskError, WeightsError
 from tests.analysis.conftest import TEXTS
+from tests.support.runs import write_corpus
 
 
 def write_lines(path: Path, *records: Any) -> Path:
@@ -232,6 +233,9 @@ def test_bad_input(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFi
     for argv, message in cases.items():
         assert main(list(argv)) == 1
         assert message in capsys.readouterr().err
+    corpus = write_corpus(tmp_path / "corpus", vocab_size=400, num_documents=200)
+    assert main(["--model", one, "--perplexity", f"x={corpus}"]) == 1
+    assert "token id = 399: is of the model's vocabulary, below 300" in capsys.readouterr().err
     task = write_lines(tmp_path / "t.jsonl", {"question": "Q", "answer": "1"})
     assert main(["--model", str(tmp_path), "--task", f"gsm8k={task}"]) == 1
     assert "error: " in capsys.readouterr().err

@@ -81,13 +81,13 @@ def test_tokens_to_reach_the_baselines_loss(tmp_path: Path) -> None:
     """Halving every 8 steps: the better run passes the baseline's last loss where its curve says so."""
     runs = read_runs([str(write_run(tmp_path / "clm")), str(write_run(tmp_path / "slm", final=0.5, keep=0.6))])
     rows = tokens_to_reach(runs, {"target": [0.1]})
-    row = next(row for row in rows if row["target"] == "final loss of clm")
+    row = next(row for row in rows if row["target"] == "last loss of clm")
     target = 1 + 4 / 32
     before, after = 0.5 + 4 / 4, 0.5 + 4 / 8
     expected = 16 + 8 * (before - target) / (before - after)
     assert row["million_tokens"] == {"clm": pytest.approx(0.04), "slm": pytest.approx(expected / 1000)}
     assert row["ratio"] == {"clm": 1.0, "slm": pytest.approx(expected / 40)}
-    assert next(row for row in rows if row["target"] == "final loss of slm")["ratio"] == {"clm": None, "slm": None}
+    assert next(row for row in rows if row["target"] == "last loss of slm")["ratio"] == {"clm": None, "slm": None}
     assert next(row for row in rows if row["loss"] == 0.1)["million_tokens"] == {"clm": None, "slm": None}
 
 
