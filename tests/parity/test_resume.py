@@ -94,6 +94,7 @@ def test_a_save_that_is_killed_leaves_the_one_before(victim: int, where: str, tm
     saved = tmp_path / "run" / "checkpoints"
     assert find_checkpoint(saved).name == "step_00000002"
     assert (saved / "latest").read_text() == "step_00000002"
+    assert [path.name for path in saved.glob("step_*")] == ["step_00000002"], "no half has a checkpoint's name"
 
     straight = run_world(train_and_report, 2, {**values, "run-dir": tmp_path / "straight"})
     resumed = run_world(train_and_report, 2, {**values, "load": saved})
