@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +41,10 @@ class FastEncoder:
         self._tokenizer = tokenizer
         self._definition = definition
         self._build()
-        table = {token for token in tokenizer.token_table() if token.startswith("<") and token.endswith(">")}
-        for token in sorted(table)[:64]:
+        table = tokenizer.token_table()
+        special = [table[index] for index in (tokenizer.bos_id, tokenizer.eod_id) if index is not None]
+        special += [str(entry["content"]) for entry in json.loads(definition).get("added_tokens", [])]
+        for token in dict.fromkeys(special):
             self._compare(f"a {token} b{token}{token}")
         for text in PROBES:
             self._compare(text)

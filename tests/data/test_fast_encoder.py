@@ -82,6 +82,15 @@ def test_a_difference_in_the_probes(model_file: Path, monkeypatch: pytest.Monkey
         FastEncoder(SentencePieceTokenizer(model_file))
 
 
+@pytest.mark.parametrize("kind", [SentencePieceTokenizer, HuggingFaceTokenizer])
+def test_a_difference_in_special_tokens_that_are_spelled_out(
+    tokenizer_folder: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    break_library(monkeypatch, "</s>")
+    with pytest.raises(FastEncoderError, match="of 'a </s> b</s></s>'"):
+        FastEncoder(kind(model_file if kind is SentencePieceTokenizer else tokenizer_folder))
+
+
 @pytest.mark.parametrize("length", [1, 30_000])
 def test_a_difference_in_the_text_is_found_by_the_samples(
     model_file: Path, monkeypatch: pytest.MonkeyPatch, length: int
