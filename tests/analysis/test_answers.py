@@ -21,6 +21,7 @@ NUMBERS = [
     ("The answer is 50\\%.", "50"),
     ("The answer is 1,000,000.", "1000000"),
     ("The answer is 3/4.", "0.75"),
+    ("The answer is 1,000/4 metres.", "250"),
     ("The answer is 1 1/2 hours.", "1.5"),
     ("The answer is 10 + 8 = 18 dollars.", "18"),
     ("The answer is: 7", "7"),
