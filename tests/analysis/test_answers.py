@@ -128,5 +128,11 @@ def test_the_papers_rules_take_more_for_right() -> None:
     assert not equal("8", "7", "number", rules="paper")
 
 
+def test_signs_count() -> None:
+    assert not equal("-5", "5", "number")
+    assert not equal("5", "-5", "number")
+    assert number_of("-3/4") == Fraction(-3, 4)
+
+
 def test_division_by_zero_is_no_number() -> None:
     assert number_of("1/0") is None
