@@ -21,6 +21,7 @@ NUMBERS = [
     ("The answer is 50\\%.", "50"),
     ("The answer is 1,000,000.", "1000000"),
     ("The answer is 3/4.", "0.75"),
+    ("The answer is 1,000/4 metres.", "250"),
     ("The answer is 1 1/2 hours.", "1.5"),
     ("The answer is 10 + 8 = 18 dollars.", "18"),
     ("The answer is: 7", "7"),
@@ -125,6 +126,12 @@ def test_the_papers_rules_take_more_for_right() -> None:
         assert equal(answer, truth, "number", rules="paper")
         assert not equal(answer, truth, "number")
     assert not equal("8", "7", "number", rules="paper")
+
+
+def test_signs_count() -> None:
+    assert not equal("-5", "5", "number")
+    assert not equal("5", "-5", "number")
+    assert number_of("-3/4") == Fraction(-3, 4)
 
 
 def test_division_by_zero_is_no_number() -> None:
