@@ -83,9 +83,7 @@ def open_job(config: RunConfig, *, model_config: str | None = None, reference_co
         elif config.selection.reference_load is not None:
             path = config.selection.reference_load
             reference = architecture_at(path, "--reference-load", instead="--reference-config")
-    return Job(
-        config=config, architecture=architecture, reference=reference, selector=selector, deepspeed=deepspeed
-    )
+    return Job(config=config, architecture=architecture, reference=reference, selector=selector, deepspeed=deepspeed)
 
 
 def architecture_at(path: str, field: str, *, instead: str | None = None) -> Architecture:
