@@ -143,7 +143,7 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, zero: di
     | engine | parameters | gradients | optimizer | buffers |
     |---|---|---|---|---|
     | ZeRO-1 bf16 (`BF16_Optimizer`) | 2n | 4n summed + 2n of one micro-batch | 12n/D | flattened copies at the step |
-    | ZeRO-1 fp32 | 4n | 4n | 12n/D | one bucket and a partition at the step |
+    | ZeRO-1 fp32 | 4n | 4n | 12n/D | one bucket; another and a partition at the step |
     | ZeRO-2 | en | 4n/D | 12n/D | one bucket |
     | ZeRO-3 | en/D, small ones whole, and those gathered | 4n/D | 12n/D | one bucket |
     """
@@ -155,8 +155,8 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, zero: di
     if layout.zero_stage == 1 and e == 2:
         copies = 4 * n * (n <= bucket)  # tensors beyond a bucket are reduced one by one, without a fp32 copy
         return held | {"gradients": 6 * n, "step_buckets": copies + 2 * n}
-    if layout.zero_stage == 1:
-        return held | {"gradients": 4 * n, "step_buckets": 4 * bucket + 4 * share}
+    if layout.zero_stage == 1:  # the engine makes a bucket at the first backward pass, and another to reduce with
+        return held | {"gradients": 4 * n, "buckets": 4 * bucket, "step_buckets": 4 * bucket + 4 * share}
     held["buckets"] = e * bucket * (2 if options["overlap_comm"] and layout.zero_stage == 2 else 1)
     if layout.zero_stage == 2:
         return held
@@ -197,8 +197,9 @@ def stage_activations(job: Job, layout: Layout, parameters: StageParameters) -> 
         per_token += ((4 + e) * arch.hidden_size + 4) / layout.sequence_shards
     if parameters.has_head:
         per_token += e * arch.hidden_size  # the rows that the loss reads
-    else:
-        per_token += residual  # what was sent on
+    rows_are_copied = layout.micro_batch_size > 1 or layout.sequence_shards > 1
+    if layout.zero_stage == 1 and (rows_are_copied or not parameters.has_head):  # the engine holds what came out
+        per_token += residual
     if parameters.has_embedding:
         per_token += 8 + (layout.tensor > 1)  # token ids, and which of them are elsewhere
     return round(per_token * _tokens(job, layout))
