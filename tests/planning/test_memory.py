@@ -69,5 +69,5 @@ def test_predicted_bytes_are_there(name: str, tmp_path: Path) -> None:
     stages = plan(values, layout)[1]
     for rank, found in enumerate(run_world(measure, world, values, timeout_seconds=280)):
         predicted = stages[rank * len(stages) // world]
-        for part in ("parameters", "gradients", "optimizer", "activations"):
+        for part in ("parameters", "gradients", "optimizer", "activations", "buckets"):
             assert getattr(predicted, part) == pytest.approx(found[part], rel=TOLERANCE), (part, rank)

@@ -148,6 +148,14 @@ def _watch(meter: Meter) -> None:
         meter.record("gradients", meter.gradients())
         return step(optimizer, *args, **kwargs)
 
+    reduce_bucket = getattr(type(meter.optimizer), "reduce_ipg_grads", None)
+
+    def bucket_reduced(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        meter.record("buckets", meter.buckets())
+        return reduce_bucket(optimizer, *args, **kwargs)
+
+    if reduce_bucket is not None and not isinstance(meter.engine, SelectiveEngine):  # there it is the step's bucket
+        type(meter.optimizer).reduce_ipg_grads = bucket_reduced
     handlers[Kind.FORWARD], handlers[Kind.REDUCE_GRADIENTS] = pipeline_forward, reduce_gradients
     FlatModule.forward = flat_forward  # type: ignore[method-assign]
     type(meter.optimizer).step = optimizer_step
