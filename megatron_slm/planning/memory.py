@@ -232,18 +232,26 @@ def loss_head_plan(job: Job, layout: Layout) -> StashPlan:
     return job.loss_head.plan(_tokens(job, layout), columns, job.keep_ratio, dtype)
 
 
+def stash_bytes(job: Job, layout: Layout) -> int:
+    """Bytes of what the loss keeps of one micro-batch from its forward to its backward pass (`loss/stash.py`)."""
+    rows, columns = _tokens(job, layout), job.padded_vocabulary(job.architecture) // layout.tensor
+    plan = loss_head_plan(job, layout)
+    if plan.capacity == 0:
+        return 0
+    return plan.capacity * columns * plan.dtype.itemsize + rows * (8 + 4 * len(block_sizes(columns)))
+
+
 def loss_head_bytes(job: Job, layout: Layout) -> int:
     """Bytes of the loss of one micro-batch: what it keeps between its passes, and the larger one's own memory."""
     arch, e, rows = job.architecture, job.dtype_bytes, _tokens(job, layout)
     columns = job.padded_vocabulary(arch) // layout.tensor
-    plan = loss_head_plan(job, layout)
-    num_blocks, kept = len(block_sizes(columns)), round(job.keep_ratio * rows)
-    stash = plan.capacity * columns * plan.dtype.itemsize + (8 * rows + 4 * rows * num_blocks) * (plan.capacity > 0)
-    scratch = plan.chunk_rows * columns * plan.dtype.itemsize * (0 < plan.capacity < rows)
-    block = min(BLOCK_SIZE, columns)
-    forward = scratch + 4 * plan.chunk_rows * block
-    backward = e * columns * arch.hidden_size + (4 + e) * kept * (arch.hidden_size + block)
-    return stash + max(forward, backward + e * rows * arch.hidden_size) + 20 * kept
+    plan, kept, block = loss_head_plan(job, layout), round(job.keep_ratio * rows), min(BLOCK_SIZE, columns)
+    forward = 4 * plan.chunk_rows * block
+    if 0 < plan.capacity < rows:  # a chunk's exponentials, before the likely rows are picked
+        forward += plan.chunk_rows * columns * plan.dtype.itemsize
+    gradients = e * columns * arch.hidden_size + e * rows * arch.hidden_size
+    backward = gradients + (4 + e) * kept * (arch.hidden_size + block)
+    return stash_bytes(job, layout) + max(forward, backward) + 20 * kept
 
 
 def schedule_sizes(job: Job, layout: Layout) -> Sizes:

@@ -12,9 +12,9 @@ from megatron_slm.planning.estimates import estimate
 from megatron_slm.planning.gpus import GPUS, Cluster
 from megatron_slm.planning.job import Job, open_job
 from megatron_slm.planning.layouts import configured_layout
-from megatron_slm.planning.memory import StageMemory
+from megatron_slm.planning.memory import StageMemory, stash_bytes
 from tests.support.memory import measure
-from tests.support.runs import flags, run_flags, write_corpus
+from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.world import run_world
 
 TOLERANCE = 0.1
@@ -71,3 +71,24 @@ def test_predicted_bytes_are_there(name: str, tmp_path: Path) -> None:
         predicted = stages[rank * len(stages) // world]
         for part in ("parameters", "gradients", "optimizer", "activations", "buckets"):
             assert getattr(predicted, part) == pytest.approx(found[part], rel=TOLERANCE), (part, rank)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_what_the_loss_keeps(bf16: bool, tmp_path: Path) -> None:
+    values, world = layout_values(tmp_path, "111", loss_head_variant="stash", bf16=bf16 or None)
+    job = plan(values, "111")[0]
+    (found,) = run_world(measure, world, values)
+    assert stash_bytes(job, configured_layout(job, 1)) == pytest.approx(found["stash"], rel=TOLERANCE)
+
+
+def test_the_reference_is_held_whole_and_its_work_ahead_counts(tmp_path: Path) -> None:
+    """No reference is in the measured runs: its weights are those of its own modules, its messages the schedule's."""
+    reference = save_hf_llama(tmp_path / "reference", num_hidden_layers=2)
+    slm = {"objective": "slm", "reference_load": reference}
+    values, _ = layout_values(tmp_path, "211", **slm)
+    job, stages = plan(values, "211")
+    alone = plan(layout_values(tmp_path, "211")[0], "211")[1]
+    assert sum(stage.reference for stage in stages) == pytest.approx(4 * job.reference.num_parameters, rel=TOLERANCE)
+    assert [stage.reference for stage in alone] == [0, 0]
+    assert stages[1].window > alone[1].window
+    assert all(with_it.total > without.total for with_it, without in zip(stages, alone, strict=True))

@@ -128,7 +128,7 @@ def measure(values: dict[str, Any]) -> dict[str, int]:
 
 
 def _watch(meter: Meter) -> None:
-    """Let the meter look after each forward pass, before gradients are reduced, and before the optimizer steps."""
+    """Let the meter look after each forward pass, where gradients are reduced, and before the optimizer steps."""
     handlers, forward, step = SelectiveEngine._HANDLERS, FlatModule.forward, type(meter.optimizer).step
 
     def pipeline_forward(engine: Any, i: int, real: Any = handlers[Kind.FORWARD]) -> None:
@@ -137,6 +137,7 @@ def _watch(meter: Meter) -> None:
 
     def reduce_gradients(engine: Any, i: int, real: Any = handlers[Kind.REDUCE_GRADIENTS]) -> None:
         meter.record("gradients", meter.gradients())
+        meter.record("buckets", meter.buckets())
         real(engine, i)
 
     def flat_forward(module: FlatModule, *args: Any, **kwargs: Any) -> Any:
