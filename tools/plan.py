@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Plan a layout before it is run: `python tools/plan.py schedule --stages 4 --micro-batches 8 --png schedule.png`."""
+"""Plan a run before it is rented: `python tools/plan.py layout --config run.yaml --nodes 2 --gpu h100`.
+
+`search` proposes layouts that fit, `schedule` shows what the pipeline's schedules cost.
+"""
 
 import sys
 
-from megatron_slm.pipeline.plan_command import main
+from megatron_slm.planning.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.errors import ConfigError, SlmError
+from megatron_slm.errors import ConfigError
 from megatron_slm.pipeline.costs import Costs
 from megatron_slm.pipeline.orders import Mode
 from megatron_slm.pipeline.schedule import Schedule
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import Simulation, Sizes
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 after an error that the user can mend."""
-    parser = argparse.ArgumentParser(prog="plan.py", description="Plan a layout before it is run.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    add_schedule(commands.add_parser("schedule", help="time, idle time and memory of the pipeline's schedules"))
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
 
 
 def add_schedule(parser: argparse.ArgumentParser) -> None:

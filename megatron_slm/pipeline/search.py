@@ -40,15 +40,21 @@ def lower_bound(costs: Costs, num_micro_batches: int) -> int:
     return max(bounds)
 
 
-def choose_schedule(mode: Mode, costs: Costs, num_micro_batches: int) -> Schedule:
-    """The schedule of a mode. A pure function, so that every rank derives the same one."""
+def choose_schedule(
+    mode: Mode, costs: Costs, num_micro_batches: int, *, max_computations: int = MAX_COMPUTATIONS
+) -> Schedule:
+    """The schedule of a mode. A pure function, so that every rank derives the same one.
+
+    Args:
+        max_computations: what a search may place before it takes the best so far.
+    """
     if mode == "clm":
         return clm(costs, num_micro_batches)
     if mode == "ride-along":
         return ride_along(costs, num_micro_batches)
     if mode == "sequential":
         return sequential(costs, num_micro_batches)
-    return _Search(mode, costs, num_micro_batches).run()
+    return _Search(mode, costs, num_micro_batches, max_computations).run()
 
 
 class _Search:
@@ -57,10 +63,10 @@ class _Search:
     For `bubble` there is one vector of leads: all stages are a whole step ahead.
     """
 
-    def __init__(self, mode: Mode, costs: Costs, num_micro_batches: int) -> None:
+    def __init__(self, mode: Mode, costs: Costs, num_micro_batches: int, max_computations: int) -> None:
         self.mode, self.costs, self.m = mode, costs, num_micro_batches
         self.bound = lower_bound(costs, num_micro_batches)
-        self.left = MAX_COMPUTATIONS
+        self.left = max_computations
         self.tried: set[Leads] = set()
         self.best_leads: Leads = (self.m,) * costs.num_stages
         self.best_ticks, self.best = self._place(self.best_leads, 2 * self.bound, eager=False)

@@ -14,21 +14,23 @@ import torch
 
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.resolve import resolve_architecture
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_vocabulary
 from megatron_slm.device import on_gpu
-from megatron_slm.errors import CheckpointError, ConfigError, LayoutError, ScoreStoreError, VocabularyError
+from megatron_slm.errors import CheckpointError, ConfigError, ScoreStoreError, VocabularyError
 from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.model.partition import check_stages
+from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
-from megatron_slm.training.architecture import check_layout, resolve_architecture
+from megatron_slm.training.architecture import check_layout
 from megatron_slm.training.corpora import check_order, open_data
 from megatron_slm.training.resume import Resume
 from megatron_slm.training.stores import open_scores, scored_data
@@ -127,7 +129,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resu
     init = _open(config.model.init_from, "--init-from", checksums=thorough)
     tokenizer = open_tokenizer(config, init)
     stored = init.architecture if init else resume.manifest.architecture if resume else None
-    architecture = resolve_architecture(config, stored, tokenizer)
+    architecture = resolve_architecture(config, stored, tokenizer.vocab_size)
     stores = config.selection.reference_scores
     reference = None if stores else _open(config.selection.reference_load, "--reference-load", checksums=thorough)
     _check_models(config, topology, architecture, tokenizer, init, reference, resume)
@@ -210,25 +212,6 @@ def _check_best(config: RunConfig, held_out: dict[str, SequentialSamples]) -> No
         raise ConfigError(
             "--keep-best", best, f"is the name of a held-out set ({known})", "name one, or add --valid-data-path"
         )
-
-
-def batch_arithmetic(config: RunConfig, topology: Topology) -> tuple[int, int]:
-    """(global batch size, micro-batches of a step on one data-parallel rank).
-
-    Raises:
-        LayoutError: the global batch is not a multiple of micro-batch size x data-parallel size.
-    """
-    together = config.training.micro_batch_size * topology.data
-    total = config.training.global_batch_size or together
-    if total % together:
-        raise LayoutError(
-            "--global-batch-size",
-            total,
-            f"is a multiple of --micro-batch-size ({config.training.micro_batch_size}) x data-parallel size "
-            f"({topology.data})",
-            f"use {-(-total // together) * together}, or change the micro-batch size",
-        )
-    return total, total // together
 
 
 def _open(path: str | None, field: str, *, checksums: bool) -> Model | None:

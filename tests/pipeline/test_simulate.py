@@ -9,10 +9,10 @@ import pytest
 from megatron_slm.pipeline.costs import Costs
 from megatron_slm.pipeline.orders import Mode
 from megatron_slm.pipeline.picture import draw
-from megatron_slm.pipeline.plan_command import main
 from megatron_slm.pipeline.schedule import Kind
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import Simulation, Sizes, describe
+from megatron_slm.planning.command import main
 
 SIZES = Sizes(reference_message=1000, micro_batch=100, statistics=10, stage_activations=10_000)
 

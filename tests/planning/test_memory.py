@@ -1,0 +1,94 @@
+"""What is predicted is what is there: bytes of tensors on every rank of small runs, part by part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.config.load import parse
+from megatron_slm.planning.estimates import estimate
+from megatron_slm.planning.gpus import GPUS, Cluster
+from megatron_slm.planning.job import Job, open_job
+from megatron_slm.planning.layouts import configured_layout
+from megatron_slm.planning.memory import StageMemory, stash_bytes
+from tests.support.memory import measure
+from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
+from tests.support.world import run_world
+
+TOLERANCE = 0.1
+SIZES = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "ffn_hidden_size": 320,
+    "seq_length": 64,
+    "global_batch_size": 8,
+    "loss_head_variant": "recompute",
+}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {"deepspeed_config": f"ds_configs/zero{stage}.json"}
+
+
+TIED = {"no_untie_embeddings_and_output_weights": True}
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {  # pipeline, tensor, data
+    "zero1-fp32": ("212", {}),
+    "zero1-fp32-tied-odd": ("211", {**TIED, "num_layers": 3, "micro_batch_size": 1}),
+    "zero1-bf16-4-stages": ("411", {"bf16": True}),
+    "zero1-bf16-sequence-parallel": ("221", {"bf16": True, "sequence_parallel": True}),
+    "zero1-bf16-tensor-parallel": ("121", {"bf16": True}),
+    "zero1-bf16-recompute": ("211", {"bf16": True, "recompute_granularity": "full"}),
+    "zero2-bf16": ("112", {"bf16": True, **zero(2)}),
+    "zero2-fp32-recompute": ("112", {"recompute_granularity": "full", **zero(2)}),
+    "zero3-bf16": ("112", {"bf16": True, **zero(3)}),
+    "zero3-fp32-tensor-parallel": ("122", {**zero(3)}),
+}
+
+
+def plan(values: dict[str, Any], layout: str) -> tuple[Job, list[StageMemory]]:
+    job = open_job(parse(flags(values))[0])
+    pipeline, tensor, data = (int(x) for x in layout)
+    world = pipeline * tensor * data
+    cluster = Cluster(gpu=GPUS["h100"], num_nodes=1, gpus_per_node=world)
+    return job, list(estimate(job, configured_layout(job, world), cluster).stages)
+
+
+def layout_values(folder: Path, layout: str, **changes: Any) -> tuple[dict[str, Any], int]:
+    pipeline, tensor, data = (int(x) for x in layout)
+    sizes = {"pipeline_model_parallel_size": pipeline, "tensor_model_parallel_size": tensor}
+    corpus = write_corpus(folder / "corpus", num_documents=200)
+    return run_flags(corpus, folder / "run", **{**SIZES, **sizes, **changes}), pipeline * tensor * data
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_predicted_bytes_are_there(name: str, tmp_path: Path) -> None:
+    layout, changes = LAYOUTS[name]
+    values, world = layout_values(tmp_path, layout, **changes)
+    stages = plan(values, layout)[1]
+    for rank, found in enumerate(run_world(measure, world, values, timeout_seconds=280)):
+        predicted = stages[rank * len(stages) // world]
+        for part in ("parameters", "gradients", "optimizer", "activations", "buckets"):
+            assert getattr(predicted, part) == pytest.approx(found[part], rel=TOLERANCE), (part, rank)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_what_the_loss_keeps(bf16: bool, tmp_path: Path) -> None:
+    values, world = layout_values(tmp_path, "111", loss_head_variant="stash", bf16=bf16 or None)
+    job = plan(values, "111")[0]
+    (found,) = run_world(measure, world, values)
+    assert stash_bytes(job, configured_layout(job, 1)) == pytest.approx(found["stash"], rel=TOLERANCE)
+
+
+def test_the_reference_is_held_whole_and_its_work_ahead_counts(tmp_path: Path) -> None:
+    """No reference is in the measured runs: its weights are those of its own modules, its messages the schedule's."""
+    reference = save_hf_llama(tmp_path / "reference", num_hidden_layers=2)
+    slm = {"objective": "slm", "reference_load": reference}
+    values, _ = layout_values(tmp_path, "211", **slm)
+    job, stages = plan(values, "211")
+    alone = plan(layout_values(tmp_path, "211")[0], "211")[1]
+    assert sum(stage.reference for stage in stages) == pytest.approx(4 * job.reference.num_parameters, rel=TOLERANCE)
+    assert [stage.reference for stage in alone] == [0, 0]
+    assert stages[1].window > alone[1].window
+    assert all(with_it.total > without.total for with_it, without in zip(stages, alone, strict=True))
