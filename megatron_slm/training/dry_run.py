@@ -15,6 +15,8 @@ from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.pipeline.simulate import Simulation
+from megatron_slm.training.build import plan_schedule
 from megatron_slm.training.corpora import describe_sources, document_treatment
 from megatron_slm.training.plan import Plan
 
@@ -50,6 +52,10 @@ def print_dry_run(plan: Plan) -> None:
     for name, found in backends_found().items():
         table.add_row(name, found)
     table.add_row("loss head", plan.describe_loss_head())
+    if plan.reference is not None:
+        schedule = plan_schedule(plan)
+        beside = f"predicted step {Simulation(schedule).ratio:.2f} x plain training's"
+        table.add_row("reference schedule", f"{schedule.mode}, {beside} (costs counted)")
     console.print(table)
     console.print("The configuration is sound; nothing was trained.")
 

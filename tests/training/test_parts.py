@@ -155,6 +155,7 @@ def test_a_dry_run_prints_the_layout_and_trains_nothing(tmp_path: Path) -> None:
         "2 blocks, head",
         "8 samples = 2 a micro-batch x 2 micro-batches x 2 data parallel",
         "scaled_dot_product_attention",
+        "skewed, predicted step",
         "640",  # tokens of the run
         "nothing was trained",
     ):
