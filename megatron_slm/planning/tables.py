@@ -90,7 +90,7 @@ def search_table(found: Sequence[Estimate], gpu: str) -> Table:
         title=f"Fastest layouts that fit {cluster.num_gpus} x {gpu} (sp: sequence parallel)",
         caption=assumptions(cluster, gpu),
     )
-    columns = "TP|PP|DP|ZeRO|micro-batches|recompute|GiB|s a step|x CLM's|tokens/s|MFU|days|GPU-hours"
+    columns = "TP|PP|DP|ZeRO|batches|recompute|GiB|s/step|/CLM's|tokens/s|MFU|days|GPU-hours"
     for column in columns.split("|"):
         table.add_column(column, justify="right", no_wrap=True)
     for planned in found:

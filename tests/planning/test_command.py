@@ -170,3 +170,9 @@ def test_a_model_of_flags_needs_a_vocabulary(tmp_path: Path, capsys: pytest.Capt
     plan = planned(capsys, "layout", *run, "--vocab-size", "2048")
     assert plan["stages"][0]["reference"] == 0
     assert plan["step_over_clm"] == 1.0
+
+
+def test_stored_scores_take_the_place_of_the_reference(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "layout", "--nodes", "4", *argv, "--reference-scores", "nowhere")
+    assert [stage["reference"] for stage in plan["stages"]] == [0, 0]
+    assert plan["step_over_clm"] == 1.0

@@ -18,6 +18,8 @@ from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.world import run_world
 
 TOLERANCE = 0.1
+EXACT = 0.001
+"""Of what is counted: some optimizers pad their partitions by a few elements."""
 SIZES = {
     "num_layers": 4,
     "hidden_size": 128,
@@ -43,6 +45,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {  # pipeline, tensor, data
     "zero2-bf16": ("112", {"bf16": True, **zero(2)}),
     "zero2-fp32-recompute": ("112", {"recompute_granularity": "full", **zero(2)}),
     "zero3-bf16": ("112", {"bf16": True, **zero(3)}),
+    "zero3-bf16-large-parameters": ("112", {"bf16": True, "hidden_size": 256, "ffn_hidden_size": 512, **zero(3)}),
     "zero3-fp32-tensor-parallel": ("122", {**zero(3)}),
 }
 
@@ -69,8 +72,9 @@ def test_predicted_bytes_are_there(name: str, tmp_path: Path) -> None:
     stages = plan(values, layout)[1]
     for rank, found in enumerate(run_world(measure, world, values, timeout_seconds=280)):
         predicted = stages[rank * len(stages) // world]
-        for part in ("parameters", "gradients", "optimizer", "activations", "buckets"):
-            assert getattr(predicted, part) == pytest.approx(found[part], rel=TOLERANCE), (part, rank)
+        for part in ("parameters", "gradients", "optimizer", "buckets", "activations"):
+            tolerance = TOLERANCE if part == "activations" else EXACT
+            assert getattr(predicted, part) == pytest.approx(found[part], rel=tolerance), (part, rank)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

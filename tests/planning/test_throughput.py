@@ -22,7 +22,7 @@ from megatron_slm.planning.job import open_job
 from megatron_slm.planning.layouts import configured_layout
 from megatron_slm.training.build import build_run
 from megatron_slm.training.plan import make_plan
-from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
+from tests.support.runs import VOCAB_SIZE, flags, run_flags, save_hf_llama, write_corpus
 from tests.support.world import run_world
 
 STEP_SECONDS = 2.0
@@ -100,6 +100,19 @@ def test_counted_parts_of_a_step(tmp_path: Path) -> None:
     assert cut.time.schedule > one.time.schedule / 2  # half the work, and collectives that wait
     recomputed = planned({**plain, "recompute-granularity": "full"}, 1)
     assert 1.0 < recomputed.time.schedule / one.time.schedule < 4 / 3  # the loss head is not recomputed
+
+
+def test_passes_are_counted_with_their_loss_heads(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": VOCAB_SIZE}
+    slm = {"objective": "slm", "reference_load": save_hf_llama(tmp_path / "reference", **shape)}
+    run = run_flags(tmp_path / "none", tmp_path, global_batch_size=8, slm_keep_ratio=0.5, **slm)
+    durations = planned(run, 1).durations
+    assert durations.reference == pytest.approx(durations.forward)  # of one shape
+    assert durations.backward[0] < 2 * durations.forward[0]  # unkept tokens are left out of the head's
+    everything = planned({**run, "slm-keep-ratio": 1.0}, 1).durations
+    assert everything.backward[0] == pytest.approx(2 * everything.forward[0])
+    again = planned({**run, "slm-keep-ratio": 1.0, "loss-head-variant": "recompute"}, 1).durations
+    assert again.backward[0] > 2.01 * again.forward[0]
 
 
 def test_rings_are_as_fast_as_their_narrowest_place() -> None:
