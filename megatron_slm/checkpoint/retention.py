@@ -85,13 +85,18 @@ def read_evaluations(folder: Path) -> dict[str, dict[int, float]]:
         return {}
 
 
-def record_evaluation(folder: Path, step: int, losses: Mapping[str, float | None]) -> None:
+def record_evaluation(
+    folder: Path, step: int, losses: Mapping[str, float | None], *, pending: Collection[int] = ()
+) -> None:
     """Add the losses of a step. Those of steps that have no checkpoint, or lie beyond this one, are dropped.
+
+    Args:
+        pending: steps whose checkpoints are still being written.
 
     Raises:
         OSError: it cannot be written.
     """
-    steps = {step_of(path) for path in complete_checkpoints(folder)}
+    steps = {step_of(path) for path in complete_checkpoints(folder)} | set(pending)
     found = read_evaluations(folder)
     for name, loss in losses.items():
         if loss is not None:

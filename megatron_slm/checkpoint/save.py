@@ -320,7 +320,8 @@ class Saver:
     def evaluated(self, step: int, losses: dict[str, float | None]) -> None:
         """Note the held-out losses of a step, for the choice of the best; on rank 0."""
         try:
-            record_evaluation(self.writer.folder, step, losses)
+            pending = set() if self._saving is None else {self._saving.progress.step}
+            record_evaluation(self.writer.folder, step, losses, pending=pending)
         except OSError as error:
             logger.warning("the losses of step %d cannot be noted beside the checkpoints (%s)", step, error.strerror)
 

@@ -38,8 +38,8 @@ class DataConfig:
     """Folder for the index of the samples, and for copies of corpora that are named by an address that fsspec opens
     (s3://...); shared by the ranks of a node. Default: RUN_DIR/index-cache."""
     num_workers: int = 2
-    """Threads of a rank that read micro-batches ahead; 0 reads them when they are needed. Results do not depend on
-    it."""
+    """Threads of a rank that read micro-batches ahead. Results do not depend on it; with 0 they are read when they are
+    needed, and a file that cannot be read then ends the run within a step, without a checkpoint."""
     packing: Literal["concatenate", "best-fit"] = "concatenate"
     """How documents become samples. concatenate: laid end to end and cut, as Megatron does. best-fit: whole documents
     that fit together, the rest of a sample padding that is masked; only documents longer than a sample are cut."""
@@ -51,11 +51,12 @@ class DataConfig:
     eod_mask_loss: bool = False
     """Leave out the label that follows an end-of-document token."""
     tokenizer_type: str = "HuggingFaceTokenizer"
-    """HuggingFaceTokenizer, SentencePieceTokenizer (GPTSentencePieceTokenizer, Llama2Tokenizer), NullTokenizer."""
+    """HuggingFaceTokenizer, SentencePieceTokenizer (GPTSentencePieceTokenizer, Llama2Tokenizer), GPT2BPETokenizer,
+    TikTokenizer, NullTokenizer."""
     tokenizer_model: str | None = None
     """Tokenizer folder or file; default: the one in --init-from."""
     vocab_size: int | None = None
-    """Number of tokens; only for NullTokenizer, which has no table of its own."""
+    """Number of tokens; for NullTokenizer, which has no table of its own, and TikTokenizer, whose table may be cut."""
     seq_length: int = 2048
     """Tokens of a sample that the model reads."""
 

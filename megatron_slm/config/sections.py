@@ -317,8 +317,8 @@ class CheckpointConfig:
     load_checksums: Literal["small", "all", "none"] = "small"
     """Files of --load whose checksums are compared: those up to 256 MiB, all, or none; sizes always are."""
     accept_new_sample_order: bool = False
-    """Resume although the corpus would be read in another order (other corpus, --seed, --split, --seq-length, or
-    a length of run that draws another number of epochs); samples may then repeat or be left out."""
+    """Resume although the samples so far would be others (other corpus, --seed, --split or --seq-length); orders that
+    were begun are then laid out anew, and samples may repeat or be left out."""
 
     def __post_init__(self) -> None:
         _positive(self, "save_interval", "keep_last", "save_retain_interval")

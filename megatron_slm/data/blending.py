@@ -16,6 +16,7 @@ from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.interleave import Interleave
 from megatron_slm.data.packing import Samples
 from megatron_slm.data.reading import Sample
+from megatron_slm.data.sidecar import read_sidecar
 
 _SURPLUS = 0.005
 """Megatron draws up this much more of each corpus of a blend than its share (`mid_level_dataset_surplus`)."""
@@ -56,6 +57,10 @@ class Source:
     def __init__(self, name: str, make: MakeSamples, laid_out: Sequence[int], sequences: tuple[int, int]) -> None:
         self.name, self.laid_out, self.sequences = name, list(laid_out), sequences
         self.orders = [make(count, i * _SEED_STEP) for i, count in enumerate(self.laid_out)]
+        # now, and not at a save: the file may be rewritten while the run reads the old one
+        sidecar = read_sidecar(self.orders[0].corpus.prefix)
+        self.content = None if sidecar is None else sidecar.bin_sha256
+        """SHA-256 of the corpus' tokens as its sidecar says; None where it says nothing."""
         self._ends = [sum(map(len, self.orders[: i + 1])) for i in range(len(self.orders))]
 
     @classmethod
@@ -201,6 +206,7 @@ class BlendedSamples:
         return {
             "consumed": {s.name: count for s, count in zip(self.sources, consumed, strict=True)},
             "laid_out": {s.name: s.laid_out for s in self.sources},
+            "content": {s.name: s.content for s in self.sources},
             "order": {s.name: s.orders[0].order_fingerprint for s in self.sources},
             "phases": self._described_phases(num_samples),
         }
@@ -219,6 +225,9 @@ class BlendedSamples:
             for key in ("order", "consumed"):
                 if count and state[key].get(name) != mine[key].get(name):
                     return f"{key} of the corpus {name}", state[key].get(name), mine[key].get(name)
+            before, now = (one.get("content", {}).get(name) for one in (state, mine))
+            if count and before and now and before != now:
+                return f"content of the corpus {name}", before[:12], now[:12]
         return None
 
     def _described_phases(self, before: int | None) -> list[list[Any]]:

@@ -84,8 +84,11 @@ class IndexCache:
             shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
             (temporary / _DESCRIPTION).write_text(json.dumps({**description, "arrays": shapes}, indent=1))
             temporary.chmod(0o755)  # the temporary folder was this user's alone
-            if place.exists():  # damaged, or `_load` would have taken it
-                shutil.rmtree(place, ignore_errors=True)
+            if place.exists():
+                found = _load(place)
+                if found is not None:  # without a lock another node can have been first, and its ranks have mapped it
+                    return found
+                shutil.rmtree(place, ignore_errors=True)  # damaged
             with suppress(OSError):  # another node was first; its content is the same
                 temporary.rename(place)
         finally:

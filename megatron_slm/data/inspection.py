@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from megatron_slm.data.indexed import IndexedCorpus, bin_path, idx_path
 from megatron_slm.data.packing import PackedSamples
-from megatron_slm.data.sidecar import Sidecar, read_sidecar
+from megatron_slm.data.sidecar import Sidecar, find_loss_mask, read_sidecar
 from megatron_slm.errors import ConfigError, CorpusError
 
 MASKED_OPEN, MASKED_CLOSE = "⟦", "⟧"
@@ -45,15 +44,15 @@ class Part(NamedTuple):
 
 
 def loss_mask_of(corpus: IndexedCorpus) -> IndexedCorpus | None:
-    """The corpus' loss mask, if its sidecar names one.
+    """The corpus' loss mask, if it has one (see `find_loss_mask`).
 
     Raises:
         CorpusError: it is missing, damaged, or of another corpus.
     """
-    sidecar = read_sidecar(corpus.prefix)
-    if sidecar is None or sidecar.loss_mask is None:
+    found = find_loss_mask(corpus.prefix)
+    if found is None:
         return None
-    mask = IndexedCorpus(Path(corpus.prefix).parent / sidecar.loss_mask)
+    mask = IndexedCorpus(found)
     same = np.array_equal(mask.sequence_lengths, corpus.sequence_lengths) and np.array_equal(
         mask.document_indices, corpus.document_indices
     )

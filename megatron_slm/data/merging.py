@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megatron_slm.data.indexed import CODE_BY_DTYPE, HEADER, MAGIC, VERSION, CorpusIndex, bin_path, idx_path
 from megatron_slm.data.indexed_writer import part_path, put_in_place, sync_and_close
-from megatron_slm.data.sidecar import Sidecar, loss_mask_prefix, read_sidecar, sidecar_text
+from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar, sidecar_text
 from megatron_slm.errors import CorpusError, VocabularyError
 
 _BLOCK_BYTES = 8 << 20
@@ -119,6 +119,14 @@ def merge_corpora(
             "loss mask", without, f"must exist, as {masked[0]} has one", "merge corpora with masks apart from others"
         )
     if len(known) != len(prefixes):
+        for prefix in prefixes:
+            if read_sidecar(prefix) is None and find_loss_mask(prefix) is not None:
+                raise CorpusError(
+                    "loss mask",
+                    str(find_loss_mask(prefix)),
+                    "is named by its corpus' .meta.json, to be merged with it",
+                    "preprocess with --loss-mask-key, or move the mask away",
+                )
         without = next(str(prefix) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is None)
         warn(f"{without} has no .meta.json, so its tokenizer cannot be checked, and the new corpus has none either")
         return concatenate(prefixes, output_prefix)

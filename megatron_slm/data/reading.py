@@ -86,6 +86,8 @@ class SequenceReader:
             place = slice(filled, filled + piece.length)
             tokens[place] = self._files[0].read(piece)
             trained[place] = True if self.loss_mask is None else self._files[1].read(piece) != 0
+            if filled and piece.offset:  # its first token was a label in the piece before, behind its own context
+                trained[filled] = False
             filled += piece.length
         if filled <= sequence_length:
             starts.append(filled)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_slm.data.indexed import bin_path, idx_path, sidecar_path
 from megatron_slm.errors import CorpusError
+
+logger = logging.getLogger(__name__)
 
 LOSS_MASK_SUFFIX = "_loss_mask"
 _BLOCK_BYTES = 16 << 20
@@ -73,6 +77,35 @@ class Sidecar:
 def loss_mask_prefix(prefix: str | Path) -> Path:
     """Where the loss mask of the corpus `prefix` is, if it has one."""
     return Path(f"{prefix}{LOSS_MASK_SUFFIX}")
+
+
+def find_loss_mask(prefix: str | Path) -> Path | None:
+    """The loss mask of a corpus: the one its sidecar names; without a word of it, the one that lies beside it.
+
+    A sidecar that says that all tokens are trained on is believed: a mask may be left of an earlier corpus there.
+
+    Raises:
+        CorpusError: the sidecar names one that is not there.
+    """
+    said: dict[str, Any] = {}
+    if read_sidecar(prefix) is not None:
+        said = json.loads(sidecar_path(prefix).read_text(encoding="utf-8"))
+    beside = loss_mask_prefix(prefix)
+    if "loss_mask" not in said:
+        return beside if idx_path(beside).is_file() else None
+    if said["loss_mask"] is None:
+        if idx_path(beside).is_file():
+            logger.warning("%s is not used: %s says that all tokens are trained on", beside, sidecar_path(prefix))
+        return None
+    named = Path(prefix).parent / str(said["loss_mask"])
+    if not idx_path(named).is_file():
+        raise CorpusError(
+            f"loss mask of corpus {prefix}",
+            str(named),
+            "is there, as its .meta.json says",
+            "copy PREFIX_loss_mask.bin and .idx beside the corpus, or preprocess it again",
+        )
+    return named
 
 
 def sidecar_text(sidecar: Sidecar) -> str:

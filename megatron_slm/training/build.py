@@ -176,7 +176,7 @@ def _sizes(plan: Plan, *, message_length: int) -> Sizes:
     width = plan.reference.architecture.hidden_size if plan.reference else 0
     return Sizes(
         reference_message=num_samples * message_length * width * plan.dtype.itemsize,
-        micro_batch=num_samples * (length * 17 + 8),  # two int64, one bool a token; one int64 a sample
+        micro_batch=num_samples * (length * 17 + 16),  # two int64, one bool a token; two int64 a sample
         statistics=num_samples * length * 4,
     )
 
@@ -315,9 +315,11 @@ def _saver(plan: Plan) -> Saver:
 def _prepare_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
     except OSError as error:
         raise ConfigError(
-            "--run-dir", str(run_dir), f"is a folder that can be made ({error.strerror})", "choose another"
+            "--run-dir", str(run_dir), f"is a folder that can be made and written ({error.strerror})", "choose another"
         ) from error
 
 

@@ -24,14 +24,14 @@ from megatron_slm.config.data import DataConfig
 from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.blending import BlendedSamples, MakeSamples, OrderedSamples, Phase, Source, needed_samples
 from megatron_slm.data.index_cache import IndexCache
-from megatron_slm.data.indexed import IndexedCorpus, idx_path, sidecar_path
+from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
 from megatron_slm.data.packing import PackedSamples, SequentialSamples, split_bounds
-from megatron_slm.data.sidecar import read_sidecar
+from megatron_slm.data.sidecar import find_loss_mask, read_sidecar
 from megatron_slm.data.staging import staged
 from megatron_slm.data.tokenizers import Tokenizer
-from megatron_slm.errors import CheckpointError, ConfigError, CorpusError, VocabularyError
+from megatron_slm.errors import CheckpointError, ConfigError, VocabularyError
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,13 @@ def open_data(
     check_names(named.values(), "--data-phases")
     cache = cache_folder(config)
     opened = {prefix: _open_with_mask(staged(prefix, cache), tokenizer, num_tokens) for prefix in named}
+    cut = tuple(named.values()) if paths.split else ()
+    valid = _held_out(config, paths, cut, paths.valid, opened, 1, "valid", tokenizer, num_tokens)
+    test = _held_out(config, paths, cut, paths.test, opened, 2, "test", tokenizer, num_tokens)
+    for title in valid.keys() & test.keys():
+        raise ConfigError("--valid-data-path", title, "has a name of its own (a test set has it)", "write NAME=PREFIX")
     return RunData(
-        train=_train_samples(config, paths.split, phases, named, opened, num_samples, manifest),
-        valid=_held_out(config, paths, paths.valid, opened, 1, "valid", tokenizer, num_tokens),
-        test=_held_out(config, paths, paths.test, opened, 2, "test", tokenizer, num_tokens),
+        train=_train_samples(config, paths.split, phases, named, opened, num_samples, manifest), valid=valid, test=test
     )
 
 
@@ -178,6 +181,7 @@ def _one_epoch(makers: dict[str, MakeSamples], num_samples: int) -> dict[str, li
 def _held_out(
     config: RunConfig,
     paths: _Paths,
+    cut: tuple[NamedPrefix, ...],
     given: Iterable[NamedPrefix],
     opened: dict[str, _Corpus],
     part: int,
@@ -188,11 +192,11 @@ def _held_out(
     """The held-out parts of the training corpora, and the held-out corpora, by name."""
     found = {}
     length = config.data.seq_length
-    for corpus in paths.train.corpora if paths.split else ():
+    for corpus in cut:
         held = opened[corpus.prefix]
         start, stop = split_bounds(paths.split or "", held.tokens.num_sequences)[part]
         if start < stop:
-            title = name if len(paths.train.corpora) == 1 else f"{name}-{corpus.name}"
+            title = name if len(cut) == 1 else f"{name}-{corpus.name}"
             found[title] = SequentialSamples(held.tokens, start, stop, sequence_length=length, loss_mask=held.loss_mask)
     for corpus in given:
         title = corpus.name if name == "valid" else f"{name}-{corpus.name}"
@@ -240,6 +244,8 @@ def _read(path: str, flag: str) -> str:
 def _read_sets(path: str, flag: str) -> tuple[list[str], list[str], list[str]]:
     try:
         found = json.loads(_read(path, flag))
+        if not all(value is None or isinstance(value, list) for value in found.values()):
+            raise TypeError("a value is no list")
         sets = [[str(word) for word in found.get(name) or []] for name in ("train", "valid", "test")]
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(flag, path, f"is a JSON object of lists ({error})", "see --help") from error
@@ -259,26 +265,8 @@ def _without_weights(words: list[str], flag: str) -> tuple[NamedPrefix, ...]:
 
 
 def _open_with_mask(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> _Corpus:
-    """A corpus and the loss mask that its sidecar mentions or that lies beside it.
-
-    Raises:
-        CorpusError: the mask is mentioned and is not there.
-    """
-    tokens = open_corpus(prefix, tokenizer, num_tokens)
-    mentioned = None
-    if sidecar_path(prefix).is_file():
-        mentioned = json.loads(sidecar_path(prefix).read_text(encoding="utf-8")).get("loss_mask")
-    mask = str(Path(prefix).parent / mentioned) if mentioned else f"{prefix}_loss_mask"
-    if not idx_path(mask).is_file():
-        if mentioned:
-            raise CorpusError(
-                f"loss mask of corpus {prefix}",
-                str(mask),
-                "is there, as its .meta.json says",
-                "copy PREFIX_loss_mask.bin and .idx beside the corpus, or preprocess it again",
-            )
-        return _Corpus(tokens=tokens, loss_mask=None)
-    return _Corpus(tokens=tokens, loss_mask=IndexedCorpus(mask))
+    tokens, mask = open_corpus(prefix, tokenizer, num_tokens), find_loss_mask(prefix)
+    return _Corpus(tokens=tokens, loss_mask=None if mask is None else IndexedCorpus(mask))
 
 
 def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCorpus:

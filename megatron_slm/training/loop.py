@@ -52,10 +52,11 @@ def train(run: Run) -> None:
             recorder.saved(run.saver.poll())
             if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
                 recorder.saved(_save(run))  # before evaluating: what ends a run early does not wait
-            recorder.evaluations(recorder.evaluations_due())
-            if stopping:
+            if stopping:  # what is under way is committed before anything that takes long or can fail
                 recorder.saved(run.saver.finish())
                 _raise_together(unreadable)
+            recorder.evaluations(recorder.evaluations_due())
+            if stopping:
                 recorder.say(f"asked to stop; stopped after step {position.step}")
                 break
         recorder.saved(run.saver.finish())

@@ -14,7 +14,6 @@ from megatron_slm.convert.card import read_story
 from megatron_slm.convert.carried import ORIGIN, ORIGIN_FILES, STORY, copy_files
 from megatron_slm.convert.source import Model
 from megatron_slm.data.content import content_sha256
-from megatron_slm.data.indexed import IndexedCorpus, bin_path
 from megatron_slm.reference.manifest import Manifest as StoreManifest
 from megatron_slm.training.plan import Plan
 
@@ -35,7 +34,7 @@ def write_origin(plan: Plan, folder: Path) -> None:
         base = read_story(plan.resume.folder).get("base")
     else:
         base = _model(plan.config.model.init_from, plan.init)
-    story = {"base": base, "references": _references(plan), "data": _corpora(plan.config.data.data_path)}
+    story = {"base": base, "references": _references(plan), "data": _corpora(plan)}
     (folder / STORY).write_text(json.dumps(story, indent=1) + "\n", encoding="utf-8")
 
 
@@ -52,9 +51,9 @@ def _references(plan: Plan) -> list[dict[str, Any]]:
     return [] if reference is None else [reference]
 
 
-def _corpora(given: list[str]) -> list[dict[str, Any]]:
-    """Every corpus that is named; words that are not (the weights of a blend) are passed over."""
-    corpora = [IndexedCorpus(prefix) for prefix in given if bin_path(prefix).is_file()]
+def _corpora(plan: Plan) -> list[dict[str, Any]]:
+    """Every corpus that is trained on, in all phases."""
+    corpora = [source.corpus for source in plan.train_samples.sources]
     return [
         {
             "path": str(corpus.prefix),

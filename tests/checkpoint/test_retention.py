@@ -125,3 +125,11 @@ def test_losses_that_cannot_be_read_are_not_known(tmp_path: Path, caplog: pytest
         assert read_evaluations(tmp_path) == {}
         assert "earlier losses are not known" in caplog.text
         caplog.clear()
+
+
+def test_the_loss_of_a_checkpoint_that_is_still_written_stays(tmp_path: Path) -> None:
+    record_evaluation(tmp_path, 2, {"web": 1.0}, pending={2})
+    record_evaluation(tmp_path, 3, {"web": 2.0}, pending={2})
+    assert read_evaluations(tmp_path)["web"] == {2: 1.0, 3: 2.0}
+    record_evaluation(tmp_path, 4, {"web": 3.0})
+    assert read_evaluations(tmp_path)["web"] == {4: 3.0}

@@ -56,7 +56,7 @@ class Gate:
 def saver(folder: Path, *, asynchronous: bool = True, **retention: Any) -> Saver:
     writer = Writer(
         folder=folder, topology=Topology(pipeline=1, data=1, tensor=1), zero_stage=1, architecture=ARCH,
-        tokenizer_fingerprint=None, sample_order="order", extras=None,
+        tokenizer_fingerprint=None, sample_order="order", extras=(),
         write_config=lambda path: path.write_text("seed: 1\n") and None,
     )  # fmt: skip
     return Saver(writer, asynchronous=asynchronous, retention=Retention(**retention))

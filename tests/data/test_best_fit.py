@@ -64,15 +64,28 @@ def test_an_epoch_holds_every_label_once(tmp_path_factory: pytest.TempPathFactor
 
 def test_documents_that_fit_are_whole_and_padding_is_masked(tmp_path: Path) -> None:
     samples, pieces = samples_of(tmp_path / "c", [9, 5, 4, 3, 2, 2, 20]), []
+    tails = {26 + 8, 26 + 16}  # the first tokens of the 20 tokens' later parts: labels of the parts before
     for i in range(len(samples)):
         sample = samples[i]
         filled = int((sample.tokens != 0).sum())  # ids count from 1
         assert (sample.tokens[filled:] == 0).all()
-        assert sample.valid.tolist() == [place + 1 < filled for place in range(8)]
+        cut_tails = {start for start in sample.starts.tolist() if 0 < start < filled and sample.tokens[start] in tails}
+        assert sample.valid.tolist() == [place + 1 < filled and place + 1 not in cut_tails for place in range(8)]
         assert filled == 9 or sample.starts[-1] == filled
         pieces += np.diff([0, *sample.starts.tolist(), *([9] if filled == 9 else [])]).tolist()
     assert sorted(pieces) == [2, 2, 3, 4, 4, 5, 9, 9, 9], "20 tokens are 9, 9 and 4, which share a token each"
     assert len(samples) == 6
+
+
+def test_no_token_is_a_label_twice(tmp_path: Path) -> None:
+    """Also where documents see each other, so that the first token of a cut document's tail could be one again."""
+    samples = samples_of(tmp_path / "c", [2, 2, 3, 20, 4, 20, 13])
+    labels: Counter[int] = Counter()
+    for i in range(len(samples)):
+        sample = samples[i]
+        labels.update(sample.tokens[1:][sample.valid].tolist())
+    assert max(labels.values()) == 1
+    assert set(range(1, 65)) - set(labels) <= {1, 3, 5, 8, 28, 32, 52}, "only first tokens of documents are no labels"
 
 
 def test_the_order_does_not_depend_on_how_many_are_asked_for(tmp_path: Path) -> None:

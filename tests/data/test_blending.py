@@ -11,6 +11,7 @@ import pytest
 
 from megatron_slm.config.load import parse
 from megatron_slm.data.blending import BlendedSamples
+from megatron_slm.data.sidecar import Sidecar, write_sidecar
 from megatron_slm.data.tokenizers import build_tokenizer
 from megatron_slm.errors import SlmError
 from megatron_slm.training.corpora import open_data
@@ -167,6 +168,22 @@ def test_a_corpus_of_other_documents_is_named(folder: Path, tmp_path: Path) -> N
     write_corpus(tmp_path / "books", seed=9, num_documents=60)
     changed = train_samples(folder, 400, stored, data_path=[*words[:3], str(tmp_path / "books")])
     assert changed.difference(stored.data, 160)[0] == "order of the corpus books"
+
+
+def test_a_corpus_of_other_tokens_is_named(folder: Path, tmp_path: Path) -> None:
+    """Its documents are as long as before, so that the order of the samples is the same."""
+    fingerprint = build_tokenizer("NullTokenizer", None, 60_000).fingerprint()
+    write_corpus(tmp_path / "books", seed=1, num_documents=60, vocab_size=50_000)
+    found = []
+    for content in ("a" * 64, "b" * 64):
+        sidecar = Sidecar(
+            tokenizer_fingerprint=fingerprint, vocab_size=60_001, num_documents=60, num_tokens=1, max_token_id=1,
+            eod_id=None, command="", bin_sha256=content,
+        )  # fmt: skip
+        write_sidecar(tmp_path / "books", sidecar)
+        found.append(train_samples(folder, 100, data_path=[str(tmp_path / "books")], run_dir=tmp_path / "run"))
+    assert found[0].difference(found[0].state(40), 40) is None
+    assert found[1].difference(found[0].state(40), 40) == ("content of the corpus books", "a" * 12, "b" * 12)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

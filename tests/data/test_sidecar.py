@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_slm.data.indexed import sidecar_path
-from megatron_slm.data.sidecar import Sidecar, read_sidecar, write_sidecar
+from megatron_slm.data.indexed import idx_path, sidecar_path
+from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar, write_sidecar
 from megatron_slm.errors import CorpusError
+from tests.data.corpora import make_corpus
 
 SIDECAR = Sidecar(
     tokenizer_fingerprint="ab" * 32,
@@ -44,3 +46,17 @@ def test_not_a_sidecar(tmp_path: Path, content: str) -> None:
     sidecar_path(tmp_path / "c").write_text(content)
     with pytest.raises(CorpusError, match=r"corpus sidecar = .*must be a JSON object with the fields"):
         read_sidecar(tmp_path / "c")
+
+
+def test_which_loss_mask_belongs_to_a_corpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prefix = tmp_path / "c"
+    make_corpus(loss_mask_prefix(prefix), [3])
+    assert find_loss_mask(prefix) == loss_mask_prefix(prefix), "one beside a corpus of Megatron's"
+    write_sidecar(prefix, SIDECAR)
+    assert find_loss_mask(prefix) is None, "left there by an earlier corpus"
+    assert "is not used" in caplog.text
+    write_sidecar(prefix, replace(SIDECAR, loss_mask="c_loss_mask"))
+    assert find_loss_mask(prefix) == loss_mask_prefix(prefix)
+    idx_path(loss_mask_prefix(prefix)).unlink()
+    with pytest.raises(CorpusError, match=r"as its \.meta\.json says"):
+        find_loss_mask(prefix)

@@ -37,7 +37,8 @@ def hugging_face_folder(path: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="megatron_slm_") as folder:
         inside = Path(path) / "checkpoints"
-        yield str(export_checkpoint(str(inside if inside.is_dir() else path), f"{folder}/hf"))
+        load = str(inside if inside.is_dir() else path)
+        yield str(export_checkpoint(load, f"{folder}/hf", verifies=False).folder)
 
 
 # ---- perplexity ---------------------------------------------------------------------------------------------
