@@ -89,5 +89,5 @@ def test_a_mask_of_another_corpus(corpus: IndexedCorpus, tmp_path: Path) -> None
     with pytest.raises(CorpusError, match="must hold one uint8 for every token of"):
         loss_mask_of(corpus)
     (tmp_path / "c_sft_document_loss_mask.idx").unlink()
-    with pytest.raises(CorpusError, match="as its .meta.json says"):
+    with pytest.raises(CorpusError, match=r"as its \.meta\.json says"):
         loss_mask_of(corpus)
