@@ -191,11 +191,8 @@ def stage_activations(job: Job, layout: Layout, parameters: StageParameters) -> 
         per_token += parameters.num_blocks * block_activations(arch, layout, e=e)
         if e == 2 and not parameters.has_embedding:  # what came in; in fp32 the first norm keeps that very tensor
             per_token += residual
-    if parameters.has_head and layout.recomputes and layout.zero_stage == 1:  # the pipeline's engine recomputes it too
-        per_token += residual
-    elif parameters.has_head:
-        per_token += ((4 + e) * arch.hidden_size + 4) / layout.sequence_shards
     if parameters.has_head:
+        per_token += ((4 + e) * arch.hidden_size + 4) / layout.sequence_shards
         per_token += e * arch.hidden_size  # the rows that the loss reads
     rows_are_copied = layout.micro_batch_size > 1 or layout.sequence_shards > 1
     if layout.zero_stage == 1 and (rows_are_copied or not parameters.has_head):  # the engine holds what came out
