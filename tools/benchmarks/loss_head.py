@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import report
 
 SIZES = [(2048, 1024, 32000), (4096, 576, 49152), (2048, 512, 128256)]
-KEEPS = [0.6, 0.3, 0.5, 0.7, 1.0]
+KEEPS = [0.6, 1.0, 0.3, 0.5, 0.7]
 MEMORY_KEEPS = [0.6, 1.0]
 PEERS_AT = 0.6
 RETAIN = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             if keep in MEMORY_KEEPS:
                 memory = {n: _spawn({**job, "what": "memory", "name": n}, RETURN)["bytes"] for n in timed["names"]}
             records += _records(size, keep, timed, memory)
+            records.sort(key=lambda record: (KEEPS.index(record["keep"]), SIZES.index(tuple(record["size"]))))
             markdown = _markdown(records, missing, arguments)
             report.write("loss-head", markdown, records, arguments.json)  # now: the whole takes an hour
     print(markdown)
