@@ -14,6 +14,9 @@ from megatron_slm.checkpoint.format import complete_checkpoints, step_of, sync_f
 
 logger = logging.getLogger(__name__)
 
+_DELETED = ".deleted.tmp"
+"""End of the names of checkpoints on their way out."""
+
 EVALUATIONS = "evaluations.json"
 
 
@@ -61,16 +64,29 @@ def prune(folder: Path, retention: Retention) -> None:
 
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint so that no half of it is ever seen under its name."""
-    doomed = path.with_name(f".{path.name}.deleted.tmp")
+    doomed = path.with_name(f".{path.name}{_DELETED}")
+    if doomed.exists():  # of an earlier checkpoint of this step, whose deletion could not be ended
+        shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     sync_folder(path.parent)
     shutil.rmtree(doomed)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what saves and deletions that were killed have left."""
+    """Delete what saves and deletions that were killed have left.
+
+    A deletion that cannot be ended (somebody reads the files on NFS) stays, with a warning.
+
+    Raises:
+        OSError: what a save has left cannot be deleted.
+    """
     for leftover in folder.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
+        try:
+            shutil.rmtree(leftover)
+        except OSError as error:
+            if not leftover.name.endswith(_DELETED):
+                raise
+            logger.warning("%s cannot be deleted yet (%s)", leftover, error.strerror)
 
 
 def read_evaluations(folder: Path) -> dict[str, dict[int, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def export_checkpoint(
     if not isinstance(source, CheckpointSource):
         raise CheckpointError("--load", load, "is a checkpoint of ours", "it is a Hugging Face folder already")
     check_tensors(model.architecture, source, field="--load")
-    final = Path(output)
+    final = Path(os.path.abspath(output))  # a name of its own, also for "."
     _check_output(final, source.folder, overwrite=overwrite)
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -108,6 +108,27 @@ def test_what_cannot_be_deleted_is_no_reason_to_stop(
     assert steps(tmp_path) == [10, 20]
 
 
+def test_a_deletion_that_cannot_be_ended_is_tried_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, where a reader keeps the files alive; saves go on meanwhile."""
+    write(tmp_path, 10, 20)
+
+    def busy(*args: object, **kwargs: object) -> None:
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else busy())
+        prune(tmp_path, Retention(keep_last=1))
+        clear_leftovers(tmp_path)
+        assert "cannot be deleted yet (Directory not empty)" in caplog.text
+        (tmp_path / ".step_00000030.tmp").mkdir()
+        with pytest.raises(OSError, match="Directory not empty"):
+            clear_leftovers(tmp_path)
+    clear_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [folder_name(20)]
+
+
 def test_losses_read_back_and_those_without_a_checkpoint_go(tmp_path: Path) -> None:
     write(tmp_path, 10, 30)
     record_evaluation(tmp_path, 10, {"a": 0.1 + 0.2, "b": None})
