@@ -9,7 +9,9 @@ Shapes: C checkpoints, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ class Dynamics:
     """Mean loss of each class at each checkpoint; NaN of a class without tokens."""
     mean_C: npt.NDArray[np.float64]
     """Mean loss of all tokens."""
+    threshold_nats: float
+    """How far a line rises or falls that is not flat."""
 
     @property
     def shares(self) -> dict[str, float]:
@@ -64,6 +68,16 @@ class Dynamics:
             "class_mean_loss": dict(zip(CLASSES, means, strict=True)),
             "fluctuation_p50_p90_p99": quantiles,
         }
+
+
+def check_order(positions: Sequence[float]) -> None:
+    """Refuse checkpoints that do not follow one another.
+
+    Raises:
+        AnalysisError: they do not.
+    """
+    if any(after <= before for before, after in pairwise(positions)):
+        raise AnalysisError("checkpoints", list(positions), "are in the order of the run, each once", "sort them")
 
 
 def classify(
@@ -91,8 +105,7 @@ def classify(
             "give more of --load, or train with a smaller --save-interval",
         )
     position_C = np.arange(num_checkpoints, dtype=np.float64) if position_C is None else position_C.astype(np.float64)
-    if not np.all(np.diff(position_C) > 0):
-        raise AnalysisError("checkpoints", position_C.tolist(), "are in the order of the run, each once", "sort them")
+    check_order(position_C.tolist())
     centred_C = position_C - position_C.mean()
     span = position_C[-1] - position_C[0]
     change_N = np.empty(num_tokens, np.float32)
@@ -115,6 +128,7 @@ def classify(
         fluctuation_N=fluctuation_N,
         class_mean_4C=_class_means(loss_CN, class_N),
         mean_C=mean_C,
+        threshold_nats=threshold_nats,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def write_dynamics(looked: Looked, output: Path, *, documents: int, most: int) -
         page.paragraph(
             f"Losses of {dynamics.class_N.size:,} held-out tokens at {len(stages)} checkpoints, {stages[0].label} to "
             f"{stages[-1].label}. A line is fitted to each token's losses; a token is H→L where it falls by more than "
-            "0.2 nats, L→H where it rises by more, else L→L or H→H by its last loss against the mean of all."
+            f"{dynamics.threshold_nats:g} nats, L→H where it rises by more, else L→L or H→H by its last loss against "
+            "the mean of all."
         ),
         _shares(dynamics),
         page.heading("Curves"),
@@ -140,7 +142,12 @@ def _documents(looked: Looked, count: int) -> Iterator[Markup]:
     for window in range(min(count, len(looked.sample.windows))):
         first, *pieces = looked.sample.pieces(window)
         spans = [page.token_span(first, "u", "first token, not predicted")]
-        for n, piece in enumerate(pieces, int(start_W[window])):
+        number = count_from(int(start_W[window]))
+        for is_predicted, piece in zip(looked.sample.valid_Ws[window], pieces, strict=False):
+            if not is_predicted:
+                spans.append(page.token_span(piece, "u", "not predicted: the loss mask leaves it out"))
+                continue
+            n = next(number)
             c = int(looked.dynamics.class_N[n])
             losses = looked.loss_CN[:, n]
             tip = f"{CLASSES[c]}: {losses[0]:.2f} to {losses[-1]:.2f} nats, change {looked.dynamics.change_N[n]:+.2f}"

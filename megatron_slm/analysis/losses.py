@@ -19,6 +19,7 @@ from megatron_slm.checkpoint.weights import fill_module
 from megatron_slm.convert.hf_config import is_hf_folder
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.data.indexed import IndexedCorpus
+from megatron_slm.data.inspection import loss_mask_of
 from megatron_slm.data.packing import PackedSamples
 from megatron_slm.device import local_device
 from megatron_slm.errors import AnalysisError, VocabularyError
@@ -168,6 +169,10 @@ def sample_of_store(store: str, prefix: str, tokenizer: Any, *, max_tokens: int)
     """
     manifest = Manifest.read(Path(store))
     data = manifest.data
+    if data.documents != "concatenate":
+        raise AnalysisError(
+            "--scores", store, f"is of samples that are laid end to end, not `{data.documents}`", "use --load instead"
+        )
     corpus = IndexedCorpus(prefix)
     samples = PackedSamples(
         corpus,
@@ -175,6 +180,7 @@ def sample_of_store(store: str, prefix: str, tokenizer: Any, *, max_tokens: int)
         sequence_length=data.sequence_length,
         num_samples=data.num_samples,
         seed=data.seed,
+        loss_mask=loss_mask_of(corpus),
     )
     if samples.order_fingerprint != data.sample_order:
         raise AnalysisError(

@@ -20,6 +20,7 @@ from megatron_slm.convert.source import Model
 from megatron_slm.data.compressed import read_lines
 from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.inputs import expand_inputs
+from megatron_slm.data.inspection import loss_mask_of
 from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.errors import AnalysisError
 
@@ -49,7 +50,7 @@ class Sample:
     tokens_Ws1: Ints
     """int64 [W, s + 1]; padded at the end with 0."""
     valid_Ws: Bools
-    """bool [W, s]: labels that are there."""
+    """bool [W, s]: labels that count: those that are there and that no loss mask leaves out."""
     windows: tuple[Window, ...]
     tokenizer: Any
     """Of transformers; None for ids without a text."""
@@ -67,11 +68,12 @@ class Sample:
         return int(self.valid_Ws.sum())
 
     def pieces(self, window: int) -> list[str]:
-        """The text of a window's tokens, the first included; they join to its text."""
+        """The text of a window's tokens, from the first one to the last that is predicted; they join to its text."""
         known = self.windows[window].pieces
         if known is not None:
             return list(known)
-        count = 1 + int(self.valid_Ws[window].sum())
+        predicted = np.flatnonzero(self.valid_Ws[window])  # a loss mask leaves holes
+        count = 1 if predicted.size == 0 else int(predicted[-1]) + 2
         return decode_pieces(self.tokenizer, self.tokens_Ws1[window, :count].tolist())
 
 
@@ -152,13 +154,16 @@ def sample_texts(
 
 
 def sample_corpus(prefix: str, tokenizer: Any, *, sequence_length: int, max_tokens: int) -> Sample:
-    """The first windows of a Megatron corpus, as training evaluates a held-out one: documents after each other.
+    """The first windows of a Megatron corpus, as training evaluates a held-out one: documents after each other, and
+    under the corpus' loss mask where it has one.
 
     Raises:
         CorpusError: the corpus is missing, damaged or empty.
     """
     corpus = IndexedCorpus(prefix)
-    held_out = SequentialSamples(corpus, 0, corpus.num_sequences, sequence_length=sequence_length)
+    held_out = SequentialSamples(
+        corpus, 0, corpus.num_sequences, sequence_length=sequence_length, loss_mask=loss_mask_of(corpus)
+    )
     count = min(len(held_out), max(1, -(-max_tokens // sequence_length)))
     samples = [held_out[index] for index in range(count)]
     name = Path(prefix).name

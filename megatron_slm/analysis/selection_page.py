@@ -24,6 +24,7 @@ STYLE = """
 .l3 { background:#fbe3b3; color:#3d2a00 } .l4 { background:#9a4a00; color:#fff; border-bottom:2px dotted #fff }
 .stages { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr)); gap:.9rem }
 """
+_MASKED = "not predicted: the loss mask leaves it out"
 _LEVELS = ("highest fifth of scores", "second", "middle", "fourth", "lowest fifth")
 
 
@@ -154,6 +155,9 @@ def _documents(view: SelectionView, count: int) -> Iterator[Markup]:
         first, *pieces = sample.pieces(window)
         spans = [page.token_span(first, "u", "first token, not predicted")]
         for s, piece in enumerate(pieces):
+            if not sample.valid_Ws[window, s]:
+                spans.append(page.token_span(piece, "u", _MASKED))
+                continue
             kept = bool(view.last.kept_Ws[window, s])
             tip = f"{'kept' if kept else 'not kept'}: loss {view.model.loss_Ws[window, s]:.3f}"
             if view.reference is not None:
@@ -176,13 +180,16 @@ def _preference(view: SelectionView) -> Iterator[Markup]:
     sample = view.sample
     window = int(np.argmax(sample.valid_Ws[:50].sum(axis=1)))
     first, *pieces = sample.pieces(window)
-    yield page.heading("What is preferred at 0, 33, 66 and 100 % of training")
+    yield page.heading("What is preferred at 0, 33, 66 and 100 % of the checkpoints given")
     yield page.legend([(f"l{i}", text) for i, text in enumerate(_LEVELS)])
     cards = []
     for share, kept in at_quarters(view.kept):
         level_s = levels(kept, sample.valid_Ws)[window]
         spans = [page.token_span(first, "u", "first token, not predicted")]
         for s, piece in enumerate(pieces):
+            if not sample.valid_Ws[window, s]:
+                spans.append(page.token_span(piece, "u", _MASKED))
+                continue
             level = int(level_s[s])
             tip = f"{_LEVELS[level]}: score {kept.score_Ws[window, s]:+.3f}"
             spans.append(page.token_span(piece, f"l{level}", tip))

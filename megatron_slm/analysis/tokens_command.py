@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.analysis.dynamics import THRESHOLD_NATS, Dynamics, classify
+from megatron_slm.analysis.dynamics import THRESHOLD_NATS, Dynamics, check_order, classify
 from megatron_slm.analysis.dynamics_page import Looked, most_fluctuating_rows, write_dynamics
 from megatron_slm.analysis.kept import Kept, select
 from megatron_slm.analysis.losses import (
@@ -165,6 +165,8 @@ def _computed(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
             "names three checkpoints or more: a trend and its fluctuation need that many",
             "name a run's folder, and train with a smaller --save-interval",
         )
+    steps = [stage.step for stage in stages]
+    check_order([step for step in steps if step is not None] if None not in steps else [])
     first = _first(stages)
     sample = _sample(args, first)
     loss_CN = np.empty((len(stages), sample.num_tokens), np.float32)

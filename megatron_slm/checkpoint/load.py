@@ -111,6 +111,7 @@ class CheckpointSource:
     def _rows(self, name: str, quantity: Quantity, start: int, stop: int) -> Tensor:
         pieces = self._pieces[name]
         out = torch.empty((stop - start, *pieces[0].part.shape[1:]))
+        missing = out.numel()
         for part in {piece.part for piece in pieces}:
             alike = [piece for piece in pieces if piece.part == part]
             width = prod(part.local_shape[1:])
@@ -122,6 +123,9 @@ class CheckpointSource:
                 if part.dim == 1:
                     target = target.narrow(1, part.start, part.length)
                 target.copy_(held.view(target.shape))
+                missing -= target.numel()
+        if missing:
+            raise self._incomplete(name)
         return out
 
     def _gather(self, quantity: Quantity, pieces: list[_Piece], begin: int, end: int) -> Tensor:
@@ -134,10 +138,11 @@ class CheckpointSource:
                 out[low - begin : high - begin] = held[low - piece.begin : high - piece.begin]
                 missing -= high - low
         if missing:
-            raise CheckpointError(
-                "checkpoint", str(self.folder), f"holds all of {pieces[0].part.name}", "load another checkpoint"
-            )
+            raise self._incomplete(pieces[0].part.name)
         return out
+
+    def _incomplete(self, name: str) -> CheckpointError:
+        return CheckpointError("checkpoint", str(self.folder), f"holds all of {name}", "load another checkpoint")
 
     def _tensor(self, piece: _Piece, quantity: Quantity) -> Tensor:
         path = self._path(piece, quantity)

@@ -1,16 +1,21 @@
-"""Writing a safetensors file in one pass: to the disk, and through a checksum, tensor by tensor.
+"""Writing a safetensors file in one pass: to the disk, and through a checksum, block by block.
 
-The library's `save_file` would do, but for three things: the checksum would need every file read again; its files are
-readable by their owner only; and what the disk says of a failure would be words instead of an error number.
+The library's `save_file` would do, but for four things: a tensor need not be whole in memory; the checksum would need
+every file read again; its files are readable by their owner only; and what the disk says of a failure would be words
+instead of an error number.
+
+The format (github.com/huggingface/safetensors): the length of a JSON header in 8 bytes, the header with each tensor's
+dtype, shape and place, then the tensors one after another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +34,32 @@ _DTYPE_NAMES = {
 _BLOCK_BYTES = 16 * 2**20
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in a file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+Blocks = Callable[[Entry], Iterable[Tensor]]
+"""The tensors that, flattened and one after another, are the entry's values, in its dtype, on any device."""
+
+
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Write 1-D or larger tensors, of any device, as a safetensors file that is on the disk when this returns.
+    """`write_entries` of tensors that are whole."""
+    entries = [Entry(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in tensors.items()]
+    return write_entries(path, entries, lambda entry: (tensors[entry.name],), metadata)
+
+
+def write_entries(path: Path, entries: Sequence[Entry], blocks: Blocks, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Write a safetensors file that is on the disk when this returns.
 
     Returns:
         the file's line in a manifest: `size` in bytes and `sha256`, and the same of its header under `header`.
@@ -38,35 +67,36 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     Raises:
         OSError: it cannot be written.
     """
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # so that each is aligned
-    header, digest = _header(tensors, order, metadata), hashlib.sha256()
+    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # so that each begins at a multiple of its own
+    header, digest = _header(ordered, metadata), hashlib.sha256()
     try:
         with path.open("wb") as file:
-            for block in itertools.chain([header], map(_bytes, (tensors[name] for name in order))):
-                for begin in range(0, len(block), _BLOCK_BYTES):  # hashed while it is in the cache
-                    file.write(block[begin : begin + _BLOCK_BYTES])
-                    digest.update(block[begin : begin + _BLOCK_BYTES])
+            for content in _contents(header, ordered, blocks):
+                for begin in range(0, len(content), _BLOCK_BYTES):  # hashed while it is in the cache
+                    file.write(content[begin : begin + _BLOCK_BYTES])
+                    digest.update(content[begin : begin + _BLOCK_BYTES])
             file.flush()
             os.fsync(file.fileno())
-            return {
-                "size": file.tell(),
-                "sha256": digest.hexdigest(),
-                "header": {"size": len(header), "sha256": hashlib.sha256(header).hexdigest()},
-            }
+            size = file.tell()
     except OSError as error:
         error.filename = error.filename or str(path)  # a write's error names no file
         raise
+    assert size == len(header) + sum(entry.num_bytes for entry in entries), "the blocks are the entries, whole"
+    return {
+        "size": size,
+        "sha256": digest.hexdigest(),
+        "header": {"size": len(header), "sha256": hashlib.sha256(header).hexdigest()},
+    }
 
 
-def _header(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[str, str]) -> memoryview:
+def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> memoryview:
     described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        described[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+    for entry in entries:
+        begin, end = end, end + entry.num_bytes
+        described[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(described, separators=(",", ":")).encode()
@@ -74,6 +104,9 @@ def _header(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[s
     return memoryview(len(text).to_bytes(8, "little") + text)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+def _contents(header: memoryview, entries: Sequence[Entry], blocks: Blocks) -> Iterator[memoryview]:
+    yield header
+    for entry in entries:
+        for block in blocks(entry):
+            assert block.dtype == entry.dtype, f"{entry.name} is to be written in {entry.dtype}"
+            yield block.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from megatron_slm.checkpoint.format import Manifest, sync_folder
 from megatron_slm.checkpoint.load import CheckpointSource
+from megatron_slm.checkpoint.tensor_file import Entry
 from megatron_slm.convert.card import model_card
 from megatron_slm.convert.carried import ORIGIN_FILES, TOKENIZER_FILES, copy_files
 from megatron_slm.convert.hf_config import CONFIG, exported_config, is_hf_folder, read_config
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import DTYPES, check_tensors, expected_tensors, row_blocks
 from megatron_slm.convert.verify import TOLERANCE_NATS, Report, enough_memory, verify
-from megatron_slm.convert.writer import Entry, write_shards
+from megatron_slm.convert.writer import write_shards
 from megatron_slm.errors import CheckpointError, WeightsError
 
 SHARD_BYTES = 4 * 2**30
@@ -91,6 +92,10 @@ def export_checkpoint(
             )
         _publish(temporary, final)
     except OSError as error:
+        if error.errno is None:  # transformers' own, of the model or the tokenizer that it reads
+            raise WeightsError(
+                "--load", load, f"is a model that transformers loads ({error})", "see to the files that it names"
+            ) from error
         raise WeightsError(
             "--output", error.filename or output, f"can be written ({error.strerror})", "free or choose another disk"
         ) from error

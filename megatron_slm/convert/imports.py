@@ -21,6 +21,7 @@ from megatron_slm.checkpoint.format import (
     versions,
     write_durably,
 )
+from megatron_slm.checkpoint.tensor_file import Entry, write_entries
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.bin_source import BinSource
 from megatron_slm.convert.carried import (
@@ -36,7 +37,6 @@ from megatron_slm.convert.hf_config import is_hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
 from megatron_slm.convert.tensors import TensorSource, check_tensors, expected_tensors, row_blocks
 from megatron_slm.convert.vocabulary import ExtendedVocabulary, check_extends
-from megatron_slm.convert.writer import Entry, write_safetensors
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_slm.errors import VocabularyError, WeightsError
 
@@ -131,7 +131,7 @@ def _write_weights(folder: Path, architecture: Architecture, source: TensorSourc
             return (source.rows(name, *bounds) for bounds in row_blocks(expected[name], entry.dtype.itemsize))
 
         path = folder / f"weights_{number:05d}.safetensors"
-        files |= write_safetensors(path, entries, blocks, {"pieces": json.dumps(pieces)})
+        files[path.name] = write_entries(path, entries, blocks, {"pieces": json.dumps(pieces)})
     return files
 
 

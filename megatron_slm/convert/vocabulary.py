@@ -45,7 +45,9 @@ class ExtendedVocabulary:
         if name not in self._means:
             return self.source.rows(name, start, stop)
         num_old = self.source.shapes()[name][0]
-        old = self.source.rows(name, min(start, num_old), min(stop, num_old))
+        if start >= num_old:
+            return self._means[name].expand(stop - start, -1)
+        old = self.source.rows(name, start, min(stop, num_old))
         return torch.cat([old, self._means[name].expand(stop - start - len(old), -1)])
 
 

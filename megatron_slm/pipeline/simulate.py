@@ -25,6 +25,15 @@ class Sizes:
     stage_activations: int = 0
     """What a stage keeps of a micro-batch between the model's forward and backward pass."""
 
+    @classmethod
+    def of_micro_batch(cls, num_samples: int, seq_length: int, *, reference_message: int) -> Sizes:
+        """Sizes of what does not depend on the model."""
+        return cls(
+            reference_message=reference_message,
+            micro_batch=num_samples * (17 * seq_length + 16),  # two int64 and one bool a token; two int64 a sample
+            statistics=num_samples * seq_length * 4,
+        )
+
 
 @dataclass(frozen=True)
 class Simulation:

@@ -253,13 +253,9 @@ def loss_head_bytes(job: Job, layout: Layout) -> int:
 
 def schedule_sizes(job: Job, layout: Layout) -> Sizes:
     """What the schedule keeps more or less of, in bytes on one rank."""
-    tokens = _tokens(job, layout)
     width = job.reference.hidden_size if job.reference else 0
-    return Sizes(
-        reference_message=tokens // layout.sequence_shards * width * job.dtype_bytes,
-        micro_batch=17 * tokens + 8 * layout.micro_batch_size,  # two int64, one bool a token; one int64 a sample
-        statistics=4 * tokens,
-    )
+    message = _tokens(job, layout) // layout.sequence_shards * width * job.dtype_bytes
+    return Sizes.of_micro_batch(layout.micro_batch_size, job.config.data.seq_length, reference_message=message)
 
 
 def _message_bytes(job: Job, layout: Layout, stage: int) -> int:

@@ -174,11 +174,8 @@ def _pipeline_trainer(
 def _sizes(plan: Plan, *, message_length: int) -> Sizes:
     num_samples, length = plan.config.training.micro_batch_size, plan.config.data.seq_length
     width = plan.reference.architecture.hidden_size if plan.reference else 0
-    return Sizes(
-        reference_message=num_samples * message_length * width * plan.dtype.itemsize,
-        micro_batch=num_samples * (length * 17 + 16),  # two int64, one bool a token; two int64 a sample
-        statistics=num_samples * length * 4,
-    )
+    message = num_samples * message_length * width * plan.dtype.itemsize
+    return Sizes.of_micro_batch(num_samples, length, reference_message=message)
 
 
 def plan_schedule(plan: Plan) -> Schedule:

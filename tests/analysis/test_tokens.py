@@ -23,6 +23,8 @@ from megatron_slm.analysis.selection_page import at_quarters
 from megatron_slm.analysis.tokens_command import main
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.convert.source import open_model
+from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.sidecar import loss_mask_prefix
 from megatron_slm.errors import AnalysisError
 from megatron_slm.selection.scores import score_named
 from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, write_corpus
@@ -151,6 +153,31 @@ def test_the_dynamics_command(folders: list[Path], text_file: Path, tmp_path: Pa
     assert shown == numbers["tokens"]
     assert page.count('class="t hl"') == round(numbers["shares"]["H->L"] * numbers["tokens"])
     assert page_path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_loss_mask_leaves_out_is_shown_and_not_counted(folders: list[Path], tmp_path: Path) -> None:
+    prefix, generator = tmp_path / "sft", np.random.default_rng(0)
+    masks = [generator.integers(0, 2, size=n) for n in (30, 9, 41)]
+    with (
+        IndexedCorpusWriter(prefix, "uint16") as tokens,
+        IndexedCorpusWriter(loss_mask_prefix(prefix), "uint8") as trained,
+    ):
+        for mask in masks:
+            tokens.add_document(generator.integers(5, 50, size=mask.size))
+            trained.add_document(mask)
+    expected = int(np.concatenate(masks)[1:].sum())
+    common = ["--data-path", str(prefix), "--seq-length", "16", "--documents", "99"]
+    for command, kinds, extra in (
+        ("dynamics", ("hh", "lh", "hl", "ll"), []),
+        ("selection", ("k", "d"), ["--reference-load", str(folders[1])]),
+    ):
+        page_path = tmp_path / f"{command}.html"
+        argv = [command, "--load", *map(str, folders), *extra, *common, "--output", str(page_path)]
+        assert main(argv) == 0
+        assert json.loads(page_path.with_suffix(".json").read_text())["tokens"] == expected
+        page = page_path.read_text()
+        assert sum(page.count(f'class="t {kind}"') for kind in kinds) == expected
+        assert "the loss mask leaves it out" in page
 
 
 def test_checkpoints_and_folders_give_the_same(folders: list[Path], sample: Sample, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_slm.convert.writer.os.fsync", full)
+    monkeypatch.setattr("megatron_slm.checkpoint.tensor_file.os.fsync", full)
     with pytest.raises(WeightsError, match=r"model.safetensors.*No space left"):
         export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     with pytest.raises(WeightsError, match=r"weights_00000.*No space left"):
