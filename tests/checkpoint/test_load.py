@@ -94,3 +94,12 @@ def test_a_parameter_of_several_parts_reads_across_their_borders() -> None:
     values = read_range(padded, source, "weight", 0, padded.numel())
     assert (values[20:] == 0).all()
     assert (values[:20] != 0).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_slice_that_no_file_holds_is_an_error(tmp_path: Path, dim: int, missing: int) -> None:
+    write(tmp_path, dim, size=2, data_ranks=1)
+    (tmp_path / f"weights_{missing:05d}.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds all of w"):
+        CheckpointSource(tmp_path).whole("w")
