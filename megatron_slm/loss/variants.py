@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_slm.config.sections import LossHeadConfig
 from megatron_slm.loss.kernels import BackendName
 from megatron_slm.loss.stash import Stash
 
@@ -43,6 +44,16 @@ class LossHead:
     """Most memory that exponentials may take between the passes."""
     stash_dtype: StashDtypeName = "auto"
     """auto: fp32 for fp32 models, bf16 for bf16 models, whose gradients of logits are rounded to bf16 anyway."""
+
+    @classmethod
+    def from_config(cls, config: LossHeadConfig) -> LossHead:
+        """As the flags say."""
+        return cls(
+            backend=config.loss_head_backend,
+            variant=config.loss_head_variant,
+            stash_bytes=config.loss_head_stash_mib * 2**20,
+            stash_dtype=config.loss_head_stash_dtype,
+        )
 
     def plan(self, num_rows: int, num_columns: int, keep_ratio: float, dtype: torch.dtype) -> StashPlan:
         """What to keep for one micro-batch.

@@ -81,13 +81,7 @@ class Plan:
     @property
     def loss_head(self) -> LossHead:
         """How the loss is computed."""
-        config = self.config.loss_head
-        return LossHead(
-            backend=config.loss_head_backend,
-            variant=config.loss_head_variant,
-            stash_bytes=config.loss_head_stash_mib * 2**20,
-            stash_dtype=config.loss_head_stash_dtype,
-        )
+        return LossHead.from_config(self.config.loss_head)
 
     def describe_loss_head(self) -> str:
         """What the loss will do with a micro-batch, in a line."""
