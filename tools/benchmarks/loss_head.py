@@ -48,7 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
     records = report.read("loss-head") if arguments.resume else []
     done = {(tuple(record["size"]), record["keep"]) for record in records}
     missing: dict[str, str] = {}
-    markdown = ""
     for keep in keeps:
         for size in sizes:
             if (size, keep) in done:
@@ -62,8 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
                 memory = {n: _spawn({**job, "what": "memory", "name": n}, RETURN)["bytes"] for n in timed["names"]}
             records += _records(size, keep, timed, memory)
             records.sort(key=lambda record: (KEEPS.index(record["keep"]), SIZES.index(tuple(record["size"]))))
-            markdown = _markdown(records, missing, arguments)
-            report.write("loss-head", markdown, records, arguments.json)  # now: the whole takes an hour
+            report.write(
+                "loss-head", _markdown(records, missing, arguments), records, arguments.json
+            )  # it takes an hour
+    markdown = _markdown(records, missing, arguments)
+    report.write("loss-head", markdown, records, arguments.json)
     print(markdown)
     return 0
 
@@ -184,6 +186,11 @@ def _markdown(records: list[dict[str, Any]], missing: dict[str, str], arguments:
             rows.append([name, *cells, memory or "not measured"])
         rows.append(["floor: the products alone", *([f"{floor[keep]:.2f}"] * len(sizes)), ""])
         out += [f"\n## Keep ratio {keep}\n\n", report.table(header, rows)]
+    if not arguments.only:  # of a report that is gone on with, the reasons are not known any more
+        from benchmarks.loss_peers import STEPS
+
+        shown = {record["name"] for record in records}
+        missing = {name: missing.get(name, "could not run") for name in STEPS if name not in shown}
     if missing:
         out += ["\n## Missing here\n\n", *(f"- {name}: {reason}\n" for name, reason in missing.items())]
     return "".join(out)
