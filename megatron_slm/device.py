@@ -1,10 +1,8 @@
-"""The one place that knows which device this process computes on and which optional kernels are installed."""
+"""The one place that knows which device this process computes on."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from functools import cache
 
 import torch
 
@@ -49,27 +47,6 @@ def set_device_rng_state(state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state)
 
 
-@cache
-def flash_attention_installed() -> bool:
-    """Whether the package flash-attn is there (it runs on GPUs only)."""
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def backends_found() -> dict[str, str]:
-    """What this process will compute with, for the line at start and the dry run.
-
-    Returns:
-        device, communication, attention and fused-optimizer backend, and whether triton is there.
-    """
-    cuda = on_gpu()
-
-    def has(module: str) -> bool:
-        return importlib.util.find_spec(module) is not None
-
-    return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "communication": communication_backend(),
-        "attention": "flash-attn" if cuda and flash_attention_installed() else "scaled_dot_product_attention",
-        "optimizer": "apex FusedAdam" if cuda and has("apex") else "torch AdamW",
-        "triton": "found" if has("triton") else "not found",
-    }
+def device_name() -> str:
+    """The GPU's name as its driver says it, or `cpu`."""
+    return torch.cuda.get_device_name() if on_gpu() else "cpu"

@@ -119,8 +119,11 @@ def _prepare_state(fragment: Fragment, optimizer: Any, adam_step: int) -> None:
     for quantity in ("exp_avg", "exp_avg_sq"):
         if quantity not in fragment.state:
             fragment.state[quantity] = torch.zeros_like(fragment.flat.detach())
-    fused = any(group.get("fused") for group in optimizer.optimizer.param_groups)  # its kernel reads the step there
-    fragment.state["step"] = torch.tensor(float(adam_step), device=fragment.flat.device if fused else "cpu")
-    for group in optimizer.optimizer.param_groups:
-        if "step" in group:  # apex FusedAdam counts per group
-            group["step"] = adam_step
+    base = optimizer.optimizer
+    if isinstance(base, torch.optim.AdamW):
+        fused = any(group.get("fused") for group in base.param_groups)  # its kernel reads the step there
+        fragment.state["step"] = torch.tensor(float(adam_step), device=fragment.flat.device if fused else "cpu")
+        return
+    fragment.state["step"] = adam_step  # DeepSpeed's FusedAdam counts for each parameter
+    for group in base.param_groups:
+        group["step"] = adam_step  # apex' for each group, and from 1 where the group does not say

@@ -1,6 +1,7 @@
 """What a run is told: one frozen dataclass per section, and how they are read."""
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.data import DataConfig
 from megatron_slm.config.sections import (
     CheckpointConfig,
@@ -16,6 +17,7 @@ from megatron_slm.config.sections import (
 
 __all__ = [
     "Architecture",
+    "BackendConfig",
     "CheckpointConfig",
     "DataConfig",
     "LoggingConfig",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.data import DataConfig
 from megatron_slm.config.selection import check_selection
 from megatron_slm.errors import ConfigError
@@ -351,9 +352,28 @@ class LoggingConfig:
     """Evaluate every this many steps, and at the end; default: only at the end."""
     eval_iters: int | None = None
     """Global batches of each held-out set; default: the whole set."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one device at the run's precision, for the MFU in the metrics; default: by the GPU's name."""
+    profile_step_start: int | None = None
+    """Profile from this step on (counted from 1) with torch's profiler, into RUN_DIR/profile/."""
+    profile_step_end: int | None = None
+    """First step that is no longer profiled; default: two steps after --profile-step-start."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that are profiled."""
 
     def __post_init__(self) -> None:
-        _positive(self, "log_interval", "eval_interval", "eval_iters")
+        _positive(self, "log_interval", "eval_interval", "eval_iters", "peak_tflops", "profile_step_start")
+        start, end = self.profile_step_start, self.profile_step_end
+        _require(
+            end is None or (start is not None and end > start),
+            "profile_step_end",
+            end,
+            f"is after --profile-step-start ({start})",
+            "give a later step, or leave it out for two steps",
+        )
+        _require(
+            min(self.profile_ranks) >= 0, "profile_ranks", self.profile_ranks, "are ranks", "give numbers from 0 on"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +385,7 @@ class RunConfig:
     data: DataConfig
     selection: SelectionConfig
     loss_head: LossHeadConfig
+    backend: BackendConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig

@@ -11,6 +11,9 @@ from megatron_slm.model.mlp import MLP
 from megatron_slm.model.norm import RMSNorm
 from megatron_slm.types import Documents
 
+COMPILER = "inductor"
+"""torch.compile's backend."""
+
 
 class Block(nn.Module):
     """Attention, then the feed-forward layer, each after a norm and around a residual connection."""
@@ -33,3 +36,13 @@ class Block(nn.Module):
         """
         x_sbd = x_sbd + self.self_attn(self.input_layernorm(x_sbd), documents)
         return x_sbd + self.mlp(self.post_attention_layernorm(x_sbd))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every decoder block of `model`, in place; its parameters keep their names.
+
+    One block at a time, because equal blocks share what was compiled and a whole stage would take far longer.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(backend=COMPILER, dynamic=False)

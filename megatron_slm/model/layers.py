@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from megatron_slm.config.backends import Backends
+
 
 class VocabularyWeight(Protocol):
     """A [vocabulary, hidden] weight, of which this process holds `length` rows from token `start` on."""
@@ -23,6 +25,9 @@ class Layers(Protocol):
 
     `prefix` and `name` are the logical (Hugging Face) names of the weights.
     """
+
+    backends: Backends
+    """What attention and norms compute with."""
 
     def share(self, count: int, *, field: str) -> int:
         """How many of `count` heads or groups are computed here."""

@@ -37,7 +37,7 @@ def _llama3(speeds: Tensor, scaling: dict[str, Any]) -> Tensor:
     return torch.where(between, mixed, out)
 
 
-@lru_cache(maxsize=8)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def rotation(
     length: int, width: int, base: float, scaling: tuple[tuple[str, Any], ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -48,6 +48,13 @@ def rotation(
     Args:
         scaling: the items of the scaling's fields (see `inverse_frequencies`), as a tuple that can be hashed.
     """
+    return _rotation(length, width, base, scaling, device)
+
+
+@lru_cache(maxsize=8)
+def _rotation(
+    length: int, width: int, base: float, scaling: tuple[tuple[str, Any], ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     inverse = inverse_frequencies(width, base, dict(scaling)).to(device)
     angles = torch.outer(torch.arange(length, device=device).float(), inverse)[:, None, None]
     return angles.cos(), angles.sin()

@@ -12,7 +12,7 @@ Each pair is the other's transpose (Megatron-LM, `core/tensor_parallel/mappings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -90,14 +90,20 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather_dim0(grads[0], ctx.tp), None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _between_parts(communicate: Callable[..., Tensor], x: Tensor, tp: TensorParallel) -> Tensor:
+    """Communication stays outside of what --compile-blocks compiles."""
+    return communicate(x, tp)
+
+
 def copy_to_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
     """Hand a replicated tensor to sharded work; its gradient is summed over the ranks."""
-    return x if tp.size == 1 else _Copy.apply(x, tp)
+    return x if tp.size == 1 else _between_parts(_Copy.apply, x, tp)
 
 
 def reduce_from_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sum the ranks' partial results into a replicated tensor."""
-    return x if tp.size == 1 else _Reduce.apply(x, tp)
+    return x if tp.size == 1 else _between_parts(_Reduce.apply, x, tp)
 
 
 def gather_sequence(x_sbd: Tensor, tp: TensorParallel) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_slm.config.backends import Backends
 from megatron_slm.errors import LayoutError
 from megatron_slm.parallel.collectives import copy_to_tensor_parallel, enter_parallel, leave_parallel
 from megatron_slm.parallel.groups import TensorParallel
@@ -133,9 +134,16 @@ class VocabularyEmbedding(VocabularyWeight):
 class ParallelLayers:
     """Makes the layers of a model for one tensor-parallel rank; by default dense ones."""
 
-    def __init__(self, tp: TensorParallel | None = None, *, vocabulary_divisible_by: int = 128) -> None:
+    def __init__(
+        self,
+        tp: TensorParallel | None = None,
+        *,
+        vocabulary_divisible_by: int = 128,
+        backends: Backends | None = None,
+    ) -> None:
         self.tp = tp or TensorParallel()
         self.vocabulary_divisible_by = vocabulary_divisible_by
+        self.backends = backends or Backends()
 
     def share(self, count: int, *, field: str) -> int:
         """How many of `count` heads or groups a rank holds."""

@@ -109,6 +109,20 @@ def forward_flops(arch: Architecture, num_stages: int, seq_length: int) -> tuple
     return stages, 2.0 * arch.hidden_size * arch.vocab_size
 
 
+def training_flops(arch: Architecture, seq_length: int) -> float:
+    """Operations of training on one token, counted the usual way for MFU: three forwards, the loss head whole.
+
+    Recomputation is not counted, nor is what the selection saves in the head's backward pass.
+    """
+    return 3 * inference_flops(arch, seq_length)
+
+
+def inference_flops(arch: Architecture, seq_length: int) -> float:
+    """Operations of one token's forward pass, the loss head included."""
+    stages, head = forward_flops(arch, 1, seq_length)
+    return sum(stages) + head
+
+
 def arithmetic_costs(
     model: Architecture,
     reference: Architecture | None,

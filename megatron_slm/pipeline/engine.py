@@ -13,6 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
 from megatron_slm.parallel.collectives import peers_named
@@ -175,7 +176,7 @@ class SelectiveEngine(PipelineEngine):
     def _execute(self, program: Sequence[Instruction]) -> None:
         for kind, micro_batch in program:
             which = f" of micro-batch {micro_batch}" if micro_batch >= 0 else ""
-            with peers_named(f"stage {self.stage_id}, {kind.value}{which}"):
+            with peers_named(f"stage {self.stage_id}, {kind.value}{which}"), record_function(f"slm::{kind.value}"):
                 self._HANDLERS[kind](self, micro_batch)
 
     def _timing(self, work: Work) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_slm.errors import LayoutError
+from megatron_slm.pipeline.costs import training_flops
 from megatron_slm.pipeline.orders import Mode
 from megatron_slm.pipeline.search import MAX_COMPUTATIONS, choose_schedule
 from megatron_slm.pipeline.simulate import Simulation
@@ -13,7 +14,7 @@ from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.layouts import Layout, candidate_layouts
 from megatron_slm.planning.memory import OneForwardOneBackward, StageMemory, stage_memory
-from megatron_slm.planning.throughput import Durations, StepTime, model_flops, stage_durations, step_time
+from megatron_slm.planning.throughput import Durations, StepTime, stage_durations, step_time
 
 SEARCHED_COMPUTATIONS = 60_000
 """What a search may spend on the schedule of one of its layouts; a run itself spends more, and finds no worse one."""
@@ -115,7 +116,7 @@ def estimate(job: Job, layout: Layout, cluster: Cluster, *, max_computations: in
         simulation=simulation,
         tokens_per_step=tokens,
         num_steps=job.config.training.train_iters,
-        model_flops_per_second=model_flops(job) * tokens / time.total,
+        model_flops_per_second=training_flops(job.architecture, job.config.data.seq_length) * tokens / time.total,
         cluster=cluster,
         peak_flops=cluster.gpu.flops(bf16=job.config.training.bf16),
     )

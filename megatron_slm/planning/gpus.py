@@ -54,6 +54,26 @@ GPUS: dict[str, Gpu] = {
 """By the name of `--gpu`."""
 
 
+_DRIVER_NAMES = {
+    "B200": "b200",
+    "H200": "h200",
+    "H100 PCIe": "h100-pcie",
+    "H100 80GB": "h100",
+    "H800": "h800",
+    "A100-SXM4-80GB": "a100-80g",
+    "A100 80GB": "a100-80g",
+    "A100-SXM4-40GB": "a100-40g",
+    "A100-PCIE-40GB": "a100-40g",
+    "L40S": "l40s",
+    "RTX 4090": "rtx4090",
+}
+
+
+def named_gpu(driver_name: str) -> Gpu | None:
+    """The GPU that a driver calls so (`NVIDIA H100 80GB HBM3`); None where it is none of `GPUS`."""
+    return next((GPUS[name] for part, name in _DRIVER_NAMES.items() if part in driver_name), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """The machines, and what is assumed of them beyond their data sheets."""

@@ -130,12 +130,6 @@ def step_time(job: Job, layout: Layout, cluster: Cluster, *, schedule_seconds: f
     )
 
 
-def model_flops(job: Job) -> float:
-    """Operations a token of the model's training counted the usual way for MFU: three forwards, the head whole."""
-    stages, head = forward_flops(job.architecture, 1, job.config.data.seq_length)
-    return 3 * (sum(stages) + head)
-
-
 def _blocks(arch: Architecture, num_stages: int) -> list[int]:
     share, extra = divmod(arch.num_layers, num_stages)
     return [share + (stage < extra) for stage in range(num_stages)]

@@ -31,6 +31,7 @@ from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.device import local_device
 from megatron_slm.errors import ConfigError
 from megatron_slm.loss.objective import LossSums, Objective, Observer
+from megatron_slm.model.block import compile_blocks
 from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import DataParallel, TensorParallel, data_parallel_group, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
@@ -99,7 +100,8 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     saver = _saver(plan)
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
     tp = tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
-    layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
+    divisible = plan.config.model.make_vocab_size_divisible_by
+    layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
     ranks_together = plan.selector.scope == "data-parallel"
     dp = data_parallel_group(plan.topology) if ranks_together else DataParallel()
     objective = Objective(
@@ -139,6 +141,8 @@ def build_reference(
         reference = FrozenStage(model.architecture, layers, stage=stage, num_stages=topology.pipeline)
     with together():
         fill_module(reference, model.source)
+    if layers.backends.compile_blocks:
+        compile_blocks(reference)
     return reference
 
 
@@ -146,7 +150,9 @@ def _pipeline_trainer(
     plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
 ) -> Trainer:
     module = StageModule(plan.architecture, layers, plan.topology)
-    optimizer = build_optimizer(module, plan.config.optimizer, local_device())
+    if plan.backends.compile_blocks:
+        compile_blocks(module)
+    optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
     engine = pipeline_engine(module, optimizer, plan.deepspeed)
     length = plan.config.data.seq_length // (tp.size if tp.sequence_parallel else 1)
     schedule = plan_schedule(plan)
@@ -200,7 +206,9 @@ def _flat_trainer(
 ) -> Trainer:
     recompute = plan.config.parallel.recompute_granularity == "full"
     module = FlatModule(plan.architecture, layers, objective, recompute=recompute).to(local_device())
-    optimizer = build_optimizer(module, plan.config.optimizer, local_device())
+    if plan.backends.compile_blocks:
+        compile_blocks(module)
+    optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)

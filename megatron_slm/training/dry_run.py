@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.device import backends_found
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
@@ -49,9 +48,8 @@ def print_dry_run(plan: Plan) -> None:
     console.print(_layout_table(plan))
     console.print(_batch_table(plan))
     table = Table(title="Backends", show_header=False)
-    for name, found in backends_found().items():
-        table.add_row(name, found)
-    table.add_row("loss head", plan.describe_loss_head())
+    for what, by in plan.describe_backends().items():
+        table.add_row(what, by)
     if plan.reference is not None:
         schedule = plan_schedule(plan)
         beside = f"predicted step {Simulation(schedule).ratio:.2f} x plain training's"

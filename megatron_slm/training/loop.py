@@ -20,6 +20,7 @@ from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.lr_schedule import learning_rate
 from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
+from megatron_slm.training.profiling import StepProfiler
 from megatron_slm.training.signals import StopRequest
 from megatron_slm.training.step import StepResult, train_step
 
@@ -30,7 +31,7 @@ def train(run: Run) -> None:
     last = config.training.train_iters
     stop, skipped_in_a_row = StopRequest(local_device()), 0
     _raise_together(run.train_source.prepare(position.consumed_samples))
-    with closing(run.train_source), _Recorder(run) as recorder:
+    with closing(run.train_source), closing(StepProfiler(config.logging)) as profiler, _Recorder(run) as recorder:
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
             run.probe.prepare()
         recorder.evaluations(recorder.evaluations_cut_off())
@@ -38,8 +39,10 @@ def train(run: Run) -> None:
             rate = learning_rate(position.step, config.optimizer, last)
             source = partial(run.train_source.micro_batch, position.consumed_samples)
             is_last = position.step + 1 == last
+            profiler.before(position.step + 1)
             result = train_step(run.trainer, source, _settings(run), learning_rate=rate, is_last=is_last)
             _advance(run, result)
+            profiler.after(position.step)
             recorder.step(result, rate)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if skipped_in_a_row >= config.training.max_skipped_steps:
@@ -142,6 +145,7 @@ class _Recorder:
             **training_metrics(result, has_reference=plan.has_reference, has_scores=bool(plan.selector.scores)),
             "step_time_seconds": result.seconds,
             "tokens_per_second": tokens_per_step / result.seconds,
+            **plan.utilization.metrics(tokens_per_step / result.seconds),
             "skipped_steps": position.skipped_steps,
         }
         sources = plan.train_samples.sources

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from megatron_slm.config.load import parse
 from megatron_slm.config.sections import RunConfig
-from megatron_slm.device import backends_found
 from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
@@ -63,8 +62,7 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
         resume = open_resume(config)
         with together():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
-        logger.info("backends: %s", ", ".join(f"{name} {found}" for name, found in backends_found().items()))
-        logger.info("loss head: %s", plan.describe_loss_head())
+        logger.info("computing with: %s", "; ".join(f"{what}: {by}" for what, by in plan.describe_backends().items()))
         for line in describe_sources(plan.train_samples):
             logger.info("%s", line)
         run = build_run(plan, observer=observer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,12 +18,20 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW: apex's fused one on a GPU where apex is installed, else torch's (fused on a GPU)."""
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, backend: Literal["torch", "apex", "deepspeed"], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW of one of three makers: the same update, up to rounding."""
     groups = parameter_groups(module, config.weight_decay)
-    betas = (config.adam_beta1, config.adam_beta2)
-    if device.type == "cuda" and importlib.util.find_spec("apex") is not None:
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_eps,
+    }
+    if backend == "torch":
+        return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
+    if backend == "apex":
         from apex.optimizers import FusedAdam
-
-        return FusedAdam(groups, lr=config.lr, betas=betas, eps=config.adam_eps, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=device.type == "cuda")
+    else:
+        from deepspeed.ops.adam import FusedAdam
+    return FusedAdam(groups, **options, adam_w_mode=True)

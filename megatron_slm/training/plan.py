@@ -14,13 +14,14 @@ import torch
 
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.backends import Backends, choose_backends
 from megatron_slm.config.resolve import resolve_architecture
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_vocabulary
-from megatron_slm.device import on_gpu
+from megatron_slm.device import communication_backend, device_name, on_gpu
 from megatron_slm.errors import CheckpointError, ConfigError, ScoreStoreError, VocabularyError
 from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.loss.variants import LossHead
@@ -31,9 +32,10 @@ from megatron_slm.reference.stored import StoredScores
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
 from megatron_slm.training.architecture import check_layout
-from megatron_slm.training.corpora import check_order, open_data
+from megatron_slm.training.corpora import boundaries, check_order, open_data
 from megatron_slm.training.resume import Resume
 from megatron_slm.training.stores import open_scores, scored_data
+from megatron_slm.training.utilization import Utilization
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +64,24 @@ class Plan:
     """Held-out sets for the end of the run."""
     global_batch_size: int
     deepspeed: dict[str, Any]
+    backends: Backends
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of one step on one data-parallel rank."""
         return self.global_batch_size // (self.config.training.micro_batch_size * self.topology.data)
+
+    @property
+    def utilization(self) -> Utilization:
+        """How its speed compares with the hardware's."""
+        return Utilization.of(
+            self.architecture,
+            self.reference.architecture if self.reference else None,
+            seq_length=self.config.data.seq_length,
+            num_devices=self.topology.world_size,
+            bf16=self.config.training.bf16,
+            peak_tflops=self.config.logging.peak_tflops,
+        )
 
     @property
     def has_reference(self) -> bool:
@@ -94,6 +109,15 @@ class Plan:
         mib = chosen.capacity * num_columns * chosen.dtype.itemsize / 2**20
         kernels = choose_kernels(self.loss_head.backend, on_gpu=on_gpu()).name
         return f"{chosen.variant} ({mib:,.0f} MiB kept of {chosen.capacity} of {num_tokens} tokens), {kernels} kernels"
+
+    def describe_backends(self) -> dict[str, str]:
+        """What this process computes and communicates with, for people."""
+        return {
+            "device": device_name(),
+            "communication": communication_backend(),
+            **self.backends.describe(),
+            "loss head": self.describe_loss_head(),
+        }
 
     @property
     def zero_stage(self) -> int:
@@ -130,11 +154,25 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resu
     if config.data.eod_mask_loss and tokenizer.eod_id is None:
         raise ConfigError("--eod-mask-loss", True, "needs a tokenizer with an end-of-document token", "leave it out")
     models = [architecture, *([reference.architecture] if reference else [])]
+    backends = choose_backends(
+        config.backend,
+        bf16=config.training.bf16,
+        zero_stage=ds_config.zero_stage(user_deepspeed),
+        architectures=models,
+    )
     num_tokens = min(model.vocab_size for model in models)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
     num_samples = _num_samples(config, resume, global_batch_size)
     manifest = resume.manifest if resume else None
     data = open_data(config, tokenizer, num_tokens, num_samples, global_batch_size, manifest)
+    _check_profile(config, topology)
+    if backends.compile_blocks and boundaries(config, tokenizer).matter_to_layers:
+        raise ConfigError(
+            "--compile-blocks",
+            True,
+            "is off where documents are kept apart (they end elsewhere in every micro-batch: each would be compiled)",
+            "leave it out",
+        )
     keeps_order = check_order(config, manifest, data.train)
     scored = scored_data(config, tokenizer, data.train, num_samples, with_content=thorough and bool(stores))
     scores = open_scores(config, scored, thorough=thorough) if stores else None
@@ -159,6 +197,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resu
         deepspeed=ds_config.resolve(
             user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
         ),
+        backends=backends,
     )
 
 
@@ -187,6 +226,14 @@ def _check_models(
         check_tensors(init.architecture, init.source, field="--init-from")
     if reference is not None:
         check_tensors(reference.architecture, reference.source, field="--reference-load")
+
+
+def _check_profile(config: RunConfig, topology: Topology) -> None:
+    ranks, logging_config = config.logging.profile_ranks, config.logging
+    if logging_config.profile_step_start is not None and max(ranks) >= topology.world_size:
+        raise ConfigError(
+            "--profile-ranks", ranks, f"are ranks of the world of {topology.world_size}", "name ranks that there are"
+        )
 
 
 def _check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:

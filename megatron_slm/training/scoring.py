@@ -96,7 +96,8 @@ class _Scorer:
         self.place = plan.topology.coordinate(dist.get_rank())
         self.is_first, self.is_last = self.place.pipeline == 0, self.place.pipeline == plan.topology.pipeline - 1
         tp = tensor_parallel_group(plan.topology, sequence_parallel=parallel.sequence_parallel)
-        layers = ParallelLayers(tp, vocabulary_divisible_by=plan.config.model.make_vocab_size_divisible_by)
+        divisible = plan.config.model.make_vocab_size_divisible_by
+        layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
         head = LossHead(backend=plan.config.loss_head.loss_head_backend)
         self.objective = Objective(selector=Selector(), tp=tp, head=head)
         self.with_entropy = plan.options.with_entropy

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_slm.config import RunConfig
+from megatron_slm.config.backends import Backends, choose_backends
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.blending import BlendedSamples
@@ -47,6 +48,7 @@ class ScoringPlan:
     samples: BlendedSamples
     num_samples: int
     """Samples that the run will draw."""
+    backends: Backends
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,4 +116,7 @@ def make_scoring_plan(config: RunConfig, options: ScoringOptions, world_size: in
         num_tokens=num_tokens,
         samples=open_data(config, tokenizer, num_tokens, num_samples, training.global_batch_size).train,
         num_samples=num_samples,
+        backends=choose_backends(
+            config.backend, bf16=training.bf16, zero_stage=1, architectures=[reference.architecture]
+        ),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from megatron_slm.config import Architecture
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.loss import token_statistics
-from megatron_slm.model import attention
 from tests.support.models import dense_stage, logits_bsV, random_hf_model
 
 BASE = {
@@ -78,30 +75,6 @@ def test_a_different_window_gives_other_logits(tmp_path) -> None:
     arch = replace(read_architecture(tmp_path), sliding_window=8)
     with pytest.raises(AssertionError):
         compare(arch, random_hf_model("Mistral", 2, **BASE, sliding_window=7, head_dim=8))
-
-
-@pytest.mark.parametrize("window", [None, 5])
-def test_flash_attention_is_called_as_it_wants(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with flash-attn's documented interface, [b, s, heads, width] and (left, right) windows."""
-    flash = types.ModuleType("flash_attn")
-
-    def flash_attn_func(q, k, v, *, causal, window_size):
-        assert causal
-        assert q.shape[0] == 2
-        assert q.shape[1] == 9
-        positions = torch.arange(9)
-        distance = positions[:, None] - positions
-        seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-        return out.transpose(1, 2)
-
-    flash.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", flash)
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(9, 2, heads, 4, generator=g) for heads in (4, 2, 2))
-    ours = attention.causal_attention(q, k, v, window)
-    assert torch.allclose(attention._flash_attention(q, k, v, window), ours, atol=1e-6)
 
 
 def test_bf16_is_close_to_fp32(tmp_path) -> None:

@@ -58,6 +58,15 @@ def save_hf_llama(folder: Path, *, seed: int = 0, vocab_size: int = VOCAB_SIZE, 
     return folder
 
 
+TIMINGS = ("step_time_seconds", "tokens_per_second", "tflops_per_device", "mfu", "mfu_with_reference")
+"""Metrics that no run repeats."""
+
+
+def without_timings(line: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of the same steps have in common."""
+    return {name: value for name, value in line.items() if name not in TIMINGS}
+
+
 def flags(values: dict[str, Any]) -> list[str]:
     """A command line from a mapping; True gives the bare flag."""
     out: list[str] = []

@@ -16,7 +16,7 @@ from megatron_slm.reference import manifest, store
 from megatron_slm.training import scoring
 from megatron_slm.training.main import pretrain
 from megatron_slm.training.score_main import main, parse_scoring, score
-from tests.support.runs import flags
+from tests.support.runs import flags, without_timings
 from tests.support.training import train_and_report
 
 
@@ -86,4 +86,4 @@ def stored(folder: Path, name: str = "loss") -> torch.Tensor:
 def untimed_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("step_time_seconds", "tokens_per_second")} for line in lines]
+    return [without_timings(line) for line in lines]

@@ -23,7 +23,7 @@ from tests.support.world import WorldError, run_world
 
 METRIC_NAMES = (
     "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_unselected excess_all "
-    "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm step_time_seconds tokens_per_second skipped_steps"
+    "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm step_time_seconds tokens_per_second tflops_per_device mfu mfu_with_reference skipped_steps"
 ).split()
 
 
@@ -97,7 +97,9 @@ def test_weight_decay_is_for_matrices() -> None:
     groups = parameter_groups(module, 0.1)
     assert [[tuple(p.shape) for p in g["params"]] for g in groups] == [[(4, 3)], [(4,), (4,), (4,)]]
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
-    optimizer = build_optimizer(module, OptimizerConfig(lr=2.0, adam_beta2=0.9, adam_eps=1e-3), torch.device("cpu"))
+    optimizer = build_optimizer(
+        module, OptimizerConfig(lr=2.0, adam_beta2=0.9, adam_eps=1e-3), "torch", torch.device("cpu")
+    )
     assert {(g["lr"], g["betas"], g["eps"]) for g in optimizer.param_groups} == {(2.0, (0.9, 0.9), 1e-3)}
 
 

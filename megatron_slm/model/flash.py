@@ -1,0 +1,34 @@
+"""Attention through flash-attn's kernels: on GPUs, in bf16. The same two functions as in `sdpa.py`.
+
+The kernels take grouped heads and windows as they are; their window counts the positions to the left of one's own.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_slm.types import Documents
+
+
+def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
+    """See `sdpa.attend`."""
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    q, k, v = (t.transpose(0, 1) for t in (q_sbhk, k_sbgk, v_sbgk))
+    return flash_attn_func(q, k, v, causal=True, window_size=_sides(window)).transpose(0, 1)
+
+
+def attend_in_documents(
+    q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
+) -> Tensor:
+    """See `sdpa.attend_in_documents`; all documents in one call."""
+    from flash_attn import flash_attn_varlen_func
+
+    assert documents.lengths is not None, "documents that attention keeps apart have lengths"
+    ends, longest = documents.cumulative, max(documents.lengths)
+    sides = _sides(window)
+    return flash_attn_varlen_func(q_Nhk, k_Ngk, v_Ngk, ends, ends, longest, longest, causal=True, window_size=sides)
+
+
+def _sides(window: int | None) -> tuple[int, int]:
+    return (-1 if window is None else window - 1, 0)

@@ -1,0 +1,122 @@
+"""Operations a second, MFU, and profiles of steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.config import Architecture
+from megatron_slm.config.load import parse
+from megatron_slm.errors import ConfigError
+from megatron_slm.planning.gpus import GPUS, named_gpu
+from megatron_slm.training import utilization
+from megatron_slm.training.utilization import Utilization
+from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
+from tests.support.training import command, train_and_report
+from tests.support.world import WorldError, run_world
+
+LLAMA_7B = Architecture(
+    num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=32,
+    kv_channels=128, vocab_size=32000,
+)  # fmt: skip
+
+
+def seven_b(monkeypatch: pytest.MonkeyPatch, device: str, **options: object) -> Utilization:
+    monkeypatch.setattr(utilization, "device_name", lambda: device)
+    values = {"reference": LLAMA_7B, "seq_length": 4096, "num_devices": 8, "bf16": True, "peak_tflops": None, **options}
+    return Utilization.of(LLAMA_7B, **values)  # type: ignore[arg-type]
+
+
+def test_mfu_of_llama_7b(monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 P + 6 L d s a token: six operations a parameter (without the embedding), and causal attention (PaLM, B)."""
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    by_hand = 6 * weights + 6 * 32 * 4096 * 4096
+    found = seven_b(monkeypatch, "NVIDIA H100 80GB HBM3").metrics(8 * 9000.0)
+    assert found["tflops_per_device"] == pytest.approx(by_hand * 9000 / 1e12, rel=1e-4)
+    assert found["mfu"] == pytest.approx(by_hand * 9000 / 989e12, rel=1e-4)
+    assert found["mfu_with_reference"] == pytest.approx(found["mfu"] * 4 / 3)
+
+
+def test_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert seven_b(monkeypatch, "cpu").metrics(1.0)["mfu"] is None
+    assert seven_b(monkeypatch, "cpu", peak_tflops=2.0).peak_flops_per_device == 2e12
+    assert seven_b(monkeypatch, "NVIDIA A100-SXM4-80GB", bf16=False).peak_flops_per_device == 19.5e12
+    alone = seven_b(monkeypatch, "NVIDIA H200", reference=None).metrics(10.0)
+    assert alone["mfu"] == alone["mfu_with_reference"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100 80GB PCIe", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA H800", "h800"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_gpus_by_their_drivers_names(driver: str, name: str | None) -> None:
+    assert named_gpu(driver) is (GPUS[name] if name else None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("profiles")
+    write_corpus(path / "corpus")
+    save_hf_llama(path / "reference")
+    return path
+
+
+def test_a_profile_of_some_steps(folder: Path, tmp_path: Path) -> None:
+    values = run_flags(
+        folder / "corpus", tmp_path / "run", objective="slm", reference_load=folder / "reference", train_iters=5,
+        pipeline_model_parallel_size=2, profile_step_start=2, profile_step_end=4, profile_ranks=[1], peak_tflops=0.001,
+    )  # fmt: skip
+    run_world(train_and_report, 2, values)
+    files = {path.name for path in (tmp_path / "run" / "profile").iterdir()}
+    assert files == {"rank-1-steps-2-3.json.gz", "rank-1-steps-2-3.txt"}
+    events = json.loads(gzip.open(tmp_path / "run" / "profile" / "rank-1-steps-2-3.json.gz").read())["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert names.count("slm::OptimizerStep") == 2, "two steps"
+    assert names.count("slm::ForwardPass") == names.count("slm::BackwardPass") == 8, "of four micro-batches"
+    assert names.count("slm::ReferenceForward") == 8
+    assert "aten::scaled_dot_product_attention" in (tmp_path / "run" / "profile" / "rank-1-steps-2-3.txt").read_text()
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        said = json.loads(line)
+        assert said["mfu"] == pytest.approx(said["tflops_per_device"] * 1e3)
+
+
+def test_a_run_that_ends_in_the_profile_writes_it(folder: Path, tmp_path: Path) -> None:
+    values = run_flags(folder / "corpus", tmp_path / "run", train_iters=3, profile_step_start=3)
+    run_world(train_and_report, 1, values)
+    assert (tmp_path / "run" / "profile" / "rank-0-steps-3-3.json.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"profile_step_start": 4, "profile_step_end": 4}, "--profile-step-end = 4: is after --profile-step-start"),
+        ({"profile_step_end": 4}, "--profile-step-end"),
+        ({"profile_step_start": 0}, "--profile-step-start = 0"),
+        ({"profile_ranks": [-1]}, "--profile-ranks"),
+        ({"peak_tflops": 0.0}, "--peak-tflops"),
+    ],
+)
+def test_bad_windows(options: dict[str, object], match: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse(flags(run_flags(tmp_path / "corpus", tmp_path / "run", **options)))
+
+
+def test_a_rank_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    values = run_flags(folder / "corpus", tmp_path / "run", profile_step_start=1, profile_ranks=[0, 2])
+    with pytest.raises(WorldError, match="--profile-ranks"):
+        run_world(command, 2, flags(values))
