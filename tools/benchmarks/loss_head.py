@@ -24,7 +24,8 @@ SIZES = [(2048, 1024, 32000), (4096, 576, 49152), (2048, 512, 128256)]
 KEEPS = [0.6, 1.0, 0.3, 0.5, 0.7]
 MEMORY_KEEPS = [0.6, 1.0]
 PEERS_AT = 0.6
-RETAIN = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
+"""Nothing is mapped for itself (glibc ignores thresholds beyond 32 MiB), so nothing is unmapped when it is freed."""
 RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
