@@ -27,7 +27,7 @@ from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.corpora import boundaries
 from megatron_slm.training.health import BadBatch, mean_loss
 from megatron_slm.training.plan import Plan, make_plan
-from megatron_slm.training.resume import Resume
+from megatron_slm.training.resume import Resume, open_resume
 from megatron_slm.training.step import train_step
 from megatron_slm.types import MicroBatch
 
@@ -99,6 +99,16 @@ def _steps(text: str) -> Iterator[int]:
         if not first.isdigit() or (last and not last.isdigit()):
             raise ConfigError("replay", text, "lists steps like 17,20-22", "correct it")
         yield from range(int(first), int(last or first) + 1)
+
+
+def open_weights(config: RunConfig) -> Resume | None:
+    """The checkpoint that `--load` names, of a finished run too. Collective.
+
+    Raises:
+        CheckpointError: see `open_resume`.
+    """
+    longer = replace(config.training, train_iters=config.training.train_iters + 1)
+    return open_resume(replace(config, training=longer))
 
 
 class Replay:

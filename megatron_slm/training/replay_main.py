@@ -25,8 +25,15 @@ from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.health import BadBatch
-from megatron_slm.training.replay import MicroBatchReplay, Replay, SampleReplay, as_json, read_records, worst_samples
-from megatron_slm.training.resume import open_resume
+from megatron_slm.training.replay import (
+    MicroBatchReplay,
+    Replay,
+    SampleReplay,
+    as_json,
+    open_weights,
+    read_records,
+    worst_samples,
+)
 
 logger = logging.getLogger(__name__)
 _DESCRIPTION = """Run bad batches of a run through a checkpoint again, micro-batch by micro-batch, and train nothing.
@@ -84,7 +91,7 @@ def replay(
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     found: list[dict[str, Any]] = []
     with peers_named("the replay"), tempfile.TemporaryDirectory() as scratch:
-        resume = open_resume(config)
+        resume = open_weights(config)
         with together():
             if output is not None and dist.get_rank() == 0:
                 _write(Path(output), found)  # that it can be, is known before the work
