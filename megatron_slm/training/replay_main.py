@@ -143,7 +143,7 @@ def _print(
             _number(part.recorded_loss_all),
             f"{part.nonfinite_losses} losses, {part.nonfinite_scores} scores",
             _number(part.grad_norm),
-            (part.skip_reason or "sound") + f" (gradient below stage {stages[-1]})" * bool(stages),
+            (part.skip_reason or "sound") + (f" (gradient below stage {stages[-1]})" if stages else ""),
         )
     console.print(table)
     for sample in worst:

@@ -12,7 +12,7 @@ from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.config.load import parse
 from megatron_slm.loss.objective import Objective
 from megatron_slm.model.llama import Embedding
-from megatron_slm.training import loop
+from megatron_slm.training import loop, replay
 from megatron_slm.training.build import Run
 from megatron_slm.training.main import main, pretrain
 from tests.support.runs import flags
@@ -66,7 +66,7 @@ def plant(kind: Kind, samples: list[int]) -> None:
         is_bad = batch.tokens_bs.numpy().tobytes() in bad
         return real_loss(self, x_sbd * 30 if is_bad else x_sbd, output, batch, *args)
 
-    loop.train_step = step  # type: ignore[assignment]
+    loop.train_step = replay.train_step = step  # type: ignore[assignment]
     if kind == "spike":
         Objective.loss = loss  # type: ignore[method-assign]
     else:

@@ -186,13 +186,13 @@ def test_the_engine_does_not_see_them() -> None:
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("comet", "comet_ml")])
 def test_a_package_that_is_missing_is_named(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None)
-    with pytest.raises(ConfigError, match=f"DeepSpeed JSON: {name} .*needs the package {package}"):
+    with pytest.raises(ConfigError, match=rf"DeepSpeed JSON: {name} .*needs the package {package}"):
         check_monitors({name: {"enabled": True}})
     check_monitors({name: {"enabled": False}})
 
 
 def test_an_unknown_value_is_named() -> None:
-    with pytest.raises(ConfigError, match="DeepSpeed JSON: csv_monitor .*enabled"):
+    with pytest.raises(ConfigError, match=r"DeepSpeed JSON: csv_monitor .*enabled"):
         check_monitors({"csv_monitor": {"enabled": "perhaps"}})
 
 
