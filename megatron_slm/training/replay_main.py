@@ -129,7 +129,7 @@ def _print(
     table = Table(
         title=f"Step {record.step} ({record.reason}), samples {record.first_sample} to {last}, by micro-batches"
     )
-    headings = ("samples", "corpus", "loss", "loss, all", "recorded", "not finite", "gradient norm", "verdict")
+    headings = ("samples", "corpus", "loss", "loss, all", "recorded", "bad losses/scores", "grad norm", "verdict")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("corpus", "verdict") else "right", overflow="fold")
     for part in micro_batches:
@@ -141,7 +141,7 @@ def _print(
             _number(part.loss),
             _number(part.loss_all),
             _number(part.recorded_loss_all),
-            f"{part.nonfinite_losses} losses, {part.nonfinite_scores} scores",
+            f"{part.nonfinite_losses} / {part.nonfinite_scores}",
             _number(part.grad_norm),
             (part.skip_reason or "sound") + (f" (gradient below stage {stages[-1]})" if stages else ""),
         )
@@ -153,6 +153,7 @@ def _print(
             f"{_number(sample.worst_loss)}{references}; not finite: {sample.nonfinite_losses} losses, "
             f"{sample.nonfinite_references} references; {sample.kept_tokens} of {sample.valid_tokens} tokens kept",
             highlight=False,
+            soft_wrap=True,
         )
         console.print(escape(replayed.text(sample, context)), highlight=False, soft_wrap=True)
 
