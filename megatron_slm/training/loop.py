@@ -42,9 +42,10 @@ def train(run: Run) -> None:
             source = partial(run.train_source.micro_batch, position.consumed_samples)
             is_last = position.step + 1 == last
             result = train_step(run.trainer, source, health.settings(), learning_rate=rate, is_last=is_last)
-            recorder.bad_batch(health.examine(result))
+            bad = health.examine(result)
             _advance(run, result)
             recorder.step(result, rate)
+            recorder.bad_batch(bad)
             if health.must_stop:  # the weights are those before these steps, the position is behind their samples
                 recorder.saved(_save(run) if config.checkpoint.enabled else None)
                 recorder.saved(run.saver.finish())
