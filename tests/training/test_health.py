@@ -131,11 +131,14 @@ def check_skipped(folder: Path, tmp_path: Path, name: str, kinds: tuple[Kind, ..
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_is_planted_in_one_micro_batch_is_skipped_on_all_ranks(name: str, folder: Path, tmp_path: Path) -> None:
-    check_skipped(folder, tmp_path, name, ("loss", "gradient"))
+    """A gradient that is wrong on one rank alone is the harder case: the losses of all ranks are sound."""
+    check_skipped(
+        folder, tmp_path, name, ("loss", "gradient") if name in ("pp2 dp2", "zero2 dp2 bf16") else ("gradient",)
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [*MORE, "pp2 tp2 sp bf16", "zero3 dp2"])
 def test_and_at_more_layouts(name: str, folder: Path, tmp_path: Path) -> None:
     check_skipped(folder, tmp_path, name, ("loss", "gradient"))
 
@@ -151,7 +154,10 @@ SPIKE = 8 * 8 + 3
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(2, {"pipeline_model_parallel_size": 2}), (2, {"deepspeed_config": "ds_configs/zero3.json"})],
+    [
+        (2, {"pipeline_model_parallel_size": 2}),
+        pytest.param(2, {"deepspeed_config": "ds_configs/zero3.json"}, marks=pytest.mark.slow),
+    ],
     ids=["stages", "zero 3"],
 )
 def test_a_loss_spike_is_told_and_skipped_where_asked(
