@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -34,6 +35,11 @@ def synchronize() -> None:
     """Wait until the device has done all it was told; without effect where there is no GPU."""
     if on_gpu():
         torch.cuda.synchronize()
+
+
+def timing_event() -> Any | None:
+    """An event that takes the time at which the GPU's stream reaches it; None on the CPU, which needs none."""
+    return torch.cuda.Event(enable_timing=True) if on_gpu() else None
 
 
 def device_rng_state() -> torch.Tensor | None:

@@ -60,6 +60,8 @@ class Manifest:
     """Valid tokens of all steps so far; None in checkpoints of runs that did not count them."""
     tokens_kept: int | None = 0
     """How many of them were trained on."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Mean losses of the last steps, in nats, that loss spikes are told by; empty where they are not looked for."""
     data: dict[str, Any] = field(default_factory=dict)
     """Where the run stood in each of its corpora (`BlendedSamples.state`); empty where no data was read."""
     versions: dict[str, str] = field(default_factory=dict)

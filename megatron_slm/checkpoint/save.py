@@ -55,6 +55,8 @@ class Progress:
     score_threshold: float | None = None
     tokens_seen: int | None = 0
     tokens_kept: int | None = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Mean losses of the last steps, that spikes are told by."""
     probe_kept: Tensor | None = None
     """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -154,6 +156,7 @@ class Writer:
             score_threshold=progress.score_threshold,
             tokens_seen=progress.tokens_seen,
             tokens_kept=progress.tokens_kept,
+            recent_losses=progress.recent_losses,
             architecture=self.architecture,
             layout={**sizes, "zero_stage": self.zero_stage},
             tokenizer_fingerprint=self.tokenizer_fingerprint,

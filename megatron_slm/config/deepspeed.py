@@ -70,13 +70,13 @@ def check(user: dict[str, Any], run: RunConfig) -> None:
 
 
 def resolve(user: dict[str, Any], run: RunConfig, *, data_parallel_size: int, num_micro_batches: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run.
+    """The complete DeepSpeed configuration of a run, but for its `monitors`, which the run serves itself.
 
     Raises:
         ConfigError: the user's JSON contradicts the run's configuration, or asks for what does not work.
     """
     check(user, run)
-    merged = json.loads(json.dumps(user))
+    merged = json.loads(json.dumps({name: value for name, value in user.items() if name not in _MONITORS}))
     for path, value in _decided(run, data_parallel_size, num_micro_batches).items():
         _fill(merged, path.split("."), value, path)
     _refuse_leftover_auto(merged, "")
@@ -92,9 +92,11 @@ _SECTIONS = (
     "tensorboard",
     "wandb",
     "csv_monitor",
+    "comet",
     "activation_checkpointing",
     "aio",
 )
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 _VALUES = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -135,6 +137,11 @@ def _check_sections(user: dict[str, Any]) -> None:
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device", "none") != "none":
             raise ConfigError(f"zero_optimization.{name}", zero[name], "is left out (not supported)", "remove it")
+
+
+def monitors(user: dict[str, Any]) -> dict[str, Any]:
+    """The sections that say where metrics go beside the run's folder; `resolve` leaves them out."""
+    return {name: section for name, section in user.items() if name in _MONITORS}
 
 
 def _refuse_leftover_auto(value: Any, name: str) -> None:

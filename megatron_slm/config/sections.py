@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.health import HealthConfig
 from megatron_slm.config.selection import check_selection
 from megatron_slm.errors import ConfigError
 
@@ -284,7 +285,8 @@ class TrainingConfig:
     seed: int = 1234
     """Of initial weights and of the sample order."""
     max_skipped_steps: int = 20
-    """Stop after this many steps in a row whose gradients were not finite."""
+    """Stop, with a checkpoint, after this many steps in a row that were not applied: losses or gradients were not
+    finite, no token was kept, or (--skip-loss-spikes) the loss was a spike."""
 
     def __post_init__(self) -> None:
         _positive(self, "train_iters", "micro_batch_size", "global_batch_size", "max_skipped_steps")
@@ -348,6 +350,9 @@ class LoggingConfig:
     """Everything of a run: metrics.jsonl, config.yaml, tensorboard/, checkpoints/."""
     log_interval: int = 1
     """Write metrics every this many steps."""
+    timing_log_level: Literal[0, 1, 2] = 0
+    """Time parts of a step, for the metrics: 0 none, 1 batches, gradient sync and optimizer, 2 also every kind of
+    instruction. A GPU is waited for once a logged step, not while a step runs."""
     eval_interval: int | None = None
     """Evaluate every this many steps, and at the end; default: only at the end."""
     eval_iters: int | None = None
@@ -389,6 +394,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig
+    health: HealthConfig
     logging: LoggingConfig
 
     def __post_init__(self) -> None:

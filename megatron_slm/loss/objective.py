@@ -55,6 +55,8 @@ class LossSums:
     """What the step's gradient is divided by: the kept tokens, or what they are on average."""
     nonfinite_tokens: float = 0.0
     """Valid tokens with a loss or a score that is NaN or infinite; never kept."""
+    nonfinite_losses: float = 0.0
+    """Those of them whose loss under the model itself is: its hidden states or its output weight are not finite."""
     ranked_tokens: float = 0.0
     """Tokens that could be kept: valid, finite, and not of an id that is never kept."""
     score_p05: float = 0.0
@@ -76,7 +78,7 @@ class LossSums:
 
     @classmethod
     def of(cls, values: list[float]) -> LossSums:
-        """From the values of its fields in order, those of `by_source` one after the other."""
+        """From the values of its fields in order, those of `by_source` one after the other (see `num_sums`)."""
         names = [f.name for f in fields(cls)][:-1]
         scalars = dict(zip(names, values, strict=False))
         return cls(**scalars, by_source=tuple(values[len(names) :]))
@@ -87,6 +89,11 @@ class LossSums:
         return LossSums(**{**sums, "by_source": tuple(a + b for a, b in pairs)})
 
 
+def num_sums(num_sources: int) -> int:
+    """Length of a vector of `LossSums`' values: its scalars, and with several corpora those of each."""
+    return len(fields(LossSums)) - 1 + (len(SOURCE_SUMS) * num_sources if num_sources > 1 else 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """What a step's objective depends on beside its tokens and weights."""
@@ -95,6 +102,8 @@ class StepSettings:
     """Steps done before this one."""
     score_threshold: float | None = None
     """The running threshold of the policy `quantile`; None before there is one."""
+    loss_limit: float | None = None
+    """Mean loss over valid tokens, in nats, beyond which the step is not applied; None applies it at any."""
 
 
 Observer = Callable[[MicroBatch, Tensor, Tensor | None, Tensor], None]
@@ -124,8 +133,10 @@ class Objective:
         batch: MicroBatch,
         reference: TokenStatistics | None,
         settings: StepSettings,
-    ) -> tuple[Tensor, LossSums]:
-        """The loss sum of a micro-batch (carrying the gradient of the kept tokens) and its statistics.
+    ) -> tuple[Tensor, Tensor]:
+        """The loss sum of a micro-batch (carrying the gradient of the kept tokens) and the values of its `LossSums`.
+
+        The values, fp64 [`num_sums`], stay on the device: a step adds them up there and brings them over once.
 
         Args:
             x_sbd: the head's output, [s, b, d], or [s / size, b, d] under sequence parallelism.
@@ -222,7 +233,7 @@ def _sums(
     valid_N: Tensor,
     measured_threshold: tuple[Tensor, Tensor],
     sources: tuple[Tensor | None, int],
-) -> LossSums:
+) -> Tensor:
     finite_N = choice.finite_N
     loss_N = torch.where(finite_N, token_loss_N.double(), 0.0)
     reference_N = torch.zeros_like(loss_N)
@@ -239,22 +250,25 @@ def _sums(
         (loss_N if choice.weight_N is None else loss_N * choice.weight_N)[kept_N].sum(),
         choice.divisor(),
         (valid_N & ~finite_N).sum(),
+        (valid_N & ~token_loss_N.isfinite()).sum(),
         num_ranked,
         *(score_quantiles(choice.score_N, choice.ranked_N) * num_ranked),
         *measured_threshold,
     ]
     source_b, num_sources = sources
-    if source_b is not None and num_sources > 1:
-        columns_Nf = torch.stack([loss_N * kept_N, kept_N.double(), loss_N, finite_N.double()], dim=1)
-        columns_bf = columns_Nf.view(len(source_b), -1, len(SOURCE_SUMS)).sum(1)
+    if num_sources > 1:
         table = torch.zeros(num_sources, len(SOURCE_SUMS), dtype=torch.float64, device=loss_N.device)
-        sums += table.index_add_(0, source_b, columns_bf).flatten().unbind()
-    values = torch.stack([x.double() for x in sums]).tolist()  # one transfer from the device
-    return LossSums.of(values)
+        if source_b is not None:
+            columns_Nf = torch.stack([loss_N * kept_N, kept_N.double(), loss_N, finite_N.double()], dim=1)
+            table.index_add_(0, source_b, columns_Nf.view(len(source_b), -1, len(SOURCE_SUMS)).sum(1))
+        sums += table.flatten().unbind()
+    return torch.stack([x.double() for x in sums]).detach()
 
 
-def evaluation_sums(statistics: TokenStatistics, batch: MicroBatch) -> LossSums:
-    """A held-out micro-batch's loss sum and count; not finite where a loss is not."""
-    count = float(batch.valid_bs.sum())
-    total = float(statistics.loss_N.double().sum())
-    return LossSums(kept_loss=total, kept_tokens=count, valid_loss=total, valid_tokens=count)
+def evaluation_sums(statistics: TokenStatistics, batch: MicroBatch) -> Tensor:
+    """The values of a held-out micro-batch's `LossSums`, fp64 [`num_sums(1)`]: its loss sum (not finite where a loss is
+    not) and its count; the rest is 0."""
+    count, total = batch.valid_bs.sum().double(), statistics.loss_N.double().sum()
+    values = torch.zeros(num_sums(1), dtype=torch.float64, device=total.device)
+    values[:4] = torch.stack([total, count, total, count])  # kept_loss, kept_tokens, valid_loss, valid_tokens
+    return values

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import deepspeed
@@ -20,15 +20,23 @@ from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
 from megatron_slm.pipeline.costs import Costs, Work
+from megatron_slm.pipeline.facts import MicroBatchFacts, StepFacts
 from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
 from megatron_slm.pipeline.measure import Stopwatch
 from megatron_slm.pipeline.module import StageModule
 from megatron_slm.pipeline.schedule import Instruction, Kind, Programs, Schedule, forward_programs
 from megatron_slm.pipeline.simulate import Sizes
+from megatron_slm.pipeline.timers import Timers
 from megatron_slm.pipeline.window import Window
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.types import Documents, MicroBatch, TokenStatistics
+
+_TIMER = {
+    Work.FORWARD: "forward-compute",
+    Work.BACKWARD: "backward-compute",
+    Work.REFERENCE: "reference-forward-compute",
+}
 
 BatchSource = Callable[[int], MicroBatch]
 """A micro-batch by its number, counted from the step's first on this data-parallel rank; from the number of
@@ -52,6 +60,7 @@ class StageContext:
     dtype: torch.dtype
     keeps_documents_apart: bool = False
     """Whether layers must know where documents lie; every stage reads its micro-batches then."""
+    timers: Timers = field(default_factory=Timers)
 
 
 class SelectiveEngine(PipelineEngine):
@@ -95,10 +104,14 @@ class SelectiveEngine(PipelineEngine):
         self._settings = settings
         if not self._is_prepared:  # the first step of this process, or of a schedule
             self._run(self.schedule.prologue, source)
-        sums = self._run(self.schedule.last if is_last else self.schedule.step, source)
+        self._run(self.schedule.last if is_last else self.schedule.step, source)
         self._window.advance(self.micro_batches)
         self._is_prepared = not is_last
-        return sums
+        return self._sums
+
+    def micro_batch_facts(self) -> list[MicroBatchFacts]:
+        """What the last step saw of each micro-batch on this rank."""
+        return self._facts.read()
 
     @torch.no_grad()
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
@@ -108,8 +121,8 @@ class SelectiveEngine(PipelineEngine):
         """
         self.module.eval()
         with self._beside_training():
-            sums = self._run(forward_programs(Work.FORWARD, self.num_stages, num_micro_batches), source)
-        return sum_over_world(sums, self.device)
+            self._run(forward_programs(Work.FORWARD, self.num_stages, num_micro_batches), source)
+        return sum_over_world(self._facts.in_order, self.device)
 
     @torch.no_grad()
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
@@ -167,11 +180,11 @@ class SelectiveEngine(PipelineEngine):
         self._stopwatch = None
         return costs
 
-    def _run(self, programs: Programs, source: BatchSource) -> LossSums:
-        self._source, self._sums = source, LossSums()
+    def _run(self, programs: Programs, source: BatchSource) -> None:
+        self._source, self._facts = source, StepFacts()
         self._execute(programs[self.stage_id])
-        self._channels.flush()
-        return self._sums
+        with self.context.timers.timing("send"):
+            self._channels.flush()
 
     def _execute(self, program: Sequence[Instruction]) -> None:
         for kind, micro_batch in program:
@@ -180,15 +193,20 @@ class SelectiveEngine(PipelineEngine):
                 self._HANDLERS[kind](self, micro_batch)
 
     def _timing(self, work: Work) -> AbstractContextManager[None]:
-        return nullcontext() if self._stopwatch is None else self._stopwatch.timing(work)
+        return self.context.timers.timing(_TIMER[work]) if self._stopwatch is None else self._stopwatch.timing(work)
+
+    def _receive(self, channel: Channel) -> Tensor:
+        with self.context.timers.timing(f"{channel.lane.value}-recv"):
+            return channel.receive()
 
     # ---- the model --------------------------------------------------------------------------------------
 
     def _load(self, i: int) -> None:
         if i in self._window:
             return
-        read = self._source(i)
-        self._window.add(i, read.to(self.device))
+        with self.context.timers.timing("batch-generator"):
+            read = self._source(i)
+            self._window.add(i, read.to(self.device))
         scores = self.context.scores
         if scores is not None and self.is_last_stage() and torch.is_grad_enabled():
             self._window.add_reference(i, scores(read).to(self.device))
@@ -204,10 +222,11 @@ class SelectiveEngine(PipelineEngine):
         if self.is_first_stage():
             x = self._window.batch(i).tokens_bs
         else:
-            x = self._channels.previous[Lane.FORWARD].receive().requires_grad_(torch.is_grad_enabled())
+            x = self._receive(self._channels.previous[Lane.FORWARD]).requires_grad_(torch.is_grad_enabled())
         documents = self._documents(i)
         with self._timing(Work.FORWARD):
-            out = DeepSpeedEngine.forward(self, x, documents)
+            watch = self._facts.watch(i) if self.is_first_stage() and torch.is_grad_enabled() else None
+            out = DeepSpeedEngine.forward(self, x, documents, watch)
             if torch.is_grad_enabled():
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
             if self.is_last_stage():
@@ -217,17 +236,19 @@ class SelectiveEngine(PipelineEngine):
         self._window.remove(i)
 
     def _loss(self, i: int, x_sbd: Tensor) -> None:
-        batch, objective = self._window.batch(i), self.context.objective
-        if torch.is_grad_enabled():
+        batch, objective, weight = self._window.batch(i), self.context.objective, self.module.output_weight()
+        if self._probed is not None:
             reference = self._window.take_reference(i)
-            self._losses[i], sums = objective.loss(x_sbd, self.module.output_weight(), batch, reference, self._settings)
-        elif self._probed is not None:
-            reference, sums = self._window.take_reference(i), LossSums()
-            self._probed.append(objective.kept(x_sbd, self.module.output_weight(), batch, reference, self._settings))
-        else:
-            sums = evaluation_sums(objective.statistics(x_sbd, self.module.output_weight(), batch), batch)
+            self._probed.append(objective.kept(x_sbd, weight, batch, reference, self._settings))
+            return
+        with self.context.timers.timing("loss-head"):
+            if torch.is_grad_enabled():
+                reference = self._window.take_reference(i)
+                self._losses[i], sums = objective.loss(x_sbd, weight, batch, reference, self._settings)
+            else:
+                sums = evaluation_sums(objective.statistics(x_sbd, weight, batch), batch)
         if objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
-            self._sums = self._sums + sums
+            self._facts.add(i, sums)
 
     def _backward(self, i: int) -> None:
         if self.is_last_stage():
@@ -238,7 +259,7 @@ class SelectiveEngine(PipelineEngine):
             with self._timing(Work.BACKWARD):
                 DeepSpeedEngine.backward(self, self._losses.pop(i), scale_wrt_gas=False)
         else:
-            self.grad_layer = self._channels.next[Lane.BACKWARD].receive()
+            self.grad_layer = self._receive(self._channels.next[Lane.BACKWARD])
             with self._timing(Work.BACKWARD):
                 PipelineEngine._exec_backward_pass(self, i)
             del self.pipe_buffers["output_tensors"][i]
@@ -246,6 +267,7 @@ class SelectiveEngine(PipelineEngine):
         x = self.pipe_buffers["inputs"].pop(i)
         if not self.is_first_stage():
             self._outgoing[Lane.BACKWARD, i] = x.grad
+            self._facts.see_gradient(i, x.grad)
 
     # ---- the reference ----------------------------------------------------------------------------------
 
@@ -256,7 +278,7 @@ class SelectiveEngine(PipelineEngine):
         if self.is_first_stage():
             x = self._window.batch(i).tokens_bs
         else:
-            x = self._channels.previous[Lane.REFERENCE].receive()
+            x = self._receive(self._channels.previous[Lane.REFERENCE])
         documents = self._documents(i)
         with self._timing(Work.REFERENCE):
             out = reference(x, documents)
@@ -270,7 +292,8 @@ class SelectiveEngine(PipelineEngine):
 
     def _send(self, lane: Lane, i: int) -> None:
         channels = self._channels.previous if lane is Lane.BACKWARD else self._channels.next
-        channels[lane].send(self._outgoing.pop((lane, i)))
+        with self.context.timers.timing("send"):
+            channels[lane].send(self._outgoing.pop((lane, i)))
 
     def _post_receive(self, lane: Lane) -> None:
         context = self.context
@@ -283,11 +306,16 @@ class SelectiveEngine(PipelineEngine):
 
     # ---- the end of a step ------------------------------------------------------------------------------
 
+    def _reduce_gradients(self, _: int) -> None:
+        with self.context.timers.timing("all-grads-sync"):
+            PipelineEngine._exec_reduce_grads(self)
+
     def _optimizer_step(self, _: int) -> None:
-        """Divide once, by the kept tokens of the whole batch, then step."""
+        """Divide once, by the kept tokens of the whole batch, then step; unless the losses say that it must not be."""
         num_sources = self.context.objective.num_sources
-        self._sums = sum_over_world(self._sums, self.device, num_sources=num_sources)
-        with gradients_scaled(self.optimizer, step_factor(self._sums, self.context.topology.data)):
+        self._sums = sum_over_world(self._facts.in_order, self.device, num_sources=num_sources)
+        factor = step_factor(self._sums, self._settings, self.context.topology.data)
+        with self.context.timers.timing("optimizer"), gradients_scaled(self.optimizer, factor):
             PipelineEngine._exec_optimizer_step(self)
 
     _HANDLERS: ClassVar[dict[Kind, Callable[[Any, int], None]]] = {
@@ -303,7 +331,7 @@ class SelectiveEngine(PipelineEngine):
         Kind.RECV_GRADIENT: lambda self, i: self._post_receive(Lane.BACKWARD),
         Kind.RECV_REFERENCE_ACTIVATION: lambda self, i: self._post_receive(Lane.REFERENCE),
         Kind.REDUCE_TIED_GRADIENTS: lambda self, _: PipelineEngine._exec_reduce_tied_grads(self),
-        Kind.REDUCE_GRADIENTS: lambda self, _: PipelineEngine._exec_reduce_grads(self),
+        Kind.REDUCE_GRADIENTS: _reduce_gradients,
         Kind.OPTIMIZER_STEP: _optimizer_step,
     }
 

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_slm.loss.objective import SOURCE_SUMS, LossSums
+from megatron_slm.loss.objective import LossSums, StepSettings, num_sums
+from megatron_slm.pipeline.refusal import refusal
 
 
-def sum_over_world(sums: LossSums, device: torch.device, *, num_sources: int = 1) -> LossSums:
-    """Add up the statistics of all ranks, the same bits on each. Collective over the world.
+def sum_over_world(vectors: Sequence[Tensor], device: torch.device, *, num_sources: int = 1) -> LossSums:
+    """Add up the statistics of all micro-batches and ranks, the same bits on each. Collective over the world.
 
     Args:
-        num_sources: corpora of the run, which ranks that computed no loss do not see in `sums`.
+        vectors: values of `LossSums`, fp64 [`num_sums`] each; none on ranks that computed no loss.
+        num_sources: corpora of the run.
     """
-    *scalars, by_source = astuple(sums)
-    count = len(SOURCE_SUMS) * num_sources if num_sources > 1 else 0
-    padding = [0.0] * (count - len(by_source))
-    values = torch.tensor([*scalars, *by_source, *padding], dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return LossSums.of(values.tolist())
+    total = torch.zeros(num_sums(num_sources), dtype=torch.float64, device=device)
+    if vectors:
+        total += torch.stack(list(vectors)).sum(0)
+    dist.all_reduce(total)
+    return LossSums.of(total.tolist())  # a step's one transfer from the device
 
 
-def step_factor(sums: LossSums, data_parallel_size: int) -> float:
+def step_factor(sums: LossSums, settings: StepSettings, data_parallel_size: int) -> float:
     """What gradients are multiplied by before the optimizer's step: 1 / divisor of the whole batch.
 
-    ZeRO averages over data-parallel ranks; the sum over them is what is divided. NaN, which makes the optimizer
-    skip the step, where nothing could be kept because no loss was finite: a gradient of zeros would still decay
-    weights and move moments.
+    ZeRO averages over data-parallel ranks; the sum over them is what is divided. NaN, which makes every optimizer
+    skip the step as it does for gradients that are not finite, where the sums say that it must not be applied.
     """
-    if sums.nothing_finite:
+    if refusal(sums, settings) is not None:
         return math.nan
-    return data_parallel_size / (sums.divisor or 1.0)
+    return data_parallel_size / sums.divisor
 
 
 @contextmanager

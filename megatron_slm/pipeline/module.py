@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, StepSettings, evaluation_sums
+from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings, evaluation_sums
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.layers import ParallelLayers, VocabularyWeight
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.pipeline.timers import Timers
 from megatron_slm.types import Documents, MicroBatch, TokenStatistics
 
 _TIED = "embedding"
+
+Watch = Callable[[Tensor], None]
+"""Sees a gradient on its way down."""
 
 
 def deepspeed_topology(topology: Topology) -> Any:
@@ -52,14 +56,17 @@ class StageModule(PipelineModule):
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None, watch: Watch | None = None) -> Tensor:
         """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d].
 
         DeepSpeed's own hands one value from layer to layer, with nothing beside it.
+
+        Args:
+            watch: sees the gradient of the first layer's output, in the backward pass.
         """
         recomputes = self.activation_checkpoint_interval > 0 and torch.is_grad_enabled()
         for layer in self.forward_funcs:
-            x = run_layer(layer, x, documents, recomputes=recomputes)
+            x, watch = watched(run_layer(layer, x, documents, recomputes=recomputes), watch)
         return x
 
     def output_weight(self) -> OutputWeight:
@@ -82,6 +89,13 @@ def run_layer(
     return checkpoint(layer, x, *beside, use_reentrant=False) if recomputes else layer(x, *beside)
 
 
+def watched(x: Tensor, watch: Watch | None) -> tuple[Tensor, None]:
+    """The same tensor, whose gradient `watch` will see; the second value stands for the watch, which is used up."""
+    if watch is not None and x.requires_grad:
+        x.register_hook(watch)
+    return x, None
+
+
 def _pass_on(embedding: nn.Module, x_sbd: Tensor) -> Tensor:
     """The tied layer's second appearance: it only brings the weight to the last stage."""
     return x_sbd
@@ -98,10 +112,13 @@ class FlatModule(nn.Module):
     The loss is inside, because ZeRO-3 brings a layer's weights together only while the module runs.
     """
 
-    def __init__(self, arch: Architecture, layers: ParallelLayers, objective: Objective, *, recompute: bool) -> None:
+    def __init__(
+        self, arch: Architecture, layers: ParallelLayers, objective: Objective, *, recompute: bool, timers: Timers
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(maker.make() for maker in layer_list(arch, layers))
         self.objective, self.recompute = objective, recompute
+        self.timers = timers
 
     def forward(
         self,
@@ -110,21 +127,26 @@ class FlatModule(nn.Module):
         settings: StepSettings | None,
         *,
         probing: bool = False,
-    ) -> tuple[Tensor, LossSums]:
-        """The loss sum (nats) and its statistics.
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss sum (nats) and the values of its `LossSums`, fp64.
 
         Args:
             settings: the training step's; None evaluates, over all valid tokens and without a gradient.
             probing: only select; instead of the loss comes which tokens are kept, bool [b, s].
+            watch: sees the gradient of the embedding's output, in the backward pass.
         """
         embedding, *_, head = self.layers
         x_sbd = batch.tokens_bs
         for layer in self.layers:
             x_sbd = run_layer(layer, x_sbd, batch.documents, recomputes=self.recompute and self.training)
+            x_sbd, watch = watched(x_sbd, watch)
         weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
         if probing and settings is not None:
-            return self.objective.kept(x_sbd, weight, batch, reference, settings), LossSums()
-        if settings is not None:
-            return self.objective.loss(x_sbd, weight, batch, reference, settings)
-        sums = evaluation_sums(self.objective.statistics(x_sbd, weight, batch), batch)
-        return torch.tensor(sums.valid_loss), sums
+            kept_bs = self.objective.kept(x_sbd, weight, batch, reference, settings)
+            return kept_bs, kept_bs.new_empty(0, dtype=torch.float64)
+        with self.timers.timing("loss-head"):
+            if settings is not None:
+                return self.objective.loss(x_sbd, weight, batch, reference, settings)
+            sums = evaluation_sums(self.objective.statistics(x_sbd, weight, batch), batch)
+        return sums[0], sums

@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from megatron_slm.pipeline.module import FlatModule, StageModule, deepspeed_topo
 from megatron_slm.pipeline.schedule import Schedule
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import Sizes, describe
+from megatron_slm.pipeline.timers import Timers
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.training.corpora import boundaries
 from megatron_slm.training.evaluation import HeldOutSet
@@ -69,16 +70,18 @@ class Position:
     """Valid tokens so far; None if the run goes on from a checkpoint that does not say."""
     tokens_kept: int | None = 0
     """How many of them were trained on."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Mean losses of the last steps, that spikes are told by."""
 
     def count(self, sums: LossSums) -> None:
-        """Add a step's tokens."""
+        """Add the tokens of a step that was applied."""
         if self.tokens_seen is not None and self.tokens_kept is not None:
             self.tokens_seen += round(sums.valid_tokens)
             self.tokens_kept += round(sums.kept_tokens)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps so far whose gradients were not finite."""
+        """Steps so far that were not applied."""
         return self.step - self.adam_step
 
 
@@ -170,6 +173,7 @@ def _pipeline_trainer(
             message_shape=(length, plan.config.training.micro_batch_size, plan.architecture.hidden_size),
             dtype=plan.dtype,
             keeps_documents_apart=boundaries(plan.config, plan.tokenizer).matter_to_layers,
+            timers=Timers(plan.config.logging.timing_log_level),
         )
     )
     searches = schedule.mode in ("skewed", "bubble")
@@ -205,14 +209,15 @@ def _flat_trainer(
     plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
 ) -> Trainer:
     recompute = plan.config.parallel.recompute_granularity == "full"
-    module = FlatModule(plan.architecture, layers, objective, recompute=recompute).to(local_device())
+    timers = Timers(plan.config.logging.timing_log_level)
+    module = FlatModule(plan.architecture, layers, objective, recompute=recompute, timers=timers).to(local_device())
     if plan.backends.compile_blocks:
         compile_blocks(module)
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
-    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores)
+    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores, timers)
 
 
 def _fill(plan: Plan, optimizer: Any) -> Position:
@@ -225,6 +230,7 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         source = CheckpointSource(plan.resume.folder)
         position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
         position.tokens_seen, position.tokens_kept = manifest.tokens_seen, manifest.tokens_kept
+        position.recent_losses = list(manifest.recent_losses)
         if plan.keeps_order:  # else the first batch is another one
             position.probe_kept = read_probe(plan.resume.folder, manifest)
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments

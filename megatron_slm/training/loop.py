@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import torch.distributed as dist
 from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
-from megatron_slm.errors import SlmError, TrainingError
+from megatron_slm.errors import SlmError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import from_rank_0, together
 from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
+from megatron_slm.training.health import BadBatch, Health
 from megatron_slm.training.lr_schedule import learning_rate
 from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
 from megatron_slm.training.profiling import StepProfiler
+from megatron_slm.training.resources import resources
 from megatron_slm.training.signals import StopRequest
 from megatron_slm.training.step import StepResult, train_step
 
@@ -29,7 +32,7 @@ def train(run: Run) -> None:
     """Train from where the run stands to `--train-iters`, or until asked to stop. Collective."""
     config, position = run.plan.config, run.position
     last = config.training.train_iters
-    stop, skipped_in_a_row = StopRequest(local_device()), 0
+    stop, health = StopRequest(local_device()), Health(run)
     _raise_together(run.train_source.prepare(position.consumed_samples))
     with closing(run.train_source), closing(StepProfiler(config.logging)) as profiler, _Recorder(run) as recorder:
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
@@ -40,17 +43,20 @@ def train(run: Run) -> None:
             source = partial(run.train_source.micro_batch, position.consumed_samples)
             is_last = position.step + 1 == last
             profiler.before(position.step + 1)
-            result = train_step(run.trainer, source, _settings(run), learning_rate=rate, is_last=is_last)
+            result = train_step(run.trainer, source, health.settings(), learning_rate=rate, is_last=is_last)
+            bad = health.examine(result)
             _advance(run, result)
             profiler.after(position.step)
             recorder.step(result, rate)
-            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-            if skipped_in_a_row >= config.training.max_skipped_steps:
+            recorder.bad_batch(bad)
+            if health.must_stop:  # the weights are those before these steps, the position is behind their samples
+                recorder.saved(_save(run) if config.checkpoint.enabled else None)
                 recorder.saved(run.saver.finish())
-                raise _not_finite(skipped_in_a_row, position.step)
+                raise health.error()
             if run.probe is not None and run.probe.due(position.step):
                 recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
-            unreadable = run.train_source.prepare(position.consumed_samples)
+            with run.trainer.timers.timing("batch-generator"):
+                unreadable = run.train_source.prepare(position.consumed_samples)
             stopping = stop.agreed(unreadable is not None)
             recorder.saved(run.saver.poll())
             if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
@@ -72,10 +78,6 @@ def _raise_together(error: SlmError | None) -> None:
             raise error
 
 
-def _settings(run: Run) -> StepSettings:
-    return StepSettings(step=run.position.step, score_threshold=run.position.score_threshold)
-
-
 def _save(run: Run) -> Saved | None:
     position = run.position
     progress = Progress(
@@ -85,6 +87,7 @@ def _save(run: Run) -> Saved | None:
         score_threshold=position.score_threshold,
         tokens_seen=position.tokens_seen,
         tokens_kept=position.tokens_kept,
+        recent_losses=position.recent_losses,
         probe_kept=position.probe_kept,
         data=run.plan.train_samples.state(position.consumed_samples) if dist.get_rank() == 0 else {},
     )
@@ -94,7 +97,9 @@ def _save(run: Run) -> Saved | None:
 def _advance(run: Run, result: StepResult) -> None:
     run.position.step += 1
     run.position.consumed_samples += run.plan.global_batch_size
-    run.position.adam_step += not result.skipped
+    if result.skipped:
+        return
+    run.position.adam_step += 1
     sums = result.sums
     run.position.count(sums)
     run.position.score_threshold = run.plan.selector.next_threshold(
@@ -106,31 +111,37 @@ def _due(step: int, interval: int | None, last: int) -> bool:
     return step == last or (interval is not None and step % interval == 0)
 
 
-def _not_finite(skipped_in_a_row: int, step: int) -> TrainingError:
-    return TrainingError(
-        "gradients",
-        f"not finite in {skipped_in_a_row} steps up to step {step}",
-        f"are finite in at least one of --max-skipped-steps ({skipped_in_a_row}) steps",
-        "resume from an earlier checkpoint with a lower --lr, or look at the data of these steps",
-    )
-
-
 class _Recorder:
     """Writes what happens; only rank 0 has anything to write to."""
 
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.plan.config
         self.writer: MetricsWriter | None = None
-        if dist.get_rank() == 0:
-            run_dir = Path(config.logging.run_dir)
-            self.writer = MetricsWriter(run_dir, resume_step=run.position.step)
-            write_yaml(config, run_dir / "config.yaml")
-            title = f"{config.selection.objective} {run_dir.name}"
-            self.line = ProgressLine(title, config.training.train_iters, start=run.position.step)
+        self._logged_step = run.position.step
+        with together():  # a monitor may not open
+            if dist.get_rank() == 0:
+                run_dir = Path(config.logging.run_dir)
+                self.writer = MetricsWriter(run_dir, resume_step=run.position.step, monitors=run.plan.monitors)
+                write_yaml(config, run_dir / "config.yaml")
+                title = f"{config.selection.objective} {run_dir.name}"
+                self.line = ProgressLine(title, config.training.train_iters, start=run.position.step)
+
+    def bad_batch(self, bad: BadBatch | None) -> None:
+        """Record a step that went wrong, where one did."""
+        if bad is not None and self.writer is not None:
+            self.writer.bad_batch(asdict(bad))
+            last = bad.first_sample + bad.num_samples - 1
+            outcome = "not applied" if bad.skipped else "applied all the same"
+            self.say(f"warning: step {bad.step}: {bad.reason}, {outcome}; samples {bad.first_sample} to {last}")
 
     def step(self, result: StepResult, rate: float) -> None:
-        """Record a training step."""
+        """Record a training step. Collective where it is logged."""
         position, plan = self.run.position, self.run.plan
+        is_logged = _due(position.step, plan.config.logging.log_interval, plan.config.training.train_iters)
+        used: dict[str, Any] = {}
+        if is_logged:
+            used = resources(self.run.trainer.timers, position.step - self._logged_step)
+            self._logged_step = position.step
         if self.writer is None:
             return
         if result.sums.nonfinite_tokens:
@@ -147,12 +158,13 @@ class _Recorder:
             "tokens_per_second": tokens_per_step / result.seconds,
             **plan.utilization.metrics(tokens_per_step / result.seconds),
             "skipped_steps": position.skipped_steps,
+            **used,
         }
         sources = plan.train_samples.sources
         if len(sources) > 1:
             names, consumed = [s.name for s in sources], plan.train_samples.consumed(position.consumed_samples)
             values["sources"] = source_metrics(result.sums, names, consumed)
-        if _due(position.step, plan.config.logging.log_interval, plan.config.training.train_iters):
+        if is_logged:
             self.writer.write(values)
         self.line.update(position.step, values)
 
@@ -200,7 +212,7 @@ class _Recorder:
     def probe(self, probe: Probe) -> None:
         """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""
         position = self.run.position
-        kept = probe.kept(_settings(self.run))
+        kept = probe.kept(StepSettings(step=position.step, score_threshold=position.score_threshold))
         if self.writer is not None:
             tokens = position.consumed_samples * self.run.plan.config.data.seq_length
             agreed = agreement(position.probe_kept, kept)

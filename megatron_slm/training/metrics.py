@@ -1,16 +1,15 @@
-"""What a run reports: metrics.jsonl, TensorBoard, and one line on the terminal.
+"""What a run reports: metrics.jsonl, TensorBoard, monitors, and one line on the terminal.
 
-The names below are part of the public interface.
+The names below are part of the public interface; docs/metrics.md explains them all.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -18,12 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_slm.loss.objective import SOURCE_SUMS, LossSums
+from megatron_slm.training.history import History
+from megatron_slm.training.monitors import Monitors, board_folder
 from megatron_slm.training.step import StepResult
 
+BAD_BATCHES = "bad_batches.jsonl"
+"""Of a run's folder: one JSON object for every step that went wrong."""
+_BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit")
 SCORE_QUANTILES = ("score_p05", "score_p25", "score_p50", "score_p75", "score_p95")
 
 
-def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, float | None]:
+def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, Any]:
     """The losses of a step, in nats per token, and its token counts and norm.
 
     `loss` is the mean over kept tokens (each times its weight), `loss_all` over valid ones, `loss_unselected` over
@@ -50,6 +54,7 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         "nonfinite_tokens": sums.nonfinite_tokens,
         **{name: _mean(getattr(sums, name), sums.ranked_tokens) if has_scores else None for name in SCORE_QUANTILES},
         "grad_norm": _mean(result.grad_norm, 1.0),
+        "skip_reason": result.refused,
     }
 
 
@@ -75,64 +80,61 @@ def _mean(total: float, count: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-class MetricsWriter:
-    """Rank 0's sink: one JSON object a line, flushed as written, and the same numbers to TensorBoard.
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics by the names that TensorBoard and the monitors show them under.
 
-    A resumed run appends; lines of steps that are done again (those after the checkpoint) are dropped first,
-    so that the file always tells one history. A run that starts afresh keeps an older run's file beside its
-    own, as metrics.1.jsonl, metrics.2.jsonl and so on.
+    `train/NAME` of training lines, `timers/NAME/min` and `/max`, `source/CORPUS/NAME`; `eval/SET` of held-out losses;
+    `probe/agreement`; `bad_batch/loss_all` and `bad_batch/skipped` of steps that went wrong.
+    """
+    event = line.get("event")
+    if event == "eval":
+        found = {f"eval/{line['set']}": line["loss"]}
+    elif event == "probe":
+        found = {"probe/agreement": line["agreement"]}
+    elif event == "bad-batch":
+        found = {f"bad_batch/{name}": line[name] for name in ("loss_all", "skipped")}
+    else:
+        found = {f"train/{name}": value for name, value in line.items() if name != "step"}
+        for kind, parts in (("timers", line.get("timers_ms") or {}), ("source", line.get("sources") or {})):
+            found |= {f"{kind}/{name}/{k}": x for name, part in parts.items() for k, x in part.items()}
+    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
+
+
+class MetricsWriter:
+    """Rank 0's sink: metrics.jsonl, and the same numbers to TensorBoard and the monitors.
+
+    Args:
+        run_dir: the run's folder.
+        resume_step: the step that the run goes on from; 0 where it starts afresh.
+        monitors: the DeepSpeed JSON's sections.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int, monitors: Mapping[str, Any] = MappingProxyType({})) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        kept: list[str] = []
-        if path.exists() and path.stat().st_size:
-            if resume_step:
-                kept = _lines_up_to(path, resume_step)
-            else:
-                path.rename(next(p for i in count(1) if not (p := run_dir / f"metrics.{i}.jsonl").exists()))
-        self.resumed_lines: list[dict[str, Any]] = [json.loads(line) for line in kept]
-        """What was recorded up to the step that the run resumes from."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self._metrics = History(run_dir / "metrics.jsonl", resume_step=resume_step)
+        self._bad_batches = History(run_dir / BAD_BATCHES, resume_step=resume_step)
+        self.resumed_lines = self._metrics.resumed_lines
+        self._monitors = Monitors(monitors, run_dir, resume_step=resume_step)
+        purge = resume_step + 1 if resume_step else None
+        self._board = SummaryWriter(str(board_folder(monitors, run_dir)), purge_step=purge)
 
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one line; numbers go to TensorBoard under their names, held-out losses under eval/SET."""
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
-        self._file.flush()
-        step = values["step"]
-        if values.get("event") == "eval":
-            values = {f"eval/{values['set']}": values["loss"]}
-        elif values.get("event") == "probe":
-            values = {"probe/agreement": values["agreement"]}
-        else:
-            parts = values.get("sources") or {}
-            of_sources = {f"source/{name}/{k}": x for name, part in parts.items() for k, x in part.items()}
-            values = {f"train/{name}": value for name, value in values.items() if name not in ("step", "sources")}
-            values.update(of_sources)
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line of metrics."""
+        self._metrics.append(line)
+        values = scalars(line)
         for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name, value, line["step"])
+        self._monitors.write(values, line["step"])
+
+    def bad_batch(self, line: dict[str, Any]) -> None:
+        """Append a step that went wrong to the record of these, and in short to the metrics."""
+        self._bad_batches.append(line)
+        self.write({"event": "bad-batch", **{name: line[name] for name in _BAD_BATCH_METRICS}})
 
     def close(self) -> None:
         """Flush everything."""
-        self._file.close()
         self._board.close()
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # a line cut off by a kill
-    return kept
+        self._monitors.close()
 
 
 class ProgressLine:

@@ -33,6 +33,7 @@ from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
 from megatron_slm.training.architecture import check_layout
 from megatron_slm.training.corpora import boundaries, check_order, open_data
+from megatron_slm.training.monitors import check_monitors
 from megatron_slm.training.resume import Resume
 from megatron_slm.training.stores import open_scores, scored_data
 from megatron_slm.training.utilization import Utilization
@@ -65,6 +66,8 @@ class Plan:
     global_batch_size: int
     deepspeed: dict[str, Any]
     backends: Backends
+    monitors: dict[str, Any]
+    """The DeepSpeed JSON's sections of monitors."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -141,6 +144,8 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resu
     )
     user_deepspeed = ds_config.read_json(parallel.deepspeed_config)
     ds_config.check(user_deepspeed, config)
+    monitors = ds_config.monitors(user_deepspeed)
+    check_monitors(monitors)
     choose_kernels(config.loss_head.loss_head_backend, on_gpu=on_gpu())  # refuses what cannot run here
     global_batch_size, num_micro_batches = batch_arithmetic(config, topology)
     thorough = rank == 0
@@ -198,6 +203,7 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resu
             user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
         ),
         backends=backends,
+        monitors=monitors,
     )
 
 

@@ -14,9 +14,12 @@ from torch import Tensor
 from megatron_slm.loss.objective import LossSums, StepSettings
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
+from megatron_slm.pipeline.facts import MicroBatchFacts, StepFacts
 from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
+from megatron_slm.pipeline.refusal import Reason, refusal
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import describe
+from megatron_slm.pipeline.timers import Timers
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.types import MicroBatch, TokenStatistics
@@ -32,15 +35,21 @@ class StepResult:
     """Over all micro-batches and ranks."""
     grad_norm: float
     """Global gradient norm before clipping; infinity where the step was skipped."""
-    skipped: bool
-    """The gradients were not finite, so nothing was updated."""
+    refused: Reason | None
+    """Why nothing was updated; None where the step was applied."""
     seconds: float
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was updated."""
+        return self.refused is not None
 
 
 class Trainer(Protocol):
     """The two engines' common face."""
 
     engine: Any
+    timers: Timers
 
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """Forward, backward and optimizer step; the sums over all ranks.
@@ -48,6 +57,10 @@ class Trainer(Protocol):
         Args:
             is_last: no step follows; nothing of a next one is read.
         """
+        ...
+
+    def micro_batch_facts(self) -> list[MicroBatchFacts]:
+        """What the last step saw of each micro-batch on this rank."""
         ...
 
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
@@ -75,6 +88,8 @@ class PipelineTrainer:
     def __init__(self, engine: SelectiveEngine, *, num_measured_steps: int = 0) -> None:
         self.engine, self._left_to_measure = engine, num_measured_steps
         self.evaluate = engine.evaluate
+        self.micro_batch_facts = engine.micro_batch_facts
+        self.timers = engine.context.timers
         self.reference_statistics = engine.reference_statistics
         self.probe = engine.probe
         if num_measured_steps:
@@ -103,7 +118,9 @@ class FlatTrainer:
         reference: FrozenStage | None,
         num_micro_batches: int,
         scores: StoredScores | None,
+        timers: Timers,
     ) -> None:
+        self.timers = timers
         self.engine, self.topology, self.reference, self.scores = engine, topology, reference, scores
         self.num_micro_batches = num_micro_batches
         self.objective = engine.module.objective
@@ -111,27 +128,38 @@ class FlatTrainer:
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """See `Trainer`. The reference rides along, so there is no work for a next step."""
         self.engine.train()
-        sums = LossSums()
+        self._facts, timing = StepFacts(), self.timers.timing
         for i in range(self.num_micro_batches):
-            read = source(i)
-            batch = self._on_device(read)
+            with timing("batch-generator"):
+                read = source(i)
+                batch = self._on_device(read)
+            with timing("reference-forward-compute"):
+                reference = self._reference_statistics(read, batch)
             self.engine.set_gradient_accumulation_boundary(i == self.num_micro_batches - 1)
-            loss_sum, part = self.engine(batch, self._reference_statistics(read, batch), settings)
-            self.engine.backward(loss_sum, scale_wrt_gas=False)
-            sums = sums + part
-        sums = self._over_world(sums)
-        with gradients_scaled(self.engine.optimizer, step_factor(sums, self.topology.data)):
+            with timing("forward-compute"):
+                loss_sum, values = self.engine(batch, reference, settings, watch=self._facts.watch(i))
+            with timing("backward-compute"):
+                self.engine.backward(loss_sum, scale_wrt_gas=False)
+            if self.objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
+                self._facts.add(i, values)
+        sums = sum_over_world(self._facts.in_order, self.engine.device, num_sources=self.objective.num_sources)
+        with (
+            timing("optimizer"),
+            gradients_scaled(self.engine.optimizer, step_factor(sums, settings, self.topology.data)),
+        ):
             self.engine.step()
         return sums
+
+    def micro_batch_facts(self) -> list[MicroBatchFacts]:
+        """See `Trainer`."""
+        return self._facts.read()
 
     @torch.no_grad()
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
         """See `Trainer`."""
         self.engine.eval()
-        sums = LossSums()
-        for i in range(num_micro_batches):
-            sums = sums + self.engine(self._on_device(source(i)), None, None)[1]
-        return self._over_world(sums)
+        values = [self.engine(self._on_device(source(i)), None, None)[1] for i in range(num_micro_batches)]
+        return sum_over_world(values if self.objective.tp.rank == 0 else [], self.engine.device)
 
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
         """See `Trainer`."""
@@ -157,10 +185,6 @@ class FlatTrainer:
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
         return batch.to(self.engine.device)
 
-    def _over_world(self, sums: LossSums) -> LossSums:
-        sums = sums if self.objective.tp.rank == 0 else LossSums()
-        return sum_over_world(sums, self.engine.device, num_sources=self.objective.num_sources)
-
 
 def train_step(
     trainer: Trainer, source: BatchSource, settings: StepSettings, *, learning_rate: float, is_last: bool
@@ -172,9 +196,13 @@ def train_step(
         group["lr"] = learning_rate
     skipped_before = engine.skipped_steps
     sums = trainer.train_step(source, settings, is_last=is_last)
+    refused = refusal(sums, settings)
+    if refused is None and engine.skipped_steps > skipped_before:
+        refused = "nonfinite-gradient"
+    assert (refused is not None) == (engine.skipped_steps > skipped_before), "a refused step is not applied"
     return StepResult(
         sums=sums,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
-        skipped=engine.skipped_steps > skipped_before,
+        refused=refused,
         seconds=time.perf_counter() - started,
     )

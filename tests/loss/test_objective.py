@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, StepSettings
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.pipeline.gradients import step_factor
+from megatron_slm.pipeline.refusal import refusal
 from megatron_slm.selection.scores import SCORES
 from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch, TokenStatistics
@@ -38,8 +40,8 @@ def run(selector: Selector, p: Any, reference: Tensor | None) -> tuple[Tensor, L
     x_sbd, weight, batch, _ = p
     objective = Objective(selector=selector, tp=TensorParallel())
     statistics = None if reference is None else TokenStatistics(reference)
-    loss, sums = objective.loss(x_sbd, OutputWeight(weight, 0, len(weight)), batch, statistics, StepSettings(step=0))
-    return loss.detach(), sums, list(torch.autograd.grad(loss, [x_sbd, weight]))
+    loss, values = objective.loss(x_sbd, OutputWeight(weight, 0, len(weight)), batch, statistics, StepSettings(step=0))
+    return loss.detach(), LossSums.of(values.tolist()), list(torch.autograd.grad(loss, [x_sbd, weight]))
 
 
 def full_losses(p: Any) -> Tensor:
@@ -91,6 +93,8 @@ def test_a_token_loss_that_is_not_finite_does_not_touch_its_neighbours(clm: bool
     loss, sums, gradients = run(chosen, p, None)
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in gradients)
+    assert sums.nonfinite_losses == 1, "the model's own, not a score"
+    assert refusal(sums, StepSettings(step=0)) == "nonfinite-loss"
     assert (sums.nonfinite_tokens, sums.valid_tokens, sums.kept_tokens) == (1, 13, 13 if clm else 7)
     losses, valid = full_losses(p).detach(), p[2].valid_bs.flatten().clone()
     valid[10] = False
@@ -112,20 +116,38 @@ def test_all_masked_is_zero_of_everything() -> None:
         assert float(loss) == 0
         assert sums == LossSums()
         assert not any(g.any() for g in gradients)
-        assert step_factor(sums, 2) == 2.0, "nothing to divide by, and nothing that failed"
+        assert refusal(sums, StepSettings(step=0)) == "nothing-kept", "a gradient of zeros is none"
 
 
 def test_the_divisor_of_a_step() -> None:
-    assert step_factor(LossSums(kept_tokens=5, divisor=4.0, ranked_tokens=9), 2) == 0.5
-    assert math.isnan(step_factor(LossSums(nonfinite_tokens=3), 2)), "nothing was finite: no step"
-    assert step_factor(LossSums(nonfinite_tokens=3, ranked_tokens=5), 2) == 2.0, "nothing reached the threshold"
+    sums, settings = LossSums(kept_tokens=5, divisor=4.0, ranked_tokens=9), StepSettings(step=0)
+    assert step_factor(sums, settings, 2) == 0.5
+    for bad in (LossSums(nonfinite_tokens=3), replace(sums, nonfinite_losses=1.0)):
+        assert math.isnan(step_factor(bad, settings, 2))
+
+
+def test_why_a_step_is_refused() -> None:
+    sums = LossSums(kept_tokens=5, divisor=4.0, ranked_tokens=9, valid_loss=30.0, valid_tokens=10)
+
+    def reason(limit: float | None = None, **changes: float) -> str | None:
+        return refusal(replace(sums, **changes), StepSettings(step=0, loss_limit=limit))
+
+    assert reason() is None
+    assert reason(nonfinite_tokens=3) is None, "scores that are not finite are left out"
+    assert reason(nonfinite_tokens=3, nonfinite_losses=1) == "nonfinite-loss"
+    assert reason(nonfinite_tokens=3, ranked_tokens=0, kept_tokens=0) == "nonfinite-score"
+    assert reason(nonfinite_tokens=3, kept_tokens=0) == "nothing-kept", "nothing reached the threshold"
+    assert reason(kept_tokens=0) == "nothing-kept"
+    assert reason(limit=3.0) is None
+    assert reason(limit=2.999) == "loss-spike"
 
 
 def test_the_expected_count_divides_in_quantile_selections() -> None:
     p, chosen = problem(), Selector(scores=(SCORES["loss"],), policy="quantile", keep_ratio=0.5)
     objective = Objective(selector=chosen, tp=TensorParallel())
     settings = StepSettings(step=7, score_threshold=0.0)
-    _, sums = objective.loss(p[0], OutputWeight(p[1], 0, len(p[1])), p[2], None, settings)
+    _, values = objective.loss(p[0], OutputWeight(p[1], 0, len(p[1])), p[2], None, settings)
+    sums = LossSums.of(values.tolist())
     assert sums.kept_tokens == 14
     assert sums.divisor == 7
     losses = full_losses(p).detach()[p[2].valid_bs.flatten()].sort(descending=True).values

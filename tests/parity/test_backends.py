@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import types
@@ -16,7 +15,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from megatron_slm.model import block
 from megatron_slm.training import plan
-from tests.support.runs import flags, run_flags, save_hf_llama, without_timings, write_corpus
+from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
 
@@ -30,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [without_timings(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return recorded(run_dir)
 
 
 def losses(run_dir: Path) -> list[float]:

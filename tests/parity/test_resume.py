@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_slm.checkpoint.format import find_checkpoint
-from tests.support.runs import run_flags, save_hf_llama, without_timings, write_corpus
+from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import (
     train_and_die_while_saving,
     train_and_report,
@@ -38,8 +38,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [without_timings(line) for line in lines]
+    return recorded(run_dir)
 
 
 def assert_bit_equal(straight: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,7 +16,7 @@ from transformers import LlamaForCausalLM
 from megatron_slm.checkpoint.format import Manifest
 from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.packing import PackedSamples
-from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, without_timings, write_corpus
+from tests.support.runs import SEQ_LENGTH, recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
@@ -40,8 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_of(run_dir: Path, event: str | None = None) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [without_timings(line) for line in lines if line.get("event") == event]
+    return [line for line in recorded(run_dir) if line.get("event") == event]
 
 
 def train(folder: Path, run_dir: Path, layout: str = "111", **changes: Any) -> list[dict[str, Any]]:

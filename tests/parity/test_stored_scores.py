@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.runs import run_flags, save_hf_llama, write_corpus
-from tests.support.scoring import online_losses, online_then_stored, score_here, stored, untimed_metrics
+from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
+from tests.support.scoring import online_losses, online_then_stored, score_here, stored
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
@@ -39,8 +39,8 @@ def test_the_same_bits_as_online(name: str, tmp_path: Path) -> None:
         assert len(live["owned"]) == len(read["owned"]) > 0
         assert all(np.array_equal(a, b) for a, b in zip(live["owned"], read["owned"], strict=True))
         assert read["block_calls"] < live["block_calls"], "no reference was run"
-    lines = untimed_metrics(tmp_path / "offline")
-    assert lines == untimed_metrics(tmp_path / "online")
+    lines = recorded(tmp_path / "offline")
+    assert lines == recorded(tmp_path / "online")
     assert len(lines) == 4 + 1  # and an evaluation, which reads no scores
     assert all(line["kept_tokens"] < line["valid_tokens"] < 8 * 16 for line in lines[:4])  # some masked, some not kept
 
@@ -62,7 +62,7 @@ def test_self_reference_from_stored_entropies(layout: dict[str, Any], tmp_path: 
     for live, read in run_world(online_then_stored, 2 if layout else 1, online, scoring, offline):
         assert live["kept"] == read["kept"]
         assert all(np.array_equal(a, b) for a, b in zip(live["owned"], read["owned"], strict=True))
-    assert untimed_metrics(tmp_path / "offline") == untimed_metrics(tmp_path / "online")
+    assert recorded(tmp_path / "offline") == recorded(tmp_path / "online")
     assert not torch.equal(stored(tmp_path / "scores", "entropy"), stored(tmp_path / "scores"))
 
 
@@ -119,7 +119,7 @@ def test_one_store_serves_every_layout_and_batch_size(size: int, changes: dict[s
     values = run_flags(corpus, folder / "read", **{**RUN, **changes}, reference_scores=[store])
     reports = run_world(train_and_report, size, values)
     assert {tokens: kept for report in reports for tokens, kept in report["kept"]} == dict(single["kept"])
-    losses = [[line["loss"] for line in untimed_metrics(folder / name)] for name in ("read", "single")]
+    losses = [[line["loss"] for line in recorded(folder / name)] for name in ("read", "single")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -134,6 +134,6 @@ def test_a_resumed_run_reads_the_same_scores(folder: Path) -> None:
     load = folder / "resumed" / "checkpoints"
     again = run_flags(folder / "corpus", folder / "resumed", **values, **store, load=load)
     resumed = run_world(train_and_report, 2, again)
-    assert untimed_metrics(folder / "straight") == untimed_metrics(folder / "resumed")
+    assert recorded(folder / "straight") == recorded(folder / "resumed")
     for one, other in zip(straight, resumed, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one["owned"], other["owned"], strict=True))

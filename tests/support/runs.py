@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,6 @@ def save_hf_llama(folder: Path, *, seed: int = 0, vocab_size: int = VOCAB_SIZE, 
     return folder
 
 
-TIMINGS = ("step_time_seconds", "tokens_per_second", "tflops_per_device", "mfu", "mfu_with_reference")
-"""Metrics that no run repeats."""
-
-
-def without_timings(line: dict[str, Any]) -> dict[str, Any]:
-    """What two runs of the same steps have in common."""
-    return {name: value for name, value in line.items() if name not in TIMINGS}
-
-
 def flags(values: dict[str, Any]) -> list[str]:
     """A command line from a mapping; True gives the bare flag."""
     out: list[str] = []
@@ -77,6 +69,26 @@ def flags(values: dict[str, Any]) -> list[str]:
         elif value is not True:
             out.append(str(value))
     return out
+
+
+MEASURED = (
+    "step_time_seconds",
+    "tokens_per_second",
+    "tflops_per_device",
+    "mfu",
+    "mfu_with_reference",
+    "timers_ms",
+    "memory_allocated_mib",
+    "memory_peak_mib",
+    "memory_host_mib",
+)
+"""Metrics that differ between two runs of the same losses."""
+
+
+def recorded(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without what differs between two runs of the same losses."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def run_flags(corpus: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:

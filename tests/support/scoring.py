@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from megatron_slm.reference import manifest, store
 from megatron_slm.training import scoring
 from megatron_slm.training.main import pretrain
 from megatron_slm.training.score_main import main, parse_scoring, score
-from tests.support.runs import flags, without_timings
+from tests.support.runs import flags
 from tests.support.training import train_and_report
 
 
@@ -81,9 +80,3 @@ def stored(folder: Path, name: str = "loss") -> torch.Tensor:
     """All rows of a store, [samples, s], in the stored dtype, read without the package's reader."""
     num_shards = manifest.Manifest.read(folder).num_shards
     return torch.cat([load_file(folder / manifest.shard_name(i))[name] for i in range(num_shards)])
-
-
-def untimed_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run without what depends on the clock."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [without_timings(line) for line in lines]

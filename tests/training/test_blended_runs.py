@@ -15,7 +15,7 @@ from megatron_slm.data import reading
 from megatron_slm.data.indexed_writer import IndexedCorpusWriter
 from megatron_slm.data.interleave import greedy_choices, normalized
 from tests.support.documents import token_losses
-from tests.support.runs import run_flags, save_hf_llama, without_timings, write_corpus
+from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, flags, train_and_report
 from tests.support.world import WorldError, run_world
 
@@ -35,8 +35,7 @@ def blend(folder: Path, *weights: float) -> list[str]:
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [without_timings(line) for line in found]
+    return recorded(run_dir)
 
 
 @pytest.mark.parametrize(

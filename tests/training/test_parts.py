@@ -23,7 +23,9 @@ from tests.support.world import WorldError, run_world
 
 METRIC_NAMES = (
     "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_unselected excess_all "
-    "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm step_time_seconds tokens_per_second tflops_per_device mfu mfu_with_reference skipped_steps"
+    "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm "
+    "skip_reason step_time_seconds tokens_per_second tflops_per_device mfu mfu_with_reference skipped_steps "
+    "memory_allocated_mib memory_peak_mib memory_host_mib"
 ).split()
 
 
@@ -44,13 +46,13 @@ def test_metrics_are_quotients_of_sums() -> None:
         kept_loss=12.0, kept_tokens=6, valid_loss=20.0, valid_tokens=10, reference_loss=15.0, kept_excess=3.0,
         weighted_loss=12.0, nonfinite_tokens=2, ranked_tokens=10, score_p05=-10.0, score_p95=40.0,
     )  # fmt: skip
-    result = StepResult(sums=sums, grad_norm=2.0, skipped=False, seconds=1.0)
+    result = StepResult(sums=sums, grad_norm=2.0, refused=None, seconds=1.0)
     values = training_metrics(result, has_reference=True)
     assert values == {
         "loss": 2.0, "loss_all": 2.0, "loss_unselected": 2.0, "reference_loss": 1.5, "excess_selected": 0.5,
         "excess_unselected": 0.5, "excess_all": 0.5, "keep_fraction": 0.6, "kept_tokens": 6, "valid_tokens": 10,
         "nonfinite_tokens": 2, "score_p05": -1.0, "score_p25": 0.0, "score_p50": 0.0, "score_p75": 0.0,
-        "score_p95": 4.0, "grad_norm": 2.0,
+        "score_p95": 4.0, "grad_norm": 2.0, "skip_reason": None,
     }  # fmt: skip
     alone = training_metrics(result, has_reference=False)
     assert {name for name, value in alone.items() if value is None} == {
@@ -58,14 +60,17 @@ def test_metrics_are_quotients_of_sums() -> None:
         "excess_selected",
         "excess_unselected",
         "excess_all",
+        "skip_reason",
     }
     plain = training_metrics(result, has_reference=False, has_scores=False)
     assert {plain[f"score_p{level}"] for level in ("05", "25", "50", "75", "95")} == {None}
     empty = training_metrics(
-        StepResult(sums=LossSums(), grad_norm=float("inf"), skipped=True, seconds=1.0), has_reference=True
+        StepResult(sums=LossSums(), grad_norm=float("inf"), refused="nonfinite-gradient", seconds=1.0),
+        has_reference=True,
     )
     assert empty["loss"] is None
     assert empty["grad_norm"] is None
+    assert empty["skip_reason"] == "nonfinite-gradient"
 
 
 def test_a_resumed_file_tells_one_history(tmp_path: Path) -> None:
