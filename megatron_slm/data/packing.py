@@ -179,12 +179,19 @@ class PackedSamples:
             IndexError: there is no such sample.
             CorpusError: it cannot be read.
         """
+        return self._reader.sample(self.pieces(index), self.sequence_length)
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What sample `index` is made of; its tokens are theirs, end to end.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self.name}, which has {self._num_samples}")
         position = int(self.shuffle_index[index]) * self.sequence_length
         document_index, _, ends = self._indices
-        pieces = _stream_pieces(self.corpus, document_index, ends, position, self.sequence_length + 1)
-        return self._reader.sample(pieces, self.sequence_length)
+        return _stream_pieces(self.corpus, document_index, ends, position, self.sequence_length + 1)
 
     def _samples_shuffled_first(self, num_samples: int | None) -> int:
         """Samples that are shuffled together first: all, or those before a last epoch that is little used.
