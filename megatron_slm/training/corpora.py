@@ -27,11 +27,11 @@ from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
-from megatron_slm.data.packing import PackedSamples, SequentialSamples, split_bounds
+from megatron_slm.data.packing import PackedSamples, SequentialSamples, has_share, split_bounds
 from megatron_slm.data.sidecar import find_loss_mask, read_sidecar
 from megatron_slm.data.staging import staged
 from megatron_slm.data.tokenizers import Tokenizer
-from megatron_slm.errors import CheckpointError, ConfigError, VocabularyError
+from megatron_slm.errors import CheckpointError, ConfigError, CorpusError, VocabularyError
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,9 @@ def _held_out(
     for corpus in cut:
         held = opened[corpus.prefix]
         start, stop = split_bounds(paths.split or "", held.tokens.num_sequences)[part]
-        if start < stop:
+        if has_share(paths.split or "", part):
+            if start == stop:
+                raise _no_sequence(paths.split, name, held.tokens)
             title = name if len(cut) == 1 else f"{name}-{corpus.name}"
             found[title] = SequentialSamples(held.tokens, start, stop, sequence_length=length, loss_mask=held.loss_mask)
     for corpus in given:
@@ -225,6 +227,15 @@ def _held_out(
         whole = held.tokens.num_sequences
         found[title] = SequentialSamples(held.tokens, 0, whole, sequence_length=length, loss_mask=held.loss_mask)
     return found
+
+
+def _no_sequence(split: str | None, name: str, corpus: IndexedCorpus) -> CorpusError:
+    return CorpusError(
+        f"sequences of {corpus.prefix} for the set {name} (--split {split})",
+        0,
+        f"must be at least 1 of its {corpus.num_sequences}",
+        f"give the set a larger share or none with --split, or name its corpora with --{name}-data-path",
+    )
 
 
 def _read_paths(data: DataConfig) -> _Paths:
