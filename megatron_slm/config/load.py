@@ -146,8 +146,11 @@ def _list_fields() -> set[str]:
     return {name for name, hint in hints.items() if typing.get_origin(hint) is list}
 
 
-def parse(argv: Sequence[str]) -> tuple[sections.RunConfig, bool]:
+def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[sections.RunConfig, bool]:
     """The run's configuration from the command line and the YAML file it names.
+
+    Args:
+        train_iters: for tools that look at a run, where neither says how long it is.
 
     Returns:
         the configuration, and whether only a dry run is asked for.
@@ -161,6 +164,8 @@ def parse(argv: Sequence[str]) -> tuple[sections.RunConfig, bool]:
     if path is not None:
         parser.set_defaults(_typed(parser, _read_yaml(path), path))
     values = vars(parser.parse_args(words))
+    if values["train_iters"] is None:
+        values["train_iters"] = train_iters
     if values["train_iters"] is None:
         raise ConfigError("--train-iters", None, "is given", "give the number of steps, on the command line or in YAML")
     return _assemble(values), values["dry_run"]

@@ -91,13 +91,20 @@ class BestFitSamples:
             IndexError: there is no such sample.
             CorpusError: it cannot be read.
         """
+        return self._reader.sample(self.pieces(index), self.sequence_length)
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What sample `index` is made of; padding follows them.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
         epoch, place = divmod(index, self.samples_per_epoch)
         arrays = self._epoch(epoch)
         begin, end = arrays["bin_ends"][place : place + 2].tolist()
-        rows = arrays["pieces"][begin:end].tolist()
-        return self._reader.sample([Piece(*row) for row in rows], self.sequence_length)
+        return [Piece(*row) for row in arrays["pieces"][begin:end].tolist()]
 
     def _epoch(self, epoch: int) -> Arrays:
         held = self._epochs.get(epoch)

@@ -15,7 +15,7 @@ from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.interleave import Interleave
 from megatron_slm.data.packing import Samples
-from megatron_slm.data.reading import Sample
+from megatron_slm.data.reading import Piece, Sample
 from megatron_slm.data.sidecar import read_sidecar
 
 _SURPLUS = 0.005
@@ -35,6 +35,9 @@ class OrderedSamples(Samples, Protocol):
     @property
     def order_fingerprint(self) -> str:
         """Stands for the samples and their order."""
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What a sample is made of; padding follows them where they do not fill it."""
 
 
 MakeSamples = Callable[[int | None, int], OrderedSamples]
@@ -99,10 +102,23 @@ class Source:
             IndexError: there is no such sample.
             CorpusError: it cannot be read.
         """
+        order, number = self._locate(index)
+        return order[number]
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What its sample `index` is made of.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        order, number = self._locate(index)
+        return order.pieces(number)
+
+    def _locate(self, index: int) -> tuple[OrderedSamples, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
         order = bisect_right(self._ends, index)
-        return self.orders[order][index - (self._ends[order - 1] if order else 0)]
+        return self.orders[order], index - (self._ends[order - 1] if order else 0)
 
     def epochs(self, num_samples: int) -> float:
         """How many times its first `num_samples` samples go through the corpus."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slm.data.indexed import IndexedCorpus, bin_path, idx_path
-from megatron_slm.data.packing import PackedSamples
+from megatron_slm.data.reading import Piece
 from megatron_slm.data.sidecar import Sidecar, find_loss_mask, read_sidecar
 from megatron_slm.errors import ConfigError, CorpusError
 
@@ -25,10 +25,10 @@ class Decoder(Protocol):
 
 
 class Part(NamedTuple):
-    """Consecutive tokens of one sequence of the corpus."""
+    """Consecutive tokens of one sequence of the corpus, or padding."""
 
-    sequence: int
-    """Which."""
+    sequence: int | None
+    """Which; None for padding."""
 
     offset: int
     """Its first token here."""
@@ -77,53 +77,45 @@ def document_parts(corpus: IndexedCorpus, mask: IndexedCorpus | None, document: 
     return [_part(corpus, mask, sequence, 0, int(corpus.sequence_lengths[sequence])) for sequence in range(first, stop)]
 
 
-def sample_parts(samples: PackedSamples, mask: IndexedCorpus | None, index: int) -> list[Part]:
-    """The documents that sample `index` of training is made of, in order; s + 1 tokens, the first of which is no label.
+def sample_parts(
+    corpus: IndexedCorpus, pieces: Sequence[Piece], tokens: Sequence[int], valid: npt.NDArray[np.bool_]
+) -> list[Part]:
+    """What a sample of training is made of, in order, padding last.
 
-    Raises:
-        IndexError: there is no such sample.
+    Args:
+        corpus: where it is from.
+        pieces: what it is made of (see `pieces` of its samples).
+        tokens: all of them, [s + 1], as training reads them.
+        valid: whether each label counts, [s]; the first token is no label.
     """
-    corpus = samples.corpus
-    position = int(samples.shuffle_index[index]) * samples.sequence_length
-    ends = np.cumsum(corpus.sequence_lengths[samples.document_index], dtype=np.int64)
-    place, left = int(np.searchsorted(ends, position, side="right")), samples.sequence_length + 1
+    ids, trained, filled = np.asarray(tokens, np.int64), np.append(False, valid), 0
     parts = []
-    while left:
-        sequence = int(samples.document_index[place])
-        offset = int(corpus.sequence_lengths[sequence]) - int(ends[place] - position)
-        count = min(int(ends[place] - position), left)
-        if count:
-            parts.append(_part(corpus, mask, sequence, offset, count))
-        position, left, place = position + count, left - count, place + 1
-    parts[0].trained[0] = False
+    for piece in pieces:
+        place = slice(filled, filled + piece.length)
+        ends = piece.offset + piece.length == int(corpus.sequence_lengths[piece.sequence])
+        parts.append(Part(piece.sequence, piece.offset, ids[place], trained[place], ends))
+        filled += piece.length
+    if filled < ids.size:
+        parts.append(Part(None, 0, ids[filled:], trained[filled:], True))
     return parts
 
 
-def render(parts: Sequence[Part], decoder: Decoder, eod_id: int | None = None, mask_eod: bool = False) -> str:
+def render(parts: Sequence[Part], decoder: Decoder) -> str:
     """Text of the parts, one below the other: a line that says where each is from, then its text.
 
     What is not trained on stands within ⟦ ⟧. A character that spans tokens on both sides of a border shows as two.
-
-    Args:
-        parts: of a sample or a document.
-        decoder: the tokenizer.
-        eod_id: the end-of-document token.
-        mask_eod: whether labels that follow an end-of-document token do not count (`--eod-mask-loss`).
     """
     lines = []
-    after_end = False
     for part in parts:
-        trained = part.trained.copy()
-        if mask_eod and eod_id is not None and trained.size:
-            before = np.append(after_end, part.tokens[:-1] == eod_id)
-            trained &= ~before
-            after_end = bool(part.tokens[-1] == eod_id)
+        if part.sequence is None:
+            lines.append(f"── padding, {part.tokens.size} tokens, {int(part.trained.sum())} trained on")
+            continue
         stop = part.offset + part.tokens.size
         end = "ends here" if part.ends else "goes on"
         lines.append(
-            f"── sequence {part.sequence}, tokens [{part.offset}, {stop}), {int(trained.sum())} trained on, {end}"
+            f"── sequence {part.sequence}, tokens [{part.offset}, {stop}), {int(part.trained.sum())} trained on, {end}"
         )
-        lines.append("".join(_runs(part.tokens, trained, decoder)))
+        lines.append("".join(_runs(part.tokens, part.trained, decoder)))
     return "\n".join(lines)
 
 

@@ -56,13 +56,7 @@ def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int]]:
     Raises:
         ConfigError: `split` is not such numbers.
     """
-    rule = "must be one to three numbers >= 0, not all 0, with commas between"
-    parts = re.split(r"\s*,\s*", split.strip())
-    if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts):
-        raise ConfigError("split", split, rule, "for example 969,30,1")
-    weights = np.array([float(part) for part in parts] + [0.0] * (3 - len(parts)), dtype=np.float64)
-    if weights.sum() == 0:
-        raise ConfigError("split", split, rule, "for example 969,30,1")
+    weights = _shares(split)
     fractions: list[float] = (weights / weights.sum()).tolist()
     # Megatron adds the fractions up one by one and rounds half to even: the same here, to the last bit.
     edges = [0.0]
@@ -70,6 +64,26 @@ def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int]]:
         edges.append(edges[-1] + fraction)
     bounds = [round(edge * float(num_sequences)) for edge in edges]
     return list(itertools.pairwise(bounds))
+
+
+def has_share(split: str, part: int) -> bool:
+    """Whether a split gives train (0), validation (1) or test (2) anything at all.
+
+    Raises:
+        ConfigError: see `split_bounds`.
+    """
+    return bool(_shares(split)[part] > 0)
+
+
+def _shares(split: str) -> npt.NDArray[np.float64]:
+    rule = "must be one to three numbers >= 0, not all 0, with commas between"
+    parts = re.split(r"\s*,\s*", split.strip())
+    if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts):
+        raise ConfigError("split", split, rule, "for example 969,30,1")
+    weights = np.array([float(part) for part in parts] + [0.0] * (3 - len(parts)), dtype=np.float64)
+    if weights.sum() == 0:
+        raise ConfigError("split", split, rule, "for example 969,30,1")
+    return weights
 
 
 class PackedSamples:
@@ -179,12 +193,19 @@ class PackedSamples:
             IndexError: there is no such sample.
             CorpusError: it cannot be read.
         """
+        return self._reader.sample(self.pieces(index), self.sequence_length)
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What sample `index` is made of; its tokens are theirs, end to end.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self.name}, which has {self._num_samples}")
         position = int(self.shuffle_index[index]) * self.sequence_length
         document_index, _, ends = self._indices
-        pieces = _stream_pieces(self.corpus, document_index, ends, position, self.sequence_length + 1)
-        return self._reader.sample(pieces, self.sequence_length)
+        return _stream_pieces(self.corpus, document_index, ends, position, self.sequence_length + 1)
 
     def _samples_shuffled_first(self, num_samples: int | None) -> int:
         """Samples that are shuffled together first: all, or those before a last epoch that is little used.

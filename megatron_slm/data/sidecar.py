@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,14 +110,6 @@ def find_loss_mask(prefix: str | Path) -> Path | None:
 def sidecar_text(sidecar: Sidecar) -> str:
     """What the file holds."""
     return json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n"
-
-
-def write_sidecar(prefix: str | Path, sidecar: Sidecar) -> None:
-    """Write `<prefix>.meta.json` at once: readers see the old file or the new one."""
-    path = sidecar_path(prefix)
-    part = Path(f"{path}.part-{os.getpid()}")
-    part.write_text(sidecar_text(sidecar), encoding="utf-8")
-    os.replace(part, path)
 
 
 def read_sidecar(prefix: str | Path) -> Sidecar | None:

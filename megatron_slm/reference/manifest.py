@@ -28,7 +28,10 @@ LEAST_SHARDS = 64
 """A small store is cut into about this many shards, so that data-parallel ranks have something to share."""
 
 ScoreDtype = Literal["float32", "bfloat16", "float16"]
-AGAIN = "score the run's samples with tools/score_corpus.py and the run's own flags, or train with the scored ones"
+AGAIN = (
+    "score the run's samples with tools/score_corpus.py and the run's own flags (its --load too, where it was "
+    "extended), or train with the scored ones"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -258,14 +258,18 @@ def _source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> MicroBatchSou
 
 def _prefetcher(plan: Plan, source: MicroBatchSource) -> Prefetcher:
     """Reads ahead on the ranks that read at all."""
-    stage = plan.topology.coordinate(dist.get_rank()).pipeline
-    reads = stage in (0, plan.topology.pipeline - 1) or source.boundaries.matter_to_layers
     return Prefetcher(
         source,
         num_micro_batches=plan.num_micro_batches,
         num_samples=len(plan.train_samples),
-        num_threads=plan.config.data.num_workers if reads else 0,
+        num_threads=plan.config.data.num_workers if _reads(plan, source) else 0,
     )
+
+
+def _reads(plan: Plan, source: MicroBatchSource) -> bool:
+    """Whether this rank's stage needs micro-batches: the first and the last do, the others where documents matter."""
+    stage = plan.topology.coordinate(dist.get_rank()).pipeline
+    return stage in (0, plan.topology.pipeline - 1) or source.boundaries.matter_to_layers
 
 
 def _held_out(plan: Plan) -> list[HeldOutSet]:
@@ -275,7 +279,8 @@ def _held_out(plan: Plan) -> list[HeldOutSet]:
         if plan.config.logging.eval_iters is not None:
             count = min(count, plan.config.logging.eval_iters)
         source, at_end = _source(plan, samples, pads_at_end=True), name in plan.test
-        sets.append(HeldOutSet(name=name, source=source, num_global_batches=count, only_at_end=at_end))
+        reads = _reads(plan, source)
+        sets.append(HeldOutSet(name=name, source=source, num_global_batches=count, reads=reads, only_at_end=at_end))
     return sets
 
 

@@ -27,11 +27,11 @@ from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
-from megatron_slm.data.packing import PackedSamples, SequentialSamples, split_bounds
+from megatron_slm.data.packing import PackedSamples, SequentialSamples, has_share, split_bounds
 from megatron_slm.data.sidecar import find_loss_mask, read_sidecar
 from megatron_slm.data.staging import staged
 from megatron_slm.data.tokenizers import Tokenizer
-from megatron_slm.errors import CheckpointError, ConfigError, VocabularyError
+from megatron_slm.errors import CheckpointError, ConfigError, CorpusError, VocabularyError
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,16 @@ def open_data(
     num_samples: int,
     global_batch_size: int,
     manifest: Manifest | None = None,
+    *,
+    dry: bool = False,
 ) -> RunData:
     """The training samples, `num_samples` of them, and the held-out sets by name.
 
     Args:
         global_batch_size: turns the steps of --data-phases into samples.
         manifest: of the checkpoint that the run goes on from; its orders are kept and go on.
+        dry: make indices in memory, unless --data-cache-path says where they are wanted. (Corpora that are named by an
+            address are copied all the same: they cannot be opened otherwise.)
 
     Raises:
         SlmError: a corpus cannot be used, or two held-out sets have one name.
@@ -95,9 +99,21 @@ def open_data(
     test = _held_out(config, paths, cut, paths.test, opened, 2, "test", tokenizer, num_tokens)
     for title in valid.keys() & test.keys():
         raise ConfigError("--valid-data-path", title, "has a name of its own (a test set has it)", "write NAME=PREFIX")
-    return RunData(
-        train=_train_samples(config, paths.split, phases, named, opened, num_samples, manifest), valid=valid, test=test
-    )
+    index_cache = IndexCache(None if dry and config.data.data_cache_path is None else cache)
+    train = _train_samples(config, paths.split, phases, named, opened, num_samples, manifest, index_cache)
+    return RunData(train=train, valid=valid, test=test)
+
+
+def named_corpora(data: DataConfig) -> list[NamedPrefix]:
+    """Every corpus that a run names for any of its sets and phases, each once.
+
+    Raises:
+        ConfigError: there is none to train on, or a file that names them cannot be read.
+    """
+    paths = _read_paths(data)
+    trained = [paths.train, *(phase.blend for phase in parse_phases(data.data_phases))]
+    named = [corpus for blend in trained for corpus in blend.corpora]
+    return list({corpus.prefix: corpus for corpus in (*named, *paths.valid, *paths.test)}.values())
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -113,8 +129,8 @@ def _train_samples(
     opened: dict[str, _Corpus],
     num_samples: int,
     manifest: Manifest | None,
+    cache: IndexCache,
 ) -> BlendedSamples:
-    cache = IndexCache(cache_folder(config))
     makers: dict[str, MakeSamples] = {}
     sequences: dict[str, tuple[int, int]] = {}
     for prefix, corpus in opened.items():
@@ -195,7 +211,9 @@ def _held_out(
     for corpus in cut:
         held = opened[corpus.prefix]
         start, stop = split_bounds(paths.split or "", held.tokens.num_sequences)[part]
-        if start < stop:
+        if has_share(paths.split or "", part):
+            if start == stop:
+                raise _no_sequence(paths.split, name, held.tokens)
             title = name if len(cut) == 1 else f"{name}-{corpus.name}"
             found[title] = SequentialSamples(held.tokens, start, stop, sequence_length=length, loss_mask=held.loss_mask)
     for corpus in given:
@@ -209,6 +227,15 @@ def _held_out(
         whole = held.tokens.num_sequences
         found[title] = SequentialSamples(held.tokens, 0, whole, sequence_length=length, loss_mask=held.loss_mask)
     return found
+
+
+def _no_sequence(split: str | None, name: str, corpus: IndexedCorpus) -> CorpusError:
+    return CorpusError(
+        f"sequences of {corpus.prefix} for the set {name} (--split {split})",
+        0,
+        f"must be at least 1 of its {corpus.num_sequences}",
+        f"give the set a larger share or none with --split, or name its corpora with --{name}-data-path",
+    )
 
 
 def _read_paths(data: DataConfig) -> _Paths:

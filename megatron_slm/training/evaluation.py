@@ -7,6 +7,7 @@ from functools import partial
 
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.loss.objective import LossSums
+from megatron_slm.parallel.collectives import together
 from megatron_slm.training.metrics import evaluation_loss
 from megatron_slm.training.step import Trainer
 
@@ -18,6 +19,8 @@ class HeldOutSet:
     name: str
     source: MicroBatchSource
     num_global_batches: int
+    reads: bool
+    """Whether this rank's stage needs the micro-batches."""
     only_at_end: bool = False
     """Evaluated at the end of the run alone (a test set)."""
 
@@ -26,9 +29,14 @@ def evaluate(trainer: Trainer, held_out: HeldOutSet, *, global_batch_size: int, 
     """Mean loss in nats over the set's valid tokens, each counted once at any layout; None where not finite.
 
     Collective. One pass through the pipeline for each global batch.
+
+    Raises:
+        CorpusError, VocabularyError: the set cannot be read; on every rank alike, with nothing under way.
     """
     sums = LossSums()
     for batch in range(held_out.num_global_batches):
-        source = partial(held_out.source.micro_batch, batch * global_batch_size)
-        sums = sums + trainer.evaluate(source, num_micro_batches)
+        read = partial(held_out.source.micro_batch, batch * global_batch_size)
+        with together():  # before anything is sent, so that no rank waits for one that cannot read
+            micro_batches = [read(i) for i in range(num_micro_batches)] if held_out.reads else []
+        sums = sums + trainer.evaluate(micro_batches.__getitem__, num_micro_batches)
     return evaluation_loss(sums)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
-from megatron_slm.errors import SlmError
+from megatron_slm.errors import CorpusError, SlmError, VocabularyError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import from_rank_0, together
 from megatron_slm.training.build import Run
@@ -59,16 +59,28 @@ def train(run: Run) -> None:
                 unreadable = run.train_source.prepare(position.consumed_samples)
             stopping = stop.agreed(unreadable is not None)
             recorder.saved(run.saver.poll())
-            if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
+            saves = stopping or _due(position.step, config.checkpoint.save_interval, last)
+            if config.checkpoint.enabled and saves:
                 recorder.saved(_save(run))  # before evaluating: what ends a run early does not wait
             if stopping:  # what is under way is committed before anything that takes long or can fail
                 recorder.saved(run.saver.finish())
                 _raise_together(unreadable)
-            recorder.evaluations(recorder.evaluations_due())
+            _evaluate(run, recorder, is_saved=saves)
             if stopping:
                 recorder.say(f"asked to stop; stopped after step {position.step}")
                 break
         recorder.saved(run.saver.finish())
+
+
+def _evaluate(run: Run, recorder: _Recorder, *, is_saved: bool) -> None:
+    """Evaluate what is due after a step. A set that cannot be read ends the run, with the step saved. Collective."""
+    try:
+        recorder.evaluations(recorder.evaluations_due())
+    except (CorpusError, VocabularyError):  # on every rank alike
+        if run.plan.config.checkpoint.enabled and not is_saved:
+            recorder.saved(_save(run))
+        recorder.saved(run.saver.finish())
+        raise
 
 
 def _raise_together(error: SlmError | None) -> None:

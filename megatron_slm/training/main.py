@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parallel = config.parallel
             least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
             resume = open_resume(config)
-            plan = make_plan(config, int(os.environ.get("WORLD_SIZE", least)), rank=rank, resume=resume)
+            world_size = int(os.environ.get("WORLD_SIZE", least))
+            plan = make_plan(config, world_size, rank=rank, resume=resume, dry=True)
             if rank == 0:
                 print_dry_run(plan)
         else:

@@ -34,7 +34,7 @@ from megatron_slm.selection.selector import Selector
 from megatron_slm.training.architecture import check_layout
 from megatron_slm.training.corpora import boundaries, check_order, open_data
 from megatron_slm.training.monitors import check_monitors
-from megatron_slm.training.resume import Resume
+from megatron_slm.training.resume import Resume, num_run_samples
 from megatron_slm.training.stores import open_scores, scored_data
 from megatron_slm.training.utilization import Utilization
 
@@ -128,12 +128,15 @@ class Plan:
         return ds_config.zero_stage(self.deepspeed)
 
 
-def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resume | None = None) -> Plan:
+def make_plan(
+    config: RunConfig, world_size: int, *, rank: int = 0, resume: Resume | None = None, dry: bool = False
+) -> Plan:
     """Check a configuration against the world, the files and itself.
 
     Args:
         rank: rank 0 also compares checksums of checkpoints.
         resume: what `open_resume` found.
+        dry: nothing will be trained: leave no index of the samples in the run's folder (see `open_data`).
 
     Raises:
         SlmError: with the field, the value, the rule and the fix.
@@ -167,9 +170,9 @@ def make_plan(config: RunConfig, world_size: int, *, rank: int = 0, resume: Resu
     )
     num_tokens = min(model.vocab_size for model in models)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
-    num_samples = _num_samples(config, resume, global_batch_size)
+    num_samples = num_run_samples(config, resume, global_batch_size)
     manifest = resume.manifest if resume else None
-    data = open_data(config, tokenizer, num_tokens, num_samples, global_batch_size, manifest)
+    data = open_data(config, tokenizer, num_tokens, num_samples, global_batch_size, manifest, dry=dry)
     _check_profile(config, topology)
     if backends.compile_blocks and boundaries(config, tokenizer).matter_to_layers:
         raise ConfigError(
@@ -265,6 +268,15 @@ def _open(path: str | None, field: str, *, checksums: bool) -> Model | None:
     return None if path is None else open_model(path, field=field, checksums=checksums)
 
 
+def open_run_tokenizer(config: RunConfig) -> Tokenizer:
+    """The run's tokenizer, for those who need nothing else of its models.
+
+    Raises:
+        ConfigError: see `open_tokenizer`.
+    """
+    return open_tokenizer(config, _open(config.model.init_from, "--init-from", checksums=False))
+
+
 def open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
     """The run's tokenizer: the one named, else the one in --init-from.
 
@@ -283,11 +295,6 @@ def open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
             "name a tokenizer folder or file; NullTokenizer with --vocab-size needs none",
         )
     return build_tokenizer(data.tokenizer_type, model, data.vocab_size)
-
-
-def _num_samples(config: RunConfig, resume: Resume | None, global_batch_size: int) -> int:
-    step, consumed = (resume.manifest.step, resume.manifest.consumed_samples) if resume else (0, 0)
-    return consumed + (config.training.train_iters - step) * global_batch_size
 
 
 def _check_vocabularies(

@@ -68,6 +68,12 @@ def open_resume(config: RunConfig) -> Resume | None:
     return None
 
 
+def num_run_samples(config: RunConfig, resume: Resume | None, global_batch_size: int) -> int:
+    """Samples that a run has drawn at its end, those before its checkpoint included."""
+    step, consumed = (resume.manifest.step, resume.manifest.consumed_samples) if resume else (0, 0)
+    return consumed + (config.training.train_iters - step) * global_batch_size
+
+
 def saves_where_it_loads(config: RunConfig) -> bool:
     """Whether `--load` names the folder that the run saves to: one command that starts and resumes."""
     load = config.checkpoint.load

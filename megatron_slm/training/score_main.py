@@ -21,6 +21,7 @@ from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.reference.manifest import Manifest, ScoreDtype
+from megatron_slm.training.resume import open_resume
 from megatron_slm.training.scoring import score_corpus
 from megatron_slm.training.scoring_plan import ScoringOptions, ScoringPlan, make_scoring_plan
 
@@ -29,7 +30,8 @@ _DESCRIPTION = """Write a reference's per-token losses for the samples of a run,
 
 Beside the flags below it takes those of pretrain_slm.py (see its --help), on the command line or in the run's own
 YAML file; --reference-load names the reference. Layout and --micro-batch-size need not be the run's. Run again with
-the same flags, at any layout, it scores what is missing or damaged."""
+the same flags, at any layout, it scores what is missing or damaged. A run that is resumed with a larger --train-iters
+keeps the order of samples that it has begun: name its checkpoint with --load here too."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dry_run:
             parallel = config.parallel
             least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-            plan = make_scoring_plan(config, options, int(os.environ.get("WORLD_SIZE", least)), rank=rank)
+            world_size = int(os.environ.get("WORLD_SIZE", least))
+            plan = make_scoring_plan(config, options, world_size, rank=rank, resume=open_resume(config), dry=True)
             if rank == 0:
                 _print_plan(plan)
         else:
@@ -99,8 +102,9 @@ def score(config: RunConfig, options: ScoringOptions) -> Manifest:
     """
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     with peers_named("the scoring pass"):
+        resume = open_resume(config)
         with together():
-            plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank())
+            plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         manifest = score_corpus(plan)
         logger.info("%s is complete: %s", plan.output, _size(manifest))
         dist.barrier()  # nobody leaves while another still writes

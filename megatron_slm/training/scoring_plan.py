@@ -17,8 +17,9 @@ from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.manifest import Manifest, ScoreDtype, samples_per_shard
 from megatron_slm.training.architecture import check_layout
-from megatron_slm.training.corpora import open_data
-from megatron_slm.training.plan import check_model_vocabulary, open_tokenizer
+from megatron_slm.training.corpora import check_order, open_data
+from megatron_slm.training.plan import check_model_vocabulary, open_run_tokenizer
+from megatron_slm.training.resume import Resume, num_run_samples
 from megatron_slm.training.stores import scored_data
 
 
@@ -75,11 +76,21 @@ class ScoringPlan:
         )
 
 
-def make_scoring_plan(config: RunConfig, options: ScoringOptions, world_size: int, *, rank: int = 0) -> ScoringPlan:
+def make_scoring_plan(
+    config: RunConfig,
+    options: ScoringOptions,
+    world_size: int,
+    *,
+    rank: int = 0,
+    resume: Resume | None = None,
+    dry: bool = False,
+) -> ScoringPlan:
     """Check a run's configuration for scoring its samples at a layout, which need not be the run's.
 
     Args:
         rank: rank 0 also compares checksums of checkpoints.
+        resume: what `open_resume` found of the run; an order of samples that it has begun is kept, as the run keeps it.
+        dry: nothing will be scored (see `open_data`).
 
     Raises:
         SlmError: with the field, the value, the rule and the fix.
@@ -99,14 +110,15 @@ def make_scoring_plan(config: RunConfig, options: ScoringOptions, world_size: in
         )
     thorough = rank == 0
     reference = open_model(selection.reference_load, field="--reference-load", checksums=thorough)
-    init_from = config.model.init_from
-    init = None if init_from is None else open_model(init_from, field="--init-from", checksums=False)
-    tokenizer = open_tokenizer(config, init)
+    tokenizer = open_run_tokenizer(config)
     check_model_vocabulary(reference, "--reference-load", tokenizer, config)
     check_layout(reference.architecture, config, topology, what="reference")
     check_tensors(reference.architecture, reference.source, field="--reference-load")
     num_tokens = reference.architecture.vocab_size
-    num_samples = training.train_iters * training.global_batch_size
+    num_samples = num_run_samples(config, resume, training.global_batch_size)
+    manifest = resume.manifest if resume else None
+    data = open_data(config, tokenizer, num_tokens, num_samples, training.global_batch_size, manifest, dry=dry)
+    check_order(config, manifest, data.train)
     return ScoringPlan(
         config=config,
         options=options,
@@ -114,7 +126,7 @@ def make_scoring_plan(config: RunConfig, options: ScoringOptions, world_size: in
         tokenizer=tokenizer,
         reference=reference,
         num_tokens=num_tokens,
-        samples=open_data(config, tokenizer, num_tokens, num_samples, training.global_batch_size).train,
+        samples=data.train,
         num_samples=num_samples,
         backends=choose_backends(
             config.backend, bf16=training.bf16, zero_stage=1, architectures=[reference.architecture]

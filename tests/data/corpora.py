@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_slm.data.indexed import IndexedCorpus
+from megatron_slm.data.indexed import IndexedCorpus, sidecar_path
 from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.sidecar import Sidecar, sidecar_text
 
 
 def make_corpus(
@@ -25,3 +26,8 @@ def make_corpus(
         for document in np.split(ids, np.cumsum(lengths)[:-1]):
             writer.add_document(document)
     return IndexedCorpus(prefix)
+
+
+def write_sidecar(prefix: str | Path, sidecar: Sidecar) -> None:
+    """Put a sidecar beside a corpus."""
+    sidecar_path(prefix).write_text(sidecar_text(sidecar), encoding="utf-8")

@@ -11,10 +11,11 @@ import pytest
 
 from megatron_slm.config.load import parse
 from megatron_slm.data.blending import BlendedSamples
-from megatron_slm.data.sidecar import Sidecar, write_sidecar
+from megatron_slm.data.sidecar import Sidecar
 from megatron_slm.data.tokenizers import build_tokenizer
 from megatron_slm.errors import SlmError
 from megatron_slm.training.corpora import open_data
+from tests.data.corpora import write_sidecar
 from tests.data.megatron_oracle import StubTokenizer
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.world import run_world
@@ -202,6 +203,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "phase at 0": ({"data_path": ["{web}"], "data_phases": ["0: {books}"]}, "with a step above 0"),
     "phases out of order": ({"data_path": ["{web}"], "data_phases": ["5: {books}", "5: {web}"]}, "have steps that rise"),
     "weight in a phase": ({"data_path": ["{web}"], "data_phases": ["5: 0 {books} 1 {web}"]}, "--data-phases at step 5 = 0.0"),
+    "held-out split without a sample": ({"data_path": ["{code}"], "split": "999,1,0"}, r"sequences of .*code for the set valid \(--split 999,1,0\) = 0: must be at least 1 of its"),
+    "test split without a sample": ({"data_path": ["0.9", "{web}", "0.1", "{code}"], "split": "8,1,0.001"}, "for the set test .*--test-data-path"),
     "split without a sample": ({"data_path": ["0.9", "{web}", "0.1", "{code}"], "split": "1,99,0"}, "tokens in sequences .*code = 0: must be at least"),
     "threads": ({"data_path": ["{web}"], "num_workers": -1}, "--num-workers = -1"),
 }  # fmt: skip

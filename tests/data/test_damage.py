@@ -10,10 +10,10 @@ import pytest
 
 from megatron_slm.data.indexed import HEADER, IndexedCorpus
 from megatron_slm.data.preprocess import PreprocessConfig, preprocess
-from megatron_slm.data.sidecar import read_sidecar, sidecar_path, verify_hashes, write_sidecar
+from megatron_slm.data.sidecar import read_sidecar, sidecar_path, verify_hashes
 from megatron_slm.data.tokenizers import NullTokenizer
 from megatron_slm.errors import CorpusError
-from tests.data.corpora import make_corpus
+from tests.data.corpora import make_corpus, write_sidecar
 from tests.data.texts import write_json_lines
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.documents import DocumentKeys
 from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.inspection import Part, document_parts, loss_mask_of, render, sample_parts, summary
@@ -34,22 +35,29 @@ def corpus(tmp_path: Path) -> IndexedCorpus:
 
 
 @pytest.mark.parametrize("sequence_length", [1, 3, 8, 50])
-def test_parts_are_the_samples_of_training(corpus: IndexedCorpus, sequence_length: int) -> None:
+@pytest.mark.parametrize("kind", [PackedSamples, BestFitSamples])
+def test_parts_are_the_samples_of_training(corpus: IndexedCorpus, kind: type, sequence_length: int) -> None:
     mask = loss_mask_of(corpus)
-    samples = PackedSamples(
-        corpus, 0, corpus.num_sequences, sequence_length=sequence_length, num_samples=500 // sequence_length, seed=3
-    )
+    samples = kind(
+        corpus, 0, corpus.num_sequences, sequence_length=sequence_length, num_samples=500 // sequence_length, seed=3,
+        loss_mask=mask,
+    )  # fmt: skip
     for index in range(len(samples)):
-        parts = sample_parts(samples, mask, index)
-        np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]), samples[index].tokens)
+        sample = samples[index]
+        parts = sample_parts(corpus, samples.pieces(index), sample.tokens.tolist(), sample.valid)
+        np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]), sample.tokens)
         assert not parts[0].trained[0], "the first token is no label"
         for at, part in enumerate(parts):
+            if part.sequence is None:
+                assert at == len(parts) - 1
+                assert not part.trained.any(), "padding is not trained on"
+                continue
             stop = part.offset + part.tokens.size
             np.testing.assert_array_equal(part.tokens, corpus.get(part.sequence, part.offset, part.tokens.size))
             assert part.ends == (stop == corpus.sequence_lengths[part.sequence])
             assert mask is not None
             expected = mask.get(part.sequence, part.offset, part.tokens.size).astype(bool)
-            skipped = int(at == 0)
+            skipped = int(at == 0 or part.offset > 0)  # the first token of a cut document was a label before
             np.testing.assert_array_equal(part.trained[skipped:], expected[skipped:])
 
 
@@ -61,16 +69,19 @@ def test_documents(corpus: IndexedCorpus) -> None:
         document_parts(corpus, None, 60)
 
 
-def test_labels_after_an_end_of_document_are_shown_as_masked() -> None:
+def test_what_is_not_trained_on_is_marked() -> None:
     parts = [
         Part(4, 2, np.array([1, 2, 100]), np.array([False, True, True]), True),
-        Part(9, 0, np.array([3, 4, 5]), np.array([True, True, True]), False),
+        Part(9, 0, np.array([3, 4, 5]), np.array([False, True, False]), False),
+        Part(None, 0, np.array([0, 0]), np.array([False, False]), True),
     ]
-    shown = render(parts, TOKENIZER, eod_id=100, mask_eod=True).splitlines()
-    assert shown[1] == "⟦1⟧2 100"
-    assert shown[2] == "── sequence 9, tokens [0, 3), 2 trained on, goes on"
-    assert shown[3] == "⟦3⟧4 5"
-    assert render(parts, TOKENIZER, eod_id=100).splitlines()[3] == "3 4 5"
+    assert render(parts, TOKENIZER).splitlines() == [
+        "── sequence 4, tokens [2, 5), 2 trained on, ends here",
+        "⟦1⟧2 100",
+        "── sequence 9, tokens [0, 3), 1 trained on, goes on",
+        "⟦3⟧4⟦5⟧",
+        "── padding, 2 tokens, 0 trained on",
+    ]
 
 
 def test_summary(corpus: IndexedCorpus, tmp_path: Path) -> None:

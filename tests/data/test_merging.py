@@ -12,9 +12,9 @@ import pytest
 from megatron_slm.data.indexed import IndexedCorpus, sidecar_path
 from megatron_slm.data.indexed_writer import IndexedCorpusWriter
 from megatron_slm.data.merging import concatenate, merge_corpora
-from megatron_slm.data.sidecar import Sidecar, read_sidecar, verify_hashes, write_sidecar
+from megatron_slm.data.sidecar import Sidecar, read_sidecar, verify_hashes
 from megatron_slm.errors import CorpusError, VocabularyError
-from tests.data.corpora import make_corpus
+from tests.data.corpora import make_corpus, write_sidecar
 from tests.data.megatron_oracle import IndexedDataset, IndexedDatasetBuilder
 
 

@@ -12,7 +12,7 @@ import torch
 from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.scoring import online_losses, online_then_stored, score_here, stored
 from tests.support.training import train_and_report
-from tests.support.world import run_world
+from tests.support.world import WorldError, run_world
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -137,3 +137,34 @@ def test_a_resumed_run_reads_the_same_scores(folder: Path) -> None:
     assert recorded(folder / "straight") == recorded(folder / "resumed")
     for one, other in zip(straight, resumed, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one["owned"], other["owned"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["one corpus", "blend"])
+def test_an_extended_run_reads_scores_of_the_very_samples_that_it_goes_on_with(name: str, tmp_path: Path) -> None:
+    """What --load says of the order holds for the scores too: losses and kept tokens as with the reference itself."""
+    web, books = write_corpus(tmp_path / "web"), write_corpus(tmp_path / "books", seed=1, num_documents=15)
+    reference = save_hf_llama(tmp_path / "reference")
+    paths = [web] if name == "one corpus" else [0.7, web, 0.3, books]
+    common = {"objective": "slm", "data_path": paths, "slm_keep_ratio": 0.5, "lr_decay_iters": 14}
+    live = {**common, "reference_load": reference}
+    begun = run_flags(web, tmp_path / "begun", **live, train_iters=3, save_interval=3)
+    run_world(train_and_report, 1, begun)
+    load = {"load": tmp_path / "begun" / "checkpoints", "train_iters": 14}  # 112 samples, beyond the first epoch
+    scoring = run_flags(web, tmp_path / "run", **live, **load, output=tmp_path / "scores")
+    online = run_flags(web, tmp_path / "online", **live, **load)
+    offline = run_flags(web, tmp_path / "offline", **common, **load, reference_scores=[tmp_path / "scores"])
+    ((live_report, read),) = run_world(online_then_stored, 1, online, scoring, offline)
+    assert live_report["kept"] == read["kept"]
+    assert all(np.array_equal(a, b) for a, b in zip(live_report["owned"], read["owned"], strict=True))
+    assert untimed_metrics(tmp_path / "offline") == untimed_metrics(tmp_path / "online")
+    assert read["block_calls"] < live_report["block_calls"], "no reference was run"
+
+    fresh = {**{k: v for k, v in scoring.items() if k != "load"}, "output": tmp_path / "fresh"}
+    run_world(score_here, 1, fresh)
+    with pytest.raises(WorldError) as failed:
+        run_world(train_and_report, 1, {**offline, "reference-scores": [tmp_path / "fresh"]})
+    assert "is the run's" in str(failed.value)
+    assert "(its --load too, where it was extended)" in str(failed.value)
+    other = {**scoring, "seed": 5, "output": tmp_path / "other"}
+    with pytest.raises(WorldError, match=r"--load: order of the corpus web"):
+        run_world(score_here, 1, other)

@@ -49,7 +49,8 @@ def test_merge_inspect_verify(corpora: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "verified: both.bin, both.idx, both_loss_mask.bin, both_loss_mask.idx are what was written" in shown.stdout
     assert "⟦69⟧69 1 100" in shown.stdout
-    assert "sample 1 of 26" in shown.stdout
+    assert "━━ sample 1 of 2: place 0 of step 2, sample 1 of both" in shown.stdout
+    assert not list(Path.cwd().glob("runs/default/index-cache")), "looking leaves nothing behind"
 
     path = corpora / "out" / "both_loss_mask.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
@@ -61,10 +62,12 @@ def test_merge_inspect_verify(corpora: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--samples", 1), "tokenizer_type = None: is needed to print text"),
-        (("--samples", 1, *NULL[:-1], 99), "must be the tokenizer that is given"),
-        (("--samples", 1, "--first-sample", 99, *NULL), "first_sample, samples = (99, 99): must lie below"),
+        (("--samples", 1), "--tokenizer-model = None: is given (the tokenizer the corpus was made with)"),
+        (("--samples", 1, *NULL[:-1], 99), "tokenizer of corpus"),
+        (("--documents", 1, *NULL[:-1], 99), "must be the tokenizer that is given"),
+        (("--samples", 1, "--first-sample", 99, "--train-iters", 9, *NULL), "first_sample, samples = (99, 99): must"),
         (("--sampels", 1), "did you mean --samples?"),
+        (("--seq-lenght", 6), "did you mean --seq-length?"),
     ],
 )
 def test_inspecting_what_cannot_be(corpora: Path, options: tuple, message: str) -> None:

@@ -173,6 +173,52 @@ def test_an_unreadable_shard_stops_all_ranks_with_the_state_saved(folder: Path, 
     assert lines(tmp_path / "straight") == lines(tmp_path / "stopped")
 
 
+def train_with_a_file_that_fails(values: dict[str, Any], rank: int, name: str, after: int) -> int:
+    """The command, with one file that cannot be read on one rank from its read number `after` on."""
+    reading.RETRY_SECONDS = (0.0,)
+    real, reads = os.pread, [0]
+
+    def failing(descriptor: int, count: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(name):
+            reads[0] += 1
+            if reads[0] > after:
+                raise OSError(5, "Input/output error")
+        return real(descriptor, count, offset)
+
+    if int(os.environ["RANK"]) == rank:
+        os.pread = failing
+    return command(flags(values))
+
+
+@pytest.mark.parametrize(("rank", "save_interval", "asynchronous"), [(0, 100, False), (3, 100, False), (1, 4, True)])
+def test_an_unreadable_held_out_shard_stops_all_ranks_with_the_state_saved(
+    folder: Path, tmp_path: Path, rank: int, save_interval: int, asynchronous: bool
+) -> None:
+    """It is read within an evaluation, where the stages of a pipeline wait for each other."""
+
+    def values(name: str, **changes: Any) -> dict[str, Any]:
+        return run_flags(
+            folder / "web", tmp_path / name, train_iters=6, lr_decay_iters=6, pipeline_model_parallel_size=2,
+            eval_interval=2, valid_data_path=[f"held={folder / 'books'}"], **changes,
+        )  # fmt: skip
+
+    straight = run_world(train_and_report, 4, values("straight"))
+    saves = {"save_interval": save_interval, "async_save": asynchronous}
+    saves = {name: value for name, value in saves.items() if value}
+    with pytest.raises(WorldError) as failed:  # the first evaluation makes about 40 reads
+        run_world(train_with_a_file_that_fails, 4, values("stopped", **saves), rank, "books.bin", 60)
+    assert failed.value.codes == [1] * 4
+    for output in failed.value.outputs:
+        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert re.search(r"books\.bin = 'sequence \d+, tokens from \d+ on: Input/output error'", error)
+    saved = tmp_path / "stopped" / "checkpoints"
+    assert (saved / "latest").read_text() == "step_00000004"
+    resumed = run_world(train_and_report, 4, values("stopped", load=saved, **saves))
+    for one, other in zip(straight, resumed, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one["parameters"], other["parameters"], strict=True))
+    assert lines(tmp_path / "straight") == lines(tmp_path / "stopped")
+
+
 def test_a_loss_mask_beside_the_corpus_is_obeyed(tmp_path: Path) -> None:
     write_corpus(tmp_path / "sft", num_documents=20)
     from megatron_slm.data.indexed import IndexedCorpus

@@ -9,10 +9,11 @@ import pytest
 
 from megatron_slm.config.load import parse
 from megatron_slm.data.indexed_writer import IndexedCorpusWriter
-from megatron_slm.data.sidecar import Sidecar, write_sidecar
+from megatron_slm.data.sidecar import Sidecar
 from megatron_slm.data.tokenizers import build_tokenizer
 from megatron_slm.errors import ConfigError, VocabularyError
 from megatron_slm.training.plan import make_plan
+from tests.data.corpora import write_sidecar
 from tests.support.runs import flags, run_flags, save_hf_llama
 
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnop"]

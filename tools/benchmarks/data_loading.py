@@ -1,13 +1,16 @@
 """What the training side of the data costs: the index of a large corpus, a blend's order, and loading beside a step.
 
 The corpus is synthetic and its `.bin` a sparse file, so that 10^9 tokens need no disk; what is measured of it is the
-index. Each measurement of the index runs in a process of its own, whose peak memory is taken.
+index. Each measurement of the index runs in a process of its own, whose peak memory and CPU time are taken: others on
+the machine do not count, and neither does waiting for the disk. Waiting within a run is measured on the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -17,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import report
+from benchmarks import report, world
 
 SEQ_LENGTH = 2048
 PACKINGS = ("concatenate", "best-fit")
+SHARE_VOCAB_SIZE, SHARE_MICRO_BATCHES, WARM_UP_STEPS = 8192, 4, 1
 
 
 def write_sparse_corpus(prefix: Path, num_tokens: int, num_documents: int) -> None:
@@ -97,16 +101,12 @@ def measure_loading(*, micro_batch_size: int = 4, num_documents: int = 20_000, s
     """Milliseconds to read a micro-batch of real tokens by one thread, and tokens a second, for each packing."""
     from megatron_slm.data.best_fit import BestFitSamples
     from megatron_slm.data.indexed import IndexedCorpus
-    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
     from megatron_slm.data.loader import Boundaries, MicroBatchSource
     from megatron_slm.data.packing import PackedSamples
 
     record: dict[str, Any] = {"micro_batch_size": micro_batch_size, "seq_length": SEQ_LENGTH}
     with tempfile.TemporaryDirectory() as folder:
-        generator = np.random.default_rng(0)
-        with IndexedCorpusWriter(Path(folder) / "corpus", np.uint16) as writer:
-            for length in generator.geometric(1 / 600, size=num_documents):
-                writer.add_document(generator.integers(0, 50_000, size=int(length)))
+        _write_random_corpus(Path(folder) / "corpus", num_documents=num_documents, vocab_size=50_000)
         corpus = IndexedCorpus(f"{folder}/corpus")
         for packing in PACKINGS:
             kind = BestFitSamples if packing == "best-fit" else PackedSamples
@@ -128,64 +128,97 @@ def measure_loading(*, micro_batch_size: int = 4, num_documents: int = 20_000, s
     return record
 
 
-def measure_share(*, step_seconds: float = 1.0, num_steps: int = 10, num_micro_batches: int = 16) -> dict[str, Any]:
-    """Which share of a run's time is spent waiting for micro-batches of 4 x 2048 tokens.
+def measure_share(*, num_steps: int = 8, seq_length: int = SEQ_LENGTH) -> dict[str, Any]:
+    """Which share of a real run's time is spent waiting for micro-batches, with and without reading ahead.
 
-    The step is a busy CPU, as a rank's Python thread is while it launches kernels: reading has to share it.
+    The run is a small Llama in one process of one thread, trained as `tools/pretrain_slm.py` trains it; everything that
+    asks for micro-batches is timed. The first step, which warms up, is left out.
     """
-    from megatron_slm.data.indexed import IndexedCorpus
-    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
-    from megatron_slm.data.loader import MicroBatchSource
-    from megatron_slm.data.packing import PackedSamples
-    from megatron_slm.data.prefetch import Prefetcher
-
-    num_samples, shares = num_steps * num_micro_batches * 4, {}
     with tempfile.TemporaryDirectory() as folder:
-        generator = np.random.default_rng(0)
-        with IndexedCorpusWriter(Path(folder) / "corpus", np.uint16) as writer:
-            for length in generator.geometric(1 / 600, size=5000):
-                writer.add_document(generator.integers(0, 50_000, size=int(length)))
-        corpus = IndexedCorpus(f"{folder}/corpus")
-        order = {"sequence_length": SEQ_LENGTH, "num_samples": num_samples, "seed": 1}
-        samples = PackedSamples(corpus, 0, corpus.num_sequences, **order)  # type: ignore[arg-type]
+        _write_random_corpus(Path(folder) / "corpus", num_documents=2000, vocab_size=SHARE_VOCAB_SIZE)
+        shares = {}
         for num_threads in (0, 2):
-            source = MicroBatchSource(
-                samples, micro_batch_size=4, data_parallel_rank=0, data_parallel_size=1, vocab_size=50_000
-            )
-            ahead = Prefetcher(
-                source, num_micro_batches=num_micro_batches, num_samples=num_samples, num_threads=num_threads
-            )
-            ahead.prepare(0)
-            waited, started = 0.0, time.perf_counter()
-            for step in range(num_steps):
-                began = time.perf_counter()
-                ahead.prepare(step * num_micro_batches * 4)
-                for micro_step in range(num_micro_batches):
-                    ahead.micro_batch(step * num_micro_batches * 4, micro_step)
-                waited += time.perf_counter() - began
-                _compute(step_seconds)
-            shares[f"{num_threads} threads"] = waited / (time.perf_counter() - started)
-            ahead.close()
-    return {"step_seconds": step_seconds, "num_micro_batches": num_micro_batches, "share_of_the_time": shares}
+            job = {"folder": folder, "num_threads": num_threads, "num_steps": num_steps, "seq_length": seq_length}
+            shares[f"{num_threads} threads"] = world.run("data-loading", job, num_ranks=1)[0]
+    return {"micro_batches": SHARE_MICRO_BATCHES, "seq_length": seq_length, "runs": shares}
 
 
-def _compute(seconds: float) -> None:
-    matrix, until = np.ones((256, 256), dtype=np.float32), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        matrix @ matrix
+def _train_and_time(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """In a process of its own: train, and say how long steps were and how much of it was waiting."""
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_slm.config.load import parse
+    from megatron_slm.data.prefetch import Prefetcher
+    from megatron_slm.training.main import pretrain
+
+    moments: list[float] = []
+    waited = [0.0]
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(*arguments)
+            finally:
+                waited[0] += time.perf_counter() - began
+                if method.__name__ == "prepare":  # once a step, behind it
+                    moments.append(time.perf_counter())
+                    if len(moments) <= WARM_UP_STEPS + 1:
+                        waited[0] = 0.0
+
+        return call
+
+    for name in ("prepare", "micro_batch"):
+        setattr(Prefetcher, name, timed(getattr(Prefetcher, name)))
+    values = {
+        "num-layers": 2,
+        "hidden-size": 128,
+        "ffn-hidden-size": 256,
+        "num-attention-heads": 4,
+        "data-path": f"{job['folder']}/corpus",
+        "run-dir": f"{job['folder']}/run-{job['num_threads']}",
+        "tokenizer-type": "NullTokenizer",
+        "vocab-size": SHARE_VOCAB_SIZE - 1,
+        "objective": "clm",
+        "seq-length": job["seq_length"],
+        "micro-batch-size": 1,
+        "global-batch-size": SHARE_MICRO_BATCHES,
+        "train-iters": job["num_steps"] + WARM_UP_STEPS,
+        "num-workers": job["num_threads"],
+    }
+    pretrain(parse([word for name, value in values.items() for word in (f"--{name}", str(value))])[0])
+    seconds = moments[-1] - moments[WARM_UP_STEPS]
+    tokens = job["num_steps"] * SHARE_MICRO_BATCHES * job["seq_length"]
+    return [
+        {
+            "share_of_the_time": waited[0] / seconds,
+            "step_seconds": seconds / job["num_steps"],
+            "tokens_per_second": tokens / seconds,
+        }
+    ]
+
+
+def _write_random_corpus(prefix: Path, *, num_documents: int, vocab_size: int) -> None:
+    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+
+    generator = np.random.default_rng(0)
+    with IndexedCorpusWriter(prefix, np.uint16) as writer:
+        for length in generator.geometric(1 / 600, size=num_documents):
+            writer.add_document(generator.integers(0, vocab_size, size=int(length)))
 
 
 def _mean_seconds(source: Any, num_micro_batches: int, seconds: float) -> float:
     source.micro_batch(0, 0)
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
+    started, count = time.process_time(), 0
+    while time.process_time() - started < seconds:
         source.micro_batch(0, count % num_micro_batches)
         count += 1
-    return (time.perf_counter() - started) / count
+    return (time.process_time() - started) / count
 
 
 def in_a_process(function: Callable[..., None], *arguments: Any) -> dict[str, float]:
-    """Wall seconds of a call, and how many MiB the process grew by, its imports not counted."""
+    """CPU seconds of a call, and how many MiB the process grew by, its imports not counted."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(sender, function, arguments))
@@ -199,9 +232,9 @@ def _report(sender: Any, function: Callable[..., None], arguments: tuple[Any, ..
     import megatron_slm.data.best_fit
     import megatron_slm.data.loader  # noqa: F401
 
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     function(*arguments)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     sender.send({"seconds": seconds, "mib": grown / 1024})
 
@@ -210,16 +243,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's flags."""
     parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
     parser.add_argument("--quick", action="store_true", help="an index of 10^7 tokens, short loading")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the report."""
+    if arguments.child:
+        print(json.dumps(_train_and_time(json.loads(arguments.child))))
+        return 0
+    load = os.getloadavg()[0]
     num_tokens, num_documents = (10**7, 10**4) if arguments.quick else (10**9, 10**6)
     indices = [measure_index(num_tokens, num_documents, packing=packing) for packing in PACKINGS]
     blends = [measure_blend(count) for count in ((10**5,) if arguments.quick else (10**7, 10**8))]
     loading = measure_loading(seconds=0.3 if arguments.quick else 3.0)
-    share = measure_share(step_seconds=0.1 if arguments.quick else 1.0)
-    markdown = _markdown(indices, blends, loading, share)
+    share = measure_share(num_steps=2, seq_length=64) if arguments.quick else measure_share()
+    markdown = _markdown(indices, blends, loading, share, load)
     records = [
         *({"name": "index", **record} for record in indices),
         *({"name": "blend", **record} for record in blends),
@@ -232,7 +270,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _markdown(
-    indices: list[dict[str, Any]], blends: list[dict[str, Any]], loading: dict[str, Any], share: dict[str, Any]
+    indices: list[dict[str, Any]],
+    blends: list[dict[str, Any]],
+    loading: dict[str, Any],
+    share: dict[str, Any],
+    load: float,
 ) -> str:
     states = ("in memory", "cache made", "cache read")
     rows = [
@@ -241,7 +283,9 @@ def _markdown(
     ]
     tokens, documents = indices[0]["tokens"], indices[0]["documents"]
     out = [
-        f"# Reading corpora\n\n{report.environment()}. Made by `python tools/benchmark.py data-loading`.\n\n"
+        f"# Reading corpora\n\n{report.environment()}. Made by `python tools/benchmark.py data-loading`, with "
+        f"{load:.1f} processes running on average when it began. Times are CPU seconds of one thread but for the last "
+        "table.\n\n"
         f"## From opening a corpus of {tokens:,} tokens in {documents:,} documents to its first sample\n\n",
         report.table(["packing", *states], rows),
         "\n## The order of a blend of three corpora\n\n",
@@ -258,10 +302,20 @@ def _markdown(
                 if isinstance(found, dict)
             ],
         ),
-        f"\n## Waiting for {share['num_micro_batches']} of them beside a step of {share['step_seconds']} s\n\n",
+        f"\n## Waiting for micro-batches within a run\n\nA real training of a small Llama (2 layers of width 128) in "
+        f"one process, on the clock: {share['micro_batches']} micro-batches of 1 x {share['seq_length']} tokens a "
+        "step.\n\n",
         report.table(
-            ["read ahead by", "share of the time"],
-            [[name, f"{value:.2%}"] for name, value in share["share_of_the_time"].items()],
+            ["read ahead by", "share of the time", "a step", "tokens a second"],
+            [
+                [
+                    name,
+                    f"{found['share_of_the_time']:.3%}",
+                    f"{found['step_seconds']:.2f} s",
+                    f"{found['tokens_per_second']:,.0f}",
+                ]
+                for name, found in share["runs"].items()
+            ],
         ),
     ]
     return "".join(out)
