@@ -103,7 +103,7 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
     """Longest wait for another rank; beyond it the run ends with an error that names what was waited for."""
     deepspeed_config: str | None = None
-    """DeepSpeed JSON: ZeRO stage and its buckets, communication (default: ds_configs/zero1.json's content)."""
+    """DeepSpeed JSON: ZeRO stage and its buckets, communication (default: ds_configs/zero1_bf16_pipeline.json)."""
 
     def __post_init__(self) -> None:
         _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes")

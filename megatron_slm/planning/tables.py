@@ -24,6 +24,7 @@ PARTS = {
     "messages": "messages between stages",
     "buckets": "DeepSpeed's buffers, all the time",
     "step_buckets": "DeepSpeed's buffers, at the step alone",
+    "host": "(in the host's memory: gradients, optimizer)",
 }
 """How the parts of `StageMemory` are called."""
 

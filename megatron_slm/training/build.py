@@ -22,6 +22,7 @@ from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_r
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.save import Saver, Writer
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
+from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import write_yaml
 from megatron_slm.convert.carried import ORIGIN
 from megatron_slm.convert.source import Model
@@ -200,7 +201,8 @@ def _flat_trainer(
 ) -> Trainer:
     recompute = plan.config.parallel.recompute_granularity == "full"
     module = FlatModule(plan.architecture, layers, objective, recompute=recompute).to(local_device())
-    optimizer = build_optimizer(module, plan.config.optimizer, local_device())
+    updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
+    optimizer = build_optimizer(module, plan.config.optimizer, updates_on)
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
