@@ -27,6 +27,7 @@ from megatron_slm.loss.variants import LossHead
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.planning.job import architecture_at
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
@@ -183,10 +184,30 @@ def _check_models(
     _check_vocabularies(config, arch, tokenizer, init, reference, resume)
     if reference is not None:
         check_layout(reference.architecture, config, topology, what="reference")
+        _check_reference_config(config, reference)
     if init is not None:
         check_tensors(init.architecture, init.source, field="--init-from")
     if reference is not None:
         check_tensors(reference.architecture, reference.source, field="--reference-load")
+
+
+_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+
+
+def _check_reference_config(config: RunConfig, reference: Model) -> None:
+    path = config.selection.reference_config
+    if path is None:
+        return
+    described = architecture_at(path, "--reference-config")
+    for name in _SHAPE:
+        planned, loaded = getattr(described, name), getattr(reference.architecture, name)
+        if planned != loaded:
+            raise ConfigError(
+                f"--reference-config: {name}",
+                planned,
+                f"is that of the reference that is loaded ({loaded})",
+                "name the shape of --reference-load, or leave it out",
+            )
 
 
 def _check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:
@@ -229,7 +250,12 @@ def open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
             "is given (the tokenizer the corpus was made with)",
             "name a tokenizer folder or file; NullTokenizer with --vocab-size needs none",
         )
-    return build_tokenizer(data.tokenizer_type, model, data.vocab_size)
+    tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size)
+    if data.vocab_size not in (None, tokenizer.vocab_size) and data.tokenizer_type != "NullTokenizer":
+        raise ConfigError(
+            "--vocab-size", data.vocab_size, f"is the tokenizer's {tokenizer.vocab_size}", "correct it or leave it out"
+        )
+    return tokenizer
 
 
 def _num_samples(config: RunConfig, resume: Resume | None, global_batch_size: int) -> int:
