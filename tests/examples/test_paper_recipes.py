@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import re
 import shutil
@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MistralConfig
 
+from megatron_slm.config import RunConfig
 from megatron_slm.config.load import _fields, parse
 from megatron_slm.convert.hf_config import architecture_of
 from megatron_slm.planning.job import open_job
 from megatron_slm.training.main import main
 from megatron_slm.training.score_main import parse_scoring
+from tests.data.byte_level import byte_level_folder
+from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -162,7 +165,7 @@ def test_scripts_are_sound(script: Path) -> None:
 RECORDER = """#!/usr/bin/env bash
 name="${0##*/}"
 if [ "$name" = python ] && { [ "$1" = -W ] || [ "$1" = -c ]; }; then exit 0; fi
-"%(python)s" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$name" "$@" >> "%(log)s"
+{ printf '%%s\\x1f' "$name" "$@"; echo; } >> "%(log)s"
 case "$name" in
   scontrol) printf 'node1\\nnode2\\n' ;;
   hostname) echo node1 ;;
@@ -181,7 +184,7 @@ def run_recorded(tmp_path: Path, words: list[str], environment: dict[str, str]) 
     stand_ins, log = tmp_path / "bin", tmp_path / "commands"
     stand_ins.mkdir()
     for name in ("python", "deepspeed", "srun", "scontrol", "hostname"):
-        (stand_ins / name).write_text(RECORDER % {"python": sys.executable, "log": log})
+        (stand_ins / name).write_text(RECORDER % {"log": log})
         (stand_ins / name).chmod(0o755)
     for folder in ("examples", "tools", "ds_configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -190,12 +193,13 @@ def run_recorded(tmp_path: Path, words: list[str], environment: dict[str, str]) 
         env={**os.environ, "PATH": f"{stand_ins}:{os.environ['PATH']}", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    return [line.split("\x1f")[:-1] for line in log.read_text().split("\n")[:-1]]
 
 
-def check_run_flags(script: str, flags: list[str]) -> None:
-    run = parse_scoring(flags)[0] if script == "tools/score_corpus.py" else parse(flags)[0]
-    assert run.training.train_iters > 0
+@functools.cache
+def run_of(script: str, *words: str) -> RunConfig:
+    """The run that a command asks for, by our own parsers."""
+    return parse_scoring(words)[0] if script == "tools/score_corpus.py" else parse(words)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -212,11 +216,13 @@ def test_every_command_of_a_recipe_is_accepted(folder: Path, variant: str, tmp_p
     launches = [words for name, *words in commands if name == "deepspeed"]
     nodes = 2 if variant == "slurm" else 1
     assert len(launches) == nodes * (len(steps[1].split()) - 2), "all steps but data and export, on each node"
+    named: set[str] = set()
     for number, words in enumerate(launches):
         launcher = parse_args(words)
-        check_run_flags(launcher.user_script, launcher.user_args)
+        run = run_of(launcher.user_script, *launcher.user_args)
+        assert run.training.seed == 77
+        named |= {*run.data.data_path, *run.data.valid_data_path}
         assert (ROOT / launcher.user_script).is_file()
-        assert launcher.user_args[-2:] == ["--seed", "77"]
         if variant == "hostfile":
             assert launcher.hostfile == "hosts"
         if variant == "slurm":
@@ -232,10 +238,8 @@ def test_every_command_of_a_recipe_is_accepted(folder: Path, variant: str, tmp_p
     made = {
         words[words.index("--output-prefix") + 1] + "_text_document" for words in tools if "--output-prefix" in words
     }
-    for words in launches:
-        run, _ = parse([*parse_args(words).user_args[:2]])
-        named = [word.partition("=")[2] or word for word in (*run.data.data_path, *run.data.valid_data_path)]
-        assert {word for word in named if "/" in word} <= made, "what is trained on is made by the step data"
+    read = {word.partition("=")[2] or word for word in named if "/" in word}
+    assert read <= made, "what is trained on is made by the step data"
 
 
 def test_unknown_steps_are_refused(tmp_path: Path) -> None:
@@ -284,3 +288,53 @@ def test_every_deepspeed_file_is_described_and_used() -> None:
     for path in (ROOT / "ds_configs").glob("*.json"):
         assert f"`{path.name}`" in page
         assert f"ds_configs/{path.name}" in used
+
+
+# What a dry run without files still refuses.
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "match"),
+    [
+        (["--micro-batch-size", "3"], 8, "--micro-batch-size"),
+        (["--pipeline-model-parallel-size", "3"], 8, "world size = 8: is a multiple of"),
+        (["--tensor-model-parallel-size", "8"], 8, "tensor"),
+        (["--num-layers", "12", "--pipeline-model-parallel-size", "16"], 16, "16"),
+        (["--reference-config", "nowhere/config.json"], 8, "--reference-config = 'nowhere/config.json'"),
+        (["--deepspeed-config", "ds_configs/fp32_cpu.json"], 8, "bf16.enabled = False"),
+        (["--pipeline-model-parallel-size", "2", "--deepspeed-config", "ds_configs/zero3_bf16.json"], 8, "stage = 3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_file_is_refused(
+    changes: list[str], world: int, match: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    words = ["--config", "examples/rho1_math_1b/slm.yaml", "--dry-run", "--without-files", *changes]
+    assert main(words) == 1
+    assert match in capsys.readouterr().err
+
+
+def test_without_files_goes_with_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "examples/rho1_math_1b/slm.yaml", "--without-files"]) == 1
+    assert "--without-files = True: goes with --dry-run" in capsys.readouterr().err
+
+
+def test_a_loaded_reference_must_have_the_planned_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    reference, other = save_hf_llama(tmp_path / "reference"), save_hf_llama(tmp_path / "other", num_hidden_layers=2)
+    for shape, code in ((reference, 0), (other, 1)):
+        values = run_flags(
+            corpus, tmp_path / "run", objective="slm", reference_load=reference, reference_config=shape / "config.json"
+        )
+        assert main([*flags(values), "--dry-run"]) == code
+    assert "--reference-config: num_layers = 2: is that of the reference that is loaded (3)" in capsys.readouterr().err
+
+
+def test_a_tokenizers_size_must_be_the_one_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    values = run_flags(corpus, tmp_path / "run", tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tokenizer)
+    values["vocab-size"] = 77
+    assert main([*flags(values), "--dry-run"]) == 1
+    assert "--vocab-size = 77: is the tokenizer's" in capsys.readouterr().err
