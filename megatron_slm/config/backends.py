@@ -58,11 +58,17 @@ class Backends:
 
 
 def choose_backends(
-    config: BackendConfig, *, bf16: bool, zero_stage: int, architectures: Iterable[Architecture]
+    config: BackendConfig,
+    *,
+    bf16: bool,
+    zero_stage: int,
+    architectures: Iterable[Architecture],
+    updates_on_host: bool = False,
 ) -> Backends:
     """Turn `auto` into what is there.
 
     Args:
+        updates_on_host: the optimizer is offloaded.
         architectures: of the model and the reference.
 
     Raises:
@@ -90,13 +96,16 @@ def choose_backends(
         _require_installed("--optimizer-backend", "apex", "apex", "apex", gpu=gpu, otherwise="torch")
     if optimizer == "deepspeed" and not gpu:
         raise ConfigError("--optimizer-backend", "deepspeed", "runs on a GPU", "use torch (or auto) on a CPU")
+    if updates_on_host and optimizer in ("apex", "deepspeed"):
+        rule = "is left to torch where zero_optimization.offload_optimizer updates on the host"
+        raise ConfigError("--optimizer-backend", optimizer, rule, "use torch (or auto), or do not offload")
     apex = gpu and _installed("apex")
     if attention == "auto":
         attention = "flash" if gpu and flash_takes and _installed("flash_attn") else "sdpa"
     return Backends(
         attention=attention,
         norm=("apex" if apex else "torch") if norm == "auto" else norm,
-        optimizer=("apex" if apex else "torch") if optimizer == "auto" else optimizer,
+        optimizer=("apex" if apex and not updates_on_host else "torch") if optimizer == "auto" else optimizer,
         compile_blocks=config.compile_blocks,
     )
 

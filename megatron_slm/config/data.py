@@ -56,7 +56,8 @@ class DataConfig:
     tokenizer_model: str | None = None
     """Tokenizer folder or file; default: the one in --init-from."""
     vocab_size: int | None = None
-    """Number of tokens; for NullTokenizer, which has no table of its own, and TikTokenizer, whose table may be cut."""
+    """Number of tokens; for NullTokenizer, which has no table of its own, TikTokenizer, whose table may be cut, and
+    plans without the tokenizer. Another tokenizer must agree with it."""
     seq_length: int = 2048
     """Tokens of a sample that the model reads."""
 

@@ -14,8 +14,9 @@ from typing import Any
 from megatron_slm.config.sections import RunConfig
 from megatron_slm.errors import ConfigError
 
+_ZERO_1 = "ds_configs/zero1_bf16_pipeline.json"
 DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 1}}
-"""Used without --deepspeed-config; the content of ds_configs/zero1.json."""
+"""Used without --deepspeed-config; the content of ds_configs/zero1_bf16_pipeline.json."""
 
 
 def read_json(path: str | None) -> dict[str, Any]:
@@ -58,14 +59,14 @@ def check(user: dict[str, Any], run: RunConfig) -> None:
             field,
             stage,
             "is 1, 2 or 3 (at 0 DeepSpeed clips by a wrong norm and trains bf16 without fp32 sums)",
-            "use ds_configs/zero1.json",
+            f"use {_ZERO_1}",
         )
     if stage > 1 and run.parallel.pipeline_model_parallel_size > 1:
         raise ConfigError(
             field,
             stage,
             "is 1 with --pipeline-model-parallel-size above 1 (DeepSpeed's rule)",
-            "use ds_configs/zero1.json, or one pipeline stage",
+            f"use {_ZERO_1}, or one pipeline stage",
         )
 
 
@@ -77,10 +78,22 @@ def resolve(user: dict[str, Any], run: RunConfig, *, data_parallel_size: int, nu
     """
     check(user, run)
     merged = json.loads(json.dumps({name: value for name, value in user.items() if name not in _MONITORS}))
-    for path, value in _decided(run, data_parallel_size, num_micro_batches).items():
+    offloads = offloads_optimizer(user)
+    for path, value in _decided(run, data_parallel_size, num_micro_batches, offloads=offloads).items():
         _fill(merged, path.split("."), value, path)
+    if merged.get("communication_data_type", "auto") == "auto":
+        merged["communication_data_type"] = "fp32"  # DeepSpeed's own default rounds gradient sums to bf16 on their way
     _refuse_leftover_auto(merged, "")
     return merged
+
+
+_COMMUNICATION_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def communication_bytes(config: dict[str, Any]) -> int:
+    """Bytes of a number in the reduction of gradients over data-parallel ranks."""
+    name = config.get("communication_data_type", "auto")
+    return _COMMUNICATION_BYTES["fp32" if name == "auto" else name]
 
 
 _SECTIONS = (
@@ -106,6 +119,7 @@ _VALUES = (
     "steps_per_print",
     "wall_clock_breakdown",
     "dump_state",
+    "zero_force_ds_cpu_optimizer",
     "memory_breakdown",
 )
 _REFUSED = {
@@ -133,10 +147,41 @@ def _check_sections(user: dict[str, Any]) -> None:
             raise ConfigError(f"DeepSpeed JSON: {name}", value, "is an object", "see the files in ds_configs/")
     zero = user.get("zero_optimization", {})
     if not isinstance(zero.get("stage", 0), int):
-        raise ConfigError("zero_optimization.stage", zero["stage"], "is 1, 2 or 3", "use ds_configs/zero1.json")
-    for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
-            raise ConfigError(f"zero_optimization.{name}", zero[name], "is left out (not supported)", "remove it")
+        raise ConfigError("zero_optimization.stage", zero["stage"], "is 1, 2 or 3", f"use {_ZERO_1}")
+    if user.get("communication_data_type", "auto") not in ("auto", *_COMMUNICATION_BYTES):
+        given = user["communication_data_type"]
+        raise ConfigError("DeepSpeed JSON: communication_data_type", given, "is fp32 or bf16", "leave it out for fp32")
+    _check_offload(zero)
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether master weights, moments and summed gradients are in the host's memory, and updated there."""
+    return _offload_device(config.get("zero_optimization", {}), "offload_optimizer") != "none"
+
+
+def _offload_device(zero: dict[str, Any], name: str) -> Any:
+    section = zero.get(name) or {}
+    return section.get("device", "none") if isinstance(section, dict) else section
+
+
+def _check_offload(zero: dict[str, Any]) -> None:
+    """The optimizer's state may be offloaded to the host with ZeRO-3, which alone sums offloaded gradients in fp32.
+
+    Raises:
+        ConfigError: parameters are offloaded, or the optimizer at another stage, elsewhere or in part.
+    """
+    if _offload_device(zero, "offload_param") != "none":
+        rule = "is left out (parameters stay on the device; their optimizer state may be offloaded)"
+        raise ConfigError("zero_optimization.offload_param", zero["offload_param"], rule, "remove it")
+    device = _offload_device(zero, "offload_optimizer")
+    if device == "none":
+        return
+    field, fix = "zero_optimization.offload_optimizer", "use ds_configs/zero3_offload.json"
+    if zero.get("stage") != 3:
+        rule = "goes with stage 3 (before it DeepSpeed sums offloaded gradients in bf16)"
+        raise ConfigError(field, zero["offload_optimizer"], rule, fix)
+    if device != "cpu" or zero["offload_optimizer"].get("ratio", 1.0) != 1.0:
+        raise ConfigError(field, zero["offload_optimizer"], "has device cpu, and no ratio below 1", fix)
 
 
 def monitors(user: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +199,7 @@ def _refuse_leftover_auto(value: Any, name: str) -> None:
             _refuse_leftover_auto(inner, f"{name}.{key}".lstrip("."))
 
 
-def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int) -> dict[str, Any]:
+def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int, *, offloads: bool) -> dict[str, Any]:
     batch = run.training.micro_batch_size
     decided: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch,
@@ -170,6 +215,8 @@ def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int) ->
         "pipeline.use_reentrant": False,
         "pipeline.activation_checkpoint_interval": 1 if run.parallel.recompute_granularity == "full" else 0,
     }
+    if offloads:
+        decided["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own is compiled at start, torch's AdamW is not
     if run.training.bf16:
         decided["data_types.grad_accum_dtype"] = "fp32"
         decided["bf16.check_grad_overflow"] = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import enum
 import inspect
 import re
 import textwrap
@@ -31,6 +32,16 @@ ALIASES = {
     "rope_theta": "rotary_base",
 }
 _Section = TypeVar("_Section")
+
+
+class DryRun(enum.IntEnum):
+    """What a dry run looks at; a run that is none is false."""
+
+    NO = 0
+    WITH_FILES = 1
+    """Weights, tokenizer and corpora must be there."""
+    WITHOUT_FILES = 2
+    """Nothing but the configuration is."""
 
 
 class _Parser(ArgumentParser):
@@ -64,6 +75,12 @@ def _parser() -> _Parser:
         action=ActionYesNo(yes_prefix="", no_prefix="no-"),
         default=False,
         help="Check everything, print the layout and the batch arithmetic, and exit.",
+    )
+    parser.add_argument(
+        "--without-files",
+        action=ActionYesNo(yes_prefix="", no_prefix="no-"),
+        default=False,
+        help="With --dry-run: before weights, tokenizer and corpora are there, from the configuration alone.",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="Set by the launcher; not used.")
     for name, section in SECTIONS.items():
@@ -117,7 +134,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _normalize_flags(argv: Sequence[str]) -> list[str]:
     """Accept underscores and aliases in flag names, and refuse the unknown ones by their nearest name."""
-    own = {"--config", "--dry-run", "--no-dry-run", "--local-rank", "--help", "-h"}
+    own = {"--config", "--dry-run", "--no-dry-run", "--without-files", "--no-without-files", "--local-rank", "--help"}
     names, lists, out = _fields(), _list_fields(), []
     for word in argv:
         if not word.startswith("--"):
@@ -146,14 +163,14 @@ def _list_fields() -> set[str]:
     return {name for name, hint in hints.items() if typing.get_origin(hint) is list}
 
 
-def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[sections.RunConfig, bool]:
+def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[sections.RunConfig, DryRun]:
     """The run's configuration from the command line and the YAML file it names.
 
     Args:
         train_iters: for tools that look at a run, where neither says how long it is.
 
     Returns:
-        the configuration, and whether only a dry run is asked for.
+        the configuration, and which dry run is asked for, if any.
 
     Raises:
         ConfigError: an unknown name (with the nearest known one), a value of the wrong type or out of range.
@@ -168,7 +185,9 @@ def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[secti
         values["train_iters"] = train_iters
     if values["train_iters"] is None:
         raise ConfigError("--train-iters", None, "is given", "give the number of steps, on the command line or in YAML")
-    return _assemble(values), values["dry_run"]
+    if values["without_files"] and not values["dry_run"]:
+        raise ConfigError("--without-files", True, "goes with --dry-run", "add --dry-run")
+    return _assemble(values), DryRun(values["dry_run"] + values["without_files"])
 
 
 def _yaml_path(words: Sequence[str]) -> str | None:

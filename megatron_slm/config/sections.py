@@ -105,7 +105,7 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
     """Longest wait for another rank; beyond it the run ends with an error that names what was waited for."""
     deepspeed_config: str | None = None
-    """DeepSpeed JSON: ZeRO stage and its buckets, communication (default: ds_configs/zero1.json's content)."""
+    """DeepSpeed JSON: ZeRO stage and its buckets, communication (default: ds_configs/zero1_bf16_pipeline.json)."""
 
     def __post_init__(self) -> None:
         _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes")
@@ -168,6 +168,9 @@ class SelectionConfig:
     reference_load: str | None = None
     """The frozen reference: a Hugging Face folder, or one of our checkpoints written at any layout. Beside
     --reference-scores it is not loaded: the scores must then be this reference's."""
+    reference_config: str | None = None
+    """The reference's shape, for plans and dry runs while --reference-load is not there yet: a config.json, a folder
+    with one, or the YAML file of the reference's own run. A reference that is loaded must agree with it."""
     reference_scores: list[str] = field(default_factory=list)
     """Stores of reference losses written by tools/score_corpus.py, read instead of running a reference."""
     reference_scores_combine: Literal["minimum", "mean"] | None = None

@@ -53,6 +53,8 @@ def gradients_scaled(optimizer: Any, factor: float) -> Iterator[None]:
         yield
         return
     if math.isnan(factor):  # looked for in the gradients themselves, before they are unscaled
+        if getattr(optimizer, "offload_optimizer", False):  # ZeRO-3 took the norms as it sent the gradients down
+            optimizer.norm_for_param_grads = dict.fromkeys(optimizer.norm_for_param_grads, factor)
         for group in optimizer.averaged_gradients.values():
             for gradient in group or ():
                 if gradient is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.load import parse
 from megatron_slm.config.resolve import resolve_architecture
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.data.tokenizers import build_tokenizer
@@ -55,7 +56,7 @@ def open_job(config: RunConfig, *, model_config: str | None = None, reference_co
 
     Args:
         model_config: a config.json, a folder with one, or one of our checkpoints; default: --init-from, else flags.
-        reference_config: the same of the reference; default: --reference-load.
+        reference_config: the same of the reference; default: --reference-load, else the configuration's.
 
     Raises:
         SlmError: with the field, the value, the rule and the fix.
@@ -65,7 +66,7 @@ def open_job(config: RunConfig, *, model_config: str | None = None, reference_co
     stored = None
     if model_config is not None:
         stored = architecture_at(model_config, "--model-config")
-    elif config.model.init_from is not None:
+    elif config.model.init_from is not None and _is_there(config.model.init_from, config.model.num_layers):
         stored = architecture_at(config.model.init_from, "--init-from", instead="--model-config")
     vocab_size = stored.vocab_size if stored else _vocabulary(config)
     architecture = resolve_architecture(config, stored, vocab_size)
@@ -75,13 +76,21 @@ def open_job(config: RunConfig, *, model_config: str | None = None, reference_co
         if reference_config is not None and config.selection.objective == "slm":
             reference = architecture_at(reference_config, "--reference-config")
         elif config.selection.reference_load is not None:
-            path = config.selection.reference_load
-            reference = architecture_at(path, "--reference-load", instead="--reference-config")
+            path, shape = config.selection.reference_load, config.selection.reference_config
+            if shape is not None and not _is_there(path, shape):
+                reference = architecture_at(shape, "--reference-config")
+            else:
+                reference = architecture_at(path, "--reference-load", instead="--reference-config")
     return Job(config=config, architecture=architecture, reference=reference, selector=selector, deepspeed=deepspeed)
 
 
+def _is_there(path: str, otherwise: object) -> bool:
+    """Whether to look at a path: it exists, or there is nothing else that says the shape."""
+    return otherwise is None or Path(path).exists()
+
+
 def architecture_at(path: str, field: str, *, instead: str | None = None) -> Architecture:
-    """The architecture that a config.json, a folder with one, or one of our checkpoints describes.
+    """The architecture that a config.json, a folder with one, a run's YAML file, or one of our checkpoints describes.
 
     Args:
         instead: the flag that names another place, for the error where there is nothing at this one.
@@ -90,6 +99,9 @@ def architecture_at(path: str, field: str, *, instead: str | None = None) -> Arc
         WeightsError: there is none of them.
     """
     place = Path(path)
+    if place.suffix in (".yaml", ".yml"):
+        described, _ = parse(["--config", path])
+        return resolve_architecture(described, None, _vocabulary(described))
     folder = place.parent if place.name == "config.json" else place
     if (folder / "config.json").is_file():
         return read_architecture(folder)
@@ -97,7 +109,7 @@ def architecture_at(path: str, field: str, *, instead: str | None = None) -> Arc
         return Manifest.read(find_checkpoint(folder)).architecture
     except CheckpointError as error:
         fix = f"check the path, or give {instead}" if instead else "check the path"
-        rule = "is a config.json, or a folder with one, or one of our checkpoints (weights are not needed)"
+        rule = "is a config.json, a folder with one, a run's YAML file, or one of our checkpoints (no weights needed)"
         raise WeightsError(field, path, rule, fix) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.loss.blocks import BLOCK_SIZE, block_sizes
 from megatron_slm.loss.variants import StashPlan
@@ -58,6 +59,8 @@ class StageMemory:
     """DeepSpeed's buffers during forward and backward passes (ZeRO-2 and 3)."""
     step_buckets: int
     """Its buffers at the end of a step (ZeRO-1)."""
+    host: int = 0
+    """What is offloaded: in the host's memory, and not in the total."""
 
     @property
     def total(self) -> int:
@@ -110,14 +113,14 @@ def stage_memory(job: Job, layout: Layout, kept: Kept) -> list[StageMemory]:
     sizes = schedule_sizes(job, layout)
     stages = []
     for stage, parameters in enumerate(models):
-        states = zero_states(parameters, layout, e=job.dtype_bytes, zero=job.deepspeed["zero_optimization"])
+        states = zero_states(parameters, layout, e=job.dtype_bytes, deepspeed=job.deepspeed)
         reference = references[stage] if references else None
         frozen = reference.total * job.dtype_bytes if reference else 0  # whole, at every ZeRO stage
         stages.append(
             StageMemory(
                 **states,
                 activations=kept.activations(stage) * stage_activations(job, layout, parameters),
-                working=working_bytes(job, layout, parameters, reference),
+                working=working_bytes(job, layout, parameters, reference) + _reduction_copy(job, layout, parameters),
                 loss_head=loss_head_bytes(job, layout) * parameters.has_head,
                 reference=frozen,
                 window=kept.memory_bytes(stage, sizes),
@@ -137,7 +140,7 @@ def _parameters(job: Job, layout: Layout, arch: Architecture) -> list[StageParam
     return stage_parameters(arch, tensor=layout.tensor, num_stages=layout.pipeline, vocabulary_divisible_by=divisible)
 
 
-def zero_states(parameters: StageParameters, layout: Layout, *, e: int, zero: dict[str, Any]) -> dict[str, int]:
+def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspeed: dict[str, Any]) -> dict[str, int]:
     """What DeepSpeed's optimizers hold of a stage's parameters.
 
     | engine | parameters | gradients | optimizer | buffers |
@@ -146,23 +149,30 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, zero: di
     | ZeRO-1 fp32 | 4n | 4n | 12n/D | one bucket; another and a partition at the step |
     | ZeRO-2 | en | 4n/D | 12n/D | one bucket |
     | ZeRO-3 | en/D, small ones whole, and those gathered | 4n/D | 12n/D | one bucket |
+
+    ZeRO-3 with the optimizer offloaded has gradients and optimizer in the host's memory.
     """
+    zero, c = deepspeed["zero_optimization"], ds_config.communication_bytes(deepspeed)
     options = {**_ZERO_DEFAULTS, **{k: v for k, v in zero.items() if v is not None}}
     n, data = parameters.total, layout.data
     bucket = int(options["reduce_bucket_size"])
     share = -(-n // data)
-    held = {"parameters": e * n, "gradients": 4 * share, "optimizer": 12 * share, "buckets": 0, "step_buckets": 0}
+    held = {"parameters": e * n, "gradients": 4 * share, "optimizer": 12 * share}
+    held |= {"buckets": 0, "step_buckets": 0, "host": 0}
     if layout.zero_stage == 1 and e == 2:
         copies = 4 * n * (n <= bucket)  # tensors beyond a bucket are reduced one by one, without a fp32 copy
-        return held | {"gradients": 6 * n, "step_buckets": copies + 2 * n}
+        return held | {"gradients": 6 * n, "step_buckets": copies + 2 * n * (c == 2)}
     if layout.zero_stage == 1:  # the engine makes a bucket at the first backward pass, and another to reduce with
         return held | {"gradients": 4 * n, "buckets": 4 * bucket, "step_buckets": 4 * bucket + 4 * share}
-    held["buckets"] = e * bucket * (2 if options["overlap_comm"] and layout.zero_stage == 2 else 1)
     if layout.zero_stage == 2:
-        return held
+        return held | {"buckets": e * bucket * (2 if options["overlap_comm"] else 1)}
+    held["buckets"] = c * bucket
     small = sum(size for size in parameters.sizes if size <= options["stage3_param_persistence_threshold"])
     gathered = min(n - small, int(options["stage3_max_live_parameters"]))
-    return held | {"parameters": e * (share + small + gathered)}
+    held["parameters"] = e * (share + small + gathered)
+    if ds_config.offloads_optimizer(deepspeed):  # gradients are summed and kept in the host's memory, in two places
+        held |= {"gradients": 0, "optimizer": 0, "host": 20 * share}
+    return held
 
 
 def block_activations(arch: Architecture, layout: Layout, *, e: int) -> float:
@@ -220,6 +230,15 @@ def working_bytes(job: Job, layout: Layout, parameters: StageParameters, referen
     if reference is not None and job.reference is not None:
         frozen = inner(job.reference)
     return round(max(model, frozen) * tokens)
+
+
+def _reduction_copy(job: Job, layout: Layout, parameters: StageParameters) -> int:
+    """ZeRO-2 copies a full bucket of bf16 gradients to fp32 where they are reduced in fp32."""
+    c = ds_config.communication_bytes(job.deepspeed)
+    if layout.zero_stage != 2 or c <= job.dtype_bytes:
+        return 0
+    bucket = job.deepspeed["zero_optimization"].get("reduce_bucket_size") or _ZERO_DEFAULTS["reduce_bucket_size"]
+    return c * min(parameters.total, int(bucket))
 
 
 def loss_head_plan(job: Job, layout: Layout) -> StashPlan:

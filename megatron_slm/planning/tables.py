@@ -24,6 +24,7 @@ PARTS = {
     "messages": "messages between stages",
     "buckets": "DeepSpeed's buffers, all the time",
     "step_buckets": "DeepSpeed's buffers, at the step alone",
+    "host": "(in the host's memory: gradients, optimizer)",
 }
 """How the parts of `StageMemory` are called."""
 
@@ -31,24 +32,32 @@ PARTS = {
 def memory_table(planned: Estimate, gpu: str) -> Table:
     """GiB on one rank of each stage, part by part; of long pipelines a few stages."""
     layout, cluster = planned.layout, planned.cluster
-    shown = _shown(planned.stages)
-    table = Table(
+    table = stage_memory_table(
+        planned.stages,
         title=f"Memory a rank in GiB: {cluster.num_gpus} GPUs = {layout.pipeline} stages x {layout.data} data parallel "
         f"x {layout.tensor} tensor parallel, ZeRO-{layout.zero_stage}",
         caption=f"Usable: {cluster.usable_bytes / 2**30:.1f} GiB, {cluster.memory_share:.0%} of {gpu}; the rest is "
         "for CUDA, NCCL and fragments. Peak: the greater of passes and step, which do not coincide.",
     )
+    shown = _shown(planned.stages)
+    verdicts = ("yes" if planned.stages[stage].total <= cluster.usable_bytes else "NO" for stage in shown)
+    table.add_row("fits", *verdicts)
+    return table
+
+
+def stage_memory_table(stages: Sequence[StageMemory], *, title: str, caption: str) -> Table:
+    """The parts and their peak, whatever the GPU."""
+    shown = _shown(stages)
+    table = Table(title=title, caption=caption)
     table.add_column("part")
     for stage in shown:
         table.add_column(f"stage {stage}", justify="right")
     for name in StageMemory.part_names():
-        sizes = [getattr(planned.stages[stage], name) for stage in shown]
+        sizes = [getattr(stages[stage], name) for stage in shown]
         if any(sizes):
             table.add_row(PARTS[name], *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
-    table.add_row("peak", *(f"{planned.stages[stage].total / 2**30:.2f}" for stage in shown))
-    verdicts = ("yes" if planned.stages[stage].total <= cluster.usable_bytes else "NO" for stage in shown)
-    table.add_row("fits", *verdicts)
+    table.add_row("peak", *(f"{stages[stage].total / 2**30:.2f}" for stage in shown))
     return table
 
 

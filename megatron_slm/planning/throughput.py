@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.pipeline.costs import Costs, forward_flops
 from megatron_slm.planning.gpus import Cluster
@@ -16,6 +17,10 @@ from megatron_slm.planning.memory import loss_head_plan, model_parameters
 
 TICKS = 30_000
 """`Costs.scaled` makes a stage's mean forward and backward pass this long."""
+HOST_BYTES_PER_SECOND = 10e9
+"""One rank's share of its host's memory bandwidth (eight GPUs on a host of some hundred GB/s), and of its PCIe link."""
+HOST_UPDATE_BYTES = 120
+"""A number of an offloaded optimizer: torch's AdamW goes over the host's memory in about a dozen passes."""
 HOP_LATENCY_SECONDS = 20e-6
 """From the end of a stage's pass to the start of the next stage's, beside the message's own length."""
 
@@ -102,9 +107,9 @@ def stage_durations(job: Job, layout: Layout, cluster: Cluster) -> Durations:
 def step_time(job: Job, layout: Layout, cluster: Cluster, *, schedule_seconds: float) -> StepTime:
     """A step around its schedule.
 
-    ZeRO-1 reduces gradients once a step, after the last backward pass (all-reduce; bf16 in bf16 runs), ZeRO-2 after
-    every micro-batch, both waited for; ZeRO-3 gathers parameters twice and scatters gradients once a micro-batch,
-    beside the computation.
+    ZeRO-1 reduces gradients once a step, after the last backward pass (all-reduce, in communication_data_type), ZeRO-2
+    after every micro-batch, both waited for; ZeRO-3 gathers parameters twice and scatters gradients once a micro-batch,
+    beside the computation. An offloaded optimizer is bound by the host's memory, and waits for gradients to go down.
 
     Args:
         schedule_seconds: of all passes as they are ordered.
@@ -112,12 +117,15 @@ def step_time(job: Job, layout: Layout, cluster: Cluster, *, schedule_seconds: f
     size = max(stage.total for stage in model_parameters(job, layout))
     weights = size * job.dtype_bytes
     rounds = layout.num_micro_batches if layout.zero_stage > 1 else 1
-    half = _ring_seconds(weights, layout.data, layout.tensor, cluster)  # a gather or a scatter; an all-reduce is two
-    gradients = 2 * half * rounds
-    gather = half
-    if layout.zero_stage == 3:
-        gradients, gather = max(0.0, 3 * half * rounds - schedule_seconds), 0.0
+    gather = _ring_seconds(weights, layout.data, layout.tensor, cluster)
+    sums = size * ds_config.communication_bytes(job.deepspeed)
+    scatter = _ring_seconds(sums, layout.data, layout.tensor, cluster)  # an all-reduce is two
+    gradients = 2 * scatter * rounds
     update = size / layout.data * 32 / cluster.gpu.memory_bytes_per_second  # reads 16 bytes, writes 16, about
+    if layout.zero_stage == 3:
+        gradients, gather = max(0.0, (2 * gather + scatter) * rounds - schedule_seconds), 0.0
+        if ds_config.offloads_optimizer(job.deepspeed):
+            update = size / layout.data * HOST_UPDATE_BYTES / HOST_BYTES_PER_SECOND
     length = layout.micro_batch_size * job.config.data.seq_length // layout.sequence_shards
     stride = layout.tensor * layout.data
     message = length * job.architecture.hidden_size * job.dtype_bytes / cluster.hop_bytes_per_second(stride)

@@ -22,6 +22,8 @@ from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_r
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.save import Saver, Writer
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource, fill_module
+from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import write_yaml
 from megatron_slm.convert.carried import ORIGIN
 from megatron_slm.convert.source import Model
@@ -189,20 +191,36 @@ def _sizes(plan: Plan, *, message_length: int) -> Sizes:
 
 
 def plan_schedule(plan: Plan) -> Schedule:
-    """The schedule that a plan starts with. With one stage no slot is idle, and the reference rides along."""
-    config, num_stages = plan.config, plan.topology.pipeline
+    """The schedule that a plan starts with."""
+    reference = plan.reference.architecture if plan.reference else None
+    share = plan.selector.expected_share(plan.config.training.train_iters)
+    return counted_schedule(
+        plan.config, plan.architecture, reference, plan.topology.pipeline, plan.num_micro_batches, keep_ratio=share
+    )
+
+
+def counted_schedule(
+    config: RunConfig,
+    arch: Architecture,
+    reference: Architecture | None,
+    num_stages: int,
+    num_micro_batches: int,
+    *,
+    keep_ratio: float,
+) -> Schedule:
+    """The schedule for counted costs. With one stage no slot is idle, and the reference rides along."""
     costs = arithmetic_costs(
-        plan.architecture,
-        plan.reference.architecture if plan.reference else None,
+        arch,
+        reference,
         num_stages,
         seq_length=config.data.seq_length,
-        keep_ratio=plan.selector.expected_share(config.training.train_iters),
+        keep_ratio=keep_ratio,
         recomputes=config.parallel.recompute_granularity == "full",
     )
-    if plan.reference is None:
-        return choose_schedule("clm", costs, plan.num_micro_batches)
+    if reference is None:
+        return choose_schedule("clm", costs, num_micro_batches)
     mode = config.parallel.reference_schedule if num_stages > 1 else "ride-along"
-    return choose_schedule(mode, costs, plan.num_micro_batches)
+    return choose_schedule(mode, costs, num_micro_batches)
 
 
 def _flat_trainer(
@@ -213,7 +231,8 @@ def _flat_trainer(
     module = FlatModule(plan.architecture, layers, objective, recompute=recompute, timers=timers).to(local_device())
     if plan.backends.compile_blocks:
         compile_blocks(module)
-    optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
+    updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
+    optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, updates_on)
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)

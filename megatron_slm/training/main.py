@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_slm.config.load import parse
+from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.sections import RunConfig
 from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
@@ -21,6 +21,7 @@ from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.corpora import describe_sources
 from megatron_slm.training.dry_run import print_dry_run
 from megatron_slm.training.loop import train
+from megatron_slm.training.outline import print_outline
 from megatron_slm.training.plan import make_plan
 from megatron_slm.training.resume import open_resume
 
@@ -36,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dry_run:
             parallel = config.parallel
             least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-            resume = open_resume(config)
             world_size = int(os.environ.get("WORLD_SIZE", least))
-            plan = make_plan(config, world_size, rank=rank, resume=resume, dry=True)
+            if dry_run is DryRun.WITHOUT_FILES:
+                print_outline(config, world_size)
+                return 0
+            plan = make_plan(config, world_size, rank=rank, resume=open_resume(config), dry=True)
             if rank == 0:
                 print_dry_run(plan)
         else:

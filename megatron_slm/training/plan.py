@@ -28,6 +28,7 @@ from megatron_slm.loss.variants import LossHead
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.planning.job import architecture_at
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
@@ -167,6 +168,7 @@ def make_plan(
         bf16=config.training.bf16,
         zero_stage=ds_config.zero_stage(user_deepspeed),
         architectures=models,
+        updates_on_host=ds_config.offloads_optimizer(user_deepspeed),
     )
     num_tokens = min(model.vocab_size for model in models)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
@@ -231,6 +233,7 @@ def _check_models(
     _check_vocabularies(config, arch, tokenizer, init, reference, resume)
     if reference is not None:
         check_layout(reference.architecture, config, topology, what="reference")
+        _check_reference_config(config, reference)
     if init is not None:
         check_tensors(init.architecture, init.source, field="--init-from")
     if reference is not None:
@@ -243,6 +246,25 @@ def _check_profile(config: RunConfig, topology: Topology) -> None:
         raise ConfigError(
             "--profile-ranks", ranks, f"are ranks of the world of {topology.world_size}", "name ranks that there are"
         )
+
+
+_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+
+
+def _check_reference_config(config: RunConfig, reference: Model) -> None:
+    path = config.selection.reference_config
+    if path is None:
+        return
+    described = architecture_at(path, "--reference-config")
+    for name in _SHAPE:
+        planned, loaded = getattr(described, name), getattr(reference.architecture, name)
+        if planned != loaded:
+            raise ConfigError(
+                f"--reference-config: {name}",
+                planned,
+                f"is that of the reference that is loaded ({loaded})",
+                "name the shape of --reference-load, or leave it out",
+            )
 
 
 def _check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:
@@ -294,7 +316,12 @@ def open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
             "is given (the tokenizer the corpus was made with)",
             "name a tokenizer folder or file; NullTokenizer with --vocab-size needs none",
         )
-    return build_tokenizer(data.tokenizer_type, model, data.vocab_size)
+    tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size)
+    if data.vocab_size not in (None, tokenizer.vocab_size) and data.tokenizer_type != "NullTokenizer":
+        raise ConfigError(
+            "--vocab-size", data.vocab_size, f"is the tokenizer's {tokenizer.vocab_size}", "correct it or leave it out"
+        )
+    return tokenizer
 
 
 def _check_vocabularies(

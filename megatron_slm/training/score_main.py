@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.config.load import parse
+from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.sections import RunConfig
 from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.log import setup_logging
@@ -55,7 +55,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def parse_scoring(argv: Sequence[str]) -> tuple[RunConfig, ScoringOptions, bool]:
+def parse_scoring(argv: Sequence[str]) -> tuple[RunConfig, ScoringOptions, DryRun]:
     """The run's configuration, the pass's options, and whether only a dry run is asked for.
 
     Raises:
@@ -63,6 +63,8 @@ def parse_scoring(argv: Sequence[str]) -> tuple[RunConfig, ScoringOptions, bool]
     """
     own, rest = _parser().parse_known_args(argv)
     config, dry_run = parse(rest)
+    if dry_run is DryRun.WITHOUT_FILES:
+        raise ConfigError("--without-files", True, "is for tools/pretrain_slm.py", "leave it out")
     stores = config.selection.reference_scores
     if own.output is None and len(stores) != 1:
         raise ConfigError("--output", None, "is given, or the configuration names one --reference-scores", "name it")

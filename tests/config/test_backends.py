@@ -22,12 +22,16 @@ def arch(width: int = 64) -> Architecture:
 
 def choose(
     monkeypatch: pytest.MonkeyPatch, installed: set[str], *, gpu: bool = True, bf16: bool = True, width: int = 64,
-    zero_stage: int = 1, **asked: Any,
+    zero_stage: int = 1, updates_on_host: bool = False, **asked: Any,
 ) -> Backends:  # fmt: skip
     monkeypatch.setattr(module, "on_gpu", lambda: gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name in installed else None)
     return choose_backends(
-        BackendConfig(**asked), bf16=bf16, zero_stage=zero_stage, architectures=[arch(), arch(width)]
+        BackendConfig(**asked),
+        bf16=bf16,
+        zero_stage=zero_stage,
+        architectures=[arch(), arch(width)],
+        updates_on_host=updates_on_host,
     )
 
 
@@ -43,6 +47,7 @@ PLAIN = Backends()
         ({"gpu": False}, BOTH, PLAIN),
         ({"bf16": False}, BOTH, Backends(norm="apex", optimizer="apex")),
         ({"width": 258}, BOTH, Backends(norm="apex", optimizer="apex")),
+        ({"updates_on_host": True}, BOTH, Backends(attention="flash", norm="apex")),
         ({"width": 256}, {"flash_attn"}, Backends(attention="flash")),
         ({"attention_backend": "sdpa", "norm_backend": "torch", "optimizer_backend": "deepspeed"}, BOTH,
          Backends(optimizer="deepspeed")),
@@ -66,6 +71,11 @@ def test_chosen(
         ({"norm_backend": "apex", "gpu": False}, BOTH, "--norm-backend = 'apex': runs on a GPU"),
         ({"optimizer_backend": "apex"}, set(), "--optimizer-backend = 'apex': is an installed"),
         ({"optimizer_backend": "deepspeed", "gpu": False}, BOTH, "--optimizer-backend = 'deepspeed': runs on a GPU"),
+        (
+            {"optimizer_backend": "apex", "updates_on_host": True},
+            BOTH,
+            "--optimizer-backend = 'apex': is left to torch",
+        ),
         ({"compile_blocks": True, "zero_stage": 3}, set(), "--compile-blocks = True: is off with ZeRO-3"),
     ],
 )

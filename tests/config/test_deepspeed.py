@@ -22,17 +22,18 @@ def resolve(user: dict[str, Any], config: RunConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", sorted(Path("ds_configs").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_files_resolve(path: Path) -> None:
-    resolved = resolve(ds_config.read_json(str(path)), run("--bf16", "--clip-grad", "0.7"))
+    bf16 = path.stem != "fp32_cpu"
+    resolved = resolve(ds_config.read_json(str(path)), run(*["--bf16"] * bf16, "--clip-grad", "0.7"))
     assert resolved["train_batch_size"] == 24
     assert resolved["train_micro_batch_size_per_gpu"] == 2
     assert resolved["gradient_accumulation_steps"] == 3
     assert resolved["gradient_clipping"] == 0.7
-    assert resolved["bf16"]["enabled"] is True
+    assert resolved["bf16"]["enabled"] is bf16
     assert "auto" not in json.dumps(resolved)
 
 
 def test_the_default_is_the_shipped_zero_1() -> None:
-    shipped = ds_config.read_json("ds_configs/zero1.json")
+    shipped = ds_config.read_json("ds_configs/zero1_bf16_pipeline.json")
     assert resolve(ds_config.read_json(None), run()) == resolve(shipped, run())
 
 
@@ -65,12 +66,28 @@ def test_what_trains_silently_wrong_is_always_off() -> None:
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "reduce_bucket_size = 'auto'"),
         ({"zero_optimisation": {"stage": 1}}, r"did you mean zero_optimization\?"),
         ({"zero_optimization": {"stage": 1}, "flops_profiler": {"enabled": True}}, "flops_profiler"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "goes with stage 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "has device cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "no ratio below 1"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "parameters stay on the device"),
+        ({"zero_optimization": {"stage": 1}, "communication_data_type": "fp16"}, "is fp32 or bf16"),
     ],
 )
 def test_contradictions_are_refused(user: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         resolve(user, run())
+
+
+def test_gradients_are_reduced_in_fp32_unless_the_file_says_otherwise() -> None:
+    for said, expected in ((None, "fp32"), ("auto", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")):
+        user = {"zero_optimization": {"stage": 2}, **({"communication_data_type": said} if said else {})}
+        assert resolve(user, run("--bf16"))["communication_data_type"] == expected
+        assert ds_config.communication_bytes(user) == {"fp32": 4, "bf16": 2}[expected]
+
+
+def test_the_file_for_the_cpu_is_for_fp32() -> None:
+    with pytest.raises(ConfigError, match=r"bf16\.enabled = False"):
+        resolve(ds_config.read_json("ds_configs/fp32_cpu.json"), run("--bf16"))
 
 
 def test_zero_2_and_3_need_one_stage() -> None:

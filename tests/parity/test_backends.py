@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from megatron_slm.model import block
 from megatron_slm.training import plan
-from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus
+from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
 
@@ -126,7 +126,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
         "recompute_granularity": "full",
     },
-    "zero2 dp2": {"deepspeed_config": "ds_configs/zero2.json"},
+    "zero2 dp2": {"deepspeed_config": zero_config(2)},
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def test_compiled_blocks_train_alike_through_inductor(layout: str, folder: Path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compile_blocks": True, "deepspeed_config": "ds_configs/zero3.json"}, "is off with ZeRO-3"),
+        ({"compile_blocks": True, "deepspeed_config": zero_config(3)}, "is off with ZeRO-3"),
         ({"compile_blocks": True, "reset_attention_mask": True}, "is off where documents are kept apart"),
         ({"attention_backend": "flash"}, "--attention-backend = 'flash'"),
     ],

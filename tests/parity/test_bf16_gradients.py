@@ -8,7 +8,7 @@ import pytest
 
 from megatron_slm.checkpoint.format import find_checkpoint
 from megatron_slm.checkpoint.load import CheckpointSource
-from tests.support.runs import run_flags, write_corpus
+from tests.support.runs import run_flags, write_corpus, zero_config
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
@@ -33,3 +33,16 @@ def test_moments_are_those_of_fp32(layout: str, tied: bool, tmp_path: Path) -> N
     for name in sources[0].shapes():
         one, other = (source.whole(name, "exp_avg") for source in sources)
         assert (one - other).norm() <= 0.1 * one.norm(), name
+
+
+def test_zero_stages_reduce_to_the_same_sums(tmp_path: Path) -> None:
+    """In fp32 over data-parallel ranks; reduced in bf16, as DeepSpeed does unasked, they are 1e-3 apart."""
+    corpus = write_corpus(tmp_path / "corpus")
+    sources = []
+    for stage in (1, 2, 3):
+        options = {"train_iters": 1, "save_interval": 1, "bf16": True, "deepspeed_config": zero_config(stage)}
+        run_world(train_and_report, 2, run_flags(corpus, tmp_path / str(stage), **options))
+        sources.append(CheckpointSource(find_checkpoint(tmp_path / str(stage) / "checkpoints")))
+    for name in sources[0].shapes():
+        first, *others = (source.whole(name, "exp_avg") for source in sources)
+        assert all((first - other).norm() <= 1e-5 * first.norm() for other in others), name

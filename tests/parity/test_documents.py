@@ -26,8 +26,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "three stages, recomputed, bubble": (3, {
         "pipeline_model_parallel_size": 3, "recompute_granularity": "full", "reference_schedule": "bubble",
     }),
-    "zero 2": (2, {"deepspeed_config": "ds_configs/zero2.json"}),
-    "zero 3, recomputed": (2, {"deepspeed_config": "ds_configs/zero3.json", "recompute_granularity": "full"}),
+    "zero 2": (2, {"deepspeed_config": "ds_configs/zero2_bf16.json"}),
+    "zero 3, recomputed": (2, {"deepspeed_config": "ds_configs/zero3_bf16.json", "recompute_granularity": "full"}),
 }  # fmt: skip
 
 

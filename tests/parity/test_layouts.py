@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.runs import run_flags, save_hf_llama, write_corpus
+from tests.support.runs import run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
@@ -100,7 +100,7 @@ def test_sequence_parallel(train: Train, layout: str, tied: bool) -> None:
 
 @pytest.mark.parametrize(("layout", "stage"), [("112", 2), ("122", 2), ("112", 3), ("122", 3)])
 def test_zero_2_and_3(train: Train, layout: str, stage: int) -> None:
-    assert_same(train(layout, deepspeed_config=f"ds_configs/zero{stage}.json"), train("111"))
+    assert_same(train(layout, deepspeed_config=zero_config(stage)), train("111"))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -115,7 +115,11 @@ def test_zero_3_with_every_parameter_partitioned(train: Train, tied: bool, tmp_p
 def test_zero_3_with_everything(train: Train) -> None:
     changes = {"no_untie_embeddings_and_output_weights": True}
     outcome = train(
-        "122", deepspeed_config="ds_configs/zero3.json", sequence_parallel=True, recompute_granularity="full", **changes
+        "122",
+        deepspeed_config="ds_configs/zero3_bf16.json",
+        sequence_parallel=True,
+        recompute_granularity="full",
+        **changes,
     )
     assert_same(outcome, train("111", **changes))
 
@@ -149,7 +153,7 @@ def test_selection_is_a_choice(train: Train) -> None:
 
 @pytest.mark.parametrize(("layout", "stage"), [("111", 1), ("221", 1), ("122", 1), ("112", 2), ("112", 3)])
 def test_bf16_accumulates_in_fp32(train: Train, layout: str, stage: int) -> None:
-    outcome = train(layout, bf16=True, deepspeed_config=f"ds_configs/zero{stage}.json")
+    outcome = train(layout, bf16=True, deepspeed_config=zero_config(stage))
     assert outcome.reports[0]["accumulates_in"] == "torch.float32"
     assert outcome.column("loss") == pytest.approx(train("111").column("loss"), rel=0.05)
 

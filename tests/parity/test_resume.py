@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_slm.checkpoint.format import find_checkpoint
-from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
+from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.training import (
     train_and_die_while_saving,
     train_and_report,
@@ -32,8 +32,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "no_untie_embeddings_and_output_weights": True,
         },
     ),
-    "zero3 dp2": (2, {"deepspeed_config": "ds_configs/zero3.json"}),
-    "zero2 tp2 bf16": (2, {"deepspeed_config": "ds_configs/zero2.json", "tensor_model_parallel_size": 2, "bf16": True}),
+    "zero3 dp2": (2, {"deepspeed_config": "ds_configs/zero3_bf16.json"}),
+    "zero2 tp2 bf16": (
+        2,
+        {"deepspeed_config": "ds_configs/zero2_bf16.json", "tensor_model_parallel_size": 2, "bf16": True},
+    ),
 }
 
 
@@ -213,7 +216,7 @@ def test_a_folder_with_a_later_checkpoint_is_not_mixed_up(tmp_path: Path) -> Non
 def test_a_checkpoint_before_any_update_resumes(stage: int, tmp_path: Path) -> None:
     """Every step so far was skipped: there are weights and no moments."""
     corpus = write_corpus(tmp_path / "corpus")
-    common = {"lr_decay_iters": 3, "deepspeed_config": f"ds_configs/zero{stage}.json"}
+    common = {"lr_decay_iters": 3, "deepspeed_config": zero_config(stage)}
     values = run_flags(corpus, tmp_path / "a", train_iters=1, save=tmp_path / "saved", **common)
     run_world(train_with_one_bad_step, 2, values)
     assert metrics(tmp_path / "a")[0]["skipped_steps"] == 1

@@ -237,7 +237,7 @@ def test_a_running_threshold_does_not_depend_on_how_micro_batches_are_spread(fol
     assert thresholds[0] == thresholds[1] is not None
 
 
-@pytest.mark.parametrize("changes", [{}, {"deepspeed_config": "ds_configs/zero2.json"}], ids=["stages", "zero 2"])
+@pytest.mark.parametrize("changes", [{}, {"deepspeed_config": "ds_configs/zero2_bf16.json"}], ids=["stages", "zero 2"])
 def test_quantile_and_probe_resume_bit_for_bit(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     layout = "112" if changes else "211"
     common = {
@@ -262,7 +262,7 @@ def test_quantile_and_probe_resume_bit_for_bit(changes: dict[str, Any], folder: 
     assert fractions[-1] < 0.9
 
 
-@pytest.mark.parametrize("changes", [{}, {"deepspeed_config": "ds_configs/zero3.json"}], ids=["stages", "zero 3"])
+@pytest.mark.parametrize("changes", [{}, {"deepspeed_config": "ds_configs/zero3_bf16.json"}], ids=["stages", "zero 3"])
 def test_a_probe_changes_nothing_in_training(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     layout = "112" if changes else "211"
     common = {"reference_load": folder / "reference", **changes}

@@ -66,7 +66,8 @@ class Meter:
         return storages(p.data for p in held) | storages(p.ds_tensor.data for p in held if hasattr(p, "ds_tensor"))
 
     def gradients(self) -> Storages:
-        own = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        flat = getattr(self.optimizer, "fp32_partitioned_groups_flat", [])  # with offload their gradients stay
+        own = [p.grad for p in (*self.engine.module.parameters(), *flat) if p.grad is not None]
         kept = [tensors_in(getattr(self.optimizer, name, [])) for name in GRADIENTS]
         return storages([*own, *tensors_in(kept)])
 

@@ -23,6 +23,11 @@ MODEL_FLAGS = {
 }
 
 
+def zero_config(stage: int) -> str:
+    """The shipped DeepSpeed JSON of a ZeRO stage; precision follows --bf16."""
+    return f"ds_configs/zero{stage}_bf16{'_pipeline' * (stage == 1)}.json"
+
+
 def write_corpus(prefix: Path, *, seed: int = 0, num_documents: int = 40, vocab_size: int = VOCAB_SIZE) -> Path:
     """A corpus of short documents with some structure in it; the last id ends a document."""
     generator = np.random.default_rng(seed)

@@ -74,7 +74,7 @@ CASES: dict[str, tuple[int, dict[str, Any], str]] = {
     "unknown score": (2, {**SLM, "slm_score": "exces"}, r"--slm-score = 'exces'.*did you mean excess\?"),
     "protected id beyond the vocabulary": (1, {**SLM, "slm_never_keep": [3, 97]}, "--slm-never-keep = 97: .*below 97"),
     "threshold missing": (2, {**SLM, "slm_policy": "threshold"}, "--slm-threshold = None"),
-    "zero 2 with stages": (2, {"pipeline_model_parallel_size": 2, "deepspeed_config": "ds_configs/zero2.json"}, "zero_optimization.stage = 2"),
+    "zero 2 with stages": (2, {"pipeline_model_parallel_size": 2, "deepspeed_config": "ds_configs/zero2_bf16.json"}, "zero_optimization.stage = 2"),
     "zero 0": (1, {"deepspeed_config": "{folder}/zero0.json"}, "zero_optimization.stage = 0"),
     "contradicting deepspeed json": (2, {"deepspeed_config": "{folder}/bad.json"}, "train_batch_size = 3"),
     "nothing to resume": (2, {"load": "{folder}/half"}, "holds a complete checkpoint"),
@@ -140,8 +140,8 @@ def command_ok(argv: list[str]) -> None:
     [
         {"pipeline_model_parallel_size": 2},
         {"pipeline_model_parallel_size": 2, "bf16": True},
-        {"deepspeed_config": "ds_configs/zero2.json"},
-        {"deepspeed_config": "ds_configs/zero3.json", "bf16": True},
+        {"deepspeed_config": "ds_configs/zero2_bf16.json"},
+        {"deepspeed_config": "ds_configs/zero3_bf16.json", "bf16": True},
     ],
     ids=["stages", "stages bf16", "zero 2", "zero 3 bf16"],
 )

@@ -40,7 +40,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(4, {"pipeline_model_parallel_size": 2}), (2, {"deepspeed_config": "ds_configs/zero2.json"})],
+    [(4, {"pipeline_model_parallel_size": 2}), (2, {"deepspeed_config": "ds_configs/zero2_bf16.json"})],
     ids=["stages", "zero 2"],
 )
 def test_losses_and_counts_of_each_corpus_are_logged(

@@ -15,7 +15,7 @@ from megatron_slm.config.health import HealthConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.training.health import spike_limit, with_loss
 from tests.support.planting import Kind, command_planted, train_clean, train_planted
-from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
+from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import WorldError, run_world
 
 PLANTED = 13
@@ -31,19 +31,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             "bf16": True,
         },
     ),
-    "zero2 dp2 bf16": (2, {"deepspeed_config": "ds_configs/zero2.json", "bf16": True}),
-    "zero3 dp2": (2, {"deepspeed_config": "ds_configs/zero3.json"}),
+    "zero2 dp2 bf16": (2, {"deepspeed_config": zero_config(2), "bf16": True}),
+    "zero3 dp2": (2, {"deepspeed_config": zero_config(3)}),
 }
 MORE: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2 bf16 no clipping": (2, {"bf16": True, "clip_grad": 0}),
     "pp2 dp2 no clipping": (4, {"pipeline_model_parallel_size": 2, "clip_grad": 0}),
     "zero2 tp2 no clipping": (
         2,
-        {"deepspeed_config": "ds_configs/zero2.json", "tensor_model_parallel_size": 2, "clip_grad": 0},
+        {"deepspeed_config": zero_config(2), "tensor_model_parallel_size": 2, "clip_grad": 0},
     ),
     "zero3 tp2 dp2 bf16": (
         4,
-        {"deepspeed_config": "ds_configs/zero3.json", "tensor_model_parallel_size": 2, "bf16": True},
+        {"deepspeed_config": zero_config(3), "tensor_model_parallel_size": 2, "bf16": True},
     ),
     "pp4 dp2": (8, {"pipeline_model_parallel_size": 4}),
 }
@@ -156,7 +156,7 @@ SPIKE = 8 * 8 + 3
     ("world_size", "layout"),
     [
         (2, {"pipeline_model_parallel_size": 2}),
-        pytest.param(2, {"deepspeed_config": "ds_configs/zero3.json"}, marks=pytest.mark.slow),
+        pytest.param(2, {"deepspeed_config": zero_config(3)}, marks=pytest.mark.slow),
     ],
     ids=["stages", "zero 3"],
 )

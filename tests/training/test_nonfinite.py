@@ -75,9 +75,10 @@ def test_some_rows_are_counted_said_and_left_out(folder: Path, tmp_path: Path) -
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "stages": (2, {"pipeline_model_parallel_size": 2}),
     "bf16": (1, {"bf16": True}),
-    "zero 2": (1, {"deepspeed_config": "ds_configs/zero2.json"}),
-    "zero 3": (1, {"deepspeed_config": "ds_configs/zero3.json"}),
-    "zero 3 bf16": (1, {"deepspeed_config": "ds_configs/zero3.json", "bf16": True}),
+    "zero 2": (1, {"deepspeed_config": "ds_configs/zero2_bf16.json"}),
+    "zero 3": (1, {"deepspeed_config": "ds_configs/zero3_bf16.json"}),
+    "zero 3 offloaded": (1, {"deepspeed_config": "ds_configs/zero3_offload.json", "bf16": True}),
+    "zero 3 bf16": (1, {"deepspeed_config": "ds_configs/zero3_bf16.json", "bf16": True}),
 }
 
 

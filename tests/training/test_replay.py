@@ -17,7 +17,7 @@ from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.replay import Replay, open_weights, read_records
 from megatron_slm.training.replay_main import main
 from tests.support.planting import plant, train_planted
-from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
+from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import WorldError, run_world
 
 PLANTED = 13
@@ -65,7 +65,7 @@ def replayed(given: dict[str, Any], scratch: Path, planted: list[int]) -> dict[s
     ("world_size", "layout"),
     [
         (4, {"pipeline_model_parallel_size": 2}),
-        (2, {"deepspeed_config": "ds_configs/zero3.json"}),
+        (2, {"deepspeed_config": zero_config(3)}),
     ],
     ids=["pp2 dp2", "zero3 dp2"],
 )

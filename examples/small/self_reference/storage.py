@@ -1,6 +1,6 @@
 """How many kept tokens another `--score-dtype` changes: train from an fp32 store and select with rounded scores beside.
 
-    python examples/self_reference/storage.py --config examples/self_reference/train.yaml \
+    python examples/small/self_reference/storage.py --config examples/small/self_reference/train.yaml \
       --reference-scores runs/self_reference/scores --pipeline-model-parallel-size 1 --run-dir runs/storage
 
 takes the flags of pretrain_slm.py, runs in one process, and trains as usual; at every micro-batch it also selects by

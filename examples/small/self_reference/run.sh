@@ -2,9 +2,9 @@
 # Selective training with a reference of the same corpus, its losses stored once: minutes on two CPU cores.
 # `--fast` does a few steps of everything. What is under runs/self_reference/ already is made again.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-here=examples/self_reference out=runs/self_reference
-source examples/corpora.sh "$@"
+cd "$(dirname "$0")/../../.."
+here=examples/small/self_reference out=runs/self_reference
+source examples/small/corpora.sh "$@"
 
 say "1. the reference: plain training on the noisy corpus itself"
 launch tools/pretrain_slm.py --config "$here/train.yaml" --objective clm --run-dir "$out/reference" "${shorter[@]}"

@@ -2,9 +2,9 @@
 # Selective training with a reference several times smaller than the model: minutes on two CPU cores.
 # `--fast` does a few steps of everything. What is under runs/weak_to_strong/ already is made again.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-here=examples/weak_to_strong out=runs/weak_to_strong
-source examples/corpora.sh "$@"
+cd "$(dirname "$0")/../../.."
+here=examples/small/weak_to_strong out=runs/weak_to_strong
+source examples/small/corpora.sh "$@"
 
 say "1. the reference: plain training of a small model on the clean corpus"
 launch tools/pretrain_slm.py --config "$here/reference.yaml" --run-dir "$out/reference" "${shorter[@]}"

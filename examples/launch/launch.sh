@@ -1,0 +1,79 @@
+# Sourced by the recipes' run.sh: which steps are asked for, and `launch` for one machine, a hostfile, or SLURM.
+#
+#   bash examples/RECIPE/run.sh                          every step, on all GPUs of this machine
+#   bash examples/RECIPE/run.sh slm --lr 4e-5            one step, with flags of your own behind the recipe's
+#   HOSTFILE=hosts bash examples/RECIPE/run.sh slm       on the machines of a DeepSpeed hostfile ("node1 slots=8" a line)
+#   sbatch --nodes 4 examples/launch/slurm.sbatch RECIPE slm
+#   NODES=4 GPU=h100 bash examples/RECIPE/run.sh plan    what it would be and cost; needs no GPU, weights or corpora
+#
+# GPUS: of each machine (default: all; 8 in a plan). NODES, GPU: of a plan. MASTER_PORT: a free port (default 29500).
+# Run from the checkout: it has the same path on all machines, and so have models/, corpora/ and runs/ in it.
+
+export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+steps=() flags=()
+for word in "$@"; do
+  if [ ${#flags[@]} -eq 0 ] && [[ "$word" != --* ]]; then steps+=("$word"); else flags+=("$word"); fi
+done
+planning=""
+if [ "${steps[*]}" = plan ]; then planning=1 steps=(); fi
+source tools/environment.sh run
+
+# `steps_are data reference slm export` names a recipe's steps, in order, and refuses others.
+steps_are() {
+  local asked
+  for asked in "${steps[@]}"; do
+    case " $* " in
+      *" $asked "*) ;;
+      *) printf 'error: step = %s: is one of: plan %s\n' "$asked" "$*" >&2; exit 2 ;;
+    esac
+  done
+  if [ ${#steps[@]} -eq 0 ]; then steps=("$@"); fi
+}
+
+step() {
+  case " ${steps[*]} " in *" $1 "*) printf '\n== %s\n' "$1" ;; *) return 1 ;; esac
+}
+
+# On this machine, without GPUs; left out of a plan.
+here_only() { if [ -z "$planning" ]; then "$@"; fi; }
+
+# `tokenize PREFIX FILE...`: JSON lines (plain, .gz, .zst) or Parquet to PREFIX_text_document, with the model's tokenizer.
+tokenize() {
+  local prefix="$1"
+  shift
+  if [ -e "${prefix}_text_document.meta.json" ]; then return; fi # finished before; what was cut short goes on
+  here_only python tools/preprocess_data.py --input "$@" --output-prefix "$prefix" --append-eod \
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --workers "${WORKERS:-$(nproc)}"
+}
+
+launch() {
+  local port="${MASTER_PORT:-29500}" first
+  if [ -n "$planning" ]; then
+    plan "$@"
+  elif [ -n "${SLURM_JOB_ID:-}" ]; then # one launcher a node, which needs no ssh
+    mkdir -p runs
+    first="$(hostname)"
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}/" > "runs/hosts.$SLURM_JOB_ID"
+    srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 \
+      bash -c 'exec deepspeed --no_ssh --node_rank "$SLURM_NODEID" "$@"' launcher \
+      --hostfile "runs/hosts.$SLURM_JOB_ID" --master_addr "$first" --master_port "$port" "$@" "${flags[@]}"
+  elif [ -n "${HOSTFILE:-}" ]; then
+    deepspeed --hostfile "$HOSTFILE" --master_port "$port" "$@" "${flags[@]}"
+  else
+    deepspeed ${GPUS:+--num_gpus "$GPUS"} --master_port "$port" "$@" "${flags[@]}"
+  fi
+}
+
+plan() {
+  local nodes="${NODES:-1}" gpus="${GPUS:-8}" script="$1"
+  shift
+  if [ "$script" != tools/pretrain_slm.py ]; then
+    printf '\n(not planned: %s)\n' "$script"
+    return
+  fi
+  printf '\n== %s\n' "$*"
+  DS_ACCELERATOR=cpu WORLD_SIZE=$((nodes * gpus)) python "$script" "$@" "${flags[@]}" --dry-run --without-files
+  if [ -n "${GPU:-}" ]; then
+    DS_ACCELERATOR=cpu python tools/plan.py layout --nodes "$nodes" --gpus-per-node "$gpus" --gpu "$GPU" "$@" "${flags[@]}"
+  fi
+}

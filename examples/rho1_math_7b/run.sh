@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Rho-1-Math-7B: a reference on curated mathematics, then 15B tokens of OpenWebMath.
+# Its numbers are in the YAML files; how to run it where is in examples/launch/launch.sh.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source examples/launch/launch.sh
+here=examples/rho1_math_7b model=models/mistral_7b out=runs/rho1_math_7b
+steps_are data reference slm export
+
+if step data; then # text/NAME/* to corpora/mistral/NAME_text_document
+  tokenize corpora/mistral/curated text/curated/*
+  tokenize corpora/mistral/curated_heldout text/curated_heldout/*
+  tokenize corpora/mistral/open_web_math text/open_web_math/*
+  tokenize corpora/mistral/open_web_math_heldout text/open_web_math_heldout/*
+fi
+
+if step reference; then
+  launch tools/pretrain_slm.py --config "$here/reference.yaml"
+fi
+
+if step slm; then
+  launch tools/pretrain_slm.py --config "$here/slm.yaml"
+fi
+
+if step export; then
+  here_only python tools/convert_checkpoint.py export --load "$out/slm/checkpoints" --output "$out/hf"
+fi

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Self-reference: a reference of the very corpus, its losses and entropies stored, then SLM from the store.
+# Its numbers are in the YAML files; how to run it where is in examples/launch/launch.sh.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source examples/launch/launch.sh
+here=examples/self_reference_1b model=models/tinyllama_1.1b out=runs/self_reference_1b
+steps_are data reference score slm export
+
+if step data; then # text/NAME/* to corpora/llama/NAME_text_document
+  tokenize corpora/llama/open_web_math text/open_web_math/*
+  tokenize corpora/llama/open_web_math_heldout text/open_web_math_heldout/*
+fi
+
+if step reference; then
+  launch tools/pretrain_slm.py --config "$here/reference.yaml"
+fi
+
+if step score; then
+  launch tools/score_corpus.py --config "$here/slm.yaml" --score-dtype bfloat16 --with-entropy
+fi
+
+if step slm; then
+  launch tools/pretrain_slm.py --config "$here/slm.yaml"
+fi
+
+if step export; then
+  here_only python tools/convert_checkpoint.py export --load "$out/slm/checkpoints" --output "$out/hf"
+fi

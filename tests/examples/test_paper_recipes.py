@@ -1,0 +1,340 @@
+"""The paper's recipes: the paper's numbers, dry runs of large worlds, and scripts whose every flag exists."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, MistralConfig
+
+from megatron_slm.config import RunConfig
+from megatron_slm.config.load import _fields, parse
+from megatron_slm.convert.hf_config import architecture_of
+from megatron_slm.planning.job import open_job
+from megatron_slm.training.main import main
+from megatron_slm.training.score_main import parse_scoring
+from tests.data.byte_level import byte_level_folder
+from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+FOLDERS = sorted(path.parent for path in EXAMPLES.glob("*/slm.yaml"))
+CONFIGS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
+SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch"), ROOT / "tools/environment.sh"])
+PAGES = sorted([*EXAMPLES.rglob("README.md"), *EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
+BATCH_TOKENS = 2**20
+"""The paper's 1M."""
+PAPER: dict[str, dict[str, Any]] = {
+    "rho1_math_1b/reference": {"tokens": 1.5e9, "lr": 5e-5, "seq": 2048, "model": "tinyllama"},
+    "rho1_math_1b/slm": {"tokens": 15e9, "lr": 8e-5, "seq": 2048, "keep": 0.6, "model": "tinyllama"},
+    "rho1_math_7b/reference": {"tokens": 1.5e9, "lr": 1e-5, "seq": 4096, "model": "mistral"},
+    "rho1_math_7b/slm": {"tokens": 15e9, "lr": 2e-5, "seq": 4096, "keep": 0.7, "model": "mistral"},
+    "rho1_general_1b/reference": {"tokens": 5.7e9, "lr": 5e-5, "seq": 2048, "model": "tinyllama"},
+    "rho1_general_1b/slm": {"tokens": 80e9, "lr": 1e-4, "seq": 2048, "keep": 0.6, "model": "tinyllama"},
+    "weak_to_strong_7b/slm": {"tokens": 15e9, "lr": 2e-5, "seq": 2048, "keep": 0.7, "model": "llama2"},
+    "self_reference_1b/reference": {"tokens": 1.5e9, "lr": 5e-5, "seq": 2048, "model": "tinyllama"},
+    "self_reference_1b/slm": {"tokens": 15e9, "lr": 8e-5, "seq": 2048, "model": "tinyllama"},
+    "stored_scores_7b/slm": {"tokens": 15e9, "lr": 2e-5, "seq": 4096, "keep": 0.7, "model": "mistral"},
+}
+TINYLLAMA = LlamaConfig(
+    hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4, max_position_embeddings=2048
+)
+HF_CONFIGS = {
+    "tinyllama": TINYLLAMA,
+    "mistral": MistralConfig(max_position_embeddings=32768, rms_norm_eps=1e-5),
+    "llama2": LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5),
+}
+TINYLLAMA.rms_norm_eps = 1e-5
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(EXAMPLES).with_suffix(""))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "HOSTFILE", "GPUS", "NODES", "GPU"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_every_recipe_is_known_and_whole() -> None:
+    assert {name_of(path) for path in CONFIGS} == set(PAPER)
+    for folder in FOLDERS:
+        assert {"README.md", "run.sh", "slm.yaml"} <= {path.name for path in folder.iterdir()}
+        assert f"({folder.name}/README.md)" in (EXAMPLES / "README.md").read_text()
+
+
+@pytest.mark.parametrize("world", [8, 64, 256])
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_a_dry_run_needs_no_files(
+    config: Path, world: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    smaller = ["--micro-batch-size", "1"] if world == 256 else []
+    code = main(["--config", str(config), "--dry-run", "--without-files", *smaller])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert f"Layout: {world} ranks" in printed.out
+    for part in ("tokens of the run", "optimizer (master weights, moments)", "Not looked at", "--init-from"):
+        assert part in printed.out
+    assert ("reference schedule" in printed.out) is ("reference-config" in config.read_text()), (
+        "where a reference runs beside the model, its shape is known"
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_numbers_are_the_papers(config: Path) -> None:
+    paper = PAPER[name_of(config)]
+    run, _ = parse(["--config", str(config)])
+    training = run.training
+    assert training.global_batch_size is not None
+    assert training.global_batch_size * run.data.seq_length == BATCH_TOKENS
+    assert run.data.seq_length == paper["seq"]
+    tokens = training.train_iters * BATCH_TOKENS
+    assert 0 <= tokens - paper["tokens"] < BATCH_TOKENS, "as many whole batches as hold the paper's tokens"
+    assert run.optimizer.lr == paper["lr"]
+    assert run.optimizer.min_lr == pytest.approx(paper["lr"] / 10)
+    assert training.bf16
+    assert run.checkpoint.load == run.save_folder, "one command starts and resumes"
+    if "keep" in paper:
+        assert run.selection.slm_keep_ratio == paper["keep"]
+        assert run.selection.slm_score == ["excess"]
+    if config.stem == "slm":
+        text = (config.parent / "README.md").read_text()
+        assert f"{tokens:,} tokens" in text
+        assert f"{training.train_iters:,} steps" in text
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_shapes_are_those_of_the_models(config: Path) -> None:
+    """So that --init-from, which is compared with them, is accepted."""
+    run, _ = parse(["--config", str(config)])
+    job = open_job(run)
+    real = HF_CONFIGS[PAPER[name_of(config)]["model"]]
+    assert job.architecture == architecture_of({**real.to_dict(), "architectures": None}, "test")
+    if job.reference is not None:
+        small = name_of(config).startswith("weak")
+        assert job.reference == (open_job(parse(["--config", "examples/rho1_math_1b/slm.yaml"])[0]).architecture if small else job.architecture)  # fmt: skip
+
+
+def test_the_blend_is_six_to_three_to_one() -> None:
+    run, _ = parse(["--config", "examples/rho1_general_1b/slm.yaml"])
+    assert [float(word) for word in run.data.data_path[::2]] == [0.6, 0.3, 0.1]
+
+
+def test_self_reference_is_the_papers_best_setting() -> None:
+    selection = parse(["--config", "examples/self_reference_1b/slm.yaml"])[0].selection
+    assert selection.slm_score == ["reference-loss", "reference-entropy"]
+    assert (selection.slm_combine, selection.slm_combine_ratios) == ("intersection", [0.7, 0.7])
+
+
+def test_a_control_without_selection_is_a_command_away() -> None:
+    words = "--config examples/rho1_math_1b/slm.yaml --objective clm --reference-load null"
+    assert parse(words.split())[0].selection.objective == "clm"
+    assert words.split(" ", 2)[2] in (EXAMPLES / "rho1_math_1b/README.md").read_text()
+
+
+# Scripts.
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_scripts_are_sound(script: Path) -> None:
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    if shutil.which("shellcheck"):
+        # SC1090/1091: sourced files; SC2034, SC2154: names that one file sets and another reads
+        words = [
+            "shellcheck",
+            "--shell=bash",
+            "--severity=warning",
+            "--exclude=SC1090,SC1091,SC2034,SC2154",
+            str(script),
+        ]
+        checked = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout
+
+
+RECORDER = """#!/usr/bin/env bash
+name="${0##*/}"
+if [ "$name" = python ] && { [ "$1" = -W ] || [ "$1" = -c ]; }; then exit 0; fi
+{ printf '%%s\\x1f' "$name" "$@"; echo; } >> "%(log)s"
+case "$name" in
+  scontrol) printf 'node1\\nnode2\\n' ;;
+  hostname) echo node1 ;;
+  srun) while [ "$1" != bash ]; do shift; done; for n in 0 1; do SLURM_NODEID=$n "$@"; done ;;
+esac
+"""
+VARIANTS = {
+    "one machine": {},
+    "hostfile": {"HOSTFILE": "hosts"},
+    "slurm": {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "GPUS": "4"},
+}
+
+
+def run_recorded(tmp_path: Path, words: list[str], environment: dict[str, str]) -> list[list[str]]:
+    """What a script would start: its commands, taken down by stand-ins, in a copy of the checkout's scripts."""
+    stand_ins, log = tmp_path / "bin", tmp_path / "commands"
+    stand_ins.mkdir()
+    for name in ("python", "deepspeed", "srun", "scontrol", "hostname"):
+        (stand_ins / name).write_text(RECORDER % {"log": log})
+        (stand_ins / name).chmod(0o755)
+    for folder in ("examples", "tools", "ds_configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        ["bash", *words], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": f"{stand_ins}:{os.environ['PATH']}", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split("\x1f")[:-1] for line in log.read_text().split("\n")[:-1]]
+
+
+@functools.cache
+def run_of(script: str, *words: str) -> RunConfig:
+    """The run that a command asks for, by our own parsers."""
+    return parse_scoring(words)[0] if script == "tools/score_corpus.py" else parse(words)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_every_command_of_a_recipe_is_accepted(folder: Path, variant: str, tmp_path: Path) -> None:
+    """By the launcher's parser and by our own; flags of the user's own arrive at every launch."""
+    from deepspeed.launcher.runner import parse_args
+
+    script = f"examples/{folder.name}/run.sh"
+    words = [script] if variant != "slurm" else ["examples/launch/slurm.sbatch", folder.name]
+    commands = run_recorded(tmp_path, [*words, "--seed", "77"], VARIANTS[variant])
+    steps = re.search(r"steps_are (.*)", (ROOT / script).read_text())
+    assert steps is not None
+    launches = [words for name, *words in commands if name == "deepspeed"]
+    nodes = 2 if variant == "slurm" else 1
+    assert len(launches) == nodes * (len(steps[1].split()) - 2), "all steps but data and export, on each node"
+    named: set[str] = set()
+    for number, words in enumerate(launches):
+        launcher = parse_args(words)
+        run = run_of(launcher.user_script, *launcher.user_args)
+        assert run.training.seed == 77
+        named |= {*run.data.data_path, *run.data.valid_data_path}
+        assert (ROOT / launcher.user_script).is_file()
+        if variant == "hostfile":
+            assert launcher.hostfile == "hosts"
+        if variant == "slurm":
+            assert launcher.no_ssh
+            assert launcher.node_rank == number % 2
+            assert launcher.master_addr == "node1"
+            assert (tmp_path / launcher.hostfile).read_text() == "node1 slots=4\nnode2 slots=4\n"
+    tools = [words for name, *words in commands if name == "python"]
+    assert {words[0] for words in tools} == {"tools/preprocess_data.py", "tools/convert_checkpoint.py"}
+    for words in tools:
+        known = flags_of_tool(words[0])
+        assert {word for word in words if word.startswith("--")} <= known
+    made = {
+        words[words.index("--output-prefix") + 1] + "_text_document" for words in tools if "--output-prefix" in words
+    }
+    read = {word.partition("=")[2] or word for word in named if "/" in word}
+    assert read <= made, "what is trained on is made by the step data"
+
+
+def test_unknown_steps_are_refused(tmp_path: Path) -> None:
+    words = ["bash", "examples/rho1_math_1b/run.sh", "slmm"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})  # fmt: skip
+    assert done.returncode == 2
+    assert "step = slmm: is one of: plan data reference slm export" in done.stderr
+
+
+_TOOL_FLAGS: dict[str, set[str]] = {}
+
+
+def flags_of_tool(script: str) -> set[str]:
+    """The flags in a tool's source: its parsers are not all importable."""
+    if script not in _TOOL_FLAGS:
+        _TOOL_FLAGS[script] = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / script).read_text()))
+    return _TOOL_FLAGS[script]
+
+
+def test_every_flag_in_the_pages_and_scripts_exists() -> None:
+    known = {"--" + name.replace("_", "-") for name in _fields()}
+    known |= {"--config", "--dry-run", "--without-files", "--help"}
+    for source in (*(ROOT / "tools").glob("*.py"), *(ROOT / "megatron_slm").rglob("*command.py"), *EXAMPLES.rglob("*.py"), ROOT / "megatron_slm/training/score_main.py"):  # fmt: skip
+        known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source.read_text()))
+    known |= {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port", "--log_level"}
+    known |= {
+        "--nodes",
+        "--ntasks",
+        "--ntasks-per-node",
+        "--kill-on-bad-exit",
+        "--job-name",
+        "--gpus-per-node",
+    }  # SLURM
+    known |= {"--exclusive", "--time", "--output", "--dependency", "--local-dir", "--fast"}  # the last of run.sh itself
+    known |= {"--gpu", "--gpus-per-node", "--json"}
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text()))
+        assert named <= known, (page, named - known)
+
+
+def test_every_deepspeed_file_is_described_and_used() -> None:
+    used = " ".join(
+        path.read_text() for folder in ("examples", "tests") for path in (ROOT / folder).rglob("*") if path.suffix in (".yaml", ".py")
+    )  # fmt: skip
+    page = (ROOT / "ds_configs/README.md").read_text()
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        assert f"`{path.name}`" in page
+        assert f"ds_configs/{path.name}" in used
+
+
+# What a dry run without files still refuses.
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "match"),
+    [
+        (["--micro-batch-size", "3"], 8, "--micro-batch-size"),
+        (["--pipeline-model-parallel-size", "3"], 8, "world size = 8: is a multiple of"),
+        (["--tensor-model-parallel-size", "8"], 8, "tensor"),
+        (["--num-layers", "12", "--pipeline-model-parallel-size", "16"], 16, "16"),
+        (["--reference-config", "nowhere/config.json"], 8, "--reference-config = 'nowhere/config.json'"),
+        (["--deepspeed-config", "ds_configs/fp32_cpu.json"], 8, "bf16.enabled = False"),
+        (["--pipeline-model-parallel-size", "2", "--deepspeed-config", "ds_configs/zero3_bf16.json"], 8, "stage = 3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_file_is_refused(
+    changes: list[str], world: int, match: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    words = ["--config", "examples/rho1_math_1b/slm.yaml", "--dry-run", "--without-files", *changes]
+    assert main(words) == 1
+    assert match in capsys.readouterr().err
+
+
+def test_without_files_goes_with_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "examples/rho1_math_1b/slm.yaml", "--without-files"]) == 1
+    assert "--without-files = True: goes with --dry-run" in capsys.readouterr().err
+
+
+def test_a_loaded_reference_must_have_the_planned_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    reference, other = save_hf_llama(tmp_path / "reference"), save_hf_llama(tmp_path / "other", num_hidden_layers=2)
+    for shape, code in ((reference, 0), (other, 1)):
+        values = run_flags(
+            corpus, tmp_path / "run", objective="slm", reference_load=reference, reference_config=shape / "config.json"
+        )
+        assert main([*flags(values), "--dry-run"]) == code
+    assert "--reference-config: num_layers = 2: is that of the reference that is loaded (3)" in capsys.readouterr().err
+
+
+def test_a_tokenizers_size_must_be_the_one_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    tokenizer = byte_level_folder(tmp_path / "tokenizer")
+    values = run_flags(corpus, tmp_path / "run", tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tokenizer)
+    values["vocab-size"] = 77
+    assert main([*flags(values), "--dry-run"]) == 1
+    assert "--vocab-size = 77: is the tokenizer's" in capsys.readouterr().err
