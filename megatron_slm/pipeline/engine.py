@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import deepspeed
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
 from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.pipeline.activity import Activity
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
 from megatron_slm.pipeline.costs import Costs, Work
 from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
@@ -51,6 +52,7 @@ class StageContext:
     dtype: torch.dtype
     keeps_documents_apart: bool = False
     """Whether layers must know where documents lie; every stage reads its micro-batches then."""
+    activity: Activity = field(default_factory=Activity)
 
 
 class SelectiveEngine(PipelineEngine):
@@ -70,7 +72,7 @@ class SelectiveEngine(PipelineEngine):
         if self.using_bf16_optimizer:
             self.optimizer.backward_prologue = lambda: None  # `_backward` clears the bf16 gradients, in time
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
-        self._channels = Channels(context.topology, self.global_rank, self.device, lanes)
+        self._channels = Channels(context.topology, self.global_rank, self.device, lanes, context.activity)
         self._window = Window()
         self.schedule, self._is_prepared = context.schedule, False
         self._stopwatch: Stopwatch | None = None
@@ -173,20 +175,26 @@ class SelectiveEngine(PipelineEngine):
         return self._sums
 
     def _execute(self, program: Sequence[Instruction]) -> None:
-        for kind, micro_batch in program:
+        activity, length = self.context.activity, len(program)
+        for index, (kind, micro_batch) in enumerate(program):
+            activity.at(index, length, kind.value, micro_batch)
             which = f" of micro-batch {micro_batch}" if micro_batch >= 0 else ""
             with peers_named(f"stage {self.stage_id}, {kind.value}{which}"):
                 self._HANDLERS[kind](self, micro_batch)
 
-    def _timing(self, work: Work) -> AbstractContextManager[None]:
-        return nullcontext() if self._stopwatch is None else self._stopwatch.timing(work)
+    @contextmanager
+    def _timing(self, work: Work) -> Iterator[None]:
+        stopwatch = self._stopwatch
+        with self.context.activity.working(), nullcontext() if stopwatch is None else stopwatch.timing(work):
+            yield
 
     # ---- the model --------------------------------------------------------------------------------------
 
     def _load(self, i: int) -> None:
         if i in self._window:
             return
-        read = self._source(i)
+        with self.context.activity.working(on_device=False):
+            read = self._source(i)
         self._window.add(i, read.to(self.device))
         scores = self.context.scores
         if scores is not None and self.is_last_stage() and torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,13 +23,21 @@ class HeldOutSet:
     """Evaluated at the end of the run alone (a test set)."""
 
 
-def evaluate(trainer: Trainer, held_out: HeldOutSet, *, global_batch_size: int, num_micro_batches: int) -> float | None:
+def evaluate(
+    trainer: Trainer,
+    held_out: HeldOutSet,
+    *,
+    global_batch_size: int,
+    num_micro_batches: int,
+    before_batch: Callable[[], None] = lambda: None,
+) -> float | None:
     """Mean loss in nats over the set's valid tokens, each counted once at any layout; None where not finite.
 
-    Collective. One pass through the pipeline for each global batch.
+    Collective. One pass through the pipeline for each global batch. What `before_batch` raises, on all ranks, ends it.
     """
     sums = LossSums()
     for batch in range(held_out.num_global_batches):
+        before_batch()
         source = partial(held_out.source.micro_batch, batch * global_batch_size)
         sums = sums + trainer.evaluate(source, num_micro_batches)
     return evaluation_loss(sums)

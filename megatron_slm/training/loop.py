@@ -14,27 +14,34 @@ from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
 from megatron_slm.errors import SlmError, TrainingError
 from megatron_slm.loss.objective import StepSettings
-from megatron_slm.parallel.collectives import from_rank_0, together
+from megatron_slm.parallel.collectives import from_rank_0, peers_named, together
+from megatron_slm.pipeline.activity import Phase
 from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.lr_schedule import learning_rate
 from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
-from megatron_slm.training.signals import StopRequest
 from megatron_slm.training.step import StepResult, train_step
+from megatron_slm.training.stopping import StopAskedError, StopRequest
+from megatron_slm.training.stragglers import Stragglers
+from megatron_slm.training.watchdog import Watchdog
 
 
 def train(run: Run) -> None:
     """Train from where the run stands to `--train-iters`, or until asked to stop. Collective."""
     config, position = run.plan.config, run.position
     last = config.training.train_iters
-    stop, skipped_in_a_row = StopRequest(local_device()), 0
+    run_dir, skipped_in_a_row = Path(config.logging.run_dir), 0
+    stop = StopRequest(local_device(), config.resilience, run_dir)
+    watchdog = Watchdog(run.trainer.activity, config.resilience, run_dir)
+    recorder = _Recorder(run, watchdog, stop)
     _raise_together(run.train_source.prepare(position.consumed_samples))
-    with closing(run.train_source), _Recorder(run) as recorder:
+    with watchdog, peers_named("outside of the pipeline's schedule"), closing(run.train_source), recorder:
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
             run.probe.prepare()
-        recorder.evaluations(recorder.evaluations_cut_off())
-        while position.step < last:
+        stopping = stop.agreed() or recorder.evaluations(recorder.evaluations_cut_off())
+        while position.step < last and not stopping:
+            watchdog.enter(Phase.STEP, position.step + 1)
             rate = learning_rate(position.step, config.optimizer, last)
             source = partial(run.train_source.micro_batch, position.consumed_samples)
             is_last = position.step + 1 == last
@@ -48,18 +55,22 @@ def train(run: Run) -> None:
             if run.probe is not None and run.probe.due(position.step):
                 recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
             unreadable = run.train_source.prepare(position.consumed_samples)
-            stopping = stop.agreed(unreadable is not None)
+            stopping = stop.agreed(step_done=None if is_last else position.step, must_stop=unreadable is not None)
             recorder.saved(run.saver.poll())
-            if config.checkpoint.enabled and (stopping or _due(position.step, config.checkpoint.save_interval, last)):
-                recorder.saved(_save(run))  # before evaluating: what ends a run early does not wait
-            if stopping:  # what is under way is committed before anything that takes long or can fail
+            saves = stopping is not None or _due(position.step, config.checkpoint.save_interval, last)
+            if saves:
+                recorder.save()  # before evaluating: what ends a run early does not wait
+            if stopping is None:
+                stopping = recorder.evaluations(recorder.evaluations_due())
+                if stopping is not None and not saves:
+                    recorder.save()
+            else:  # what is under way is committed before anything that can fail
                 recorder.saved(run.saver.finish())
                 _raise_together(unreadable)
-            recorder.evaluations(recorder.evaluations_due())
-            if stopping:
-                recorder.say(f"asked to stop; stopped after step {position.step}")
-                break
+        watchdog.enter(Phase.SAVING, position.step)
         recorder.saved(run.saver.finish())
+        if stopping is not None:
+            recorder.say(f"asked to stop ({stopping}); stopped after step {position.step}")
 
 
 def _raise_together(error: SlmError | None) -> None:
@@ -115,8 +126,9 @@ def _not_finite(skipped_in_a_row: int, step: int) -> TrainingError:
 class _Recorder:
     """Writes what happens; only rank 0 has anything to write to."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, config = run, run.plan.config
+    def __init__(self, run: Run, watchdog: Watchdog, stop: StopRequest) -> None:
+        self.run, self.watchdog, self.stop, config = run, watchdog, stop, run.plan.config
+        self.stragglers = Stragglers(run.trainer.activity, run.plan.topology, local_device())
         self.writer: MetricsWriter | None = None
         if dist.get_rank() == 0:
             run_dir = Path(config.logging.run_dir)
@@ -126,8 +138,11 @@ class _Recorder:
             self.line = ProgressLine(title, config.training.train_iters, start=run.position.step)
 
     def step(self, result: StepResult, rate: float) -> None:
-        """Record a training step."""
+        """Record a training step. Collective."""
         position, plan = self.run.position, self.run.plan
+        self.stragglers.step(result.seconds)
+        is_logged = _due(position.step, plan.config.logging.log_interval, plan.config.training.train_iters)
+        rank_times = self.stragglers.gather() if is_logged else None
         if self.writer is None:
             return
         if result.sums.nonfinite_tokens:
@@ -148,12 +163,24 @@ class _Recorder:
         if len(sources) > 1:
             names, consumed = [s.name for s in sources], plan.train_samples.consumed(position.consumed_samples)
             values["sources"] = source_metrics(result.sums, names, consumed)
-        if _due(position.step, plan.config.logging.log_interval, plan.config.training.train_iters):
-            self.writer.write(values)
+        if rank_times is not None:
+            self.writer.write({**values, "ranks": rank_times.metrics()})
         self.line.update(position.step, values)
 
-    def evaluations(self, names: list[str]) -> None:
-        """Evaluate held-out sets and record their losses. Collective."""
+    def evaluations(self, names: list[str]) -> str | None:
+        """Evaluate held-out sets and record their losses; why a stop was asked for meanwhile, else None. Collective."""
+        try:
+            self._evaluate(names)
+        except StopAskedError as asked:
+            return str(asked)
+        return None
+
+    def _before_batch(self) -> None:
+        self.watchdog.enter(Phase.EVALUATION, self.run.position.step)
+        if (reason := self.stop.agreed()) is not None:
+            raise StopAskedError(reason)
+
+    def _evaluate(self, names: list[str]) -> None:
         run = self.run
         losses: dict[str, float | None] = {}
         for held_out in run.held_out:
@@ -164,6 +191,7 @@ class _Recorder:
                 held_out,
                 global_batch_size=run.plan.global_batch_size,
                 num_micro_batches=run.plan.num_micro_batches,
+                before_batch=self._before_batch,
             )
             losses[held_out.name] = loss
             if self.writer is not None:
@@ -196,6 +224,7 @@ class _Recorder:
     def probe(self, probe: Probe) -> None:
         """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""
         position = self.run.position
+        self.watchdog.enter(Phase.PROBE, position.step)
         kept = probe.kept(_settings(self.run))
         if self.writer is not None:
             tokens = position.consumed_samples * self.run.plan.config.data.seq_length
@@ -203,6 +232,12 @@ class _Recorder:
             line = {"event": "probe", "step": position.step, "tokens": tokens, "agreement": agreed}
             self.writer.write({**line, "kept_tokens": int(kept.sum())})
         position.probe_kept = kept
+
+    def save(self) -> None:
+        """Save where the run saves at all. Collective."""
+        if self.run.plan.config.checkpoint.enabled:
+            self.watchdog.enter(Phase.SAVING, self.run.position.step)
+            self.saved(_save(self.run))
 
     def saved(self, saved: Saved | None) -> None:
         """Record a checkpoint, where one was committed."""

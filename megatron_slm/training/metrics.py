@@ -111,9 +111,12 @@ class MetricsWriter:
             values = {"probe/agreement": values["agreement"]}
         else:
             parts = values.get("sources") or {}
+            of_ranks = {f"ranks/{k}": x for k, x in values.get("ranks", {}).items() if not isinstance(x, list)}
             of_sources = {f"source/{name}/{k}": x for name, part in parts.items() for k, x in part.items()}
-            values = {f"train/{name}": value for name, value in values.items() if name not in ("step", "sources")}
-            values.update(of_sources)
+            values = {
+                f"train/{name}": value for name, value in values.items() if name not in ("step", "sources", "ranks")
+            }
+            values.update(of_sources | of_ranks)
         for name, value in values.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megatron_slm.loss.objective import LossSums, StepSettings
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.pipeline.activity import Activity
 from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
 from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
+from megatron_slm.pipeline.schedule import Kind
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import describe
 from megatron_slm.reference.frozen import FrozenStage
@@ -41,6 +43,8 @@ class Trainer(Protocol):
     """The two engines' common face."""
 
     engine: Any
+    activity: Activity
+    """What this rank is doing; the watchdog's source."""
 
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """Forward, backward and optimizer step; the sums over all ranks.
@@ -74,6 +78,7 @@ class PipelineTrainer:
 
     def __init__(self, engine: SelectiveEngine, *, num_measured_steps: int = 0) -> None:
         self.engine, self._left_to_measure = engine, num_measured_steps
+        self.activity = engine.context.activity
         self.evaluate = engine.evaluate
         self.reference_statistics = engine.reference_statistics
         self.probe = engine.probe
@@ -106,19 +111,25 @@ class FlatTrainer:
     ) -> None:
         self.engine, self.topology, self.reference, self.scores = engine, topology, reference, scores
         self.num_micro_batches = num_micro_batches
+        self.activity = Activity()
         self.objective = engine.module.objective
 
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """See `Trainer`. The reference rides along, so there is no work for a next step."""
         self.engine.train()
-        sums = LossSums()
-        for i in range(self.num_micro_batches):
-            read = source(i)
+        sums, count, activity = LossSums(), self.num_micro_batches, self.activity
+        for i in range(count):
+            activity.at(2 * i, 2 * count + 1, Kind.FORWARD.value, i)
+            with activity.working(on_device=False):
+                read = source(i)
             batch = self._on_device(read)
-            self.engine.set_gradient_accumulation_boundary(i == self.num_micro_batches - 1)
-            loss_sum, part = self.engine(batch, self._reference_statistics(read, batch), settings)
-            self.engine.backward(loss_sum, scale_wrt_gas=False)
+            self.engine.set_gradient_accumulation_boundary(i == count - 1)
+            with activity.working():
+                loss_sum, part = self.engine(batch, self._reference_statistics(read, batch), settings)
+                activity.at(2 * i + 1, 2 * count + 1, Kind.BACKWARD.value, i)
+                self.engine.backward(loss_sum, scale_wrt_gas=False)
             sums = sums + part
+        activity.at(2 * count, 2 * count + 1, Kind.OPTIMIZER_STEP.value, -1)
         sums = self._over_world(sums)
         with gradients_scaled(self.engine.optimizer, step_factor(sums, self.topology.data)):
             self.engine.step()

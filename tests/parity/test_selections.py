@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lines_of(run_dir: Path, event: str | None = None) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        for timing in ("step_time_seconds", "tokens_per_second"):
+        for timing in ("step_time_seconds", "tokens_per_second", "ranks"):
             line.pop(timing, None)
     return [line for line in lines if line.get("event") == event]
 
