@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from megatron_slm.errors import ConfigError
 
+STOP_FILE = "STOP"
+"""In the run's folder: whoever makes it asks the run to stop. It is deleted when the run does."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResilienceConfig:

@@ -13,10 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_slm.config.resilience import ResilienceConfig
-
-STOP_FILE = "STOP"
-"""In the run's folder: whoever makes it asks the run to stop. It is deleted when the run does."""
+from megatron_slm.config.resilience import STOP_FILE, ResilienceConfig
 
 
 class Reason(IntEnum):

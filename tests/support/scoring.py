@@ -86,4 +86,7 @@ def stored(folder: Path, name: str = "loss") -> torch.Tensor:
 def untimed_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("step_time_seconds", "tokens_per_second", "ranks")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("step_time_seconds", "tokens_per_second", "ranks")}
+        for line in lines
+    ]

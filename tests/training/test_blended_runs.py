@@ -36,7 +36,10 @@ def blend(folder: Path, *weights: float) -> list[str]:
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("step_time_seconds", "tokens_per_second", "ranks")} for line in found]
+    return [
+        {k: v for k, v in line.items() if k not in ("step_time_seconds", "tokens_per_second", "ranks")}
+        for line in found
+    ]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.support.world import WorldError, run_world
 
 METRIC_NAMES = (
     "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_unselected excess_all "
-    "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm step_time_seconds tokens_per_second skipped_steps"
+    "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm step_time_seconds tokens_per_second skipped_steps ranks"
 ).split()
 
 
