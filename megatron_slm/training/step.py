@@ -126,8 +126,8 @@ class FlatTrainer:
             self.engine.set_gradient_accumulation_boundary(i == count - 1)
             with activity.working():
                 loss_sum, part = self.engine(batch, self._reference_statistics(read, batch), settings)
-                activity.at(2 * i + 1, 2 * count + 1, Kind.BACKWARD.value, i)
-                self.engine.backward(loss_sum, scale_wrt_gas=False)
+            activity.at(2 * i + 1, 2 * count + 1, Kind.BACKWARD.value, i)
+            self.engine.backward(loss_sum, scale_wrt_gas=False)  # reduces gradients: waits, so not work alone
             sums = sums + part
         activity.at(2 * count, 2 * count + 1, Kind.OPTIMIZER_STEP.value, -1)
         sums = self._over_world(sums)

@@ -19,7 +19,9 @@ class RankTimes:
     """Seconds a step of every rank, by rank: means over the steps since the last gathering."""
 
     work_seconds: tuple[float, ...]
-    """Reading and computing; what tensor-parallel and data-parallel ranks wait for each other inside of it too."""
+    """Reading, forward and (ZeRO-1) backward passes, with what tensor-parallel ranks wait for each other inside. Under
+    ZeRO-2 and 3 backward passes reduce gradients and are no part of it; forward passes of ZeRO-3 gather parameters, so
+    there a slow rank makes all look slow."""
     step_seconds: tuple[float, ...]
     slowest_rank: int
     """The one with the highest `slowness`."""

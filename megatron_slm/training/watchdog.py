@@ -154,6 +154,7 @@ class Watchdog:
         if self._is_lost:
             self._end_lost(found)
         elif elapsed > limit * self._config.watchdog_exit_factor:
+            self._last_word.acquire(blocking=False)
             self._write_report()
             self._end_hang(self._alarm("end"), found)
         elif elapsed > limit and self.activity.moment is not self._reported:
@@ -183,6 +184,8 @@ class Watchdog:
             self._heartbeats.offer(f"verdict/{number}", {"ranks": found.ranks, "text": found.text})
         if alarm["kind"] == "slow":
             return
+        if alarm["kind"] == "end":  # before others end and this rank's training thread misses them
+            self._last_word.acquire(blocking=False)
         given = self._wait_for(f"verdict/{number}")
         found = Verdict(ranks=tuple(given["ranks"]), text=given["text"]) if given else self._without_owner(alarm)
         if alarm["kind"] == "lost":
@@ -234,7 +237,6 @@ class Watchdog:
 
     def _end_hang(self, alarm: dict[str, Any], found: Verdict) -> NoReturn:
         self._linger()
-        self._last_word.acquire()
         field = f"rank {self._rank}: {alarm['what']}"
         rule = f"ends within --watchdog-exit-factor times its limit ({alarm['rule']})"
         fix = f"read {self._folder}, mend what holds that rank up, and resume with --load; or raise the limits"
