@@ -57,7 +57,8 @@ class Watchdog:
         self.activity, self._config, self._folder = activity, config, run_dir / FOLDER
         self.enabled = config.watchdog_factor > 0
         self._interval = max(min(1.0, config.watchdog_min_seconds / 4), dist.get_world_size() / 500)
-        self._limit_seconds = 60 * config.watchdog_allowance_minutes
+        self._watched = activity.moment, 60 * config.watchdog_allowance_minutes
+        """A phase and its limit in seconds, replaced together."""
         self._rank, self._host = dist.get_rank(), socket.gethostname()
         self._beat, self._num_alarms = 0, 0
         self._ended: str | None = None
@@ -79,11 +80,12 @@ class Watchdog:
         if not self.enabled:
             return
         config, seconds = self._config, self.activity.durations[phase]
-        self._limit_seconds = 60 * config.watchdog_allowance_minutes
+        limit = 60 * config.watchdog_allowance_minutes
         if phase in (Phase.STEP, Phase.EVALUATION) and len(seconds) >= _HAS_MEDIAN:
-            self._limit_seconds = max(config.watchdog_min_seconds, config.watchdog_factor * median(seconds))
+            limit = max(config.watchdog_min_seconds, config.watchdog_factor * median(seconds))
+        self._watched = self.activity.moment, limit
         # a thread in C that needs no interpreter: for a call that hangs and holds the interpreter's lock
-        last_resort = self._limit_seconds * config.watchdog_exit_factor + _LAST_RESORT_SECONDS
+        last_resort = limit * config.watchdog_exit_factor + _LAST_RESORT_SECONDS
         faulthandler.dump_traceback_later(last_resort, exit=True, file=2)
 
     def __enter__(self) -> Watchdog:
@@ -135,8 +137,8 @@ class Watchdog:
     def _look(self) -> None:
         """Say where this rank is, and see whether it, or another one, has something to report."""
         self._heartbeats.say(self._record().to_dict())
-        moment = self.activity.moment
-        elapsed, limit = _since(moment), self._limit_seconds
+        moment, limit = self._watched
+        elapsed = _since(moment)
         if self._is_lost:
             self._raise_alarm("lost")
         elif elapsed > limit * self._config.watchdog_exit_factor:
@@ -150,25 +152,22 @@ class Watchdog:
     def _look_alone(self) -> None:
         """While rank 0 does not answer: it is the one to name where there is something to report."""
         found = Verdict(ranks=(0,), text="rank 0, which keeps the heartbeats, does not answer")
-        elapsed, limit = _since(self.activity.moment), self._limit_seconds
+        moment, limit = self._watched
+        elapsed = _since(moment)
         if self._is_lost:
             self._end_lost(found)
         elif elapsed > limit * self._config.watchdog_exit_factor:
             self._last_word.acquire(blocking=False)
             self._write_report()
             self._end_hang(self._alarm("end"), found)
-        elif elapsed > limit and self.activity.moment is not self._reported:
-            self._reported = self.activity.moment
+        elif elapsed > limit and moment is not self._reported:
+            self._reported = moment
             self._write_report()
 
     def _alarm(self, kind: _Alarm) -> dict[str, Any]:
-        what = f"{self.activity.moment.phase.value} of step {self.activity.moment.step}"
-        return {
-            "kind": kind,
-            "rank": self._rank,
-            "what": what,
-            "rule": f"is reported after {self._limit_seconds:.0f} s",
-        }
+        moment, limit = self._watched
+        what, rule = f"{moment.phase.value} of step {moment.step}", f"is reported after {limit:.0f} s"
+        return {"kind": kind, "rank": self._rank, "what": what, "rule": rule}
 
     def _raise_alarm(self, kind: _Alarm) -> None:
         self._heartbeats.offer(f"alarm/{self._num_alarms}", self._alarm(kind))

@@ -50,7 +50,7 @@ def moment_of(output: str, event: str) -> float:
 
 def names(error: str) -> set[int]:
     """The ranks that an error says are lost."""
-    found = re.findall(r"rank (\d+) \(host \S+, pid \d+\) gives no sign of life, last seen in a training step", error)
+    found = re.findall(r"rank (\d+) \(host \S+, pid \d+\) gives no sign of life, last seen in", error)
     return {int(rank) for rank in found} | ({0} if "rank 0, which keeps the heartbeats, " in error else set())
 
 
