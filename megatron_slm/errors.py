@@ -6,6 +6,11 @@ with a code other than zero. A bug in the program is never an `SlmError`.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+EXIT_UNUSABLE = 2
+"""Exit code of a run that would end in the same way if it were started again as it is."""
+
 
 class SlmError(Exception):
     """Something the user gave cannot be used.
@@ -16,6 +21,9 @@ class SlmError(Exception):
         rule: what a usable value satisfies, and how this one does not.
         fix: what the user can do about it.
     """
+
+    exit_code: ClassVar[int] = 1
+    """Of a process that this error ends while it trains; before the first step it is `EXIT_UNUSABLE`."""
 
     def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
@@ -67,3 +75,5 @@ class TaskError(SlmError):
 
 class TrainingError(SlmError):
     """Training cannot go on (for example: losses are no longer finite)."""
+
+    exit_code = EXIT_UNUSABLE

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.pipeline.activity import Activity
 
 
 class Lane(Enum):
@@ -36,8 +37,8 @@ class Channel:
     """Beyond this many the oldest is waited for, which bounds the memory that unsent tensors hold. It cannot
     deadlock: the schedule is free of circles even if every send blocks."""
 
-    def __init__(self, lane: Lane, group: Any, peer: int) -> None:
-        self.lane, self.group, self.peer = lane, group, peer
+    def __init__(self, lane: Lane, group: Any, peer: int, activity: Activity) -> None:
+        self.lane, self.group, self.peer, self.activity = lane, group, peer, activity
         self.sends: deque[tuple[Any, Tensor]] = deque()
         self.receives: deque[tuple[Any, Tensor]] = deque()
 
@@ -72,9 +73,12 @@ class Channel:
             while self.sends:
                 self.sends.popleft()[0].wait()
 
-    def _peer_named(self, doing: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def _peer_named(self, doing: str) -> Iterator[None]:
         preposition = "to" if doing == "sending" else "from"
-        return peers_named(f"{doing} {preposition} rank {self.peer}, {self.lane.value} lane")
+        channel = f"{doing} {preposition} rank {self.peer}, {self.lane.value} lane"
+        with peers_named(channel), self.activity.waiting(channel):
+            yield
 
 
 class Channels:
@@ -84,7 +88,9 @@ class Channels:
     once at start, because communicators are made on first use and that first use blocks.
     """
 
-    def __init__(self, topology: Topology, rank: int, device: torch.device, lanes: Sequence[Lane]) -> None:
+    def __init__(
+        self, topology: Topology, rank: int, device: torch.device, lanes: Sequence[Lane], activity: Activity
+    ) -> None:
         self.next: dict[Lane, Channel] = {}
         self.previous: dict[Lane, Channel] = {}
         for pipeline in topology.pipeline_groups():
@@ -92,9 +98,9 @@ class Channels:
                 for lane in lanes:
                     group = dist.new_group([low, high])
                     if rank == low:
-                        self.next[lane] = Channel(lane, group, high)
+                        self.next[lane] = Channel(lane, group, high, activity)
                     elif rank == high:
-                        self.previous[lane] = Channel(lane, group, low)
+                        self.previous[lane] = Channel(lane, group, low, activity)
         for channel in self.previous.values():
             dist.recv(torch.zeros(1, device=device), channel.peer, group=channel.group)
         for channel in self.next.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
 from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.pipeline.activity import Activity
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
 from megatron_slm.pipeline.costs import Costs, Work
 from megatron_slm.pipeline.facts import MicroBatchFacts, StepFacts
@@ -61,6 +62,7 @@ class StageContext:
     keeps_documents_apart: bool = False
     """Whether layers must know where documents lie; every stage reads its micro-batches then."""
     timers: Timers = field(default_factory=Timers)
+    activity: Activity = field(default_factory=Activity)
 
 
 class SelectiveEngine(PipelineEngine):
@@ -80,7 +82,7 @@ class SelectiveEngine(PipelineEngine):
         if self.using_bf16_optimizer:
             self.optimizer.backward_prologue = lambda: None  # `_backward` clears the bf16 gradients, in time
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
-        self._channels = Channels(context.topology, self.global_rank, self.device, lanes)
+        self._channels = Channels(context.topology, self.global_rank, self.device, lanes, context.activity)
         self._window = Window()
         self.schedule, self._is_prepared = context.schedule, False
         self._stopwatch: Stopwatch | None = None
@@ -187,13 +189,21 @@ class SelectiveEngine(PipelineEngine):
             self._channels.flush()
 
     def _execute(self, program: Sequence[Instruction]) -> None:
-        for kind, micro_batch in program:
+        activity, length = self.context.activity, len(program)
+        for index, (kind, micro_batch) in enumerate(program):
+            activity.at(index, length, kind.value, micro_batch)
             which = f" of micro-batch {micro_batch}" if micro_batch >= 0 else ""
             with peers_named(f"stage {self.stage_id}, {kind.value}{which}"), record_function(f"slm::{kind.value}"):
                 self._HANDLERS[kind](self, micro_batch)
 
-    def _timing(self, work: Work) -> AbstractContextManager[None]:
-        return self.context.timers.timing(_TIMER[work]) if self._stopwatch is None else self._stopwatch.timing(work)
+    @contextmanager
+    def _timing(self, work: Work) -> Iterator[None]:
+        stopwatch, timers = self._stopwatch, self.context.timers
+        with (
+            self.context.activity.working(),
+            timers.timing(_TIMER[work]) if stopwatch is None else stopwatch.timing(work),
+        ):
+            yield
 
     def _receive(self, channel: Channel) -> Tensor:
         with self.context.timers.timing(f"{channel.lane.value}-recv"):
@@ -204,9 +214,9 @@ class SelectiveEngine(PipelineEngine):
     def _load(self, i: int) -> None:
         if i in self._window:
             return
-        with self.context.timers.timing("batch-generator"):
+        with self.context.timers.timing("batch-generator"), self.context.activity.working(on_device=False):
             read = self._source(i)
-            self._window.add(i, read.to(self.device))
+        self._window.add(i, read.to(self.device))
         scores = self.context.scores
         if scores is not None and self.is_last_stage() and torch.is_grad_enabled():
             self._window.add_reference(i, scores(read).to(self.device))

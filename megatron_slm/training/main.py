@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.sections import RunConfig
-from megatron_slm.errors import SlmError
+from megatron_slm.errors import EXIT_UNUSABLE, PeerError, SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
 from megatron_slm.parallel.collectives import peers_named, together
@@ -29,9 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 after an error that the user can mend (one line says it, on every rank)."""
+    """Run the command; the exit code (docs/operations.md). After an error one line says what it is, on every rank."""
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
+    is_training = False
     try:
         config, dry_run = parse(sys.argv[1:] if argv is None else argv)
         if dry_run:
@@ -45,10 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rank == 0:
                 print_dry_run(plan)
         else:
-            pretrain(config)
+            run = prepare(config)
+            is_training = True
+            train_to_the_end(run)
     except SlmError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 1
+        return error.exit_code if is_training or isinstance(error, PeerError) else EXIT_UNUSABLE
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -61,6 +64,13 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
     Raises:
         SlmError: on every rank alike, before the first step if it can be known by then.
     """
+    run = prepare(config, observer=observer)
+    train_to_the_end(run)
+    return run
+
+
+def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
+    """Join the world, check everything, and build what a run needs. Collective over the world."""
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     with peers_named("outside of the pipeline's schedule"):
         resume = open_resume(config)
@@ -69,7 +79,11 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
         logger.info("computing with: %s", "; ".join(f"{what}: {by}" for what, by in plan.describe_backends().items()))
         for line in describe_sources(plan.train_samples):
             logger.info("%s", line)
-        run = build_run(plan, observer=observer)
-        train(run)
+        return build_run(plan, observer=observer)
+
+
+def train_to_the_end(run: Run) -> None:
+    """Train, and leave together with all ranks."""
+    train(run)
+    with peers_named("at the end"):
         dist.barrier()  # nobody leaves while another still writes
-    return run

@@ -83,8 +83,8 @@ def _mean(total: float, count: float) -> float | None:
 def scalars(line: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics by the names that TensorBoard and the monitors show them under.
 
-    `train/NAME` of training lines, `timers/NAME/min` and `/max`, `source/CORPUS/NAME`; `eval/SET` of held-out losses;
-    `probe/agreement`; `bad_batch/loss_all` and `bad_batch/skipped` of steps that went wrong.
+    `train/NAME` of training lines, `timers/NAME/min` and `/max`, `source/CORPUS/NAME`, `ranks/NAME`; `eval/SET` of
+    held-out losses; `probe/agreement`; `bad_batch/loss_all` and `bad_batch/skipped` of steps that went wrong.
     """
     event = line.get("event")
     if event == "eval":
@@ -95,6 +95,7 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
         found = {f"bad_batch/{name}": line[name] for name in ("loss_all", "skipped")}
     else:
         found = {f"train/{name}": value for name, value in line.items() if name != "step"}
+        found |= {f"ranks/{name}": value for name, value in (line.get("ranks") or {}).items()}
         for kind, parts in (("timers", line.get("timers_ms") or {}), ("source", line.get("sources") or {})):
             found |= {f"{kind}/{name}/{k}": x for name, part in parts.items() for k, x in part.items()}
     return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}

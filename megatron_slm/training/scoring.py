@@ -19,6 +19,7 @@ from megatron_slm.loss.variants import LossHead
 from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.pipeline.activity import Activity
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
 from megatron_slm.reference.manifest import Manifest, shard_name
 from megatron_slm.reference.store import Scores, begin, token_digests, write_shard
@@ -105,7 +106,7 @@ class _Scorer:
         assert reference is not None, "a scoring plan has a reference"
         self.reference = reference
         self.device, self.dtype = local_device(), plan.dtype
-        self.channels = Channels(plan.topology, dist.get_rank(), self.device, [Lane.REFERENCE])
+        self.channels = Channels(plan.topology, dist.get_rank(), self.device, [Lane.REFERENCE], Activity())
         self.b = plan.config.training.micro_batch_size
         length = data.seq_length // (tp.size if tp.sequence_parallel else 1)
         self.message_shape = (length, self.b, plan.reference.architecture.hidden_size)

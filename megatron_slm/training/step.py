@@ -13,10 +13,12 @@ from torch import Tensor
 
 from megatron_slm.loss.objective import LossSums, StepSettings
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.pipeline.activity import Activity
 from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
 from megatron_slm.pipeline.facts import MicroBatchFacts, StepFacts
 from megatron_slm.pipeline.gradients import gradients_scaled, step_factor, sum_over_world
 from megatron_slm.pipeline.refusal import Reason, refusal
+from megatron_slm.pipeline.schedule import Kind
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import describe
 from megatron_slm.pipeline.timers import Timers
@@ -50,6 +52,8 @@ class Trainer(Protocol):
 
     engine: Any
     timers: Timers
+    activity: Activity
+    """What this rank is doing; the watchdog's source."""
 
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """Forward, backward and optimizer step; the sums over all ranks.
@@ -87,6 +91,7 @@ class PipelineTrainer:
 
     def __init__(self, engine: SelectiveEngine, *, num_measured_steps: int = 0) -> None:
         self.engine, self._left_to_measure = engine, num_measured_steps
+        self.activity = engine.context.activity
         self.evaluate = engine.evaluate
         self.micro_batch_facts = engine.micro_batch_facts
         self.timers = engine.context.timers
@@ -123,25 +128,29 @@ class FlatTrainer:
         self.timers = timers
         self.engine, self.topology, self.reference, self.scores = engine, topology, reference, scores
         self.num_micro_batches = num_micro_batches
+        self.activity = Activity()
         self.objective = engine.module.objective
 
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """See `Trainer`. The reference rides along, so there is no work for a next step."""
         self.engine.train()
-        self._facts, timing = StepFacts(), self.timers.timing
-        for i in range(self.num_micro_batches):
-            with timing("batch-generator"):
+        self._facts, timing, activity, count = StepFacts(), self.timers.timing, self.activity, self.num_micro_batches
+        for i in range(count):
+            activity.at(2 * i, 2 * count + 1, Kind.FORWARD.value, i)
+            with timing("batch-generator"), activity.working(on_device=False):
                 read = source(i)
-                batch = self._on_device(read)
-            with timing("reference-forward-compute"):
+            batch = self._on_device(read)
+            with timing("reference-forward-compute"), activity.working():
                 reference = self._reference_statistics(read, batch)
-            self.engine.set_gradient_accumulation_boundary(i == self.num_micro_batches - 1)
-            with timing("forward-compute"):
+            self.engine.set_gradient_accumulation_boundary(i == count - 1)
+            with timing("forward-compute"), activity.working():
                 loss_sum, values = self.engine(batch, reference, settings, watch=self._facts.watch(i))
-            with timing("backward-compute"):
+            activity.at(2 * i + 1, 2 * count + 1, Kind.BACKWARD.value, i)
+            with timing("backward-compute"):  # reduces gradients: waits, so not work alone
                 self.engine.backward(loss_sum, scale_wrt_gas=False)
             if self.objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
                 self._facts.add(i, values)
+        activity.at(2 * count, 2 * count + 1, Kind.OPTIMIZER_STEP.value, -1)
         sums = sum_over_world(self._facts.in_order, self.engine.device, num_sources=self.objective.num_sources)
         with (
             timing("optimizer"),

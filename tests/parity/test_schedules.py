@@ -13,11 +13,11 @@ import pytest
 from megatron_slm.checkpoint.format import find_checkpoint
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.types import MicroBatch
+from tests.faults.test_stopping import train_until_killed
 from tests.parity.test_resume import metrics
 from tests.support.runs import run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report
 from tests.support.world import run_world
-from tests.training.test_signals import train_until_killed
 
 PLAINEST = "ride-along"
 OTHERS = ["skewed", "bubble", "sequential"]

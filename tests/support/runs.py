@@ -83,6 +83,7 @@ MEASURED = (
     "mfu",
     "mfu_with_reference",
     "timers_ms",
+    "ranks",
     "memory_allocated_mib",
     "memory_peak_mib",
     "memory_host_mib",

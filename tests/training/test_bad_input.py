@@ -103,7 +103,7 @@ def test_one_clear_error_on_every_rank(name: str, folder: Path, tmp_path: Path) 
             values.pop(architecture)
     with pytest.raises(WorldError) as failed:
         run_world(command, world_size, flags(values))
-    assert failed.value.codes == [1] * world_size
+    assert failed.value.codes == [2] * world_size
     for output in failed.value.outputs:
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, output
@@ -124,7 +124,7 @@ def test_an_error_of_one_rank_ends_all(folder: Path, tmp_path: Path) -> None:
     again = {**values, "train-iters": 4, "load": tmp_path / "run" / "checkpoints"}
     with pytest.raises(WorldError) as failed:
         run_world(command, 2, flags(again))
-    assert failed.value.codes == [1, 1]
+    assert failed.value.codes == [2, 2]
     for output in failed.value.outputs:
         assert "has the checksum of the manifest" in output
 

@@ -92,7 +92,7 @@ def test_steps_of_which_nothing_is_finite_are_skipped(name: str, folder: Path, t
     )  # fmt: skip
     with pytest.raises(WorldError) as failed:
         run_world(command_with_broken_references, world_size, flags(values))
-    assert failed.value.codes == [1] * world_size
+    assert failed.value.codes == [2] * world_size
     assert all("2 up to step 2 (2 x nonfinite-score)" in output for output in failed.value.outputs)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "event" not in line]

@@ -48,6 +48,12 @@ def moment_of(output: str, event: str) -> float:
     return float(found[1])
 
 
+def names(error: str) -> set[int]:
+    """The ranks that an error says are lost."""
+    found = re.findall(r"rank (\d+) \(host \S+, pid \d+\) gives no sign of life, last seen in", error)
+    return {int(rank) for rank in found} | ({0} if "rank 0, which keeps the heartbeats, " in error else set())
+
+
 def strike(tmp_path: Path, victim: int, number: int, where: str, moment: int, *, minutes: float) -> list[str]:
     """The errors of the ranks that were left, checked to come soon after; by rank, without the victim."""
     corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
@@ -69,8 +75,9 @@ def strike(tmp_path: Path, victim: int, number: int, where: str, moment: int, *,
         assert lines[0].startswith(f"error: rank {rank}: ")
         assert "--distributed-timeout-minutes" in lines[0]
         assert "Traceback" not in output
+        assert names(lines[0]) == {victim}, f"every rank names the one that is lost: {lines[0]}"
         late = moment_of(output, "ended") - moment_of(outputs[victim], "struck")
-        assert late < 5 + (60 * minutes if number == signal.SIGSTOP else 0), f"rank {rank} ended after {late} s"
+        assert late < 10 + (60 * minutes if number == signal.SIGSTOP else 0), f"rank {rank} ended after {late} s"
         errors.append(f"{lines[0]} after {late:.1f} s")
     return errors
 

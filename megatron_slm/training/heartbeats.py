@@ -1,0 +1,123 @@
+"""What every rank last said of itself, in a store that works while collectives do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from megatron_slm.errors import PeerError
+from megatron_slm.parallel.collectives import from_rank_0, together
+
+_ANSWER_SECONDS = 5.0
+
+
+class StoreLostError(Exception):
+    """Rank 0's process, which keeps the store, is gone."""
+
+
+class StoreSilentError(Exception):
+    """Rank 0's process, which keeps the store, does not answer: it is stopped, or the way to it is cut."""
+
+
+class Heartbeats:
+    """A key-value store of this run alone, kept by rank 0; its connection is not the one that groups are made with.
+
+    Collective over the world. One thread of each rank uses it.
+
+    Raises:
+        PeerError: a rank does not reach rank 0's port.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._line = _Line()
+        host = os.environ["MASTER_ADDR"]
+        with together():
+            if self.rank == 0:
+                self._store = _open(host, 0, is_master=True)
+        port = from_rank_0(self._store.port if self.rank == 0 else 0)
+        with together():
+            if self.rank != 0:
+                self._store = _open(host, port, is_master=False)
+            self.say(record)
+        # every rank's record is there from here on
+
+    def say(self, record: Mapping[str, Any]) -> None:
+        """Replace what this rank said of itself.
+
+        Raises:
+            StoreLostError: (as all methods) rank 0 is gone.
+            StoreSilentError: (as all methods) rank 0 does not answer.
+        """
+        self._call("set", f"rank/{self.rank}", json.dumps(record))
+
+    def all(self) -> list[dict[str, Any]]:
+        """What each rank last said, by rank."""
+        return [json.loads(text) for text in self._call("multi_get", [f"rank/{r}" for r in range(self.size)])]
+
+    def offer(self, key: str, value: Mapping[str, Any]) -> None:
+        """Set what nobody has set before."""
+        self._call("compare_set", key, "", json.dumps(value))
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """What was set, without waiting for it."""
+        return json.loads(self._call("get", key)) if self._call("check", [key]) else None
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self._line.call(getattr(self._store, method), *args)
+
+
+class _Line:
+    """Calls that are given up after a while: those of the store wait for an answer as long as the connection stands."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._is_free = threading.Event()
+        self._is_free.set()
+        threading.Thread(target=self._run, name="heartbeats", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
+            self._is_free.set()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function returns."""
+        if not self._is_free.is_set():
+            raise StoreSilentError  # the call before was given up and has not returned
+        self._is_free.clear()
+        results: list[Any] = []
+        errors: list[Exception] = []
+
+        def work() -> None:
+            try:
+                results.append(function(*args))
+            except Exception as error:
+                errors.append(error)
+
+        self._work.put(work)
+        if not self._is_free.wait(_ANSWER_SECONDS):
+            raise StoreSilentError
+        if errors:
+            raise StoreLostError(str(errors[0])) from errors[0]
+        return results[0]
+
+
+def _open(host: str, port: int, *, is_master: bool) -> TCPStore:
+    try:
+        return TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timedelta(seconds=60.0))
+    except RuntimeError as error:
+        raise PeerError(
+            "heartbeats",
+            f"{host}:{port}",
+            f"is a port of rank 0's node that every rank reaches ({str(error).splitlines()[0]})",
+            "open the ports between the nodes, or switch the watchdog off with --watchdog-factor 0",
+        ) from error
