@@ -73,3 +73,16 @@ def backends_found() -> dict[str, str]:
         "optimizer": "apex FusedAdam" if cuda and has("apex") else "torch AdamW",
         "triton": "found" if has("triton") else "not found",
     }
+
+
+def device_memory() -> tuple[int, int] | None:
+    """Free and total bytes of this process's device, or None where it is the CPU."""
+    return torch.cuda.mem_get_info() if on_gpu() else None
+
+
+def cuda_versions() -> dict[str, str]:
+    """Versions of CUDA and NCCL that torch was built with, and the device's name; empty on the CPU."""
+    if not on_gpu():
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"CUDA": str(torch.version.cuda), "NCCL": nccl, "GPU": torch.cuda.get_device_name()}

@@ -2,6 +2,7 @@
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.config.sections import (
     CheckpointConfig,
     LoggingConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PreflightConfig",
     "RunConfig",
     "SelectionConfig",
     "TrainingConfig",

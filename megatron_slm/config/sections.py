@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.config.selection import check_selection
 from megatron_slm.errors import ConfigError
 
@@ -369,6 +370,7 @@ class RunConfig:
     training: TrainingConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    preflight: PreflightConfig
 
     def __post_init__(self) -> None:
         saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
