@@ -23,6 +23,7 @@ from megatron_slm.training.corpora import describe_sources
 from megatron_slm.training.dry_run import print_dry_run
 from megatron_slm.training.loop import train
 from megatron_slm.training.plan import make_plan
+from megatron_slm.training.preflight.command import preflight
 from megatron_slm.training.resume import open_resume
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
     Raises:
         SlmError: on every rank alike, before the first step if it can be known by then.
     """
+    if config.preflight.preflight:
+        preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     with peers_named("outside of the pipeline's schedule"):
         resume = open_resume(config)

@@ -83,9 +83,7 @@ def cluster_without_ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
 LAYOUTS = [
     pytest.param(1, {}, id="PP2"),
     pytest.param(2, {}, id="PP2xDP2", marks=pytest.mark.slow),
-    pytest.param(
-        2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="PP2xTP2", marks=pytest.mark.slow
-    ),
+    pytest.param(2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="PP2xTP2", marks=pytest.mark.slow),
 ]
 
 
@@ -118,3 +116,93 @@ def test_without_ssh(cluster_without_ssh: Cluster) -> None:
     assert built[0] == built[1]
     assert built[0]
     assert not list((cluster.folder / "own").iterdir()), "each host's folder is its own"
+
+
+@needs_hosts(*SSH, "mpirun")
+@pytest.mark.slow
+def test_by_open_mpi(cluster: Cluster) -> None:
+    """mpirun says rank and size in variables of its own; the address of rank 0 comes from .deepspeed_env."""
+    arguments = "--allow-run-as-root --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0"
+    launched = cluster.launch(
+        "--launcher", "openmpi", "--launcher_args", arguments, "--", *flags(cluster.values("mpi")), log="mpi.log"
+    )
+    cluster.finish(launched, logs=["mpi.log"])
+    cluster.same_on_one_host("mpi", 2)
+
+
+@needs_hosts(*SSH, "pdsh")
+def test_a_cable_pulled_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """Both ends stop within the time-out and 10 s, each names the rank it waited for, and nothing stays behind."""
+    minutes, written = 0.2, tmp_path / "cut" / "metrics.jsonl"
+    with two_hosts(tmp_path / "hosts") as hosts:
+        cluster = Cluster(tmp_path, hosts)
+        values = cluster.values("cut", train_iters=100_000, distributed_timeout_minutes=minutes)
+        launched = cluster.launch(
+            "--enable_each_rank_log", str(tmp_path / "ranks"), "--", *flags(values), log="cut.log"
+        )
+        while not written.exists() or len(written.read_text().splitlines()) < 10:
+            assert launched.poll() is None, (tmp_path / "cut.log").read_text()
+            time.sleep(0.1)
+        hosts[0].pull_cable()
+        pulled = time.monotonic()
+        while any("pretrain_slm.py" in line for host in hosts for line in host.processes().values()):
+            time.sleep(0.1)
+            if any("--local_rank" in line for host in hosts for line in host.processes().values()):
+                assert time.monotonic() - pulled < 60 * minutes + 10
+            assert time.monotonic() - pulled < 60 * minutes + 30
+        assert launched.wait(30) != 0
+        assert [host.processes() for host in hosts] == [{}, {}]
+    for rank in (0, 1):
+        (log,) = (tmp_path / "ranks").glob(f"*_rank{rank}.log")
+        errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, log.read_text()
+        assert f"rank {rank}: " in errors[0]
+        assert f"rank {1 - rank}" in errors[0]
+        assert "--distributed-timeout-minutes" in errors[0]
+
+
+def preflight(cluster: Cluster, name: str, **changes: Any) -> tuple[int, dict[str, Any], str]:
+    """The preflight on both hosts: exit code, what it wrote, what it said."""
+    written = cluster.folder / f"{name}.json"
+    limits = {"preflight_link_seconds": 0.2, **changes}
+    words = [*flags(cluster.values(name, **limits)), "--json", str(written)]
+    launched = cluster.launch("--", *words, script="tools/preflight.py", slots=2, log=f"{name}.log")
+    code = launched.wait(240)
+    return code, json.loads(written.read_text()), (cluster.folder / f"{name}.log").read_text()
+
+
+@needs_hosts(*SSH, "pdsh", "tc")
+def test_preflight_names_the_slow_direction(cluster: Cluster) -> None:
+    shaper = [
+        "tc",
+        "qdisc",
+        "add",
+        "dev",
+        "eth0",
+        "root",
+        "tbf",
+        "rate",
+        "200mbit",
+        "burst",
+        "128kbit",
+        "latency",
+        "50ms",
+    ]
+    try:
+        cluster.hosts[1].run(*shaper)
+    except AssertionError as error:
+        pytest.skip(f"this kernel has no tbf: {error}")
+    try:
+        code, written, said = preflight(cluster, "slow", min_bandwidth_gbps=0.5)
+    finally:
+        cluster.hosts[1].run("tc", "qdisc", "del", "dev", "eth0", "root")
+    found = {check["name"]: check for check in written["checks"]}
+    assert code == 1, said
+    for name in ("least bandwidth", "links between nodes"):
+        (problem,) = found[name]["problems"]
+        assert problem.startswith("node1 (rank 2) to node0 (rank 0): 0.")
+    assert written["verdict"].startswith("NOT READY: least bandwidth")
+    rates = {(link["source"], link["target"]): link["bytes_per_second"] * 8e-6 for link in written["measured"]["links"]}
+    assert 100 < rates[2, 0] < 300, "Mbit/s, of 200"
+    assert found["nodes and ranks"]["found"] == "4 ranks on 2 nodes: node0, node1"
+    assert [node["host"] for node in written["facts"]] == ["node0", "node0", "node1", "node1"]

@@ -63,7 +63,7 @@ class Host:
         """What runs `words` on this host."""
         return ["nsenter", "--target", str(self.pid), *_NAMESPACES, f"--wd={Path.cwd()}", "--", *words]
 
-    def start(self, words: Sequence[str], log: Path, environment: Mapping[str, str] = {}) -> subprocess.Popen:  # noqa: B006
+    def start(self, words: Sequence[str], log: Path, environment: Mapping[str, str] = {}) -> subprocess.Popen:
         """Start a command; what it says goes to `log`."""
         with log.open("wb") as file:
             return subprocess.Popen(
@@ -71,7 +71,7 @@ class Host:
                 env={"PATH": _PATH, "HOME": str(self.folder), **environment},
             )  # fmt: skip
 
-    def run(self, *words: str, environment: Mapping[str, str] = {}, timeout: float = 60.0) -> str:  # noqa: B006
+    def run(self, *words: str, environment: Mapping[str, str] = {}, timeout: float = 60.0) -> str:
         """Run a command to its end; what it said."""
         done = subprocess.run(
             self.command(words), capture_output=True, text=True, timeout=timeout,

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from megatron_slm.training.preflight.files import fingerprints, source_fingerpri
 Facts = dict[str, Any]
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors", "triton", "flash-attn", "apex")
+COMMUNICATION = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
+"""How the variables begin that steer communication."""
 _BYTES_PER_PARAMETER = 12
 """Of a checkpoint: fp32 weights and two moments."""
 
@@ -38,9 +41,11 @@ def gather_facts(config: RunConfig) -> Facts:
     facts: Facts = {
         "rank": int(os.environ["RANK"]),
         "local_rank": int(os.environ["LOCAL_RANK"]),
-        "node": node_name(),
+        "host": socket.gethostname(),
+        "node_number": node_number(),
         "versions": versions(),
         "config": {name: repr(value) for name, value in to_flat_dict(config).items()},
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(COMMUNICATION)},
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": device_memory(),
@@ -67,10 +72,20 @@ def is_first_of_node() -> bool:
     return os.environ["LOCAL_RANK"] == "0"
 
 
-def node_name() -> str:
-    """The host name; with the number that the launcher gave the node, where it gave one, as host names may repeat."""
-    number = os.environ.get("CROSS_RANK", os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID")))
-    return socket.gethostname() + (f" (node {number})" if number is not None else "")
+def node_number() -> str:
+    """The number that the launcher (deepspeed, torchrun, srun) gave the node; empty where it gave none."""
+    return os.environ.get("CROSS_RANK", os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID", "")))
+
+
+def name_nodes(facts: Sequence[Facts]) -> list[Facts]:
+    """All facts with the name of their `node`: its host's, with its number where another node has that name too."""
+    numbers: dict[str, set[str]] = {}
+    for rank in facts:
+        numbers.setdefault(rank["host"], set()).add(rank["node_number"])
+    return [
+        {**rank, "node": rank["host"] + (f"#{rank['node_number']}" if len(numbers[rank["host"]]) > 1 else "")}
+        for rank in facts
+    ]
 
 
 def versions() -> dict[str, str]:
@@ -136,8 +151,8 @@ def num_checkpoints(config: RunConfig) -> int:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    """The folder, or the nearest one above it that exists; relative where it is."""
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
 def not_writable(config: RunConfig) -> dict[str, str]:
@@ -169,21 +184,25 @@ def gpu_states() -> list[dict[str, str]]:
         subprocess.run(["nvidia-smi", query, *options], capture_output=True, text=True, timeout=60, check=False).stdout
         for query in (f"--query-gpu={_QUERY}", "--query-compute-apps=gpu_bus_id,pid,process_name")
     )
-    return parse_gpus(gpus, processes)
+    own = {str(child.pid) for child in psutil.Process(os.getppid()).children(recursive=True)}  # the launcher's
+    return parse_gpus(gpus, processes, own)
 
 
-def parse_gpus(gpus: str, processes: str) -> list[dict[str, str]]:
+def parse_gpus(gpus: str, processes: str, own: Collection[str] = ()) -> list[dict[str, str]]:
     """From nvidia-smi's lines of values.
+
+    Args:
+        own: ids of processes that belong to this run.
 
     Returns:
         of each GPU: index, uncorrected ECC errors since the driver was loaded (`[N/A]` where it has no ECC), and the
-        processes on it that were there before this run.
+        processes on it that do not belong to this run.
     """
     rows = [[value.strip() for value in line.split(",")] for line in gpus.splitlines() if line.strip()]
     busy: dict[str, list[str]] = {}
     for line in processes.splitlines():
         bus, _, who = line.partition(",")
-        if who:
+        if who and who.split(",")[0].strip() not in own:
             busy.setdefault(bus.strip(), []).append(" ".join(who.replace(",", " ").split()))
     return [
         {"index": row[0], "ecc": row[3], "processes": "; ".join(busy.get(row[4], []))} for row in rows if len(row) == 5

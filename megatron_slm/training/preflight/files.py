@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import megatron_slm
 from megatron_slm.checkpoint.format import find_checkpoint
 from megatron_slm.config import RunConfig
-from megatron_slm.errors import CheckpointError
+from megatron_slm.errors import CheckpointError, ConfigError
 from megatron_slm.training.corpora import corpus_prefixes
 
 _CORPUS = (".idx", ".bin", ".meta.json", "_loss_mask.idx", "_loss_mask.bin")
@@ -21,15 +22,17 @@ _MOST_FILES = 1000
 def read_files(config: RunConfig) -> dict[str, list[Path]]:
     """The local files and folders that a run reads, by the flag that names them. Addresses (s3://...) are left out."""
     data, model, selection = config.data, config.model, config.selection
-    prefixes = [prefix for prefix in corpus_prefixes(data) if "://" not in prefix]
-    named = {
+    prefixes: list[str] = []
+    with suppress(ConfigError):  # a file that names them is not here, which is found below
+        prefixes = [prefix for prefix in corpus_prefixes(data) if "://" not in prefix]
+    named: dict[str, list[str | None]] = {
         "--deepspeed-config": [config.parallel.deepspeed_config],
         "--data-args-path": [data.data_args_path],
         "--per-split-data-args-path": [data.per_split_data_args_path],
         "--tokenizer-model": [data.tokenizer_model],
         "--init-from": [model.init_from],
         "--reference-load": [selection.reference_load],
-        "--reference-scores": list(selection.reference_scores),
+        "--reference-scores": [*selection.reference_scores],
         "--load": [config.checkpoint.load],
     }
     found = {flag: [Path(path) for path in paths if path] for flag, paths in named.items()}
