@@ -18,6 +18,7 @@ from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.reach import silent_nodes_named
 from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.corpora import describe_sources
 from megatron_slm.training.dry_run import print_dry_run
@@ -62,7 +63,7 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with peers_named("outside of the pipeline's schedule"):
+    with silent_nodes_named(), peers_named("outside of the pipeline's schedule"):
         resume = open_resume(config)
         with together():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)

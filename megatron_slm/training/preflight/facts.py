@@ -23,6 +23,7 @@ from megatron_slm.config import RunConfig
 from megatron_slm.config.load import to_flat_dict
 from megatron_slm.device import cuda_versions, device_memory, on_gpu
 from megatron_slm.errors import SlmError
+from megatron_slm.parallel.reach import own_address
 from megatron_slm.planning.job import open_job
 from megatron_slm.training.corpora import cache_folder
 from megatron_slm.training.preflight.files import fingerprints, source_fingerprint
@@ -105,18 +106,6 @@ def versions() -> dict[str, str]:
     if driver.is_file():
         found["driver"] = driver.read_text().splitlines()[0].partition("Module")[2].split("  ")[1].strip()
     return found | cuda_versions()
-
-
-def own_address() -> str | None:
-    """The address that gloo will offer to other nodes: of GLOO_SOCKET_IFNAME, else what the host name stands for."""
-    interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    if interface:
-        addresses = psutil.net_if_addrs().get(interface.split(",")[0], [])
-        return next((a.address for a in addresses if a.family == socket.AF_INET), None)
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return None
 
 
 def disk(config: RunConfig) -> Facts | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_slm.config import RunConfig
 from megatron_slm.errors import PeerError
+from megatron_slm.parallel.reach import Listener
 from megatron_slm.training.preflight.facts import Facts, existing, is_first_of_node, name_nodes
 
 _CONNECT_SECONDS = 5.0
@@ -112,27 +112,6 @@ def _why_unreachable(other: Facts) -> str | None:
             return None
     except OSError as error:
         return f"{address} port {port}: {error.strerror or error}"
-
-
-class Listener:
-    """A port that anyone may connect to, for as long as it is entered."""
-
-    def __init__(self) -> None:
-        self._socket = socket.create_server(("", 0), backlog=1024)
-        self.port = int(self._socket.getsockname()[1])
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-
-    def _accept(self) -> None:
-        with suppress(OSError):  # closed
-            while True:
-                self._socket.accept()[0].close()
-
-    def __enter__(self) -> Listener:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
 
 
 class _TokenFile:
