@@ -77,7 +77,7 @@ def backends_found() -> dict[str, str]:
 
 def device_memory() -> tuple[int, int] | None:
     """Free and total bytes of this process's device, or None where it is the CPU."""
-    return torch.cuda.mem_get_info() if on_gpu() else None
+    return torch.cuda.mem_get_info(local_device()) if on_gpu() else None
 
 
 def cuda_versions() -> dict[str, str]:
@@ -85,4 +85,4 @@ def cuda_versions() -> dict[str, str]:
     if not on_gpu():
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return {"CUDA": str(torch.version.cuda), "NCCL": nccl, "GPU": torch.cuda.get_device_name()}
+    return {"CUDA": str(torch.version.cuda), "NCCL": nccl, "GPU": torch.cuda.get_device_name(local_device())}

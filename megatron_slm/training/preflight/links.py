@@ -82,26 +82,61 @@ def measure(nodes: Sequence[Sequence[int]], *, seconds: float) -> Measurements:
         seconds: for each direction of a link, about.
     """
     rank, mine = dist.get_rank(), []
-    for pairs in rounds(nodes):
-        for low, high in pairs:
-            for source, target in ((low, high), (high, low)):
-                if rank == source:
-                    mine.append(_measure_to(target, seconds))
-                elif rank == target:
-                    _answer(source)
-        dist.barrier()  # rounds do not disturb each other
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [asdict(link) for link in mine])
-    links = [Link(**values) for of_rank in gathered for values in of_rank]
-    return Measurements(links=links, all_reduce_bytes_per_second=_all_reduce_rate(seconds))
+    group = dist.new_group()  # its own, so that what NCCL keeps for every pair is freed before training
+    try:
+        for pairs in rounds(nodes):
+            for low, high in pairs:
+                for source, target in ((low, high), (high, low)):
+                    if rank == source:
+                        mine.append(_measure_to(_End(target, group), seconds))
+                    elif rank == target:
+                        _answer(_End(source, group))
+            dist.barrier(group)  # rounds do not disturb each other
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, [asdict(link) for link in mine], group=group)
+        links = [Link(**values) for of_rank in gathered for values in of_rank]
+        return Measurements(links=links, all_reduce_bytes_per_second=_all_reduce_rate(group, seconds))
+    finally:
+        dist.destroy_process_group(group)
 
 
-def _measure_to(target: int, seconds: float) -> Link:
+class _End:
+    """The other end of a link."""
+
+    def __init__(self, rank: int, group: Any) -> None:
+        self.rank, self.group = rank, group
+
+    def tell(self, number: int) -> None:
+        """Send a number."""
+        self.send(torch.tensor([number], dtype=torch.int64, device=local_device()))
+
+    def hear(self) -> int:
+        """Wait for a number."""
+        held = torch.empty(1, dtype=torch.int64, device=local_device())
+        dist.recv(held, self.rank, group=self.group)
+        return int(held)
+
+    def send(self, x: Tensor) -> None:
+        """Send a tensor."""
+        dist.send(x, self.rank, group=self.group)
+
+    def receive_bytes(self, size: int) -> None:
+        """Wait for a tensor, and drop it."""
+        dist.recv(torch.empty(size, dtype=torch.uint8, device=local_device()), self.rank, group=self.group)
+        synchronize()
+
+    def ping(self) -> int:
+        """Ask for the time there, in nanoseconds."""
+        self.tell(-1)
+        return self.hear()
+
+
+def _measure_to(target: _End, seconds: float) -> Link:
     trips: list[tuple[int, int]] = []
-    _ping(target)  # connections are made on first use
+    target.ping()  # connections are made on first use
     for _ in range(_NUM_PINGS):
         sent = time.time_ns()
-        answered = _ping(target)
+        answered = target.ping()
         back = time.time_ns()
         trips.append((back - sent, answered - (sent + back) // 2))
         if sum(trip for trip, _ in trips) > seconds * 1e9 / 4:
@@ -112,54 +147,38 @@ def _measure_to(target: int, seconds: float) -> Link:
         took = _send_block(target, size)
         rate, left = max(rate, size / took), left - took
         size = int(min(_MOST_BYTES, max(size, rate * left / 2)))
-    _tell(target, 0)
+    target.tell(0)
     return Link(
         source=dist.get_rank(),
-        target=target,
+        target=target.rank,
         bytes_per_second=rate,
         latency_seconds=trip / 2e9,
         clock_offset_seconds=offset / 1e9,
     )
 
 
-def _answer(source: int) -> None:
+def _answer(source: _End) -> None:
     """The other end of `_measure_to`."""
-    while (size := int(_receive(source))) != 0:
+    while (size := source.hear()) != 0:
         if size == -1:
-            _tell(source, time.time_ns())
+            source.tell(time.time_ns())
         else:
-            dist.recv(torch.empty(size, dtype=torch.uint8, device=local_device()), source)
-            synchronize()
-            _tell(source, size)
+            source.receive_bytes(size)
+            source.tell(size)
 
 
-def _ping(target: int) -> int:
-    _tell(target, -1)
-    return int(_receive(target))
-
-
-def _send_block(target: int, size: int) -> float:
+def _send_block(target: _End, size: int) -> float:
     """Seconds until a block has arrived there, and word of it here."""
     block = torch.empty(size, dtype=torch.uint8, device=local_device())
-    started = time.perf_counter()
-    _tell(target, size)
-    dist.send(block, target)
-    _receive(target)
     synchronize()
+    started = time.perf_counter()
+    target.tell(size)
+    target.send(block)
+    target.hear()
     return time.perf_counter() - started
 
 
-def _tell(target: int, number: int) -> None:
-    dist.send(torch.tensor([number], dtype=torch.int64, device=local_device()), target)
-
-
-def _receive(source: int) -> Tensor:
-    held = torch.empty(1, dtype=torch.int64, device=local_device())
-    dist.recv(held, source)
-    return held
-
-
-def _all_reduce_rate(seconds: float) -> float | None:
+def _all_reduce_rate(group: Any, seconds: float) -> float | None:
     """Best over growing sizes; rank 0 says when it is enough."""
     num_ranks = dist.get_world_size()
     if num_ranks == 1:
@@ -167,15 +186,15 @@ def _all_reduce_rate(seconds: float) -> float | None:
     best, size, left = 0.0, _FIRST_BYTES, seconds
     while size:
         numbers = torch.zeros(size // 4, dtype=torch.float32, device=local_device())
-        dist.barrier()
+        dist.barrier(group)
         synchronize()
         started = time.perf_counter()
-        dist.all_reduce(numbers)
+        dist.all_reduce(numbers, group=group)
         synchronize()
         took = time.perf_counter() - started
         best, left = max(best, 2 * (num_ranks - 1) / num_ranks * size / took), left - took
         enough = left <= 0 or size >= _MOST_BYTES or 4 * took > left
         told = torch.tensor([0 if enough else 4 * size], device=local_device())
-        dist.broadcast(told, 0)
+        dist.broadcast(told, 0, group=group)
         size = int(told)
     return best

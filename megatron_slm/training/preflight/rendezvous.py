@@ -42,9 +42,11 @@ class Meeting:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.timeout = timeout
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._topics = f"preflight/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
         try:
             self.store = TCPStore(
-                host, port, self.world_size, self.rank == 0, timeout, wait_for_workers=False, multi_tenant=True
+                host, port, self.world_size, serves, timeout, wait_for_workers=False, multi_tenant=True
             )
         except (RuntimeError, ValueError) as error:
             raise PeerError(
@@ -58,8 +60,8 @@ class Meeting:
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
-        self.store.set(f"preflight/{topic}/{self.rank}", json.dumps(value))
-        keys = [f"preflight/{topic}/{rank}" for rank in range(self.world_size)]
+        self.store.set(f"{self._topics}/{topic}/{self.rank}", json.dumps(value))
+        keys = [f"{self._topics}/{topic}/{rank}" for rank in range(self.world_size)]
         try:
             self.store.wait(keys, self.timeout)
         except RuntimeError as error:
