@@ -212,3 +212,46 @@ def test_preflight_names_the_slow_direction(cluster: Cluster) -> None:
     assert 100 < rates[2, 0] < 300, "Mbit/s, of 200"
     assert found["nodes and ranks"]["found"] == "4 ranks on 2 nodes: node0, node1"
     assert [node["host"] for node in written["facts"]] == ["node0", "node0", "node1", "node1"]
+
+
+@needs_hosts()
+@pytest.mark.slow
+def test_preflight_without_a_shared_file_system(cluster_without_ssh: Cluster) -> None:
+    """The corpus lies on one host only, checkpoints would too, and one host's own name leads nowhere else."""
+    cluster, own = cluster_without_ssh, cluster_without_ssh.folder / "own"
+    for end in (".bin", ".idx"):
+        cluster.hosts[0].run("cp", f"{cluster.corpus}{end}", f"{own}/corpus{end}")
+    values = cluster.values("alone", data_path=own / "corpus", save=own / "checkpoints", preflight_link_seconds=0.1)
+    written = cluster.folder / "alone.json"
+
+    def launch() -> list[int]:
+        launched = [
+            cluster.launch(
+                "--no_ssh", "--node_rank", str(host), "--master_addr", "10.77.0.1", "--", *flags(values), "--json",
+                str(written), script="tools/preflight.py", host=host, log=f"alone{host}.log",
+            )
+            for host in (0, 1)
+        ]  # fmt: skip
+        return [process.wait(240) for process in launched]
+
+    assert launch() == [1, 1], (cluster.folder / "alone0.log").read_text()
+    wrong = {c["name"]: c["problems"] for c in json.loads(written.read_text())["checks"] if c["status"] == "failed"}
+    assert wrong == {
+        "files": [
+            f"node1: corpus {own}/corpus{end} is not there, or cannot be read (others have it)"
+            for end in (".bin", ".idx")
+        ],
+        "shared checkpoint folder": ["node1: does not see what node0 writes"],
+    }
+
+    loopback = cluster.folder / "hosts" / "hosts.loopback"
+    loopback.write_text("127.0.0.1 localhost\n127.0.1.1 node1\n10.77.0.1 node0\n")  # as Debian's installer writes it
+    cluster.hosts[1].run("mount", "--bind", str(loopback), "/etc/hosts")
+    try:
+        assert launch() == [1, 1]
+    finally:
+        cluster.hosts[1].run("umount", "/etc/hosts")
+    wrong = {c["name"]: c["problems"] for c in json.loads(written.read_text())["checks"] if c["status"] == "failed"}
+    assert wrong["connections"] == [
+        "node0: cannot connect to node1: its host name stands for 127.0.1.1 there, which only it can reach"
+    ]
