@@ -45,7 +45,7 @@ def evaluate(facts: Sequence[Facts], measured: Measurements | None, limits: Pref
     checks = [
         _ranks(facts),
         _alike("versions", facts, "install the same everywhere"),
-        _alike("configuration", facts, "start all nodes with one command", field="config"),
+        _alike("configuration", first, "start all nodes with one command", field="config"),
         _alike("environment", facts, "set it alike, for example in .deepspeed_env", wrong="warning"),
         _files(first),
         _writable(first),

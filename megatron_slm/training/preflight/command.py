@@ -17,10 +17,10 @@ from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.launched import complete_environment
-from megatron_slm.training.preflight.checks import Check, evaluate
-from megatron_slm.training.preflight.facts import Facts, gather_facts
-from megatron_slm.training.preflight.links import measure
-from megatron_slm.training.preflight.rendezvous import Meeting, exchange_facts
+from megatron_slm.training.preflight.checks import evaluate
+from megatron_slm.training.preflight.facts import gather_facts
+from megatron_slm.training.preflight.links import Measurements, measure
+from megatron_slm.training.preflight.rendezvous import Meeting, meet
 from megatron_slm.training.preflight.report import print_report, verdict, write_json
 
 _DESCRIPTION = """Check the machines of a run, started like the run itself, on all of its ranks.
@@ -63,11 +63,12 @@ def _parse(argv: Sequence[str]) -> tuple[str | None, RunConfig]:
     return own.json, parse(rest)[0]
 
 
-def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: bool = False) -> list[Check]:
+def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: bool = False) -> None:
     """Check the machines, and join the process group on the way. Rank 0 says what was found.
 
     Args:
         json_path: where rank 0 writes everything; `-` for standard output, without a table.
+        to_stderr: where the table goes.
 
     Raises:
         PreflightError: on every rank alike, a check failed.
@@ -75,32 +76,23 @@ def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: boo
     """
     complete_environment()
     meeting = Meeting(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    facts = exchange_facts(meeting, gather_facts(config), config)
-    measured = None
-    if not any(found.get("unreachable") for found in facts):
+    facts, nodes, reachable = meet(meeting, gather_facts(config), config)
+    measured: Measurements | None = None
+    if reachable:  # else a process group could not be made
         init_distributed(meeting.timeout)
         with peers_named("measuring links"):
-            measured = measure(ranks_of_nodes(facts), seconds=config.preflight.preflight_link_seconds)
-    checks = evaluate(facts, measured, config.preflight)
-    if meeting.rank == 0:
+            measured = measure(nodes, seconds=config.preflight.preflight_link_seconds)
+
+    def judge(_: list[None]) -> tuple[bool, str]:
+        checks = evaluate(facts, measured, config.preflight)
         if json_path is not None:
             write_json(json_path, checks, facts, measured)
         if json_path != "-":
             print_report(checks, to_stderr=to_stderr)
-    meeting.exchange("reported", True)  # rank 0's store stays until all have read from it
-    if any(check.status == "failed" for check in checks):
-        raise PreflightError(
-            "preflight",
-            verdict(checks),
-            "finds every node ready",
-            "see the table of rank 0's output, which names nodes and remedies",
-        )
-    return checks
+        return not any(check.status == "failed" for check in checks), verdict(checks)
 
-
-def ranks_of_nodes(facts: Sequence[Facts]) -> list[list[int]]:
-    """The ranks of each node, nodes in the order of their first ranks."""
-    nodes: dict[str, list[int]] = {}
-    for rank in facts:
-        nodes.setdefault(rank["node"], []).append(rank["rank"])
-    return list(nodes.values())
+    ready, said = meeting.settle("verdict", None, judge, ranks=[])
+    meeting.leave()
+    if not ready:
+        rule, fix = "finds every node ready", "see the table of rank 0's output, which names nodes and remedies"
+        raise PreflightError("preflight", said, rule, fix)

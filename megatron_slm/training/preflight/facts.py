@@ -45,7 +45,6 @@ def gather_facts(config: RunConfig) -> Facts:
         "host": socket.gethostname(),
         "node_number": node_number(),
         "versions": versions(),
-        "config": {name: repr(value) for name, value in to_flat_dict(config).items()},
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(COMMUNICATION)},
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
@@ -58,6 +57,7 @@ def gather_facts(config: RunConfig) -> Facts:
     if is_first_of_node():
         shm = Path("/dev/shm")
         facts |= {
+            "config": {name: repr(value) for name, value in to_flat_dict(config).items()},
             "files": fingerprints(config),
             "address": own_address(),
             "disk": disk(config),

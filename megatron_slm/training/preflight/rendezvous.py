@@ -11,17 +11,17 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_slm.config import RunConfig
-from megatron_slm.errors import PeerError
+from megatron_slm.errors import PeerError, PreflightError, SlmError
 from megatron_slm.parallel.reach import Listener
 from megatron_slm.training.preflight.facts import Facts, existing, is_first_of_node, name_nodes
 
@@ -29,6 +29,11 @@ _CONNECT_SECONDS = 5.0
 _SHARED_FOLDER_SECONDS = 5.0
 """A network file system may show another node's file this much later."""
 _LOOPBACK = ("127.", "::1")
+_RANK_0_LATER = timedelta(seconds=10)
+"""Rank 0 may begin to wait this much later than the others."""
+_ROSTER = ("node", "address", "port", "token")
+"""The facts that every rank is told; all of them stay with rank 0, for there may be thousands of ranks."""
+_T = TypeVar("_T")
 
 
 class Meeting:
@@ -45,7 +50,7 @@ class Meeting:
         self._topics = f"preflight/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
         try:
-            self.store = TCPStore(
+            self._store = TCPStore(
                 host, port, self.world_size, serves, timeout, wait_for_workers=False, multi_tenant=True
             )
         except (RuntimeError, ValueError) as error:
@@ -58,44 +63,112 @@ class Meeting:
                 "filtered (--master_addr, --master_port)",
             ) from error
 
-    def exchange(self, topic: str, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
-        self.store.set(f"{self._topics}/{topic}/{self.rank}", json.dumps(value))
-        keys = [f"{self._topics}/{topic}/{rank}" for rank in range(self.world_size)]
+    def settle(
+        self, topic: str, value: Any, decide: Callable[[list[Any]], _T], *, ranks: Sequence[int] | None = None
+    ) -> _T:
+        """Rank 0 collects values, decides, and tells every rank what.
+
+        Args:
+            topic: used once in a meeting.
+            value: this rank's, of what JSON can say.
+            decide: from the values of `ranks`, in order, to something that JSON can say; called on rank 0 only.
+            ranks: whose values are collected; default: all.
+
+        Raises:
+            PreflightError: elsewhere than on rank 0, what `decide` raised there.
+        """
+        ranks = range(self.world_size) if ranks is None else ranks
+        keys, outcome_key = [f"{self._topics}/{topic}/{rank}" for rank in ranks], f"{self._topics}/{topic}/outcome"
+        if self.rank in ranks:
+            self._store.set(f"{self._topics}/{topic}/{self.rank}", json.dumps(value))
+        if self.rank == 0:
+            return self._decide(keys, outcome_key, decide, ranks)
         try:
-            self.store.wait(keys, self.timeout)
+            self._store.wait([outcome_key], self.timeout + _RANK_0_LATER)
+            outcome = json.loads(self._store.get(outcome_key))
         except RuntimeError as error:
-            raise self._missing(keys, error) from error
-        return [json.loads(self.store.get(key)) for key in keys]
+            raise _missing("0", self.timeout) from error
+        if "decided" in outcome:
+            return outcome["decided"]
+        self.leave()
+        if "missing" in outcome:
+            raise _missing(outcome["missing"], self.timeout)
+        raise PreflightError("rank 0", outcome["failed"], "can judge", "see its own output")
 
-    def _missing(self, keys: Sequence[str], cause: Exception) -> PeerError:
-        missing = []
-        with suppress(RuntimeError):  # rank 0 is gone, and the store with it
-            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-        return PeerError(
-            "ranks that did not report",
-            ", ".join(map(str, missing)) or f"rank 0 is gone ({str(cause).splitlines()[0]})",
-            f"is empty after {self.timeout.total_seconds():.0f} s",
-            "look at the output of their nodes: did the launcher start them, did they fail?",
-        )
+    def _decide(self, keys: list[str], outcome_key: str, decide: Callable[[list[Any]], _T], ranks: Sequence[int]) -> _T:
+        try:
+            self._store.wait(keys, self.timeout)
+        except RuntimeError as error:
+            missing = ", ".join(
+                str(rank) for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])
+            )
+            self._store.set(outcome_key, json.dumps({"missing": missing}))
+            self.leave()
+            raise _missing(missing, self.timeout) from error
+        try:
+            decided = decide([json.loads(value) for value in self._store.multi_get(keys)] if keys else [])
+        except SlmError as error:
+            self._store.set(outcome_key, json.dumps({"failed": str(error)}))
+            self.leave()
+            raise
+        self._store.set(outcome_key, json.dumps({"decided": decided}))
+        return decided
+
+    def leave(self) -> None:
+        """Nothing more will be asked; rank 0, which holds the store, waits a little for all others to say so."""
+        self._store.set(f"{self._topics}/left/{self.rank}", "")
+        if self.rank == 0:
+            with suppress(RuntimeError):  # some never came
+                self._store.wait([f"{self._topics}/left/{rank}" for rank in range(self.world_size)], _RANK_0_LATER)
 
 
-def exchange_facts(meeting: Meeting, mine: Facts, config: RunConfig) -> list[Facts]:
-    """All ranks' facts, with what they found of each other: nodes they cannot connect to, and a folder not shared."""
-    speaks = is_first_of_node()
-    with Listener() if speaks else nullcontext() as listener, _TokenFile(meeting, config) as token:
+def _missing(ranks: str, timeout: timedelta) -> PeerError:
+    return PeerError(
+        "ranks that did not report",
+        ranks,
+        f"is empty after {timeout.total_seconds():.0f} s",
+        "look at the output of their nodes: did the launcher start them, did they fail?",
+    )
+
+
+def meet(meeting: Meeting, mine: Facts, config: RunConfig) -> tuple[list[Facts], list[list[int]], bool]:
+    """Tell each other the facts, and try whether every node reaches every other and sees the checkpoint folder.
+
+    Returns:
+        all ranks' facts, on rank 0 (elsewhere nothing); the ranks of each node; whether all nodes reach each other.
+    """
+    known: list[Facts] = []
+
+    def introduce(facts: list[Facts]) -> list[Facts]:
+        known.extend(name_nodes(facts))
+        return [{name: rank.get(name) for name in _ROSTER} for rank in known]
+
+    def compare(found: list[Facts]) -> bool:
+        for rank, of_node in zip(speakers, found, strict=True):
+            known[rank] |= of_node
+        return not any(of_node["unreachable"] for of_node in found)
+
+    with Listener() if is_first_of_node() else nullcontext() as listener, _TokenFile(meeting, config) as token:
         mine = {**mine, "port": listener.port if listener else None, "token": token}
-        facts = name_nodes(meeting.exchange("facts", mine))
-        found: Facts = {}
-        if speaks:
-            found = {"unreachable": unreachable(facts[meeting.rank], facts), "sees_save": _sees(facts[0]["token"])}
+        roster = meeting.settle("facts", mine, introduce)
+        speakers = [rank for rank, facts in enumerate(roster) if facts["port"] is not None]
+        found = None
+        if meeting.rank in speakers:
+            found = {
+                "unreachable": unreachable(roster[meeting.rank], [roster[rank] for rank in speakers]),
+                "sees_save": _sees(roster[0]["token"]),
+            }
         # nobody stops listening, or takes the file away, while another still looks
-        return [{**one, **other} for one, other in zip(facts, meeting.exchange("found", found), strict=True)]
+        reachable = meeting.settle("found", found, compare, ranks=speakers)
+    nodes: dict[str, list[int]] = {}
+    for rank, facts in enumerate(roster):
+        nodes.setdefault(facts["node"], []).append(rank)
+    return known, list(nodes.values()), reachable
 
 
 def unreachable(mine: Facts, facts: Sequence[Facts]) -> dict[str, str]:
     """The nodes that this one cannot open a connection to, and why."""
-    others = [other for other in facts if other["port"] is not None and other["node"] != mine["node"]]
+    others = [other for other in facts if other["node"] != mine["node"]]
     if not others:
         return {}
     with ThreadPoolExecutor(16) as pool:

@@ -20,12 +20,12 @@ def rank(number: int, **changes: Any) -> dict[str, Any]:
     """One of two ranks on each node."""
     facts: dict[str, Any] = {
         "rank": number, "local_rank": number % 2, "node": f"node{number // 2}", "versions": {"torch": "2.13.0"},
-        "config": {"lr": "0.1"}, "environment": {}, "threads": 1, "cores": 4, "gpu": None,
+        "environment": {}, "threads": 1, "cores": 4, "gpu": None,
         "limits": {"open files": 10_000, "locked memory": -1},
     }  # fmt: skip
     if number % 2 == 0:
         facts |= {
-            "files": {"corpus a.idx": "1", "corpus a.bin": "2", "--load runs": None}, "address": "10.0.0.1",
+            "config": {"lr": "0.1"}, "files": {"corpus a.idx": "1", "corpus a.bin": "2", "--load runs": None}, "address": "10.0.0.1",
             "disk": {"folder": "/save", "free": 100 * GIB, "checkpoint": 10 * GIB, "more": 3}, "not_writable": {},
             "shm_mib": 1024.0, "gpus": [], "unreachable": {}, "sees_save": True,
         }  # fmt: skip
@@ -50,7 +50,7 @@ DISK = {"folder": "/save", "checkpoint": 10 * GIB, "more": 3}
 FAULTS = [
     ("versions", 0, {"versions": {"torch": "2.12.0"}}, "node0: torch 2.12.0 and 2.13.0 (others 2.13.0)"),
     ("versions", 1, {"versions": {}}, "node0: torch 2.13.0 and none (others 2.13.0)"),
-    ("configuration", 5, {"config": {"lr": "0.2"}}, "node2: lr 0.1 and 0.2 (others 0.1)"),
+    ("configuration", 4, {"config": {"lr": "0.2"}}, "node2: lr 0.2 (others 0.1)"),
     ("environment", 2, {"environment": {"NCCL_ALGO": "Ring"}}, "node1: NCCL_ALGO Ring and none (others none)"),
     ("nodes and ranks", 3, {"local_rank": 0}, "node1: LOCAL_RANKs [0, 0]"),
     ("files", 4, {"files": {"corpus a.idx": "1", "corpus a.bin": "3", "--load runs": None}},

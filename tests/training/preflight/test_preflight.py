@@ -170,7 +170,8 @@ def test_a_rank_that_does_not_come_is_named(nodes: Path) -> None:
     with pytest.raises(WorldError) as failed:
         run_world(come_but_for, 3, 1, argv, grace_seconds=10)
     assert failed.value.codes[0] == failed.value.codes[2] == 1
-    assert "error: ranks that did not report = '1': is empty after 3 s" in failed.value.outputs[0]
+    for rank in (0, 2):
+        assert "error: ranks that did not report = '1': is empty after 3 s" in failed.value.outputs[rank]
 
 
 def look_for_rank_0_elsewhere() -> str:
@@ -188,3 +189,10 @@ def test_an_address_of_rank_0_that_leads_nowhere() -> None:
     assert (
         "MASTER_ADDR:MASTER_PORT = '127.0.0.1:1': is where rank 0 listens" in run_world(look_for_rank_0_elsewhere, 2)[1]
     )
+
+
+def test_a_report_that_cannot_be_written_ends_every_rank(nodes: Path) -> None:
+    argv = [*values(nodes), "--json", str(nodes / "nowhere" / "out.json")]
+    found = run_world(on_a_node, 4, str(nodes), argv, [])
+    assert [code for code, _ in found] == [1] * 4
+    assert "error: --json = " in found[0][1]
