@@ -93,11 +93,12 @@ def _ranks(facts: Sequence[Facts]) -> Check:
         for node, local in nodes.items()
         if sorted(local) != list(range(len(local)))
     ]
+    wrong: Status = "failed" if problems else "warning"
     size, others = majority_and_others({node: len(local) for node, local in nodes.items()})
     problems += [f"{node}: {count} ranks (others {size})" for node, count in others.items()]
     found = f"{len(facts)} ranks on {len(nodes)} node{'s' * (len(nodes) != 1)}: {', '.join(nodes)}"
-    fix = "give every node the same slots in the hostfile (DeepSpeed's launcher numbers GPUs wrongly otherwise)"
-    return _check("nodes and ranks", found, problems, fix)
+    fix = "give every node the same slots in the hostfile, so that neighbours share nodes"
+    return _check("nodes and ranks", found, problems, fix, wrong=wrong)
 
 
 def _alike(name: str, facts: Sequence[Facts], fix: str, *, field: str | None = None, wrong: Status = "failed") -> Check:

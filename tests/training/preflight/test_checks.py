@@ -93,6 +93,13 @@ def test_a_difference_names_its_node(name: str, number: int, change: dict[str, A
     assert strict[name].status == "failed"
 
 
+def test_nodes_of_other_sizes_are_a_warning() -> None:
+    checks = {check.name: check for check in evaluate(world(num_ranks=5), None, PreflightConfig())}
+    assert checks["nodes and ranks"].status == "warning"
+    assert checks["nodes and ranks"].problems == ("node2: 1 ranks (others 2)",)
+    assert {check.status for name, check in checks.items() if name != "nodes and ranks"} == {"passed"}
+
+
 def test_a_corpus_that_no_node_has_fails_and_optional_files_do_not() -> None:
     files = {"corpus a.idx": None, "corpus a.bin": "2", "corpus a.meta.json": None, "corpus a_loss_mask.idx": None}
     found = wrong({number: {"files": files} for number in (0, 2, 4)})
