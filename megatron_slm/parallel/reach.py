@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import psutil
 import torch.distributed as dist
 
+from megatron_slm.device import communication_backend
 from megatron_slm.errors import PeerError
 
 _ANSWER_SECONDS = 3.0
@@ -33,7 +34,16 @@ class Place:
 
 
 def own_address() -> str | None:
-    """The address that gloo offers to other nodes: of GLOO_SOCKET_IFNAME, else what the host name stands for."""
+    """The IPv4 address that the backend offers to other nodes, as far as it can be told from outside.
+
+    Gloo's is that of GLOO_SOCKET_IFNAME, else what the host name stands for. NCCL does not look at the host name.
+    """
+    if communication_backend() == "nccl":
+        found = {
+            name: [a.address for a in addresses if a.family == socket.AF_INET]
+            for name, addresses in psutil.net_if_addrs().items()
+        }
+        return nccl_address(os.environ.get("NCCL_SOCKET_IFNAME", ""), found)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     if interface:
         addresses = psutil.net_if_addrs().get(interface.split(",")[0], [])
@@ -42,6 +52,26 @@ def own_address() -> str | None:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
         return None
+
+
+def nccl_address(rule: str, interfaces: Mapping[str, Sequence[str]]) -> str | None:
+    """The first address of the interfaces that NCCL_SOCKET_IFNAME allows.
+
+    Args:
+        rule: beginnings of names, or with `=` whole names, or with `^` those to leave out; empty: InfiniBand's first,
+            then any but loopback and docker's.
+        interfaces: addresses by name.
+    """
+    words = [word for word in rule.lstrip("^=").split(",") if word]
+
+    def allowed(name: str) -> bool:
+        if not rule:
+            return not name.startswith(("lo", "docker"))
+        named = name in words if rule.startswith("=") else name.startswith(tuple(words))
+        return named != rule.startswith("^")
+
+    names = sorted(filter(allowed, interfaces), key=lambda name: not name.startswith("ib") if not rule else 0)
+    return next((address for name in names for address in interfaces[name]), None)
 
 
 class Listener:

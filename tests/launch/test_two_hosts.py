@@ -253,5 +253,5 @@ def test_preflight_without_a_shared_file_system(cluster_without_ssh: Cluster) ->
         cluster.hosts[1].run("umount", "/etc/hosts")
     wrong = {c["name"]: c["problems"] for c in json.loads(written.read_text())["checks"] if c["status"] == "failed"}
     assert wrong["connections"] == [
-        "node0: cannot connect to node1: its host name stands for 127.0.1.1 there, which only it can reach"
+        "node0: cannot connect to node1: its own address there is 127.0.1.1, which only it can reach"
     ]

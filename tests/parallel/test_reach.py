@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from megatron_slm.parallel.reach import Listener, Place, own_address, silent_nodes
+from megatron_slm.parallel.reach import Listener, Place, nccl_address, own_address, silent_nodes
 
 NOWHERE = "192.0.2.1"
 
@@ -45,3 +45,17 @@ def test_the_address_that_other_nodes_are_given(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     assert own_address() is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "address"),
+    [
+        ("", "10.1.0.1"), ("eth", "10.0.0.1"), ("=eth1", "10.0.1.1"), ("^ib,eth0,lo,docker", "10.0.1.1"), ("=et", None),
+        ("wlan,eth1", "10.0.1.1"),
+    ],
+)  # fmt: skip
+def test_the_interface_that_nccl_takes(rule: str, address: str | None) -> None:
+    interfaces = {
+        "lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth0": ["10.0.0.1"], "eth1": ["10.0.1.1"], "ib0": ["10.1.0.1"],
+    }  # fmt: skip
+    assert nccl_address(rule, interfaces) == address

@@ -179,9 +179,9 @@ def unreachable(mine: Facts, facts: Sequence[Facts]) -> dict[str, str]:
 def _why_unreachable(other: Facts) -> str | None:
     address, port = other["address"], other["port"]
     if address is None:
-        return "its host name has no address there"
+        return "its host name, or the interface named, has no address there"
     if address.startswith(_LOOPBACK):
-        return f"its host name stands for {address} there, which only it can reach"
+        return f"its own address there is {address}, which only it can reach"
     try:
         with closing(socket.create_connection((address, port), _CONNECT_SECONDS)):
             return None

@@ -137,9 +137,7 @@ def test_a_node_that_nobody_can_reach(nodes: Path) -> None:
     argv = [*values(nodes), "--json", str(nodes / "out.json")]
     assert [code for code, _ in run_world(on_a_node, 4, str(nodes), argv, ["loopback"])] == [1] * 4
     problems = checks(nodes / "out.json")["connections"]["problems"]
-    assert problems == [
-        "node0: cannot connect to node1: its host name stands for 127.1.0.1 there, which only it can reach"
-    ]
+    assert problems == ["node0: cannot connect to node1: its own address there is 127.1.0.1, which only it can reach"]
     assert json.loads((nodes / "out.json").read_text())["measured"] is None
 
 
