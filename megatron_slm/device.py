@@ -56,3 +56,16 @@ def set_device_rng_state(state: torch.Tensor) -> None:
 def device_name() -> str:
     """The GPU's name as its driver says it, or `cpu`."""
     return torch.cuda.get_device_name() if on_gpu() else "cpu"
+
+
+def device_memory() -> tuple[int, int] | None:
+    """Free and total bytes of this process's device, or None where it is the CPU."""
+    return torch.cuda.mem_get_info(local_device()) if on_gpu() else None
+
+
+def cuda_versions() -> dict[str, str]:
+    """Versions of CUDA and NCCL that torch was built with, and the device's name; empty on the CPU."""
+    if not on_gpu():
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {"CUDA": str(torch.version.cuda), "NCCL": nccl, "GPU": torch.cuda.get_device_name(local_device())}

@@ -61,6 +61,10 @@ class PeerError(SlmError):
     """Another rank, or the way to it, is gone or silent."""
 
 
+class PreflightError(SlmError):
+    """The machines are not as the run needs them."""
+
+
 class ScoreStoreError(SlmError):
     """A store of reference scores is missing, incomplete, damaged, or holds other scores than the run needs."""
 

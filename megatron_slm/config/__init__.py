@@ -3,6 +3,7 @@
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.config.sections import (
     CheckpointConfig,
     LoggingConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PreflightConfig",
     "RunConfig",
     "SelectionConfig",
     "TrainingConfig",

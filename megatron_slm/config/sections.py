@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.data import DataConfig
 from megatron_slm.config.health import HealthConfig
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.config.resilience import ResilienceConfig
 from megatron_slm.config.selection import check_selection
 from megatron_slm.errors import ConfigError
@@ -401,6 +402,7 @@ class RunConfig:
     health: HealthConfig
     logging: LoggingConfig
     resilience: ResilienceConfig
+    preflight: PreflightConfig
 
     def __post_init__(self) -> None:
         saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval

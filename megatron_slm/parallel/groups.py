@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,10 +9,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from megatron_slm.device import communication_backend, select_device
-from megatron_slm.errors import ConfigError
+from megatron_slm.parallel.launched import complete_environment
 from megatron_slm.parallel.topology import Topology
-
-SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
@@ -27,7 +24,7 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     is not used here, so the build is switched off.
 
     Raises:
-        ConfigError: an MPI or Slurm launcher started several processes without saying which one this is.
+        ConfigError: see `complete_environment`.
     """
     import deepspeed
     import deepspeed.ops
@@ -35,27 +32,9 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     deepspeed.ops.__compatible_ops__ = {}
     for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of gloo, and of NCCL
         setattr(distributed_c10d, default, timeout)
-    if "RANK" not in os.environ:
-        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if int(os.environ.get(name, "1")) > 1:
-                raise ConfigError(
-                    name,
-                    os.environ[name],
-                    "is 1 without RANK and WORLD_SIZE (each process would train alone)",
-                    "start with `deepspeed` or `torchrun`, or set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR",
-                )
-        os.environ.update(SINGLE_PROCESS)
-        os.environ.setdefault("MASTER_PORT", _free_port())
+    complete_environment()
     select_device()
     deepspeed.init_distributed(dist_backend=communication_backend(), timeout=timeout, verbose=False)
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,6 +116,18 @@ def named_corpora(data: DataConfig) -> list[NamedPrefix]:
     return list({corpus.prefix: corpus for corpus in (*named, *paths.valid, *paths.test)}.values())
 
 
+def corpus_prefixes(data: DataConfig) -> list[str]:
+    """The prefixes of all corpora that a run may read, each once.
+
+    Raises:
+        ConfigError: a flag, or a file that it names, cannot be read.
+    """
+    paths = _read_paths(data)
+    blends = [paths.train, *(phase.blend for phase in parse_phases(data.data_phases))]
+    corpora = [corpus for blend in blends for corpus in blend.corpora]
+    return list(dict.fromkeys(corpus.prefix for corpus in (*corpora, *paths.valid, *paths.test)))
+
+
 def cache_folder(config: RunConfig) -> Path:
     """Where indices, and copies of corpora that lie elsewhere, are kept."""
     return Path(config.data.data_cache_path or Path(config.logging.run_dir) / "index-cache")

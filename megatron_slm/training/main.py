@@ -17,12 +17,14 @@ from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.reach import silent_nodes_named
 from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.corpora import describe_sources
 from megatron_slm.training.dry_run import print_dry_run
 from megatron_slm.training.loop import train
 from megatron_slm.training.outline import print_outline
 from megatron_slm.training.plan import make_plan
+from megatron_slm.training.preflight.command import preflight
 from megatron_slm.training.resume import open_resume
 
 logger = logging.getLogger(__name__)
@@ -71,8 +73,10 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
 
 def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
     """Join the world, check everything, and build what a run needs. Collective over the world."""
+    if config.preflight.preflight:
+        preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with peers_named("outside of the pipeline's schedule"):
+    with silent_nodes_named(), peers_named("outside of the pipeline's schedule"):
         resume = open_resume(config)
         with together():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
@@ -84,6 +88,6 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
 
 def train_to_the_end(run: Run) -> None:
     """Train, and leave together with all ranks."""
-    train(run)
-    with peers_named("at the end"):
+    with silent_nodes_named(), peers_named("at the end"):
+        train(run)
         dist.barrier()  # nobody leaves while another still writes

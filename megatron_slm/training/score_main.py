@@ -20,7 +20,9 @@ from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.reach import silent_nodes_named
 from megatron_slm.reference.manifest import Manifest, ScoreDtype
+from megatron_slm.training.preflight.command import preflight
 from megatron_slm.training.resume import open_resume
 from megatron_slm.training.scoring import score_corpus
 from megatron_slm.training.scoring_plan import ScoringOptions, ScoringPlan, make_scoring_plan
@@ -102,8 +104,10 @@ def score(config: RunConfig, options: ScoringOptions) -> Manifest:
     Raises:
         SlmError: on every rank alike, before the first forward pass if it can be known by then.
     """
+    if config.preflight.preflight:
+        preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with peers_named("the scoring pass"):
+    with silent_nodes_named(), peers_named("the scoring pass"):
         resume = open_resume(config)
         with together():
             plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank(), resume=resume)

@@ -1,0 +1,1 @@
+"""Preflight: are the machines of a run alike, can they reach each other, and how fast."""
