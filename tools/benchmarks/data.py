@@ -27,6 +27,8 @@ from benchmarks import report
 KINDS = {"byte-level BPE": ("HuggingFaceTokenizer", "hf"), "SentencePiece BPE": ("SentencePieceTokenizer", "sp.model")}
 BATCH, MEGATRON = "Hugging Face encode_batch, ids only", "Megatron's pattern"
 OURS, FAST = "ours", "ours, --fast-tokenizer"
+HALVES = "ours, two separate runs, each on its half"
+"""Shares nothing but the machine: how much two cores give more than one, whatever a program does."""
 CONTENDERS = [(BATCH, 1), (MEGATRON, 1), (MEGATRON, 2), (OURS, 1), (OURS, 2), (FAST, 1), (FAST, 2)]
 VOCAB_SIZE = {"byte-level BPE": 32000, "SentencePiece BPE": 8000}
 
@@ -58,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             jobs = [(who, workers, "text") for who, workers in CONTENDERS] + [
                 (who, n, "large") for who in (OURS, FAST) for n in (1, 2)
             ]
+            jobs.append((HALVES, 2, "large"))
             timed = _timed(folder, kind, jobs, rounds)
             records += _records(kind, timed, sizes)
             markdown = _markdown(records, rounds)
@@ -149,7 +152,9 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer = build_tokenizer(kind, folder / model)
     tokenizer.encode("warm")
     source = folder / f"{job['text']}.jsonl"
-    work = {BATCH: _encode_batch, MEGATRON: _megatron}.get(job["who"], _ours)
+    work = {BATCH: _encode_batch, MEGATRON: _megatron, HALVES: _halves}.get(job["who"], _ours)
+    if work is _halves:
+        _cut_in_two(source)
     started, cpu = time.perf_counter(), _cpu_seconds()
     prefix = work(tokenizer, source, folder / f"out-{os.getpid()}", job)
     result = {"wall": time.perf_counter() - started, "cpu": _cpu_seconds() - cpu, "sha256": None}
@@ -224,6 +229,37 @@ def _ours(tokenizer: Any, source: Path, prefix: Path, job: dict[str, Any]) -> Pa
     return Path(config.corpus_prefix("text"))
 
 
+def _halves(tokenizer: Any, source: Path, prefix: Path, job: dict[str, Any]) -> None:
+    """One worker on each half of the text, in two processes that know nothing of each other."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    alone = {**job, "workers": 1}
+    runs = [
+        context.Process(target=_ours, args=(tokenizer, half, Path(f"{prefix}-{half.stem}"), alone))
+        for half in _half_paths(source)
+    ]
+    for run_ in runs:
+        run_.start()
+    for run_ in runs:
+        run_.join()
+    if any(run_.exitcode for run_ in runs):
+        raise RuntimeError("one of two separate runs failed")
+
+
+def _half_paths(source: Path) -> list[Path]:
+    return [source.with_name(f"half-{number}.jsonl") for number in (1, 2)]
+
+
+def _cut_in_two(source: Path) -> None:
+    lines = source.read_bytes().splitlines(keepends=True)
+    total, done, first = sum(map(len, lines)), 0, 0
+    while done < total / 2:
+        done, first = done + len(lines[first]), first + 1
+    for path, half in zip(_half_paths(source), (lines[:first], lines[first:]), strict=True):
+        path.write_bytes(b"".join(half))
+
+
 # ---- the report -------------------------------------------------------------------------------------------
 
 
@@ -252,14 +288,17 @@ def _markdown(records: list[dict[str, Any]], rounds: int) -> str:
         "JSON lines to `.bin/.idx` corpora; rates in megabytes of JSON lines a second, higher is better. Made by "
         f"`python tools/benchmark.py data`: {report.environment()}, {rounds} rounds in turn, the best of each. All "
         "corpora of one text were the same bytes. A rate per core counts the CPU time of all processes of a contender; "
-        "`×` is it divided by the first row's. Ours are measured on more text too, because starting workers counts.\n"
+        "`×` is it divided by the first row's. Ours are measured on more text too, because starting workers counts. "
+        "Two separate runs are what two cores of this machine give at most; the last column divides them by one worker "
+        "too.\n"
     ]
     for kind in dict.fromkeys(record["tokenizer"] for record in records):
         mine = [record for record in records if record["tokenizer"] == kind]
         rows = []
         for record in mine:
             ratio = record["mb_per_cpu_second"] / mine[0]["mb_per_cpu_second"]
-            alone = next(r for r in mine if r["name"] == record["name"] and r["megabytes"] == record["megabytes"])
+            name = OURS if record["name"] == HALVES else record["name"]
+            alone = next(r for r in mine if r["name"] == name and r["megabytes"] == record["megabytes"])
             speedup = f"{record['mb_per_second'] / alone['mb_per_second']:.2f}" if record["workers"] == 2 else ""
             numbers = [f"{record['mb_per_cpu_second']:.2f}", f"{ratio:.2f}", f"{record['mb_per_second']:.2f}", speedup]
             rows.append([record["name"], str(record["workers"]), f"{record['megabytes']:.0f}", *numbers])
