@@ -162,7 +162,8 @@ class SelectiveEngine(PipelineEngine):
         """Inside, micro-batches are numbered anew; what training has done ahead is there again afterwards."""
         ahead, self._window = self._window, Window()
         try:
-            yield
+            with self.context.timers.paused():
+                yield
         finally:
             self._window = ahead
 

@@ -64,6 +64,15 @@ class Timers:
         if len(self._pending) > _MOST_PENDING:
             self._fold()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is timed: what is done beside training steps is no part of them."""
+        names, self.names = self.names, ()
+        try:
+            yield
+        finally:
+            self.names = names
+
     def _fold(self) -> None:
         if self._pending:
             self._pending[-1][2].synchronize()

@@ -167,7 +167,8 @@ class FlatTrainer:
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
         """See `Trainer`."""
         self.engine.eval()
-        values = [self.engine(self._on_device(source(i)), None, None)[1] for i in range(num_micro_batches)]
+        with self.timers.paused():
+            values = [self.engine(self._on_device(source(i)), None, None)[1] for i in range(num_micro_batches)]
         return sum_over_world(values if self.objective.tp.rank == 0 else [], self.engine.device)
 
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
