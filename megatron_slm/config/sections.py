@@ -351,6 +351,9 @@ class LoggingConfig:
     """Evaluate every this many steps, and at the end; default: only at the end."""
     eval_iters: int | None = None
     """Global batches of each held-out set; default: the whole set."""
+    probe_file: str | None = None
+    """A few fixed texts (JSON lines with a `text` each, or .txt) whose tokens' losses are recorded at each evaluation,
+    in RUN_DIR/probe, and shown in TensorBoard."""
 
     def __post_init__(self) -> None:
         _positive(self, "log_interval", "eval_interval", "eval_iters")

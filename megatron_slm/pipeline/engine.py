@@ -14,7 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
+from megatron_slm.loss.objective import LossSums, Objective, Probed, StepSettings, evaluation_sums
 from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.channels import Channel, Channels, Lane
@@ -76,7 +76,8 @@ class SelectiveEngine(PipelineEngine):
         self._stopwatch: Stopwatch | None = None
         self._outgoing: dict[tuple[Lane, int], Tensor] = {}
         self._losses: dict[int, Tensor] = {}
-        self._probed: list[Tensor] | None = None
+        self._probed: list[Probed] | None = None
+        self._probe_settings: StepSettings | None = None
         self.pipe_buffers: dict[str, dict[int, Any]] = {
             name: {} for name in ("inputs", "outputs", "output_tensors", "labels")
         }
@@ -128,11 +129,15 @@ class SelectiveEngine(PipelineEngine):
 
     @torch.no_grad()
     def probe(
-        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings
-    ) -> list[Tensor]:
-        """The kept tokens of micro-batches, bool [b, s] each, without a gradient; on the last stage only."""
+        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings | None
+    ) -> list[Probed]:
+        """What is said of the tokens of micro-batches, without a gradient; on the last stage only.
+
+        Args:
+            settings: None selects nothing.
+        """
         self.module.eval()
-        self._settings, self._probed = settings, []
+        self._probe_settings, self._probed = settings, []
         with self._beside_training():
             for i, statistics in enumerate(references):
                 if statistics is not None:
@@ -222,7 +227,9 @@ class SelectiveEngine(PipelineEngine):
             self._losses[i], sums = objective.loss(x_sbd, self.module.output_weight(), batch, reference, self._settings)
         elif self._probed is not None:
             reference, sums = self._window.take_reference(i), LossSums()
-            self._probed.append(objective.kept(x_sbd, self.module.output_weight(), batch, reference, self._settings))
+            self._probed.append(
+                objective.probe(x_sbd, self.module.output_weight(), batch, reference, self._probe_settings)
+            )
         else:
             sums = evaluation_sums(objective.statistics(x_sbd, self.module.output_weight(), batch), batch)
         if objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, StepSettings, evaluation_sums
+from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, Probed, StepSettings, evaluation_sums
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
@@ -110,20 +110,20 @@ class FlatModule(nn.Module):
         settings: StepSettings | None,
         *,
         probing: bool = False,
-    ) -> tuple[Tensor, LossSums]:
+    ) -> tuple[Tensor | Probed, LossSums]:
         """The loss sum (nats) and its statistics.
 
         Args:
             settings: the training step's; None evaluates, over all valid tokens and without a gradient.
-            probing: only select; instead of the loss comes which tokens are kept, bool [b, s].
+            probing: only look; instead of the loss comes what is said of each token.
         """
         embedding, *_, head = self.layers
         x_sbd = batch.tokens_bs
         for layer in self.layers:
             x_sbd = run_layer(layer, x_sbd, batch.documents, recomputes=self.recompute and self.training)
         weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
-        if probing and settings is not None:
-            return self.objective.kept(x_sbd, weight, batch, reference, settings), LossSums()
+        if probing:
+            return self.objective.probe(x_sbd, weight, batch, reference, settings), LossSums()
         if settings is not None:
             return self.objective.loss(x_sbd, weight, batch, reference, settings)
         sums = evaluation_sums(self.objective.statistics(x_sbd, weight, batch), batch)

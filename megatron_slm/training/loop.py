@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder
 from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
@@ -20,6 +21,7 @@ from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.lr_schedule import learning_rate
 from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
+from megatron_slm.training.probe_board import show_record
 from megatron_slm.training.signals import StopRequest
 from megatron_slm.training.step import StepResult, train_step
 
@@ -34,6 +36,7 @@ def train(run: Run) -> None:
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
             run.probe.prepare()
         recorder.evaluations(recorder.evaluations_cut_off())
+        recorder.texts_begin()
         while position.step < last:
             rate = learning_rate(position.step, config.optimizer, last)
             source = partial(run.train_source.micro_batch, position.consumed_samples)
@@ -56,6 +59,7 @@ def train(run: Run) -> None:
                 recorder.saved(run.saver.finish())
                 _raise_together(unreadable)
             recorder.evaluations(recorder.evaluations_due())
+            recorder.texts()
             if stopping:
                 recorder.say(f"asked to stop; stopped after step {position.step}")
                 break
@@ -118,6 +122,7 @@ class _Recorder:
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.plan.config
         self.writer: MetricsWriter | None = None
+        self.probed_texts: ProbedTexts
         if dist.get_rank() == 0:
             run_dir = Path(config.logging.run_dir)
             self.writer = MetricsWriter(run_dir, resume_step=run.position.step)
@@ -192,6 +197,28 @@ class _Recorder:
             done = {line["set"] for line in lines if line["step"] == step and line.get("event") == "eval"}
             missing = [name for name in self.evaluations_due() if name not in done]
         return from_rank_0(missing)
+
+    def texts_begin(self) -> None:
+        """Make ready for the texts of --probe-file, and for the record that a kill cut off. Collective."""
+        run, step = self.run, self.run.position.step
+        if run.text_probe is None:
+            if self.writer is not None and step:
+                ProbeFolder(run.plan.config.logging.run_dir).forget_after(step)
+            return
+        self.probed_texts = run.text_probe.begin(resume_step=step)
+        if step and not run.text_probe.is_recorded(step):
+            self.texts()
+
+    def texts(self) -> None:
+        """Record the losses of the texts of --probe-file, where it is time for it. Collective."""
+        run, config = self.run, self.run.plan.config
+        if run.text_probe is None or not _due(
+            run.position.step, config.logging.eval_interval, config.training.train_iters
+        ):
+            return
+        record = run.text_probe.record(_settings(run))
+        if self.writer is not None:
+            show_record(self.writer.board, self.probed_texts, record)
 
     def probe(self, probe: Probe) -> None:
         """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""

@@ -98,7 +98,7 @@ class MetricsWriter:
         temporary.write_text("".join(kept))
         temporary.replace(path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; numbers go to TensorBoard under their names, held-out losses under eval/SET."""
@@ -116,12 +116,12 @@ class MetricsWriter:
             values.update(of_sources)
         for name, value in values.items():
             if value is not None:
-                self._board.add_scalar(name, value, step)
+                self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
-        self._board.close()
+        self.board.close()
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
