@@ -8,9 +8,7 @@ reference of a new one.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +22,6 @@ SEEDS = (1, 2, 3)
 RATIOS = (0.6, 0.4, 0.8, 0.5, 0.7, 0.9)
 """The keep ratios, the paper's first: a study that is stopped has the most important runs."""
 HELD_OUT = {"target": "curated", "noisy": "noisy"}
-FOLLOWED = ("clm", "slm-0.6", "random-0.6")
-"""Runs whose losses of kept and other tokens are followed over their checkpoints (the paper's figure 6)."""
 LOOK = ("--slm-keep-ratio", "0.6")
 """How runs that train on all tokens are looked at."""
 BASE = ("--train-iters", "480", "--save-interval", "480", "--lr", "3e-3", "--lr-decay-style", "constant")
@@ -60,6 +56,16 @@ class Planned:
     """What it selects by; of runs that train on all tokens, what the study looks at them with."""
 
     @property
+    def answers(self) -> bool:
+        """Whether it is asked to solve problems."""
+        return self.name.startswith(("reference", "clm", "slm")) or self.name == "random-0.6"
+
+    @property
+    def followed(self) -> bool:
+        """Whether losses of kept and other tokens are followed over its checkpoints."""
+        return self.name in ("clm", "slm-0.6", "random-0.6")
+
+    @property
     def is_finished(self) -> bool:
         """Whether it needs not be made."""
         return (self.folder / "finished").exists()
@@ -90,7 +96,8 @@ def planned(out: Path, seed: int, ratios: Sequence[float] = RATIOS) -> Iterator[
         yield selective("random", ratio, "--slm-score", "random")
         if ratio == ratios[0]:
             yield selective("reference-loss", ratio, *by_reference, "--slm-score", "reference-loss")
-            yield selective("self-reference", ratio, *by_itself, "--slm-score", "reference-loss")
+            for own in (ratio, 0.9):  # the paper's range, in which it is best at 0.7 to 0.6
+                yield selective("self-reference", own, *by_itself, "--slm-score", "reference-loss")
 
 
 def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
@@ -120,52 +127,6 @@ def _make(out: Path, run: Planned, fast: bool) -> None:
     (run.folder / "finished").touch()
 
 
-def analyse(out: Path, runs: Sequence[Planned]) -> None:
-    """Kept sets against the known kinds of tokens, dynamics of CLM runs, exact answers; what is there is not redone."""
-    questions, prompt = out / "arithmetic.jsonl", out / "prompt.txt"
-    _write_questions(out / "text" / "curated_heldout.jsonl", questions)
-    prompt.write_text("Question: {question}\n")
-    text = str(out / "text" / "noisy_heldout.jsonl")
-    for run in runs:
-        folder = run.folder
-        if not (folder / "finished").exists():
-            continue
-        if not (folder / "selection.json").exists():
-            newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
-            selection = run.selection
-            if "--reference-load" not in selection:
-                selection = (*selection, "--reference-load", str(folder.parent / "reference" / "checkpoints"))
-            _tool(
-                "analyze_tokens.py", "selection", "--load", newest, *selection, "--text-file", text,
-                "--micro-batch-size", 16, "--output", folder / "selection.html",
-            )  # fmt: skip
-        if run.wave and not (folder / "answers.json").exists():
-            _tool(
-                "evaluate.py", "--model", folder, "--task", f"arithmetic:gsm8k={questions}", "--prompt-file", prompt,
-                "--max-new-tokens", 90, "--batch-size", 50, "--output", folder / "answers.json",
-            )  # fmt: skip
-        if run.name == "clm" and not (folder / "dynamics.json").exists():
-            _tool("analyze_tokens.py", "dynamics", "--load", folder, "--text-file", text,
-                  "--output", folder / "dynamics.html")  # fmt: skip
-
-
-def _tool(name: str, *words: object) -> None:
-    done = subprocess.run(
-        [sys.executable, f"tools/{name}", *map(str, words)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{name} failed: {done.stderr}")
-
-
-def _write_questions(problems: Path, path: Path) -> None:
-    with path.open("w") as file:
-        for text in (json.loads(line)["text"] for line in problems.read_text().splitlines()):
-            question = text.split("\n")[0].removeprefix("Question: ")
-            answer = re.search(r"^Answer: (\d+)$", text, flags=re.MULTILINE)
-            assert answer is not None, "every problem ends in its answer"
-            file.write(json.dumps({"question": question, "answer": answer[1]}) + "\n")
-
-
 def main() -> None:
     """Train, or analyse and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -181,9 +142,10 @@ def main() -> None:
     if args.what == "train":
         train(args.out, runs, fast=args.fast, jobs=args.jobs)
         return
-    analyse(args.out, runs)
-    from results import write_results  # beside this file
+    from analyses import analyse  # these two are beside this file
+    from results import write_results
 
+    analyse(args.out, runs)
     print(f"wrote {write_results(args.out, runs)}")
 
 
