@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,16 +236,17 @@ def selection_report(args: argparse.Namespace) -> None:
     ]
     reference = references[0][1] if references else None
 
-    def keep(name: str, said: Statistics, of: Statistics | None) -> Kept:
-        return select(
+    def keep(name: str, said: Statistics, of: Statistics | None, step: int | None = None) -> Kept:
+        kept = select(
             name, sample, said, of, score=score, keep_ratio=args.slm_keep_ratio, scope=args.slm_scope,
             windows_together=args.micro_batch_size, seed=args.seed,
         )  # fmt: skip
+        return replace(kept, step=step)
 
     kept = []
     for stage in stages:
         said = _said(stage, first, sample, "--load", "entropy" in needs)
-        kept.append(keep(f"{Path(stage.path).name}", said, reference))
+        kept.append(keep(f"{Path(stage.path).name}", said, reference, stage.step))
     others = [keep(f"{kept[-1].name}, reference {name}", said, other) for name, other in references[1:]]
     view = SelectionView(
         sample=sample,
