@@ -14,7 +14,7 @@ from results import CLEAN
 from megatron_slm.analysis.evaluation.command import main as evaluate
 from megatron_slm.analysis.kept import select
 from megatron_slm.analysis.losses import model_statistics, open_stage, stages_of
-from megatron_slm.analysis.sample import load_tokenizer, sample_texts
+from megatron_slm.analysis.sample import load_tokenizer, sample_corpus, sample_texts
 from megatron_slm.analysis.tokens_command import main as analyze
 from megatron_slm.checkpoint.format import write_durably
 from megatron_slm.selection.scores import score_named
@@ -53,8 +53,33 @@ def analyse(out: Path, runs: Sequence[Planned]) -> None:
             )  # fmt: skip
         if run.followed and not (folder / "followed.json").exists():
             write_durably(folder / "followed.json", (json.dumps(follow(folder, text)) + "\n").encode())
+        if not (folder / "inside.json").exists():
+            write_durably(folder / "inside.json", (json.dumps(inside(out, folder)) + "\n").encode())
         if run.name == "clm" and not (folder / "dynamics.json").exists():
             _call(analyze, "dynamics", "--load", folder, "--text-file", text, "--output", folder / "dynamics.html")
+
+
+def inside(out: Path, run: Path) -> dict[str, list[float]]:
+    """The target loss over a run's checkpoints, taken apart: at the ends of problems, and inside them.
+
+    An end is the end-of-document token and the token after it. On curated text both are certain, on pages neither is:
+    a model that has taken over the reference's idea of what follows what gains there without being any better at
+    arithmetic.
+    """
+    stages = [stages_of([str(run.parent / "base")])[-1], *stages_of([str(run)])]
+    first = open_stage(stages[0], None)
+    tokenizer = load_tokenizer(first, None)
+    corpus = str(out / "corpora" / "curated_heldout_text_document")
+    sample = sample_corpus(corpus, tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
+    end_Ws1 = sample.tokens_Ws1 == tokenizer.eos_token_id
+    ends_N = (end_Ws1[:, 1:] | end_Ws1[:, :-1])[sample.valid_Ws]
+    out_of: dict[str, list[float]] = {"steps": [], "ends": [], "inside": [], "ends_share": [float(ends_N.mean())]}
+    for stage in stages:
+        loss_N = model_statistics(open_stage(stage, first), sample).loss_Ws[sample.valid_Ws].astype(float)
+        out_of["steps"].append(0 if stage is stages[0] else stage.step or 0)
+        out_of["ends"].append(float(loss_N[ends_N].mean()))
+        out_of["inside"].append(float(loss_N[~ends_N].mean()))
+    return out_of
 
 
 def _call(command: Any, *words: object) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_slm.analysis.charts import COLOURS, MARKERS, Line, Panel, png
-from megatron_slm.analysis.runs import RunMetrics, read_run
+from megatron_slm.analysis.runs import Curve, RunMetrics, read_run
 from megatron_slm.checkpoint.format import write_durably
 
 CLEAN = "arithmetic"
@@ -52,6 +52,7 @@ class Results:
         self.looked: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         self.answers: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         self.followed: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self.inside: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         self.dynamics: dict[int, dict[str, Any]] = {}
         self.base: dict[int, RunMetrics] = {}
         """What all others of a seed start from."""
@@ -66,6 +67,7 @@ class Results:
                 ("selection", self.looked),
                 ("answers", self.answers),
                 ("followed", self.followed),
+                ("inside", self.inside),
             ):
                 if (path := run.folder / f"{file}.json").exists():
                     table[run.name][run.seed] = json.loads(path.read_text())
@@ -85,6 +87,16 @@ class Results:
             if seed in goals:
                 reached = run.held_out("target").reaches(goals[seed])
                 out[seed] = math.inf if reached is None else reached / run.held_out("target").x[-1]
+        return out
+
+    def inside_ratio(self, name: str) -> dict[int, float]:
+        """As `tokens_ratio`, of the loss inside problems."""
+        out = {}
+        for seed, found in self.inside[name].items():
+            if seed in self.inside["clm"]:
+                clm = self.inside["clm"][seed]
+                reached = Curve(tuple(found["steps"]), tuple(found["inside"])).reaches(clm["inside"][-1])
+                out[seed] = math.inf if reached is None else reached / clm["steps"][-1]
         return out
 
     def kept(self, name: str) -> tuple[list[float], list[float], list[float]]:
@@ -144,15 +156,19 @@ def held_out_panel(results: Results, title: str, held_out: str) -> Panel:
     return Panel(title=title, x_label="tokens read (millions)", y_label="nats per token", lines=lines)
 
 
-def followed_panel(results: Results, title: str, key: str, label: str = "nats per token") -> Panel:
+def followed_panel(
+    results: Results, title: str, key: str, table: Mapping[str, Mapping[int, dict[str, Any]]], names: Iterable[str]
+) -> Panel:
     """What was followed over the checkpoints of some runs."""
     lines = []
-    for name in results.followed:
-        rows = list(results.followed[name].values())
+    for name in names:
+        rows = list(table.get(name, {}).values())
+        if not rows:
+            continue
         any_run = next(iter(results.runs[name].values()))
         x = [any_run.position("tokens", step) for step in rows[0]["steps"]]
         lines.append(band(name, x, [row[key] for row in rows]))
-    return Panel(title=title, x_label="tokens read (millions)", y_label=label, lines=lines)
+    return Panel(title=title, x_label="tokens read (millions)", y_label="nats per token", lines=lines)
 
 
 def by_ratio(results: Results, title: str, label: str, kinds: Sequence[str], values: Any, flat: Any = None) -> Panel:
@@ -198,12 +214,20 @@ def figures(results: Results) -> Iterator[tuple[str, str, list[Panel]]]:
         [held_out_panel(results, "Target: curated problems", "target"),
          held_out_panel(results, "Noisy pages, all tokens", "noisy")],
     )  # fmt: skip
+    if results.inside["clm"]:
+        compared = ["clm", f"slm-{results.best_ratio()}", f"random-{results.best_ratio()}", "reference"]
+        yield (
+            "inside.png",
+            "The target loss taken apart: inside problems, and at their ends (the end token and the one after it)",
+            [followed_panel(results, "Target: inside problems", "inside", results.inside, compared),
+             followed_panel(results, "Target: at the ends of problems", "ends", results.inside, compared)],
+        )  # fmt: skip
     if results.followed:
         yield (
             "kept.png",
             "Losses on noisy pages of the tokens that are kept at the start, and of the others (the paper's figure 6)",
-            [followed_panel(results, "Noisy pages: kept tokens", "kept"),
-             followed_panel(results, "Noisy pages: other tokens", "other")],
+            [followed_panel(results, "Noisy pages: kept tokens", "kept", results.followed, results.followed),
+             followed_panel(results, "Noisy pages: other tokens", "other", results.followed, results.followed)],
         )  # fmt: skip
     clm = list(results.final("clm").values())
     panels = [
@@ -242,6 +266,8 @@ def write_results(out: Path, runs: Sequence[Planned]) -> Path:
         name: {"seeds": sorted(seeds), "target_loss": results.final(name), "noisy_loss": results.final(name, "noisy"),
                "tokens_to_clm": results.tokens_ratio(name), "kinds": results.kind_losses(name),
                "precision_recall_base": results.kept(name),
+               "tokens_to_clm_inside": results.inside_ratio(name),
+               "inside": {s: found["inside"][-1] for s, found in results.inside[name].items()},
                "accuracy": {s: a["tasks"]["arithmetic"]["accuracy"] for s, a in results.answers[name].items()}}
         for name, seeds in list(results.runs.items()) if seeds
     }  # fmt: skip
@@ -269,8 +295,11 @@ def _page(results: Results, missing: int, pictures: Sequence[tuple[str, str]]) -
     for name, words in pictures:
         yield f"\n![{words}]({name})\n\n{words}."
     yield "\n## Held-out losses\n"
-    yield "| run | seeds | target | noisy pages, clean tokens | noisy pages, other tokens | tokens to CLM's target |"
-    yield "|---|---|---|---|---|---|"
+    yield (
+        "| run | seeds | target | of it inside problems | noisy pages, clean tokens | noisy pages, other tokens "
+        "| tokens to CLM's target | tokens to CLM's, inside problems |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
     for name, own in sorted(
         results.runs.items(), key=lambda item: fmean(results.final(item[0]).values() or [math.inf])
     ):
@@ -303,25 +332,36 @@ def _page(results: Results, missing: int, pictures: Sequence[tuple[str, str]]) -
 def _row(results: Results, name: str, seeds: int) -> str:
     kinds = results.kind_losses(name)
     losses = [shown(kinds[kind]) if kinds[kind] else "–" for kind in ("clean", "other")]
-    ratios = list(results.tokens_ratio(name).values())
-    never = sum(map(math.isinf, ratios))
-    share = f"never in {never} of {len(ratios)}" if never else shown(ratios, ".2f") + "x"
-    return f"| {name} | {seeds} | {shown(list(results.final(name).values()))} | {losses[0]} | {losses[1]} | {share} |"
+    inside = [found["inside"][-1] for found in results.inside[name].values()]
+    shares = [_share(table) for table in (results.tokens_ratio(name), results.inside_ratio(name))]
+    return (
+        f"| {name} | {seeds} | {shown(list(results.final(name).values()))} | {shown(inside) if inside else '–'} | "
+        f"{losses[0]} | {losses[1]} | {shares[0]} | {shares[1]} |"
+    )
+
+
+def _share(ratios: Mapping[int, float]) -> str:
+    """How many of CLM's tokens a run needs, over seeds."""
+    values = list(ratios.values())
+    never = sum(map(math.isinf, values))
+    return "–" if not values else f"never in {never} of {len(values)}" if never else shown(values, ".2f") + "x"
 
 
 def verdicts(results: Results) -> Iterator[str]:
     """The three figures that the method should reach, and whether it does."""
     best = results.best_ratio()
-    ratios = list(results.tokens_ratio(f"slm-{best}").values())
-    ok = bool(ratios) and fmean(ratios) <= 0.6
-    reached = (
-        "never reaches" if any(map(math.isinf, ratios)) else f"takes {shown(ratios, '.2f')} of the tokens to reach"
-    )
-    state = "Reached" if ok else "**Not reached**"
-    yield (
-        f"{state}: SLM at its best keep ratio ({best}) {reached} CLM's final target loss (hoped for: at most 0.6 of "
-        "them)."
-    )
+    for what, table in (
+        ("final target loss", results.tokens_ratio(f"slm-{best}")),
+        ("final loss inside the problems of the target", results.inside_ratio(f"slm-{best}")),
+    ):
+        ratios = list(table.values())
+        if not ratios:
+            continue
+        state = "Reached" if fmean(ratios) <= 0.6 else "**Not reached**"
+        reached = (
+            "never reaches" if any(map(math.isinf, ratios)) else f"takes {shown(ratios, '.2f')} of the tokens to reach"
+        )
+        yield f"{state}: SLM at its best keep ratio ({best}) {reached} CLM's {what} (hoped for: at most 0.6 of them)."
     compared = [r for r in results.ratios() if results.runs[f"random-{r}"]]
     losing = []
     for ratio in compared:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's comparison with the controls it lacks, three seeds, on synthetic corpora: about an hour on two CPU cores.
-# `--fast` does a few steps of every run, with one seed. Runs that are finished are not made again: a second call goes on.
+# `--fast` does a few steps of a few runs, with one seed. Runs that are finished are not made again: a second call goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=examples/study out=runs/study

@@ -1,8 +1,8 @@
 """The study: its runs one after another (`train`), and the page of those that are finished (`results`).
 
-Runs of every seed: the reference (on the curated corpus), CLM and SLM (on the noisy one, in the same order), random
-tokens in place of the chosen ones, the reference's loss alone as the score, and self-reference: the CLM run as the
-reference of a new one.
+Runs of every seed: a base model (on the web), and what continues it: the reference (on the curated corpus), CLM and SLM
+(on the noisy one, in the same order), random tokens in place of the chosen ones, the reference's loss alone as the score,
+and self-reference: the CLM run as the reference of a new one.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
     """Make every run that is not finished, `jobs` at a time; each is a process of its own, as a user would start it."""
     for wave in sorted({run.wave for run in runs}):
         with ThreadPoolExecutor(jobs) as pool:
-            started = [pool.submit(_make, out, run, fast) for run in runs if run.wave == wave and not run.is_finished]
+            started = [pool.submit(_make, out, run, fast) for run in runs if run.wave == wave]
             try:
                 for one in as_completed(started):
                     one.result()
@@ -114,6 +114,8 @@ def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
 
 
 def _make(out: Path, run: Planned, fast: bool) -> None:
+    if run.is_finished:
+        return
     shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted call left
     run.folder.mkdir(parents=True)
     print(f"-- seed {run.seed}: {run.name}", flush=True)
