@@ -1,7 +1,7 @@
 """The study: its runs one after another (`train`), and the page of those that are finished (`results`).
 
 Runs of every seed: a base model (on the web), and what continues it: the reference (on the curated corpus), CLM and SLM
-(on the noisy one, in the same order), random tokens in place of the chosen ones, the reference's loss alone as the score,
+(on the noisy one, in the same order), random tokens in place of the chosen ones, the reference's loss alone as score,
 and self-reference: the CLM run as the reference of a new one.
 """
 
