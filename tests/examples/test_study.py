@@ -56,6 +56,8 @@ def finish(run: Any, final: float, clean_kept: float) -> None:
     ]
     kept = 60 * clean_kept + 40 * 0.5
     (run.folder / "selection.json").write_text(json.dumps({"kept_tokens": kept, "groups": groups}))
+    inside = {"steps": [0, 20, 40], "inside": [3.0, final + 0.5, final], "ends": [2.0, 1.0, 0.0]}
+    (run.folder / "inside.json").write_text(json.dumps(inside))
     if run.followed:
         rows = {key: [0.5, 0.4, 0.3] for key in ("kept", "other", "precision", "recall")}
         (run.folder / "followed.json").write_text(json.dumps({"steps": [0, 20, 40], **rows}))
@@ -78,7 +80,7 @@ def test_the_page_says_what_came_out(tmp_path: Path, modules: tuple[ModuleType, 
             finish(run, finals[run.name], clean_kept=1.0 if good else 0.5)
     path = results.write_results(tmp_path, runs)
     page = path.read_text()
-    for picture in ("target.png", "kept.png", "keep-ratio.png"):
+    for picture in ("target.png", "inside.png", "kept.png", "keep-ratio.png"):
         assert path.with_name(picture).read_bytes().startswith(b"\x89PNG")
         assert f"]({picture})" in page
     assert "8 planned runs are not finished" in page
@@ -90,10 +92,12 @@ def test_the_page_says_what_came_out(tmp_path: Path, modules: tuple[ModuleType, 
     place = 8 * (math.floor(math.log2(4 / target)) + (before - target) / (before - after))
     ratio = found.tokens_ratio("slm-0.6")
     assert ratio == pytest.approx({1: place / 40, 2: place / 40}) if good else ratio == {1: math.inf, 2: math.inf}
+    of_inside = found.inside_ratio("slm-0.6")  # from 3.0 to 0.5 in the first half: 1.0 after 16 of 40 steps
+    assert of_inside == pytest.approx({1: 0.4, 2: 0.4}) if good else of_inside == {1: math.inf, 2: math.inf}
     precision, recall, base = found.kept("slm-0.6")
     assert (precision[0], recall[0], base[0]) == pytest.approx((60 / 80, 1.0, 0.6) if good else (0.6, 0.5, 0.6))
     verdicts = list(results.verdicts(found))
-    wanted = [good, good, good]
+    wanted = [good, good, good, good]
     assert [verdict.startswith("Reached") for verdict in verdicts] == wanted, verdicts
     row = next(line for line in page.splitlines() if line.startswith("| slm-0.6 |"))
     assert ("never in 2 of 2" in row) is (not good)
@@ -180,3 +184,4 @@ def test_the_whole_script() -> None:
     assert "slm-0.6" in page
     assert "self-reference-0.6" in page
     assert "not finished" not in page
+    assert "inside the problems of the target" in page
