@@ -90,11 +90,11 @@ class Results:
         return out
 
     def inside_ratio(self, name: str) -> dict[int, float]:
-        """As `tokens_ratio`, of the loss inside problems."""
+        """As `tokens_ratio`, of the loss inside problems; nothing of a run with other checkpoints than CLM's."""
         out = {}
         for seed, found in self.inside[name].items():
-            if seed in self.inside["clm"]:
-                clm = self.inside["clm"][seed]
+            clm = self.inside["clm"].get(seed)
+            if clm is not None and clm["steps"] == found["steps"]:
                 reached = Curve(tuple(found["steps"]), tuple(found["inside"])).reaches(clm["inside"][-1])
                 out[seed] = math.inf if reached is None else reached / clm["steps"][-1]
         return out
@@ -215,7 +215,7 @@ def figures(results: Results) -> Iterator[tuple[str, str, list[Panel]]]:
          held_out_panel(results, "Noisy pages, all tokens", "noisy")],
     )  # fmt: skip
     if results.inside["clm"]:
-        compared = ["clm", f"slm-{results.best_ratio()}", f"random-{results.best_ratio()}", "reference"]
+        compared = ["clm", f"slm-{results.best_ratio()}", f"random-{results.best_ratio()}"]
         yield (
             "inside.png",
             "The target loss taken apart: inside problems, and at their ends (the end token and the one after it)",
