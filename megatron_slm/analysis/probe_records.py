@@ -76,17 +76,25 @@ class ProbeFolder:
         found = (_RECORD.fullmatch(path.name) for path in self.path.glob("step_*"))
         return sorted(int(match[1]) for match in found if match)
 
+    def go_on_after(self, step: int) -> None:
+        """Make way for a run that goes on after `step`: records of later steps are removed, and what is half-written.
+
+        A run that starts afresh (0) leaves older records as probe.1, probe.2 and so on.
+        """
+        if not step and self.path.exists():
+            self.path.rename(next(p for i in count(1) if not (p := self.path.with_name(f"{FOLDER}.{i}")).exists()))
+        for path in self.path.glob("*") if self.path.is_dir() else ():
+            match = _RECORD.fullmatch(path.name)
+            if _TEMPORARY.fullmatch(path.name) or (match and int(match[1]) > step):
+                path.unlink()
+
     def begin(self, texts: ProbedTexts, *, resume_step: int) -> None:
         """Make the folder ready for a run that goes on after `resume_step`; 0: one that starts afresh.
-
-        A fresh run leaves older records beside its own, as probe.1, probe.2 and so on.
 
         Raises:
             AnalysisError: the run that is gone on with has records of other texts.
         """
-        if not resume_step and self.path.exists():
-            self.path.rename(next(p for i in count(1) if not (p := self.path.with_name(f"{FOLDER}.{i}")).exists()))
-        self.forget_after(resume_step)
+        self.go_on_after(resume_step)
         if self.steps():
             before = self.texts()
             if not np.array_equal(before.tokens_Ws1, texts.tokens_Ws1):
@@ -102,13 +110,6 @@ class ProbeFolder:
             tensors["reference_loss"] = texts.reference_loss_Ws
         said = json.dumps({"pieces": texts.pieces, "sources": texts.sources})
         write_durably(self.path / _TEXTS, save(tensors, metadata={"texts": said}))
-
-    def forget_after(self, step: int) -> None:
-        """Remove records of steps that will be done again, and what a kill left half-written."""
-        for path in self.path.glob("*") if self.path.is_dir() else ():
-            match = _RECORD.fullmatch(path.name)
-            if _TEMPORARY.fullmatch(path.name) or (match and int(match[1]) > step):
-                path.unlink()
 
     def write(self, record: ProbeRecord) -> None:
         """Add a step's record; it replaces one of the same step."""

@@ -202,8 +202,8 @@ class _Recorder:
         """Make ready for the texts of --probe-file, and for the record that a kill cut off. Collective."""
         run, step = self.run, self.run.position.step
         if run.text_probe is None:
-            if self.writer is not None and step:
-                ProbeFolder(run.plan.config.logging.run_dir).forget_after(step)
+            if self.writer is not None:
+                ProbeFolder(run.plan.config.logging.run_dir).go_on_after(step)
             return
         self.probed_texts = run.text_probe.begin(resume_step=step)
         if step and not run.text_probe.is_recorded(step):

@@ -170,18 +170,16 @@ def test_a_resume_with_other_texts_is_refused(files: Path, one_rank: Path, tmp_p
 
 
 def test_a_run_that_selects_nothing(files: Path, tmp_path: Path) -> None:
-    """CLM: losses alone, no reference; a second run in its folder leaves the first one's records beside its own."""
-    for _ in range(2):
-        values = probing(
-            files, tmp_path / "run", objective="clm", reference_load=None, train_iters=2, save_interval=None
-        )
-        run_world(train_and_report, 1, values)
-    for name in ("probe", "probe.1"):
-        assert (tmp_path / "run" / name / "step_00000002.safetensors").is_file()
+    """CLM: losses alone, no reference. A fresh run in the same folder, with or without texts, sets the records aside."""
+    values = probing(files, tmp_path / "run", objective="clm", reference_load=None, train_iters=2, save_interval=None)
+    run_world(train_and_report, 1, values)
     record = ProbeFolder(tmp_path / "run").read(2)
     assert record.kept_Ws is None
     assert record.score_Ws is None
     assert ProbeFolder(tmp_path / "run").texts().reference_loss_Ws is None
+    run_world(train_and_report, 1, {name: value for name, value in values.items() if name != "probe-file"})
+    assert not (tmp_path / "run" / "probe").exists()
+    assert (tmp_path / "run" / "probe.1" / "step_00000002.safetensors").is_file()
 
 
 # ---- dynamics from records ------------------------------------------------------------------------------------
