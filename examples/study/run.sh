@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's comparison with the controls it lacks, three seeds, on synthetic corpora: about an hour on two CPU cores.
-# `--fast` does a few steps of every run, with one seed. Runs that are finished are not made again: a second call goes on.
+# `--fast` does a few steps of a few runs, with one seed. Runs that are finished are not made again: a second call goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=examples/study out=runs/study
@@ -11,20 +11,19 @@ export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=""   # the same on every machine,
 say() { printf '\n== %s\n' "$*"; }
 
 if [ ! -e "$out/corpora/done" ]; then
-  say "1. two corpora whose clean and noisy tokens are known, and a tokenizer"
+  say "1. corpora whose clean and noisy tokens are known, and a tokenizer"
   rm -rf "$out"
-  python examples/quickstart/make_corpora.py --output "$out/text" --seed 0 \
-    --curated-documents 3000 --noisy-documents 2000 --heldout-documents 100
-  python tools/train_tokenizer.py --input "$out/text/curated_train.jsonl" "$out/text/noisy_train.jsonl" \
+  python "$here/corpora.py" --output "$out/text" --seed 0
+  python tools/train_tokenizer.py --input "$out/text/curated_train.jsonl" "$out/text/web_train.jsonl" \
     --vocab-size 512 --output "$out/tokenizer/"
-  for name in curated_train curated_heldout noisy_train noisy_heldout; do
+  for name in web_train curated_train curated_heldout noisy_train noisy_heldout; do
     python tools/preprocess_data.py --input "$out/text/$name.jsonl" --output-prefix "$out/corpora/$name" \
       --tokenizer-type SentencePieceTokenizer --tokenizer-model "$out/tokenizer/tokenizer.model" --append-eod
   done
   touch "$out/corpora/done"
 fi
 
-say "2. every run, one process at a time"
+say "2. every run"
 python "$here/study.py" train --out "$out" "$@"
 say "3. what the finished runs say"
 python "$here/study.py" results --out "$out" "$@"

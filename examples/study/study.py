@@ -1,18 +1,19 @@
 """The study: its runs one after another (`train`), and the page of those that are finished (`results`).
 
-Runs of every seed: the reference (on the curated corpus), CLM and SLM (on the noisy one, in the same order), random
-tokens in place of the chosen ones, the reference's loss alone as the score, and self-reference: the CLM run as the
-reference of a new one.
+Runs of every seed: a base model (on the web), and what continues it: the reference (on the curated corpus), CLM and SLM
+(on the noisy one, in the same order), random tokens in place of the chosen ones, the reference's loss alone as score,
+and self-reference: the CLM run as the reference of a new one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,23 @@ SEEDS = (1, 2, 3)
 RATIOS = (0.6, 0.4, 0.8, 0.5, 0.7, 0.9)
 """The keep ratios, the paper's first: a study that is stopped has the most important runs."""
 HELD_OUT = {"target": "curated", "noisy": "noisy"}
-ANSWERING = ("reference", "clm", "slm-0.6", "random-0.6")
 LOOK = ("--slm-keep-ratio", "0.6")
 """How runs that train on all tokens are looked at."""
-FAST = ("--train-iters", "6", "--eval-interval", "2", "--lr-warmup-iters", "1", "--eval-iters", "1")
+BASE = ("--train-iters", "480", "--save-interval", "480", "--lr", "3e-3", "--lr-decay-style", "constant")
+REFERENCE = ("--train-iters", "160", "--save-interval", "160")
+"""Three epochs of the curated corpus, as in the paper."""
+FAST = (
+    "--train-iters",
+    "6",
+    "--save-interval",
+    "2",
+    "--eval-interval",
+    "2",
+    "--lr-warmup-iters",
+    "1",
+    "--eval-iters",
+    "1",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,99 +49,84 @@ class Planned:
     folder: Path
     """The run's folder."""
     seed: int
+    wave: int
+    """Runs of a wave need those of earlier ones."""
     flags: tuple[str, ...]
     selection: tuple[str, ...]
     """What it selects by; of runs that train on all tokens, what the study looks at them with."""
 
+    @property
+    def answers(self) -> bool:
+        """Whether it is asked to solve problems."""
+        return self.name.startswith(("reference", "clm", "slm")) or self.name == "random-0.6"
+
+    @property
+    def followed(self) -> bool:
+        """Whether losses of kept and other tokens are followed over its checkpoints."""
+        return self.name in ("clm", "slm-0.6", "random-0.6")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it needs not be made."""
+        return (self.folder / "finished").exists()
+
 
 def planned(out: Path, seed: int, ratios: Sequence[float] = RATIOS) -> Iterator[Planned]:
-    """All runs of a seed, references before those that need them."""
+    """All runs of a seed."""
     folder = out / f"seed{seed}"
-    curated, noisy = (f"{out}/corpora/{name}_train_text_document" for name in ("curated", "noisy"))
     by_reference = ("--reference-load", f"{folder}/reference/checkpoints")
     by_itself = ("--reference-load", f"{folder}/clm/checkpoints")
 
-    def run(name: str, corpus: str, *flags: str, selection: tuple[str, ...] = LOOK) -> Planned:
-        flags = ("--data-path", corpus, *flags, *selection * (selection is not LOOK))
-        return Planned(name=name, folder=folder / name, seed=seed, flags=flags, selection=selection)
+    def run(name: str, wave: int, corpus: str, *flags: str, selection: tuple[str, ...] = LOOK) -> Planned:
+        flags = ("--data-path", f"{out}/corpora/{corpus}_train_text_document", *flags)
+        if wave:
+            flags = (*flags, "--init-from", f"{folder}/base/checkpoints")
+        flags = (*flags, *selection * (selection is not LOOK))
+        return Planned(name=name, folder=folder / name, seed=seed, wave=wave, flags=flags, selection=selection)
 
-    def selective(name: str, ratio: float, *flags: str) -> Planned:
+    def selective(name: str, ratio: float, *flags: str, wave: int = 2) -> Planned:
         keep = ("--slm-keep-ratio", str(ratio), *flags)
-        return run(f"{name}-{ratio}", noisy, "--objective", "slm", selection=keep)
+        return run(f"{name}-{ratio}", wave, "noisy", "--objective", "slm", selection=keep)
 
-    yield run("reference", curated, "--objective", "clm")
-    yield run("clm", noisy, "--objective", "clm", "--save-interval", "20")
+    yield run("base", 0, "web", "--objective", "clm", *BASE)
+    yield run("reference", 1, "curated", "--objective", "clm", *REFERENCE)
+    yield run("clm", 1, "noisy", "--objective", "clm")
     for ratio in ratios:
         yield selective("slm", ratio, *by_reference)
         yield selective("random", ratio, "--slm-score", "random")
         if ratio == ratios[0]:
             yield selective("reference-loss", ratio, *by_reference, "--slm-score", "reference-loss")
-            yield selective("self-reference", ratio, *by_itself, "--slm-score", "reference-loss")
+            for own in (ratio, 0.9):  # the paper's range, in which it is best at 0.7 to 0.6
+                yield selective("self-reference", own, *by_itself, "--slm-score", "reference-loss")
 
 
-def train(out: Path, runs: Sequence[Planned], fast: bool) -> None:
-    """Make every run that is not finished. Each is a process of its own, as a user would start it."""
-    for run in runs:
-        if (run.folder / "finished").exists():
-            continue
-        print(f"-- seed {run.seed}: {run.name}", flush=True)
-        command = [sys.executable, "tools/pretrain_slm.py", "--config", str(HERE / "train.yaml"), *run.flags]
-        command += ["--tokenizer-model", f"{out}/tokenizer/tokenizer.model", "--valid-data-path"]
-        command += [f"{name}={out}/corpora/{corpus}_heldout_text_document" for name, corpus in HELD_OUT.items()]
-        command += ["--seed", str(run.seed), "--run-dir", str(run.folder), *(FAST if fast else ())]
-        if fast and run.name == "clm":
-            command += ["--save-interval", "2"]
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with (run.folder / "log.txt").open("w") as log:
-            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
-                sys.exit(f"{run.name} of seed {run.seed} failed: see {run.folder}/log.txt")
-        (run.folder / "finished").touch()
+def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
+    """Make every run that is not finished, `jobs` at a time; each is a process of its own, as a user would start it."""
+    for wave in sorted({run.wave for run in runs}):
+        with ThreadPoolExecutor(jobs) as pool:
+            started = [pool.submit(_make, out, run, fast) for run in runs if run.wave == wave]
+            try:
+                for one in as_completed(started):
+                    one.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
-def analyse(out: Path, runs: Sequence[Planned]) -> None:
-    """Kept sets against the known kinds of tokens, dynamics of CLM runs, exact answers; what is there is not redone."""
-    questions, prompt = out / "arithmetic.jsonl", out / "prompt.txt"
-    _write_questions(out / "text" / "curated_heldout.jsonl", questions)
-    prompt.write_text("Question: {question}\n")
-    text = str(out / "text" / "noisy_heldout.jsonl")
-    for run in runs:
-        folder = run.folder
-        if not (folder / "finished").exists():
-            continue
-        if not (folder / "selection.json").exists():
-            newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
-            selection = run.selection
-            if "--reference-load" not in selection:
-                selection = (*selection, "--reference-load", str(folder.parent / "reference" / "checkpoints"))
-            _tool(
-                "analyze_tokens.py", "selection", "--load", newest, *selection, "--text-file", text,
-                "--micro-batch-size", 16, "--output", folder / "selection.html",
-            )  # fmt: skip
-        if run.name in ANSWERING and not (folder / "answers.json").exists():
-            _tool(
-                "evaluate.py", "--model", folder, "--task", f"arithmetic:gsm8k={questions}", "--prompt-file", prompt,
-                "--max-new-tokens", 90, "--batch-size", 50, "--output", folder / "answers.json",
-            )  # fmt: skip
-        if run.name == "clm" and not (folder / "dynamics.json").exists():
-            _tool("analyze_tokens.py", "dynamics", "--load", folder, "--text-file", text,
-                  "--output", folder / "dynamics.html")  # fmt: skip
-
-
-def _tool(name: str, *words: object) -> None:
-    done = subprocess.run(
-        [sys.executable, f"tools/{name}", *map(str, words)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{name} failed: {done.stderr}")
-
-
-def _write_questions(problems: Path, path: Path) -> None:
-    with path.open("w") as file:
-        for text in (json.loads(line)["text"] for line in problems.read_text().splitlines()):
-            question = text.split("\n")[0].removeprefix("Question: ")
-            answer = re.search(r"^Answer: (\d+)$", text, flags=re.MULTILINE)
-            assert answer is not None, "every problem ends in its answer"
-            file.write(json.dumps({"question": question, "answer": answer[1]}) + "\n")
+def _make(out: Path, run: Planned, fast: bool) -> None:
+    if run.is_finished:
+        return
+    shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted call left
+    run.folder.mkdir(parents=True)
+    print(f"-- seed {run.seed}: {run.name}", flush=True)
+    command = [sys.executable, "tools/pretrain_slm.py", "--config", str(HERE / "train.yaml"), *run.flags]
+    command += ["--tokenizer-model", f"{out}/tokenizer/tokenizer.model", "--valid-data-path"]
+    command += [f"{name}={out}/corpora/{corpus}_heldout_text_document" for name, corpus in HELD_OUT.items()]
+    command += ["--seed", str(run.seed), "--run-dir", str(run.folder), *(FAST if fast else ())]
+    with (run.folder / "log.txt").open("w") as log:
+        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
+            raise SystemExit(f"{run.name} of seed {run.seed} failed: see {run.folder}/log.txt")
+    (run.folder / "finished").touch()
 
 
 def main() -> None:
@@ -136,17 +135,19 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "results"])
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where the runs are")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="only these")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one core")
     parser.add_argument("--fast", action="store_true", help="a few steps of a few runs, with one seed")
     args = parser.parse_args()
     seeds, ratios = (SEEDS[:1], RATIOS[:2]) if args.fast else (args.seeds, RATIOS)
     # seed by seed within each kind of run, so that a study that is stopped has several seeds of the first kinds
     runs = [run for alike in zip(*(planned(args.out, seed, ratios) for seed in seeds), strict=True) for run in alike]
     if args.what == "train":
-        train(args.out, runs, args.fast)
+        train(args.out, runs, fast=args.fast, jobs=args.jobs)
         return
-    analyse(args.out, runs)
-    from results import write_results  # beside this file
+    from analyses import analyse  # these two are beside this file
+    from results import write_results
 
+    analyse(args.out, runs)
     print(f"wrote {write_results(args.out, runs)}")
 
 

@@ -31,6 +31,8 @@ class Kept:
     name: str
     score_Ws: Floats
     kept_Ws: Bools
+    step: int | None = None
+    """The step of the model that selects; None where its folder does not say."""
 
     def score_N(self, valid_Ws: Bools) -> Floats:
         """The scores of valid tokens."""

@@ -41,8 +41,8 @@ figure { margin:0 } img { display:block; width:100%; border-radius:10px; border:
 .t:hover,.t:focus { outline:2px solid currentColor } .u { color:var(--soft); border-bottom:1px dotted var(--soft) }
 #tip { position:fixed; left:0; right:0; bottom:0; margin:0; padding:.55rem 1rem; background:var(--text);
   color:var(--page); font:14px/1.4 var(--mono); max-width:none } #tip:empty { display:none }
-@media (max-width:40rem) { main { padding:1.2rem .8rem 4rem } th,td { padding:.3rem .5rem; font-size:.86rem }
-  .bar { width:3.5rem } }
+@media (max-width:40rem) { main { padding:1.2rem .8rem 4rem } th,td { padding:.3rem .22rem; font-size:.77rem;
+  white-space:normal } .bar { display:block; width:2.6rem; margin:.15rem 0 .15rem auto } }
 """
 
 # A finger cannot hover: the token that is touched says what it is in a line at the bottom.
@@ -78,7 +78,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
 
 def share_bar(share: float) -> Markup:
     """A share in [0, 1] as a bar and a number."""
-    return Markup('<span class="bar" style="--share:{:.1f}%"></span>{:.1f} %').format(100 * share, 100 * share)
+    return Markup('<span class="bar" style="--share:{:.1f}%"></span>{:.1f}&nbsp;%').format(100 * share, 100 * share)
 
 
 def pictures(named_svgs: Iterable[tuple[str, bytes]]) -> Markup:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -78,13 +78,18 @@ class Sample:
 
 
 def decode_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each id adds to the ones before; a character made of several ids comes with the last one."""
+    """The text that each id adds to the ones before, by a tokenizer of transformers; the ids themselves of None."""
     if tokenizer is None:
         return [f"{number} " for number in ids]
 
     def decode(part: Sequence[int]) -> str:
         return str(tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    return pieces_of(decode, ids)
+
+
+def pieces_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[str]:
+    """The text that each id adds to the ones before; a character made of several ids comes with the last one."""
     pieces, shown = [], 0  # ids before `shown` have been given as text
     for end in range(1, len(ids) + 1):
         start = max(0, shown - _CONTEXT)

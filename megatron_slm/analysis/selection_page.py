@@ -168,9 +168,18 @@ def _documents(view: SelectionView, count: int) -> Iterator[Markup]:
 
 
 def at_quarters(kept: Sequence[Kept]) -> list[tuple[str, Kept]]:
-    """The models at 0, 33, 66 and 100 % of those that were given."""
-    last = len(kept) - 1
-    return [(f"{share} %", kept[round(share * last / 100)]) for share in (0, 33, 66, 100)]
+    """The models next to 0, 33, 66 and 100 % of training, whose end is the last of them.
+
+    By their steps, or by their numbers where one does not tell its step.
+    """
+    steps = [one.step for one in kept]
+    places = list(range(len(kept))) if None in steps else [step or 0 for step in steps]
+    chosen = []
+    for share in (0, 33, 66, 100):
+        goal = share * places[-1] / 100
+        number = min(range(len(kept)), key=lambda i: abs(places[i] - goal))
+        chosen.append((f"{share} %", kept[number]))
+    return chosen
 
 
 def _preference(view: SelectionView) -> Iterator[Markup]:
@@ -180,7 +189,8 @@ def _preference(view: SelectionView) -> Iterator[Markup]:
     sample = view.sample
     window = int(np.argmax(sample.valid_Ws[:50].sum(axis=1)))
     first, *pieces = sample.pieces(window)
-    yield page.heading("What is preferred at 0, 33, 66 and 100 % of the checkpoints given")
+    of = "the models given" if any(kept.step is None for kept in view.kept) else "training, by the nearest checkpoint"
+    yield page.heading(f"What is preferred at 0, 33, 66 and 100 % of {of}")
     yield page.legend([(f"l{i}", text) for i, text in enumerate(_LEVELS)])
     cards = []
     for share, kept in at_quarters(view.kept):

@@ -7,12 +7,13 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_slm.analysis.dynamics import THRESHOLD_NATS, Dynamics, check_order, classify
+from megatron_slm.analysis.dynamics import LEAST_CHECKPOINTS, THRESHOLD_NATS, Dynamics, check_order, classify
 from megatron_slm.analysis.dynamics_page import Looked, most_fluctuating_rows, write_dynamics
 from megatron_slm.analysis.kept import Kept, select
 from megatron_slm.analysis.losses import (
@@ -24,6 +25,7 @@ from megatron_slm.analysis.losses import (
     stages_of,
     store_losses,
 )
+from megatron_slm.analysis.probe_records import recorded_losses
 from megatron_slm.analysis.sample import Sample, load_tokenizer, sample_corpus, sample_texts
 from megatron_slm.analysis.selection_page import SelectionView, to_json, write_selection
 from megatron_slm.checkpoint.format import write_durably
@@ -64,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(dynamics, max_tokens=320_000)
     dynamics.add_argument("--scores", nargs="+", default=[], metavar="STORE", help="stores of the checkpoints' losses, "
                           "oldest first, written by tools/score_corpus.py; instead of --load")  # fmt: skip
+    dynamics.add_argument("--probe", metavar="RUN", help="a run's folder with records of --probe-file; instead of "
+                          "--load, and of a sample")  # fmt: skip
     dynamics.add_argument("--threshold", type=float, default=THRESHOLD_NATS, help="rise or fall that counts, in nats")
     dynamics.add_argument("--most", type=int, default=25, help="fluctuating tokens that are listed")
     dynamics.set_defaults(run=dynamics_report)
@@ -90,13 +94,20 @@ def _check(args: argparse.Namespace) -> None:
     ratio = getattr(args, "slm_keep_ratio", 1.0)
     if not 0.0 < ratio <= 1.0:
         raise AnalysisError("--slm-keep-ratio", ratio, "lies in (0, 1]", "use e.g. 0.6")
-    if bool(args.text_file) == bool(args.data_path):
+    probe, stores = getattr(args, "probe", None), getattr(args, "scores", [])
+    if sum(map(bool, (args.load, stores, probe))) != 1:
+        raise AnalysisError(
+            "--load",
+            args.load,
+            "names models (or --scores stores, or --probe a run with records, one of the three)",
+            "name a run's folder",
+        )
+    if probe and (args.text_file or args.data_path):
+        raise AnalysisError("--probe", probe, "comes with its texts", "leave --text-file and --data-path out")
+    if not probe and bool(args.text_file) == bool(args.data_path):
         raise AnalysisError("--text-file", args.text_file, "or --data-path is given, and not both", "name a sample")
     if args.output.suffix != ".html":
         raise AnalysisError("--output", str(args.output), "ends in .html", "add it")
-    stores = getattr(args, "scores", [])
-    if bool(args.load) == bool(stores):
-        raise AnalysisError("--load", args.load, "names models (or --scores stores, not both)", "name a run's folder")
 
 
 def _sample(args: argparse.Namespace, model: Model) -> Sample:
@@ -134,7 +145,8 @@ def dynamics_report(args: argparse.Namespace) -> None:
     Raises:
         SlmError: too few checkpoints, or what cannot be read or compared.
     """
-    sample, stages, loss_CN = _stored(args) if args.scores else _computed(args)
+    source = _recorded if args.probe else _stored if args.scores else _computed
+    sample, stages, loss_CN = source(args)
     steps = [stage.step for stage in stages]
     position_C = None if None in steps else np.array(steps, np.float64)
     dynamics = classify(loss_CN, position_C, threshold_nats=args.threshold)
@@ -176,6 +188,18 @@ def _computed(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
     return sample, stages, loss_CN
 
 
+def _recorded(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
+    sample, stages, loss_CN = recorded_losses(args.probe)
+    if len(stages) < LEAST_CHECKPOINTS:
+        raise AnalysisError(
+            "--probe",
+            args.probe,
+            f"has records of {LEAST_CHECKPOINTS} steps or more, not {len(stages)}: a trend needs that many",
+            "train with a smaller --eval-interval",
+        )
+    return sample, stages, loss_CN
+
+
 def _stored(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
     if args.data_path is None:
         raise AnalysisError("--data-path", None, "is the corpus that the stores were written for", "name its prefix")
@@ -212,16 +236,17 @@ def selection_report(args: argparse.Namespace) -> None:
     ]
     reference = references[0][1] if references else None
 
-    def keep(name: str, said: Statistics, of: Statistics | None) -> Kept:
-        return select(
+    def keep(name: str, said: Statistics, of: Statistics | None, step: int | None = None) -> Kept:
+        kept = select(
             name, sample, said, of, score=score, keep_ratio=args.slm_keep_ratio, scope=args.slm_scope,
             windows_together=args.micro_batch_size, seed=args.seed,
         )  # fmt: skip
+        return replace(kept, step=step)
 
     kept = []
     for stage in stages:
         said = _said(stage, first, sample, "--load", "entropy" in needs)
-        kept.append(keep(f"{Path(stage.path).name}", said, reference))
+        kept.append(keep(f"{Path(stage.path).name}", said, reference, stage.step))
     others = [keep(f"{kept[-1].name}, reference {name}", said, other) for name, other in references[1:]]
     view = SelectionView(
         sample=sample,

@@ -370,6 +370,9 @@ class LoggingConfig:
     """First step that is no longer profiled; default: two steps after --profile-step-start."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that are profiled."""
+    probe_file: str | None = None
+    """A few fixed texts (JSON lines with a `text` each, or .txt) whose tokens' losses are recorded at each evaluation,
+    in RUN_DIR/probe, and shown in TensorBoard."""
 
     def __post_init__(self) -> None:
         _positive(self, "log_interval", "eval_interval", "eval_iters", "peak_tflops", "profile_step_start")

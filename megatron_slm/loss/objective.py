@@ -94,6 +94,17 @@ def num_sums(num_sources: int) -> int:
     return len(fields(LossSums)) - 1 + (len(SOURCE_SUMS) * num_sources if num_sources > 1 else 0)
 
 
+class Probed(NamedTuple):
+    """What a model and its selection say of a micro-batch, without a gradient, each [b, s]."""
+
+    loss_bs: Tensor
+    """Token losses in nats, fp32; 0 where not valid."""
+    score_bs: Tensor | None
+    """What tokens are ranked by, fp32; this and the next are None where nothing was selected."""
+    kept_bs: Tensor | None
+    """Which tokens would be kept, bool."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """What a step's objective depends on beside its tokens and weights."""
@@ -199,17 +210,22 @@ class Objective:
         )
         return choice.rows(slice(self.dp.rank * num_rows, (self.dp.rank + 1) * num_rows))
 
-    def kept(
+    def probe(
         self,
         x_sbd: Tensor,
         output: OutputWeight,
         batch: MicroBatch,
         reference: TokenStatistics | None,
-        settings: StepSettings,
-    ) -> Tensor:
-        """Which tokens of a micro-batch would be kept, bool [b, s], without a gradient."""
-        tokens = self.statistics(x_sbd, output, batch, with_entropy=self.selector.needs("entropy"))
-        return self.choose(tokens, batch, reference, settings).kept_N.view_as(batch.valid_bs)
+        settings: StepSettings | None,
+    ) -> Probed:
+        """Losses of a micro-batch's tokens, and which of them would be kept; without settings the losses alone."""
+        with_entropy = settings is not None and self.selector.needs("entropy")
+        tokens = self.statistics(x_sbd, output, batch, with_entropy=with_entropy)
+        loss_bs = tokens.loss_N.view(batch.valid_bs.shape)
+        if settings is None:
+            return Probed(loss_bs, None, None)
+        choice = self.choose(tokens, batch, reference, settings)
+        return Probed(loss_bs, choice.score_N.view_as(batch.valid_bs), choice.kept_N.view_as(batch.valid_bs))
 
     def statistics(
         self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch, *, with_entropy: bool = False

@@ -15,7 +15,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_slm.loss.objective import LossSums, Objective, StepSettings, evaluation_sums
+from megatron_slm.loss.objective import LossSums, Objective, Probed, StepSettings, evaluation_sums
 from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.activity import Activity
@@ -88,7 +88,8 @@ class SelectiveEngine(PipelineEngine):
         self._stopwatch: Stopwatch | None = None
         self._outgoing: dict[tuple[Lane, int], Tensor] = {}
         self._losses: dict[int, Tensor] = {}
-        self._probed: list[Tensor] | None = None
+        self._probed: list[Probed] | None = None
+        self._probe_settings: StepSettings | None = None
         self.pipe_buffers: dict[str, dict[int, Any]] = {
             name: {} for name in ("inputs", "outputs", "output_tensors", "labels")
         }
@@ -144,11 +145,15 @@ class SelectiveEngine(PipelineEngine):
 
     @torch.no_grad()
     def probe(
-        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings
-    ) -> list[Tensor]:
-        """The kept tokens of micro-batches, bool [b, s] each, without a gradient; on the last stage only."""
+        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings | None
+    ) -> list[Probed]:
+        """What is said of the tokens of micro-batches, without a gradient; on the last stage only.
+
+        Args:
+            settings: None selects nothing.
+        """
         self.module.eval()
-        self._settings, self._probed = settings, []
+        self._probe_settings, self._probed = settings, []
         with self._beside_training():
             for i, statistics in enumerate(references):
                 if statistics is not None:
@@ -250,7 +255,7 @@ class SelectiveEngine(PipelineEngine):
         batch, objective, weight = self._window.batch(i), self.context.objective, self.module.output_weight()
         if self._probed is not None:
             reference = self._window.take_reference(i)
-            self._probed.append(objective.kept(x_sbd, weight, batch, reference, self._settings))
+            self._probed.append(objective.probe(x_sbd, weight, batch, reference, self._probe_settings))
             return
         with self.context.timers.timing("loss-head"):
             if torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings, evaluation_sums
+from megatron_slm.loss.objective import Objective, OutputWeight, Probed, StepSettings, evaluation_sums
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
@@ -128,12 +128,12 @@ class FlatModule(nn.Module):
         *,
         probing: bool = False,
         watch: Watch | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | Probed, Tensor]:
         """The loss sum (nats) and the values of its `LossSums`, fp64.
 
         Args:
             settings: the training step's; None evaluates, over all valid tokens and without a gradient.
-            probing: only select; instead of the loss comes which tokens are kept, bool [b, s].
+            probing: only look; instead of the loss comes what is said of each token.
             watch: sees the gradient of the embedding's output, in the backward pass.
         """
         embedding, *_, head = self.layers
@@ -142,9 +142,9 @@ class FlatModule(nn.Module):
             x_sbd = run_layer(layer, x_sbd, batch.documents, recomputes=self.recompute and self.training)
             x_sbd, watch = watched(x_sbd, watch)
         weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
-        if probing and settings is not None:
-            kept_bs = self.objective.kept(x_sbd, weight, batch, reference, settings)
-            return kept_bs, kept_bs.new_empty(0, dtype=torch.float64)
+        if probing:
+            probed = self.objective.probe(x_sbd, weight, batch, reference, settings)
+            return probed, x_sbd.new_empty(0, dtype=torch.float64)
         with self.timers.timing("loss-head"):
             if settings is not None:
                 return self.objective.loss(x_sbd, weight, batch, reference, settings)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import Tensor
 
+from megatron_slm.analysis.probe_records import ProbeFolder
 from megatron_slm.checkpoint.fragments import fill_optimizer
 from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_rng
 from megatron_slm.checkpoint.retention import Retention
@@ -53,6 +54,7 @@ from megatron_slm.training.origin import write_origin
 from megatron_slm.training.plan import Plan
 from megatron_slm.training.probe import Probe
 from megatron_slm.training.step import FlatTrainer, PipelineTrainer, Trainer
+from megatron_slm.training.text_probe import TextProbe
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class Run:
     train_source: Prefetcher
     held_out: list[HeldOutSet]
     probe: Probe | None
+    text_probe: TextProbe | None
     saver: Saver
     position: Position
 
@@ -130,6 +133,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         train_source=_prefetcher(plan, source),
         held_out=_held_out(plan),
         probe=_probe(plan, trainer, source),
+        text_probe=_text_probe(plan, trainer),
         saver=saver,
         position=position,
     )
@@ -261,6 +265,25 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         if plan.resume is not None:
             restore_rng(plan.resume.folder, plan.resume.manifest, dist.get_rank())
     return position
+
+
+def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
+    if plan.probe_texts is None:
+        return None
+    selects = bool(plan.selector.scores)
+    if plan.scores is not None and plan.selector.needs_reference:
+        logger.info("stored scores do not cover the texts of --probe-file: their losses are recorded, no selection")
+        selects = False
+    return TextProbe(
+        trainer=trainer,
+        samples=plan.probe_texts,
+        source=_source(plan, plan.probe_texts, pads_at_end=True),
+        topology=plan.topology,
+        decode=plan.tokenizer.decode,
+        folder=ProbeFolder(plan.config.logging.run_dir),
+        has_reference=plan.reference is not None,
+        selects=selects,
+    )
 
 
 def _source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> MicroBatchSource:

@@ -32,6 +32,7 @@ def train(run: Run) -> None:
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
             run.probe.prepare()
         stopping = stop.agreed() or recorder.evaluations(recorder.evaluations_cut_off())
+        recorder.texts_begin()
         while position.step < last and not stopping:
             watchdog.enter(Phase.STEP, position.step + 1)
             rate, is_last = learning_rate(position.step, config.optimizer, last), position.step + 1 == last
@@ -86,7 +87,9 @@ def _evaluate(run: Run, recorder: Recorder, *, is_saved: bool) -> str | None:
             recorder.save()
         recorder.saved(run.saver.finish())
         raise
-    if stopping is not None and not is_saved:
+    if stopping is None:
+        recorder.texts()
+    elif not is_saved:
         recorder.save()
     return stopping
 

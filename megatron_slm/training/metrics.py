@@ -117,14 +117,14 @@ class MetricsWriter:
         self.resumed_lines = self._metrics.resumed_lines
         self._monitors = Monitors(monitors, run_dir, resume_step=resume_step)
         purge = resume_step + 1 if resume_step else None
-        self._board = SummaryWriter(str(board_folder(monitors, run_dir)), purge_step=purge)
+        self.board = SummaryWriter(str(board_folder(monitors, run_dir)), purge_step=purge)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line of metrics."""
         self._metrics.append(line)
         values = scalars(line)
         for name, value in values.items():
-            self._board.add_scalar(name, value, line["step"])
+            self.board.add_scalar(name, value, line["step"])
         self._monitors.write(values, line["step"])
 
     def bad_batch(self, line: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush everything."""
-        self._board.close()
+        self.board.close()
         self._monitors.close()
 
 

@@ -20,6 +20,7 @@ from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.packing import SequentialSamples
+from megatron_slm.data.texts import TextSamples, read_texts
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer, check_same_vocabulary
 from megatron_slm.device import communication_backend, device_name, on_gpu
 from megatron_slm.errors import CheckpointError, ConfigError, ScoreStoreError, VocabularyError
@@ -64,6 +65,8 @@ class Plan:
     held_out: dict[str, SequentialSamples]
     test: dict[str, SequentialSamples]
     """Held-out sets for the end of the run."""
+    probe_texts: TextSamples | None
+    """The texts of --probe-file."""
     global_batch_size: int
     deepspeed: dict[str, Any]
     backends: Backends
@@ -188,6 +191,10 @@ def make_plan(
     scores = open_scores(config, scored, thorough=thorough) if stores else None
     _check_entropies(config, selector, scores)
     _check_best(config, data.valid)
+    probe_texts, probe_file = None, config.logging.probe_file
+    if probe_file is not None:
+        length = config.data.seq_length
+        probe_texts = read_texts(probe_file, tokenizer, sequence_length=length, field="--probe-file")
     return Plan(
         config=config,
         topology=topology,
@@ -203,6 +210,7 @@ def make_plan(
         keeps_order=keeps_order,
         held_out=data.valid,
         test=data.test,
+        probe_texts=probe_texts,
         global_batch_size=global_batch_size,
         deepspeed=ds_config.resolve(
             user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches

@@ -55,11 +55,12 @@ class Probe:
     def kept(self, settings: StepSettings) -> Tensor:
         """Which tokens of the batch are kept with the weights of now, bool [samples, s] on every rank. Collective."""
         source = partial(self.source.micro_batch, 0)
-        kept = self.trainer.probe(source, self._references, settings)
+        said = self.trainer.probe(source, self._references, settings)
         length = self.source.samples.sequence_length
         kept_Bs = torch.zeros(self.global_batch_size, length, dtype=torch.uint8, device=local_device())
         if self.topology.coordinate(dist.get_rank()).tensor == 0:  # the others have the same
-            for i, kept_bs in enumerate(kept):
-                kept_Bs[source(i).sample_b.to(kept_Bs.device)] = kept_bs.to(torch.uint8)
+            for i, probed in enumerate(said):
+                assert probed.kept_bs is not None, "with settings there is a selection"
+                kept_Bs[source(i).sample_b.to(kept_Bs.device)] = probed.kept_bs.to(torch.uint8)
         dist.all_reduce(kept_Bs)
         return kept_Bs.bool().cpu()

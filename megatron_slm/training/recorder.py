@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder
 from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
 from megatron_slm.device import local_device
@@ -19,6 +20,7 @@ from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.health import BadBatch
 from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
+from megatron_slm.training.probe_board import show_record
 from megatron_slm.training.resources import resources
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.stopping import StopAskedError, StopRequest
@@ -54,6 +56,7 @@ class Recorder:
         self.run, self.watchdog, self.stop, config = run, watchdog, stop, run.plan.config
         self.stragglers = Stragglers(run.trainer.activity, run.plan.topology, local_device())
         self.writer: MetricsWriter | None = None
+        self.probed_texts: ProbedTexts
         self._logged_step, self._last = run.position.step, config.training.train_iters
         with together():  # a monitor may not open
             if dist.get_rank() == 0:
@@ -161,6 +164,27 @@ class Recorder:
             done = {line["set"] for line in lines if line["step"] == step and line.get("event") == "eval"}
             missing = [name for name in self.evaluations_due() if name not in done]
         return from_rank_0(missing)
+
+    def texts_begin(self) -> None:
+        """Make ready for the texts of --probe-file, and for the record that a kill cut off. Collective."""
+        run, step = self.run, self.run.position.step
+        if run.text_probe is None:
+            if self.writer is not None:
+                ProbeFolder(run.plan.config.logging.run_dir).go_on_after(step)
+            return
+        self.probed_texts = run.text_probe.begin(resume_step=step)
+        if step and not run.text_probe.is_recorded(step):
+            self.texts()
+
+    def texts(self) -> None:
+        """Record the losses of the texts of --probe-file, where it is time for it. Collective."""
+        run, position = self.run, self.run.position
+        if run.text_probe is None or not is_due(position.step, run.plan.config.logging.eval_interval, self._last):
+            return
+        self.watchdog.enter(Phase.PROBE, position.step)
+        record = run.text_probe.record(StepSettings(step=position.step, score_threshold=position.score_threshold))
+        if self.writer is not None:
+            show_record(self.writer.board, self.probed_texts, record)
 
     def probe(self, probe: Probe) -> None:
         """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""

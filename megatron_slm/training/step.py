@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from megatron_slm.loss.objective import LossSums, StepSettings
+from megatron_slm.loss.objective import LossSums, Probed, StepSettings
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.activity import Activity
 from megatron_slm.pipeline.engine import BatchSource, SelectiveEngine
@@ -76,9 +75,13 @@ class Trainer(Protocol):
         ...
 
     def probe(
-        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings
-    ) -> list[Tensor]:
-        """The kept tokens of micro-batches, bool [b, s] each, without a gradient; on the last stage."""
+        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings | None
+    ) -> list[Probed]:
+        """What is said of the tokens of micro-batches, without a gradient; on the last stage.
+
+        Args:
+            settings: None selects nothing.
+        """
         ...
 
 
@@ -178,8 +181,8 @@ class FlatTrainer:
 
     @torch.no_grad()
     def probe(
-        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings
-    ) -> list[Tensor]:
+        self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings | None
+    ) -> list[Probed]:
         """See `Trainer`."""
         self.engine.eval()
         batches = (self._on_device(source(i)) for i in range(len(references)))

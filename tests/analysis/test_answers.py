@@ -39,6 +39,14 @@ NUMBERS = [
     ("\\boxed{x = 5}", "5"),
     ("\\boxed{1{,}234}", "1234"),
     ("The answer is 1e3.", "1000"),
+    ("The answer is **$1,200** (as 2 + 2 = 4).", "1200"),
+    ("The answer is 8 = half of it.", "8"),
+    ("The answer is 42, because 6 * 7 = 42 and 1 = 1.", "42"),
+    ("So in total it is 2\\frac{1}{2}.", "2.5"),
+    ("**Answer:** \\(12\\)", "12"),
+    ("The answer is -$5.", "-5"),
+    ("The answer is (5).", "5"),
+    ("\\boxed{1\\,250\\,\\mathrm{m}}", "1250"),
 ]
 
 
@@ -50,7 +58,7 @@ def test_numbers(text: str, truth: str) -> None:
     assert not equal(answer, str(Fraction(truth) * 100), "number")
 
 
-@pytest.mark.parametrize("text", ["", "no idea", "The answer is unknown.", "\\boxed{}"])
+@pytest.mark.parametrize("text", ["", "no idea", "The answer is unknown.", "\\boxed{}", "The answer is 5 + 3 = x."])
 def test_what_cannot_be_read_is_none_and_wrong(text: str) -> None:
     assert extract(text, "number") is None
     assert not equal(None, "5", "number")

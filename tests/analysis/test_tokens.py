@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_slm.analysis import losses
-from megatron_slm.analysis.kept import agreement, frequency_bands, groups, levels, select
+from megatron_slm.analysis.kept import Kept, agreement, frequency_bands, groups, levels, select
 from megatron_slm.analysis.losses import model_statistics, sample_of_store, stages_of, store_losses
 from megatron_slm.analysis.sample import Sample, sample_texts
 from megatron_slm.analysis.selection_page import at_quarters
@@ -106,8 +106,15 @@ def test_frequency_bands() -> None:
 
 
 def test_quarters() -> None:
-    kept: Any = list(range(7))
-    assert at_quarters(kept) == [("0 %", 0), ("33 %", 2), ("66 %", 4), ("100 %", 6)]
+    """By step: checkpoints at the start are not a third of training. Without steps, by number."""
+
+    def chosen(steps: list[int | None]) -> list[int]:
+        nothing: Any = None
+        kept = [Kept(name=str(i), score_Ws=nothing, kept_Ws=nothing, step=step) for i, step in enumerate(steps)]
+        return [int(one.name) for _, one in at_quarters(kept)]
+
+    assert chosen([None] * 7) == chosen([10, 20, 30, 40, 50, 60, None]) == [0, 2, 4, 6]
+    assert chosen([10, 20, 30, 40, 300, 700, 1000]) == [0, 4, 5, 6]
 
 
 def test_the_selection_command(

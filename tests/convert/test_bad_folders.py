@@ -185,10 +185,13 @@ def test_old_and_new_ways_to_write_rope(hf: Path) -> None:
 
 
 class Pickled:
-    """Runs something when it is unpickled."""
+    """Makes a file when it is unpickled."""
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return Path.touch, (Path("/tmp/must-not-exist-megatron-slm"),)  # type: ignore[return-value]
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.marker,)
 
 
 def as_bin(folder: Path, *, shards: int = 1, **options: Any) -> Path:
@@ -219,13 +222,17 @@ def test_bin_folders(shards: int, zipped: bool, hf: Path, tmp_path: Path) -> Non
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_bin_files_that_hold_more_than_tensors(hf: Path) -> None:
+def test_bin_files_that_hold_more_than_tensors(hf: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "made by a pickle"
+    trap = pickle.dumps(Pickled(marker))
+    pickle.loads(trap)
+    assert marker.exists(), "the trap works"
+    marker.unlink()
     as_bin(hf)
     state = torch.load(hf / "pytorch_model.bin", weights_only=True)
-    marker = Path("/tmp/must-not-exist-megatron-slm")
-    torch.save({**state, "model.norm.weight": Pickled()}, hf / "pytorch_model.bin")
+    torch.save({**state, "model.norm.weight": Pickled(marker)}, hf / "pytorch_model.bin")
     refused(hf, "holds tensors only", allow_bin=True)
-    (hf / "pytorch_model.bin").write_bytes(pickle.dumps(Pickled()))
+    (hf / "pytorch_model.bin").write_bytes(trap)
     refused(hf, "holds tensors only", allow_bin=True)
     assert not marker.exists()
     torch.save({**state, "epoch": 3}, hf / "pytorch_model.bin")

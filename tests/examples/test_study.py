@@ -35,12 +35,12 @@ def modules() -> tuple[ModuleType, ModuleType]:
 def test_every_planned_run_is_a_configuration(modules: tuple[ModuleType, ModuleType]) -> None:
     """References come before the runs that need them; every name is there once."""
     runs = list(modules[0].planned(Path("runs/study"), 1))
-    assert len({run.folder for run in runs}) == len(runs) == 16
-    seen: set[str] = set()
+    assert len({run.folder for run in runs}) == len(runs) == 18
     for run in runs:
         config, _ = parse(["--config", str(ROOT / "examples/study/train.yaml"), *run.flags])
-        assert config.selection.reference_load in (None, *(f"{folder}/checkpoints" for folder in seen))
-        seen.add(str(run.folder))
+        earlier = {f"{other.folder}/checkpoints" for other in runs if other.wave < run.wave}
+        assert config.selection.reference_load in (None, *earlier)
+        assert config.model.init_from == (None if run.name == "base" else "runs/study/seed1/base/checkpoints")
         if run.name.startswith("random"):
             assert config.selection.slm_score == ["random"]
             assert config.selection.reference_load is None
@@ -56,20 +56,35 @@ def finish(run: Any, final: float, clean_kept: float) -> None:
     ]
     kept = 60 * clean_kept + 40 * 0.5
     (run.folder / "selection.json").write_text(json.dumps({"kept_tokens": kept, "groups": groups}))
+    inside = {"steps": [0, 20, 40], "inside": [3.0, final + 0.5, final], "ends": [2.0, 1.0, 0.0]}
+    (run.folder / "inside.json").write_text(json.dumps(inside))
+    if run.followed:
+        rows = {key: [0.5, 0.4, 0.3] for key in ("kept", "other", "precision", "recall")}
+        (run.folder / "followed.json").write_text(json.dumps({"steps": [0, 20, 40], **rows}))
 
 
 @pytest.mark.parametrize("good", [True, False])
 def test_the_page_says_what_came_out(tmp_path: Path, modules: tuple[ModuleType, ModuleType], good: bool) -> None:
     study, results = modules
     runs = [run for seed in (1, 2) for run in study.planned(tmp_path, seed, (0.6, 0.4))]
-    finals = {"clm": 1.0, "slm-0.6": 0.0 if good else 1.5, "random-0.6": 1.2, "slm-0.4": 0.9, "reference": 0.0}
+    finals = {
+        "base": 2.0,
+        "clm": 1.0,
+        "slm-0.6": 0.0 if good else 1.5,
+        "random-0.6": 1.2,
+        "slm-0.4": 0.9,
+        "reference": 0.0,
+    }
     for run in runs:
         if run.name in finals:
             finish(run, finals[run.name], clean_kept=1.0 if good else 0.5)
     path = results.write_results(tmp_path, runs)
     page = path.read_text()
-    assert path.with_name("figures.png").read_bytes().startswith(b"\x89PNG")
-    assert "6 planned runs are not finished" in page
+    for picture in ("target.png", "inside.png", "kept.png", "keep-ratio.png"):
+        assert path.with_name(picture).read_bytes().startswith(b"\x89PNG")
+        assert f"]({picture})" in page
+    assert "8 planned runs are not finished" in page
+    assert "| base |" not in page
     found = results.Results(runs)
     assert found.best_ratio() == (0.6 if good else 0.4)
     target = 1 + 4 / 32
@@ -77,10 +92,12 @@ def test_the_page_says_what_came_out(tmp_path: Path, modules: tuple[ModuleType, 
     place = 8 * (math.floor(math.log2(4 / target)) + (before - target) / (before - after))
     ratio = found.tokens_ratio("slm-0.6")
     assert ratio == pytest.approx({1: place / 40, 2: place / 40}) if good else ratio == {1: math.inf, 2: math.inf}
+    of_inside = found.inside_ratio("slm-0.6")  # from 3.0 to 0.5 in the first half: 1.0 after 16 of 40 steps
+    assert of_inside == pytest.approx({1: 0.4, 2: 0.4}) if good else of_inside == {1: math.inf, 2: math.inf}
     precision, recall, base = found.kept("slm-0.6")
     assert (precision[0], recall[0], base[0]) == pytest.approx((60 / 80, 1.0, 0.6) if good else (0.6, 0.5, 0.6))
     verdicts = list(results.verdicts(found))
-    wanted = [good, good, good]
+    wanted = [good, good, good, good]
     assert [verdict.startswith("Reached") for verdict in verdicts] == wanted, verdicts
     row = next(line for line in page.splitlines() if line.startswith("| slm-0.6 |"))
     assert ("never in 2 of 2" in row) is (not good)
@@ -97,6 +114,63 @@ def test_nothing_to_compare_yet(tmp_path: Path, modules: tuple[ModuleType, Modul
         modules[1].write_results(tmp_path, list(modules[0].planned(tmp_path, 1)))
 
 
+def test_the_held_out_problems_are_in_no_other_corpus(tmp_path: Path, modules: tuple[ModuleType, ModuleType]) -> None:
+    """Whole or within a page; the shares of clean text are those the page tells; the same seed gives the same."""
+    folder = str(ROOT / "examples" / "study")
+    sys.path.insert(0, folder)
+    try:
+        import corpora
+    finally:
+        sys.path.remove(folder)
+    counts = {"curated": 60, "web": 60, "noisy": 200, "heldout": 40}
+    made = corpora.make(tmp_path / "a", 0, **counts)
+    corpora.make(tmp_path / "b", 0, **counts)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    held_out = [document.text for document in made["curated_heldout"]]
+    for name in ("curated_train", "web_train", "noisy_train", "noisy_heldout"):
+        texts = "\n".join(document.text for document in made[name])
+        assert not [text for text in held_out if text in texts], name
+    lines = (tmp_path / "a" / "noisy_heldout.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        assert sum(length for _, length in record["spans"]) == len(record["text"])
+
+    def clean(name: str) -> float:
+        pieces = [piece for document in made[name] for piece in document.pieces]
+        return sum(len(t) for k, t in pieces if k == "arithmetic") / sum(len(t) for _, t in pieces)
+
+    assert clean("curated_train") == 1.0
+    assert 0.35 < clean("noisy_train") < 0.55
+    assert clean("web_train") < 0.2
+
+
+def test_an_interrupted_run_is_made_again(
+    tmp_path: Path, modules: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished runs are left alone, what was begun starts clean, a failure names its log, waves follow one another."""
+    study, _ = modules
+    runs = list(study.planned(tmp_path, 1, (0.6,)))
+    started: list[str] = []
+
+    def fake(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        run_dir = Path(command[command.index("--run-dir") + 1])
+        assert not (run_dir / "rest").exists()
+        started.append(run_dir.name)
+        return subprocess.CompletedProcess(command, int(run_dir.name == "random-0.6"))
+
+    monkeypatch.setattr(study.subprocess, "run", fake)
+    done, begun = runs[0].folder, runs[1].folder
+    done.mkdir(parents=True)
+    (done / "finished").touch()
+    begun.mkdir()
+    (begun / "rest").touch()
+    with pytest.raises(SystemExit, match=r"random-0.6 of seed 1 failed: see .*log.txt"):
+        study.train(tmp_path, runs, fast=False, jobs=1)
+    assert started[:2] == ["reference", "clm"]
+    assert {"base", "self-reference-0.6"}.isdisjoint(started[:2])
+    assert not (tmp_path / "seed1" / "random-0.6" / "finished").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_script() -> None:
@@ -110,3 +184,4 @@ def test_the_whole_script() -> None:
     assert "slm-0.6" in page
     assert "self-reference-0.6" in page
     assert "not finished" not in page
+    assert "inside the problems of the target" in page

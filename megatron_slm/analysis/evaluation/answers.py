@@ -30,6 +30,9 @@ _NUMBER = re.compile(
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))")
 _DROPPED = re.compile(r"\\(?:left|right|displaystyle|,|!|;|:|quad)|\\?\$|\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
+_EXPLAINED = re.compile(r"\s\((?=[a-zA-Z])|,?\s(?:because|since)\s")
+"""What follows is about the answer, and may hold equations."""
+_EQUALS = re.compile(r"=|\\approx|≈")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 
 
@@ -43,7 +46,7 @@ def extract(text: str, kind: AnswerKind) -> str | None:
         if after is not None:
             found = _HOPE.sub("", after).strip().split("\n")[0].strip()
     if found is None or not found.strip(" .:"):
-        numbers = list(_NUMBER.finditer(text))
+        numbers = list(_NUMBER.finditer(_plain(text) if kind == "number" else text))
         return numbers[-1].group().strip() if numbers else None
     found = found.strip()
     if kind == "number" and number_of(found) is None:
@@ -77,12 +80,17 @@ def _choice(text: str) -> str | None:
 
 
 def number_of(text: str) -> Fraction | None:
-    """The number that an answer gives: after its last equals sign, the first one; None where there is none."""
-    plain = _TEXT.sub(r" \1 ", text)
-    plain = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", plain)
-    plain = _DROPPED.sub("", plain).replace("{,}", ",").replace("\\%", "%").replace("{", " ").replace("}", " ")
-    plain = re.split(r"=|\\approx|≈", plain)[-1]
-    match = _NUMBER.search(plain)
+    """The number that an answer gives, without an explanation behind it: after the last equals sign, the first one.
+
+    None where there is none.
+    """
+    plain = _plain(text)
+    said = _EXPLAINED.split(plain)[0]
+    *before, last = _EQUALS.split(said if _NUMBER.search(said) else plain)
+    match = _NUMBER.search(last)
+    if match is None and before:  # "8 = half of it"; of an expression without its result no number is the answer
+        found = list(_NUMBER.finditer(before[-1]))
+        match = found[0] if len(found) == 1 else None
     if match is None:
         return None
     try:
@@ -90,6 +98,13 @@ def number_of(text: str) -> Fraction | None:
     except (ZeroDivisionError, ValueError):
         return None
     return -value if match["sign"] else value
+
+
+def _plain(text: str) -> str:
+    """A text without LaTeX around its numbers; fractions as a/b."""
+    plain = _TEXT.sub(r" \1 ", text)
+    plain = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", plain)
+    return _DROPPED.sub("", plain).replace("{,}", ",").replace("\\%", "%").replace("{", " ").replace("}", " ")
 
 
 def _value(match: re.Match[str]) -> Fraction:
