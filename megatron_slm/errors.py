@@ -23,7 +23,9 @@ class SlmError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
-    """Of a process that this error ends while it trains; before the first step it is `EXIT_UNUSABLE`."""
+    """Of a process that this error ends after its first step."""
+    exit_code_at_start: ClassVar[int] = EXIT_UNUSABLE
+    """Of one that it ends before."""
 
     def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
@@ -59,6 +61,14 @@ class CheckpointError(SlmError):
 
 class PeerError(SlmError):
     """Another rank, or the way to it, is gone or silent."""
+
+    exit_code_at_start = 1
+
+
+class ServiceError(SlmError):
+    """A service outside of the run (Weights & Biases, Comet) does not do as asked."""
+
+    exit_code_at_start = 1
 
 
 class PreflightError(SlmError):

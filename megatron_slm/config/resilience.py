@@ -26,7 +26,7 @@ class ResilienceConfig:
     watchdog_exit_factor: float = 2.0
     """End the run with exit code 3 where a step takes this many times what it is reported at."""
     watchdog_allowance_minutes: float = 60.0
-    """What is reported instead where there is no median: a save, a probe, and the first three steps."""
+    """What is reported instead where there is no median: a save, a probe, a profile, and the first three steps."""
 
     def __post_init__(self) -> None:
         for name in ("exit_interval", "exit_duration_in_mins", "watchdog_min_seconds", "watchdog_allowance_minutes"):

@@ -91,6 +91,8 @@ class Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # on Linux this wakes the thread, which would keep the port open
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 

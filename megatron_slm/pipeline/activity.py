@@ -24,6 +24,7 @@ class Phase(Enum):
     STEP = "a training step"
     EVALUATION = "a batch of an evaluation"
     PROBE = "a probe"
+    PROFILE = "writing a profile"
     SAVING = "saving"
     ENDING = "ending"
 

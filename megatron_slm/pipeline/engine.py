@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -207,7 +207,8 @@ class SelectiveEngine(PipelineEngine):
         stopwatch, timers = self._stopwatch, self.context.timers
         with (
             self.context.activity.working(),
-            timers.timing(_TIMER[work]) if stopwatch is None else stopwatch.timing(work),
+            timers.timing(_TIMER[work]),
+            nullcontext() if stopwatch is None else stopwatch.timing(work),
         ):
             yield
 

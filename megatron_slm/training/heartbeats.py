@@ -71,6 +71,10 @@ class Heartbeats:
         """What was set, without waiting for it."""
         return json.loads(self._call("get", key)) if self._call("check", [key]) else None
 
+    def close(self) -> None:
+        """End the thread behind the calls; the store goes with its last user."""
+        self._line.close()
+
     def _call(self, method: str, *args: Any) -> Any:
         return self._line.call(getattr(self._store, method), *args)
 
@@ -79,15 +83,20 @@ class _Line:
     """Calls that are given up after a while: those of the store wait for an answer as long as the connection stands."""
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._is_free = threading.Event()
         self._is_free.set()
         threading.Thread(target=self._run, name="heartbeats", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            self._work.get()()
+        while (work := self._work.get()) is not None:
+            work()
+            del work  # it holds the store
             self._is_free.set()
+
+    def close(self) -> None:
+        """No call comes any more."""
+        self._work.put(None)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function returns."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_slm.device import local_device
 from megatron_slm.errors import CorpusError, SlmError, VocabularyError
@@ -26,9 +29,16 @@ def train(run: Run) -> None:
     last, run_dir = config.training.train_iters, Path(config.logging.run_dir)
     stop = StopRequest(local_device(), config.resilience, run_dir)
     watchdog = Watchdog(run.trainer.activity, config.resilience, run_dir)
-    health, profiler, recorder = Health(run), StepProfiler(config.logging), Recorder(run, watchdog, stop)
-    _raise_together(run.train_source.prepare(position.consumed_samples))
-    with watchdog, peers_named(_OUTSIDE), closing(run.train_source), closing(profiler), recorder:
+    health = Health(run)
+    with (
+        watchdog,
+        peers_named(_OUTSIDE),
+        _leaving_together(),
+        closing(run.train_source),
+        closing(StepProfiler(config.logging)) as profiler,
+        Recorder(run, watchdog, stop) as recorder,
+    ):
+        _raise_together(run.train_source.prepare(position.consumed_samples))
         if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
             run.probe.prepare()
         stopping = stop.agreed() or recorder.evaluations(recorder.evaluations_cut_off())
@@ -41,7 +51,9 @@ def train(run: Run) -> None:
             result = train_step(run.trainer, source, health.settings(), learning_rate=rate, is_last=is_last)
             bad = health.examine(result)
             _advance(run, result)
-            profiler.after(position.step)
+            if profiler.ends_with(position.step):  # on some ranks; all of them wait
+                watchdog.enter(Phase.PROFILE, position.step)
+                profiler.close()
             recorder.step(result, rate)
             recorder.bad_batch(bad)
             if health.must_stop:  # the weights are those before these steps, the position is behind their samples
@@ -64,11 +76,22 @@ def train(run: Run) -> None:
                 _raise_together(unreadable)
         watchdog.enter(Phase.SAVING, position.step)
         recorder.saved(run.saver.finish())
+        watchdog.enter(Phase.ENDING, position.step)
         if stopping is not None:
             recorder.say(f"asked to stop ({stopping}); stopped after step {position.step}")
 
 
 _OUTSIDE = "outside of the pipeline's schedule"
+
+
+@contextmanager
+def _leaving_together() -> Iterator[None]:
+    """Nobody leaves while another still writes: a metrics service, a profile. Collective, where nothing was raised.
+
+    Within the watchdog, whose store goes with rank 0.
+    """
+    yield
+    dist.barrier()
 
 
 def _evaluate(run: Run, recorder: Recorder, *, is_saved: bool) -> str | None:

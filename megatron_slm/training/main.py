@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.sections import RunConfig
-from megatron_slm.errors import EXIT_UNUSABLE, PeerError, SlmError
+from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
 from megatron_slm.parallel.collectives import peers_named, together
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code (docs/operations.md). After an error one line says what it is, on every rank."""
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
-    is_training = False
+    run: Run | None = None
+    first_step = 0
     try:
         config, dry_run = parse(sys.argv[1:] if argv is None else argv)
         if dry_run:
@@ -49,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_dry_run(plan)
         else:
             run = prepare(config)
-            is_training = True
+            first_step = run.position.step
             train_to_the_end(run)
     except SlmError as error:
         sys.stderr.write(f"error: {error}\n")
-        return error.exit_code if is_training or isinstance(error, PeerError) else EXIT_UNUSABLE
+        has_stepped = run is not None and run.position.step > first_step
+        return error.exit_code if has_stepped else error.exit_code_at_start
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -88,6 +90,5 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
 
 def train_to_the_end(run: Run) -> None:
     """Train, and leave together with all ranks."""
-    with silent_nodes_named(), peers_named("at the end"):
+    with silent_nodes_named(), peers_named("at the start of training"):
         train(run)
-        dist.barrier()  # nobody leaves while another still writes

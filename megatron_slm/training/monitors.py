@@ -19,7 +19,7 @@ from typing import Any
 from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from deepspeed.monitor.monitor import MonitorMaster
 
-from megatron_slm.errors import ConfigError
+from megatron_slm.errors import ConfigError, ServiceError
 
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 WANDB_RUN_ID = "wandb_run_id"
@@ -67,7 +67,7 @@ class Monitors:
         resume_step: the step that the run goes on from; 0 where it starts afresh.
 
     Raises:
-        ConfigError: one of them cannot be opened.
+        ServiceError: one of them cannot be opened.
     """
 
     def __init__(self, sections: Mapping[str, Any], run_dir: Path, *, resume_step: int) -> None:
@@ -85,7 +85,7 @@ class Monitors:
         try:
             self._master = MonitorMaster(config)
         except Exception as error:  # whatever a service's client raises
-            raise ConfigError(
+            raise ServiceError(
                 f"DeepSpeed JSON: {', '.join(name for name, s in wanted.items() if s.get('enabled'))}",
                 wanted,
                 f"can be opened ({type(error).__name__}: {' '.join(str(error).split())})",

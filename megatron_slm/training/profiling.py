@@ -28,24 +28,23 @@ class StepProfiler:
         self.end = config.profile_step_end or self.first + 2
         self._is_mine = self.first > 0 and dist.get_rank() in config.profile_ranks
         self._profile: Any = None
-        self._last = 0
+        self._last = 0  # step that was begun
 
     def before(self, step: int) -> None:
         """Tell that `step` is about to begin (counted from 1, as in the metrics)."""
+        self._last = step
         if self._is_mine and step == self.first:
             activities = [torch.profiler.ProfilerActivity.CPU]
             activities += [torch.profiler.ProfilerActivity.CUDA] * on_gpu()
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
             self._profile.start()
 
-    def after(self, step: int) -> None:
-        """Tell that `step` has ended."""
-        self._last = step
-        if self._profile is not None and step + 1 == self.end:
-            self.close()
+    def ends_with(self, step: int) -> bool:
+        """Whether `step` is the last that is profiled, on any rank; it is time to `close` then."""
+        return self.first > 0 and step + 1 == self.end
 
     def close(self) -> None:
-        """Write what was profiled, if it is not yet written (the run ended before --profile-step-end)."""
+        """Write what was profiled, unless it is written (a run may end before --profile-step-end). It takes a while."""
         if self._profile is None:
             return
         profile, self._profile = self._profile, None

@@ -57,6 +57,7 @@ class Recorder:
         self.stragglers = Stragglers(run.trainer.activity, run.plan.topology, local_device())
         self.writer: MetricsWriter | None = None
         self.probed_texts: ProbedTexts
+        self._utilization = run.plan.utilization
         self._logged_step, self._last = run.position.step, config.training.train_iters
         with together():  # a monitor may not open
             if dist.get_rank() == 0:
@@ -93,7 +94,7 @@ class Recorder:
             **training_metrics(result, has_reference=plan.has_reference, has_scores=bool(plan.selector.scores)),
             "step_time_seconds": result.seconds,
             "tokens_per_second": tokens_per_step / result.seconds,
-            **plan.utilization.metrics(tokens_per_step / result.seconds),
+            **self._utilization.metrics(tokens_per_step / result.seconds),
             "skipped_steps": position.skipped_steps,
         }
         sources = plan.train_samples.sources
@@ -126,7 +127,6 @@ class Recorder:
 
     def _evaluate(self, names: list[str]) -> None:
         run = self.run
-        losses: dict[str, float | None] = {}
         for held_out in run.held_out:
             if held_out.name not in names:
                 continue
@@ -137,16 +137,15 @@ class Recorder:
                 num_micro_batches=run.plan.num_micro_batches,
                 before_batch=self._before_batch,
             )
-            losses[held_out.name] = loss
             if self.writer is not None:
+                if run.plan.config.checkpoint.enabled:  # before the line that says it is done
+                    run.saver.evaluated(run.position.step, {held_out.name: loss})
                 tokens = run.position.consumed_samples * run.plan.config.data.seq_length
                 self.writer.write(
                     {"event": "eval", "step": run.position.step, "tokens": tokens, "set": held_out.name, "loss": loss}
                 )
                 shown = "not finite" if loss is None else f"{loss:.4f} nats"
                 self.line.say(f"step {run.position.step}  held-out {held_out.name}: loss {shown}")
-        if self.writer is not None and losses and run.plan.config.checkpoint.enabled:
-            run.saver.evaluated(run.position.step, losses)
 
     def evaluations_due(self) -> list[str]:
         """Names of the held-out sets to evaluate after the step at hand."""
@@ -172,6 +171,7 @@ class Recorder:
             if self.writer is not None:
                 ProbeFolder(run.plan.config.logging.run_dir).go_on_after(step)
             return
+        self.watchdog.enter(Phase.PROBE, step)
         self.probed_texts = run.text_probe.begin(resume_step=step)
         if step and not run.text_probe.is_recorded(step):
             self.texts()

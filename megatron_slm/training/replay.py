@@ -202,7 +202,7 @@ def _quiet(config: RunConfig, scratch: Path) -> RunConfig:
         checkpoint=replace(
             config.checkpoint, save=None, save_interval=None, keep_last=None, save_retain_interval=None, keep_best=None
         ),
-        logging=replace(config.logging, run_dir=str(scratch), timing_log_level=0),
+        logging=replace(config.logging, run_dir=str(scratch), timing_log_level=0, probe_file=None),
         parallel=replace(config.parallel, reference_schedule_warmup_steps=0),
         selection=replace(
             config.selection,

@@ -135,8 +135,8 @@ class Supervisor:
             after = self.job.saved_step()
             progressed = after is not None and after != before
             idle_lives = 0 if progressed else idle_lives + 1
-            if self._asked_at is not None and after is not None and after == self.job.step_reached():
-                code = 0  # whatever became of its launcher: nothing is lost
+            if self._asked_at is not None and after is not None and after >= (self.job.step_reached() or 0):
+                code = 0  # whatever became of its launcher: nothing is lost (--log-interval may leave steps out)
             verdict = self._verdict(code, lives - 1, idle_lives)
             if verdict is not None:
                 self._say("end", exit_code=code, reason=verdict)

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_slm.checkpoint import save
 from megatron_slm.checkpoint.format import complete_checkpoints, find_checkpoint
+from megatron_slm.checkpoint.retention import read_evaluations
 from megatron_slm.config.load import parse
 from megatron_slm.config.resilience import STOP_FILE
 from megatron_slm.training import stopping
@@ -118,6 +119,19 @@ def test_in_an_evaluation(runs: Runs) -> None:
     load = runs.folder / "evaluation" / "checkpoints"
     assert run_world(train, 2, {**values, "load": load}) == [6, 6]
     assert metrics(runs.folder / "evaluation") == metrics(runs.folder / "straight")
+
+
+def test_between_two_sets(runs: Runs) -> None:
+    """What was evaluated before it was asked to stop counts for the best checkpoint, as the other set does later."""
+    sets = [f"first={runs.folder / 'clean'}", f"second={runs.folder / 'clean'}"]
+    values = runs.values("sets", valid_data_path=sets, eval_iters=2)
+    assert run_world(train_and_signal, 2, values, 0, "evaluate", 2, signal.SIGUSR1) == [2, 2]
+    saved = runs.folder / "sets" / "checkpoints"
+    assert {name: list(losses) for name, losses in read_evaluations(saved).items()} == {"first": [2]}
+    assert run_world(train, 2, {**values, "load": saved}) == [6, 6]
+    found = read_evaluations(saved)
+    assert found["first"] == found["second"]
+    assert sorted(found["first"]) == [2, 4, 6]
 
 
 @pytest.mark.parametrize(

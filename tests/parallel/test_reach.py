@@ -24,6 +24,8 @@ def test_only_hosts_that_do_not_answer_are_silent(error: OSError, monkeypatch: p
     monkeypatch.setattr(socket, "create_connection", connect)
     with Listener() as closed:
         pass
+    with pytest.raises(ConnectionRefusedError):
+        real(("127.0.0.1", closed.port), 5.0)
     with Listener() as listener:
         places = [
             Place(host="own", address=NOWHERE, port=1),

@@ -113,6 +113,13 @@ def test_every_name_is_explained_and_every_explained_name_is_written(run_dir: Pa
     assert set(explained) == names_written(run_dir)
 
 
+def test_steps_that_the_schedule_is_measured_in_are_timed_too(run_dir: Path) -> None:
+    steps = [line for line in lines(run_dir / "metrics.jsonl") if "event" not in line]
+    assert len(steps) == 4
+    for line in steps:
+        assert {"forward-compute", "backward-compute"} <= set(line["timers_ms"])
+
+
 def by_name(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """What metrics.jsonl says, as the other sinks should have it."""
     found: dict[str, list[tuple[int, float]]] = {}

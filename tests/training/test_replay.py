@@ -92,7 +92,9 @@ def test_at_any_layout_it_is_the_runs_own_losses(
 
 
 def test_what_is_not_finite_is_found(folder: Path, tmp_path: Path) -> None:
-    given = values(folder, load=folder / "run" / "checkpoints", pipeline_model_parallel_size=2)
+    given = values(
+        folder, load=folder / "run" / "checkpoints", pipeline_model_parallel_size=2, probe_file=tmp_path / "not-needed"
+    )
     reports = run_world(replayed, 2, given, tmp_path, [PLANTED])
     assert all(report["same"] for report in reports)
     for number, part in enumerate(reports[0]["found"]):

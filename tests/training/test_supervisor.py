@@ -134,9 +134,9 @@ def test_a_signal_stops_the_run_through_the_file(number: int, tmp_path: Path) ->
     assert not (tmp_path / "run" / "STOP").exists()
 
 
-@pytest.mark.parametrize(("unsaved", "code"), [(0, 0), (1, 143)])
+@pytest.mark.parametrize(("unsaved", "code"), [(0, 0), (1, 143), (-2, 0)])
 def test_a_stop_is_well_where_nothing_is_lost(unsaved: int, code: int, tmp_path: Path) -> None:
-    """The launcher was hit by the same signal."""
+    """The launcher was hit by the same signal; the last steps may not be in the metrics (--log-interval)."""
     run = Supervised(tmp_path, [{"waits": True, "saves": 5, "unsaved": unsaved, "signal": 15}])
     run.wait_until_ready()
     run.process.terminate()

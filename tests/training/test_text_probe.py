@@ -21,10 +21,10 @@ from megatron_slm.analysis.tokens_command import main as analyze
 from megatron_slm.convert.source import open_model
 from megatron_slm.data.texts import MOST_TEXTS, read_texts
 from megatron_slm.data.tokenizers import NullTokenizer
-from megatron_slm.errors import AnalysisError, ConfigError, VocabularyError
+from megatron_slm.errors import EXIT_UNUSABLE, AnalysisError, ConfigError, VocabularyError
 from megatron_slm.training.probe_board import _markdown
-from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, write_corpus
-from tests.support.training import train_and_report
+from tests.support.runs import SEQ_LENGTH, flags, run_flags, save_hf_llama, write_corpus
+from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
 
 TOKENIZER = NullTokenizer(96)
@@ -164,8 +164,9 @@ def test_a_resume_with_other_texts_is_refused(files: Path, one_rank: Path, tmp_p
     shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     (tmp_path / "other.jsonl").write_text('{"text": "1 2 3"}\n')
     values = probing(files, run_dir, load=run_dir / "checkpoints", probe_file=tmp_path / "other.jsonl")
-    with pytest.raises(WorldError, match="names the texts that the run's records are of"):
-        run_world(train_and_report, 1, values)
+    with pytest.raises(WorldError, match="names the texts that the run's records are of") as failed:
+        run_world(command, 1, flags(values))
+    assert failed.value.codes == [EXIT_UNUSABLE], "it would end in the same way again"
     assert ProbeFolder(run_dir).steps() == [2, 4]
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_slm.config import Architecture
 from megatron_slm.config.load import parse
 from megatron_slm.errors import ConfigError
+from megatron_slm.pipeline.activity import Phase
 from megatron_slm.planning.gpus import GPUS, named_gpu
 from megatron_slm.training import utilization
+from megatron_slm.training.profiling import StepProfiler
 from megatron_slm.training.utilization import Utilization
+from megatron_slm.training.watchdog import Watchdog
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
@@ -99,6 +105,39 @@ def test_a_run_that_ends_in_the_profile_writes_it(folder: Path, tmp_path: Path) 
     values = run_flags(folder / "corpus", tmp_path / "run", train_iters=3, profile_step_start=3)
     run_world(train_and_report, 1, values)
     assert (tmp_path / "run" / "profile" / "rank-0-steps-3-3.json.gz").exists()
+
+
+def train_with_a_slow_profile(values: dict[str, Any], slow: int) -> list[str]:
+    """The phases that this rank writes (or waits for) its profile in; writing takes rank `slow` longer."""
+    phases, real_enter, real_close = [], Watchdog.enter, StepProfiler.close
+
+    def enter(self: Watchdog, phase: Phase, step: int) -> None:
+        phases.append(phase.name)
+        real_enter(self, phase, step)
+
+    def close(self: StepProfiler) -> None:
+        seen.append(phases[-1])
+        if self._profile is not None and int(os.environ["RANK"]) == slow:
+            time.sleep(4)
+        real_close(self)
+
+    seen: list[str] = []
+    Watchdog.enter, StepProfiler.close = enter, close  # type: ignore[method-assign]
+    train_and_report(values)
+    return seen
+
+
+@pytest.mark.parametrize(("end", "phases"), [(3, ["PROFILE", "ENDING"]), (5, ["ENDING"])])
+def test_nobody_takes_a_rank_that_writes_its_profile_for_one_that_hangs(
+    end: int, phases: list[str], folder: Path, tmp_path: Path
+) -> None:
+    """Nor leaves without it, with rank 0 and the store that it keeps."""
+    values = run_flags(
+        folder / "corpus", tmp_path / "run", train_iters=3, profile_step_start=2, profile_step_end=end,
+        profile_ranks=[1], pipeline_model_parallel_size=2,
+    )  # fmt: skip
+    assert run_world(train_with_a_slow_profile, 2, values, 1) == [phases] * 2
+    assert len(list((tmp_path / "run" / "profile").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
