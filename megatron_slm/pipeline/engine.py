@@ -206,7 +206,6 @@ class SelectiveEngine(PipelineEngine):
     def _timing(self, work: Work) -> Iterator[None]:
         stopwatch, timers = self._stopwatch, self.context.timers
         with (
-            self.context.activity.working(),
             timers.timing(_TIMER[work]),
             nullcontext() if stopwatch is None else stopwatch.timing(work),
         ):
@@ -221,7 +220,7 @@ class SelectiveEngine(PipelineEngine):
     def _load(self, i: int) -> None:
         if i in self._window:
             return
-        with self.context.timers.timing("batch-generator"), self.context.activity.working(on_device=False):
+        with self.context.timers.timing("batch-generator"):
             read = self._source(i)
         self._window.add(i, read.to(self.device))
         scores = self.context.scores

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import takewhile
 from typing import Any
 
 from megatron_slm.device import timing_event
@@ -25,8 +26,11 @@ TIMERS: dict[str, int] = {
 }
 """Every timer, and the `--timing-log-level` from which on it runs."""
 
-_MOST_PENDING = 4096
-"""Intervals of a GPU that are kept unread; beyond them the device is waited for once."""
+WORK = ("batch-generator", "forward-compute", "backward-compute", "reference-forward-compute")
+"""Of them, a rank's own work, which runs at any level: it tells slow ranks from those that wait for them."""
+
+_MOST_PENDING = 1024
+"""Intervals of a GPU that are kept; beyond these, those that are over are added up."""
 
 
 class Timers:
@@ -36,18 +40,22 @@ class Timers:
     host does meanwhile does not count. On the CPU it is wall-clock time.
 
     Args:
-        level: 0 times nothing, 1 a few intervals a step, 2 some for every micro-batch.
+        level: 0 times work alone, 1 a few intervals a step, 2 some for every micro-batch.
+        work: the timers that hold no wait for other ranks.
     """
 
-    def __init__(self, level: int = 0) -> None:
+    def __init__(self, level: int = 0, *, work: Sequence[str] = WORK) -> None:
         self.names = tuple(name for name, least in TIMERS.items() if least <= level)
+        """Those that are asked for."""
+        self.work = work
+        self._running = {*self.names, *work}
         self._seconds: dict[str, float] = defaultdict(float)
         self._pending: list[tuple[str, Any, Any]] = []
         self._off = nullcontext()
 
     def timing(self, name: str) -> AbstractContextManager[None]:
-        """Time what happens inside, where the level asks for it."""
-        return self._timing(name) if name in self.names else self._off
+        """Time what happens inside, where it is work or the level asks for it."""
+        return self._timing(name) if name in self._running else self._off
 
     @contextmanager
     def _timing(self, name: str) -> Iterator[None]:
@@ -62,26 +70,27 @@ class Timers:
         end.record()
         self._pending.append((name, begin, end))
         if len(self._pending) > _MOST_PENDING:
-            self._fold()
+            self._add_up([*takewhile(lambda interval: interval[2].query(), self._pending)])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, nothing is timed: what is done beside training steps is no part of them."""
-        names, self.names = self.names, ()
+        running, self._running = self._running, set()
         try:
             yield
         finally:
-            self.names = names
+            self._running = running
 
-    def _fold(self) -> None:
-        if self._pending:
-            self._pending[-1][2].synchronize()
-        for name, begin, end in self._pending:
+    def _add_up(self, over: Sequence[tuple[str, Any, Any]]) -> None:
+        """The first intervals, which the device has passed."""
+        for name, begin, end in over:
             self._seconds[name] += begin.elapsed_time(end) / 1e3
-        self._pending.clear()
+        del self._pending[: len(over)]
 
     def read(self) -> dict[str, float]:
         """Seconds of each timer that ran since the last reading; waits for the device."""
-        self._fold()
+        if self._pending:
+            self._pending[-1][2].synchronize()
+        self._add_up(self._pending[:])
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds

@@ -45,7 +45,7 @@ from megatron_slm.pipeline.module import FlatModule, StageModule, deepspeed_topo
 from megatron_slm.pipeline.schedule import Schedule
 from megatron_slm.pipeline.search import choose_schedule
 from megatron_slm.pipeline.simulate import Sizes, describe
-from megatron_slm.pipeline.timers import Timers
+from megatron_slm.pipeline.timers import WORK, Timers
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.training.corpora import boundaries
 from megatron_slm.training.evaluation import HeldOutSet
@@ -231,7 +231,8 @@ def _flat_trainer(
     plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
 ) -> Trainer:
     recompute = plan.config.parallel.recompute_granularity == "full"
-    timers = Timers(plan.config.logging.timing_log_level)
+    # backward passes reduce gradients: they wait for other ranks
+    timers = Timers(plan.config.logging.timing_log_level, work=[name for name in WORK if name != "backward-compute"])
     module = FlatModule(plan.architecture, layers, objective, recompute=recompute, timers=timers).to(local_device())
     if plan.backends.compile_blocks:
         compile_blocks(module)

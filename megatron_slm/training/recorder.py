@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder
 from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
-from megatron_slm.device import local_device
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import from_rank_0, together
 from megatron_slm.pipeline.activity import Phase
@@ -24,7 +23,7 @@ from megatron_slm.training.probe_board import show_record
 from megatron_slm.training.resources import resources
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.stopping import StopAskedError, StopRequest
-from megatron_slm.training.stragglers import Stragglers
+from megatron_slm.training.stragglers import gather_times
 from megatron_slm.training.watchdog import Watchdog
 
 
@@ -54,11 +53,10 @@ class Recorder:
 
     def __init__(self, run: Run, watchdog: Watchdog, stop: StopRequest) -> None:
         self.run, self.watchdog, self.stop, config = run, watchdog, stop, run.plan.config
-        self.stragglers = Stragglers(run.trainer.activity, run.plan.topology, local_device())
         self.writer: MetricsWriter | None = None
         self.probed_texts: ProbedTexts
         self._utilization = run.plan.utilization
-        self._logged_step, self._last = run.position.step, config.training.train_iters
+        self._logged_step, self._step_seconds, self._last = run.position.step, 0.0, config.training.train_iters
         with together():  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
@@ -78,7 +76,7 @@ class Recorder:
     def step(self, result: StepResult, rate: float) -> None:
         """Record a training step. Collective."""
         position, plan = self.run.position, self.run.plan
-        self.stragglers.step(result.seconds)
+        self._step_seconds += result.seconds
         used = self._used() if is_due(position.step, plan.config.logging.log_interval, self._last) else None
         if self.writer is None:
             return
@@ -107,10 +105,16 @@ class Recorder:
 
     def _used(self) -> dict[str, Any]:
         """Memory and times since this was last asked. Collective."""
-        step = self.run.position.step
-        used = resources(self.run.trainer.timers, step - self._logged_step)
+        step, timers = self.run.position.step, self.run.trainer.timers
+        seconds, num_steps = timers.read(), step - self._logged_step
         self._logged_step = step
-        return {**used, "ranks": self.stragglers.gather().metrics()}
+        times = gather_times(
+            sum(seconds.get(name, 0.0) for name in timers.work) / num_steps,
+            self._step_seconds / num_steps,
+            self.run.plan.topology,
+        )
+        self._step_seconds = 0.0
+        return {**resources(seconds, timers.names, num_steps), "ranks": times.metrics()}
 
     def evaluations(self, names: list[str]) -> str | None:
         """Evaluate held-out sets and record their losses; why a stop was asked for meanwhile, else None. Collective."""

@@ -140,16 +140,16 @@ class FlatTrainer:
         self._facts, timing, activity, count = StepFacts(), self.timers.timing, self.activity, self.num_micro_batches
         for i in range(count):
             activity.at(2 * i, 2 * count + 1, Kind.FORWARD.value, i)
-            with timing("batch-generator"), activity.working(on_device=False):
+            with timing("batch-generator"):
                 read = source(i)
             batch = self._on_device(read)
-            with timing("reference-forward-compute"), activity.working():
+            with timing("reference-forward-compute"):
                 reference = self._reference_statistics(read, batch)
             self.engine.set_gradient_accumulation_boundary(i == count - 1)
-            with timing("forward-compute"), activity.working():
+            with timing("forward-compute"):
                 loss_sum, values = self.engine(batch, reference, settings, watch=self._facts.watch(i))
             activity.at(2 * i + 1, 2 * count + 1, Kind.BACKWARD.value, i)
-            with timing("backward-compute"):  # reduces gradients: waits, so not work alone
+            with timing("backward-compute"):
                 self.engine.backward(loss_sum, scale_wrt_gas=False)
             if self.objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
                 self._facts.add(i, values)

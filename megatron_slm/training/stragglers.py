@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_slm.device import local_device
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.pipeline.activity import Activity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +57,10 @@ def rank_times(work: Sequence[float], steps: Sequence[float], topology: Topology
     )
 
 
-class Stragglers:
-    """Collects this rank's times and gathers everyone's."""
-
-    def __init__(self, activity: Activity, topology: Topology, device: torch.device) -> None:
-        self._activity, self._topology, self._device = activity, topology, device
-        self._num_steps, self._work, self._seconds = 0, 0.0, 0.0
-
-    def step(self, seconds: float) -> None:
-        """A step has ended, which took so long."""
-        self._num_steps += 1
-        self._work += self._activity.take_work_seconds()
-        self._seconds += seconds
-
-    def gather(self) -> RankTimes:
-        """Everyone's means since the last time. Collective: one all-gather of two numbers a rank."""
-        count = max(1, self._num_steps)
-        mine = torch.tensor([self._work / count, self._seconds / count], device=self._device)
-        out = mine.new_empty(2 * dist.get_world_size())
-        dist.all_gather_into_tensor(out, mine)
-        self._num_steps, self._work, self._seconds = 0, 0.0, 0.0
-        work, seconds = out.view(-1, 2).t().tolist()
-        return rank_times(work, seconds, self._topology)
+def gather_times(work_seconds: float, step_seconds: float, topology: Topology) -> RankTimes:
+    """Everyone's times from this rank's: means of a step. Collective: one all-gather of two numbers a rank."""
+    mine = torch.tensor([work_seconds, step_seconds], device=local_device())
+    out = mine.new_empty(2 * dist.get_world_size())
+    dist.all_gather_into_tensor(out, mine)
+    work, seconds = out.view(-1, 2).t().tolist()
+    return rank_times(work, seconds, topology)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.pipeline.activity import Activity, Phase
 from megatron_slm.training.stragglers import rank_times
-from tests.support.runs import run_flags, write_corpus
+from tests.support.runs import run_flags, write_corpus, zero_config
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
@@ -39,19 +39,6 @@ def test_nothing_measured_is_no_straggler() -> None:
     assert rank_times([0.0, 0.0], [0.0, 0.0], Topology(data=2)).slowness == 1.0
 
 
-def test_only_steps_count_as_work() -> None:
-    activity = Activity()
-    activity.enter(Phase.EVALUATION, 1)
-    with activity.working():
-        time.sleep(0.05)
-    assert activity.take_work_seconds() == 0
-    activity.enter(Phase.STEP, 2)
-    with activity.working():
-        time.sleep(0.05)
-    assert activity.take_work_seconds() >= 0.05
-    assert activity.take_work_seconds() == 0
-
-
 def train_with_a_slow_rank(values: dict[str, Any], slow: int) -> None:
     if int(os.environ["RANK"]) == slow:
         real = Objective.loss
@@ -66,7 +53,7 @@ def train_with_a_slow_rank(values: dict[str, Any], slow: int) -> None:
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_a_slow_rank_is_found_in_the_metrics(zero: int, tmp_path: Path) -> None:
-    layout = {"pipeline_model_parallel_size": 2} if zero == 1 else {"deepspeed_config": "ds_configs/zero2.json"}
+    layout = {"pipeline_model_parallel_size": 2} if zero == 1 else {"deepspeed_config": zero_config(2)}
     values = run_flags(write_corpus(tmp_path / "corpus"), tmp_path / "run", train_iters=4, log_interval=2, **layout)
     slow, world_size = (3, 4) if zero == 1 else (1, 2)
     run_world(train_with_a_slow_rank, world_size, values, slow)
@@ -81,3 +68,27 @@ def test_a_slow_rank_is_found_in_the_metrics(zero: int, tmp_path: Path) -> None:
         assert ranks["work_seconds"][slow] > 0.4
         peer = slow - 1
         assert ranks["wait_seconds"][peer] > ranks["wait_seconds"][slow]
+
+
+def train_with_a_slow_disk(values: dict[str, Any], slow: int) -> None:
+    if int(os.environ["RANK"]) == slow:
+        real = MicroBatchSource.micro_batch
+
+        def micro_batch(*args: Any) -> Any:
+            time.sleep(0.4)
+            return real(*args)
+
+        MicroBatchSource.micro_batch = micro_batch  # type: ignore[method-assign]
+    train_and_report(values)
+
+
+def test_a_rank_that_reads_slowly_is_found_too(tmp_path: Path) -> None:
+    """It reads ahead, and what is not there in time is waited for between the steps."""
+    values = run_flags(
+        write_corpus(tmp_path / "corpus"), tmp_path / "run", train_iters=4, log_interval=2, num_workers=1,
+        pipeline_model_parallel_size=2,
+    )  # fmt: skip
+    run_world(train_with_a_slow_disk, 4, values, 1)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["ranks"]["slowest_rank"] == 1
+        assert json.loads(line)["ranks"]["work_seconds"][1] > 0.2
