@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_slm.errors import PeerError
 from megatron_slm.parallel.collectives import from_rank_0, together
 
 _ANSWER_SECONDS = 5.0
+_LEAVE = timedelta(seconds=15)
 
 
 class StoreLostError(Exception):
@@ -71,9 +73,14 @@ class Heartbeats:
         """What was set, without waiting for it."""
         return json.loads(self._call("get", key)) if self._call("check", [key]) else None
 
-    def close(self) -> None:
-        """End the thread behind the calls; the store goes with its last user."""
+    def leave(self) -> None:
+        """Nothing more is said here. Rank 0, with which the store goes, waits a little for all others to say so."""
+        with suppress(StoreLostError, StoreSilentError):
+            self._call("set", f"left/{self.rank}", "")
         self._line.close()
+        if self.rank == 0:
+            with suppress(RuntimeError):  # not all came to leave
+                self._store.wait([f"left/{rank}" for rank in range(self.size)], _LEAVE)
 
     def _call(self, method: str, *args: Any) -> Any:
         return self._line.call(getattr(self._store, method), *args)

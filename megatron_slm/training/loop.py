@@ -86,10 +86,7 @@ _OUTSIDE = "outside of the pipeline's schedule"
 
 @contextmanager
 def _leaving_together() -> Iterator[None]:
-    """Nobody leaves while another still writes: a metrics service, a profile. Collective, where nothing was raised.
-
-    Within the watchdog, whose store goes with rank 0.
-    """
+    """Nobody leaves while another still writes: a metrics service, a profile. Collective, where nothing was raised."""
     yield
     dist.barrier()
 

@@ -24,6 +24,7 @@ from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.reach import silent_nodes_named
 from megatron_slm.training.health import BadBatch
 from megatron_slm.training.replay import (
     MicroBatchReplay,
@@ -90,7 +91,7 @@ def replay(
     """
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     found: list[dict[str, Any]] = []
-    with peers_named("the replay"), tempfile.TemporaryDirectory() as scratch:
+    with silent_nodes_named(), peers_named("the replay"), tempfile.TemporaryDirectory() as scratch:
         resume = open_weights(config)
         with together():
             if output is not None and dist.get_rank() == 0:

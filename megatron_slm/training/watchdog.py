@@ -106,7 +106,7 @@ class Watchdog:
             self._closed = True
             self._wake.set()
             self._thread.join()
-            self._heartbeats.close()
+            self._heartbeats.leave()
 
     def _tell(self, error: BaseException) -> None:
         """All ranks end with this one: have the thread tell them why.

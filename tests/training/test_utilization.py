@@ -13,10 +13,11 @@ import pytest
 
 from megatron_slm.config import Architecture
 from megatron_slm.config.load import parse
-from megatron_slm.errors import ConfigError
+from megatron_slm.errors import EXIT_UNUSABLE, ConfigError, TrainingError
 from megatron_slm.pipeline.activity import Phase
 from megatron_slm.planning.gpus import GPUS, named_gpu
 from megatron_slm.training import utilization
+from megatron_slm.training.health import Health
 from megatron_slm.training.profiling import StepProfiler
 from megatron_slm.training.utilization import Utilization
 from megatron_slm.training.watchdog import Watchdog
@@ -107,8 +108,8 @@ def test_a_run_that_ends_in_the_profile_writes_it(folder: Path, tmp_path: Path) 
     assert (tmp_path / "run" / "profile" / "rank-0-steps-3-3.json.gz").exists()
 
 
-def train_with_a_slow_profile(values: dict[str, Any], slow: int) -> list[str]:
-    """The phases that this rank writes (or waits for) its profile in; writing takes rank `slow` longer."""
+def slow_profile(slow: int) -> list[str]:
+    """Writing takes rank `slow` longer; the phases that this rank will write (or wait for) its profile in."""
     phases, real_enter, real_close = [], Watchdog.enter, StepProfiler.close
 
     def enter(self: Watchdog, phase: Phase, step: int) -> None:
@@ -123,8 +124,20 @@ def train_with_a_slow_profile(values: dict[str, Any], slow: int) -> list[str]:
 
     seen: list[str] = []
     Watchdog.enter, StepProfiler.close = enter, close  # type: ignore[method-assign]
+    return seen
+
+
+def train_with_a_slow_profile(values: dict[str, Any], slow: int) -> list[str]:
+    seen = slow_profile(slow)
     train_and_report(values)
     return seen
+
+
+def fail_with_a_slow_profile(values: dict[str, Any], slow: int) -> None:
+    slow_profile(slow)
+    Health.must_stop = property(lambda self: self._run.position.step == 2)  # type: ignore[assignment, method-assign]
+    Health.error = lambda self: TrainingError("loss", "nan", "is finite", "start again")  # type: ignore[method-assign]
+    command(flags(values))
 
 
 @pytest.mark.parametrize(("end", "phases"), [(3, ["PROFILE", "ENDING"]), (5, ["ENDING"])])
@@ -137,6 +150,17 @@ def test_nobody_takes_a_rank_that_writes_its_profile_for_one_that_hangs(
         profile_ranks=[1], pipeline_model_parallel_size=2,
     )  # fmt: skip
     assert run_world(train_with_a_slow_profile, 2, values, 1) == [phases] * 2
+    assert len(list((tmp_path / "run" / "profile").iterdir())) == 2
+
+
+def test_nor_where_the_run_ends_with_an_error(folder: Path, tmp_path: Path) -> None:
+    values = run_flags(
+        folder / "corpus", tmp_path / "run", train_iters=3, profile_step_start=2, profile_ranks=[1],
+        pipeline_model_parallel_size=2,
+    )  # fmt: skip
+    with pytest.raises(WorldError) as failed:
+        run_world(fail_with_a_slow_profile, 2, values, 1, grace_seconds=30)
+    assert failed.value.codes == [EXIT_UNUSABLE] * 2
     assert len(list((tmp_path / "run" / "profile").iterdir())) == 2
 
 
