@@ -180,8 +180,9 @@ def _check_offload(zero: dict[str, Any]) -> None:
     if zero.get("stage") != 3:
         rule = "goes with stage 3 (before it DeepSpeed sums offloaded gradients in bf16)"
         raise ConfigError(field, zero["offload_optimizer"], rule, fix)
-    if device != "cpu" or zero["offload_optimizer"].get("ratio", 1.0) != 1.0:
-        raise ConfigError(field, zero["offload_optimizer"], "has device cpu, and no ratio below 1", fix)
+    section = zero["offload_optimizer"]
+    if not isinstance(section, dict) or device != "cpu" or section.get("ratio", 1.0) != 1.0:
+        raise ConfigError(field, section, "is an object with device cpu, and no ratio below 1", fix)
 
 
 def monitors(user: dict[str, Any]) -> dict[str, Any]:

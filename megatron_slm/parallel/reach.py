@@ -87,13 +87,15 @@ class Listener:
                 self._socket.accept()[0].close()
 
     def __enter__(self) -> Listener:
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._thread = threading.Thread(target=self._accept, name="reach", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # on Linux this wakes the thread, which would keep the port open
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        self._thread.join(_ANSWER_SECONDS)
 
 
 @contextmanager

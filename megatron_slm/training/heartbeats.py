@@ -93,7 +93,8 @@ class _Line:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._is_free = threading.Event()
         self._is_free.set()
-        threading.Thread(target=self._run, name="heartbeats", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
@@ -104,6 +105,7 @@ class _Line:
     def close(self) -> None:
         """No call comes any more."""
         self._work.put(None)
+        self._thread.join(_ANSWER_SECONDS)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function returns."""

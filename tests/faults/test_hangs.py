@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.config.load import parse
 from megatron_slm.loss.objective import Objective
 from megatron_slm.training import watchdog
-from megatron_slm.training.main import main
+from megatron_slm.training.main import main, pretrain
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.world import WorldError, run_world
 
@@ -101,6 +103,16 @@ def test_a_rank_that_sleeps_is_named_and_the_run_ends(tmp_path: Path) -> None:
     assert "in a collective operation" in found["rank-000.txt"]
     assert found["summary.txt"].count("most likely: rank 3 ") == 2, "once reported, once at the end"
     assert "time.sleep(600)" in found["summary.txt"]
+
+
+def threads_left(values: dict[str, Any]) -> list[str]:
+    pretrain(parse(flags(values))[0])
+    return [thread.name for thread in threading.enumerate() if thread.name in ("watchdog", "heartbeats", "reach")]
+
+
+def test_no_thread_outlives_a_run(tmp_path: Path) -> None:
+    values = run_flags(write_corpus(tmp_path / "corpus"), tmp_path / "run", train_iters=1)
+    assert run_world(threads_left, 2, values) == [[], []]
 
 
 @pytest.mark.slow
