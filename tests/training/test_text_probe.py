@@ -24,6 +24,7 @@ from megatron_slm.data.tokenizers import NullTokenizer
 from megatron_slm.errors import AnalysisError, ConfigError, VocabularyError
 from megatron_slm.training.probe_board import _markdown
 from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, write_corpus
+from tests.support.scoring import score_here
 from tests.support.training import train_and_report
 from tests.support.world import WorldError, run_world
 
@@ -180,6 +181,21 @@ def test_a_run_that_selects_nothing(files: Path, tmp_path: Path) -> None:
     run_world(train_and_report, 1, {name: value for name, value in values.items() if name != "probe-file"})
     assert not (tmp_path / "run" / "probe").exists()
     assert (tmp_path / "run" / "probe.1" / "step_00000002.safetensors").is_file()
+
+
+def test_stored_scores_say_nothing_of_the_texts(files: Path, tmp_path: Path) -> None:
+    """They are of the run's own samples: the texts' losses are recorded, and neither a reference's nor a selection."""
+    store = tmp_path / "store"
+    scoring = {"objective": "slm", "reference_load": files / "reference", "train_iters": 2}
+    run_world(score_here, 1, run_flags(files / "corpus", tmp_path / "scoring", output=store, **scoring))
+    values = probing(
+        files, tmp_path / "run", train_iters=2, save_interval=None, reference_load=None, reference_scores=store
+    )
+    run_world(train_and_report, 1, values)
+    folder = ProbeFolder(tmp_path / "run")
+    assert folder.texts().reference_loss_Ws is None
+    assert folder.read(2).kept_Ws is None
+    assert (folder.read(2).loss_Ws[folder.texts().valid_Ws] > 0).all()
 
 
 # ---- dynamics from records ------------------------------------------------------------------------------------
