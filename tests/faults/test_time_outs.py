@@ -19,7 +19,7 @@ from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.activity import Activity
 from megatron_slm.pipeline.channels import Channels, Lane
 from megatron_slm.training.main import pretrain
-from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
+from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import run_world
 
 
@@ -35,7 +35,7 @@ def time_outs(values: dict[str, Any]) -> list[float]:
 def test_every_group_has_the_configured_time_out(layout: str, tmp_path: Path) -> None:
     """Whoever makes it: this package, or DeepSpeed, which passes none."""
     corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
-    changes: dict[str, Any] = {"deepspeed_config": "ds_configs/zero3.json", "tensor_model_parallel_size": 2}
+    changes: dict[str, Any] = {"deepspeed_config": zero_config(3), "tensor_model_parallel_size": 2}
     if layout == "stages":
         changes = {"pipeline_model_parallel_size": 2, "slm_scope": "data-parallel"}
     values = run_flags(

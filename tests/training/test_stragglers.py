@@ -14,7 +14,7 @@ from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.pipeline.activity import Activity, Phase
 from megatron_slm.training.stragglers import rank_times
-from tests.support.runs import run_flags, write_corpus
+from tests.support.runs import run_flags, write_corpus, zero_config
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
@@ -66,7 +66,7 @@ def train_with_a_slow_rank(values: dict[str, Any], slow: int) -> None:
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_a_slow_rank_is_found_in_the_metrics(zero: int, tmp_path: Path) -> None:
-    layout = {"pipeline_model_parallel_size": 2} if zero == 1 else {"deepspeed_config": "ds_configs/zero2.json"}
+    layout = {"pipeline_model_parallel_size": 2} if zero == 1 else {"deepspeed_config": zero_config(2)}
     values = run_flags(write_corpus(tmp_path / "corpus"), tmp_path / "run", train_iters=4, log_interval=2, **layout)
     slow, world_size = (3, 4) if zero == 1 else (1, 2)
     run_world(train_with_a_slow_rank, world_size, values, slow)

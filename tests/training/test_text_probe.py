@@ -23,7 +23,7 @@ from megatron_slm.data.texts import MOST_TEXTS, read_texts
 from megatron_slm.data.tokenizers import NullTokenizer
 from megatron_slm.errors import AnalysisError, ConfigError, VocabularyError
 from megatron_slm.training.probe_board import TOKENS_SHOWN, _markdown
-from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, write_corpus
+from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.scoring import score_here
 from tests.support.training import train_and_report
 from tests.support.world import WorldError, run_world
@@ -105,8 +105,8 @@ SLOW_LAYOUTS = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "pp2 dp2": (4, {"pipeline_model_parallel_size": 2}),
-    "zero3 dp2": (2, {"deepspeed_config": "ds_configs/zero3.json"}),
-    "zero2 tp2": (2, {"deepspeed_config": "ds_configs/zero2.json", "tensor_model_parallel_size": 2}),
+    "zero3 dp2": (2, {"deepspeed_config": zero_config(3)}),
+    "zero2 tp2": (2, {"deepspeed_config": zero_config(2), "tensor_model_parallel_size": 2}),
 }
 
 
