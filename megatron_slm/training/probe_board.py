@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeRecord
 from megatron_slm.analysis.text_picture import text_picture
 
-TEXTS_SHOWN = 8
-"""As text and as pictures; histograms and records are of all."""
+TEXTS_SHOWN, TOKENS_SHOWN = 8, 512
+"""As text and as pictures, which every evaluation adds to the event file; histograms and records are of all."""
 
 
 def show_record(board: SummaryWriter, texts: ProbedTexts, record: ProbeRecord) -> None:
@@ -37,7 +37,7 @@ def show_record(board: SummaryWriter, texts: ProbedTexts, record: ProbeRecord) -
         name = f"probe/text {number + 1}"
         board.add_text(name, _markdown(texts, record, number), step)
         kept_s = None if record.kept_Ws is None else record.kept_Ws[number]
-        picture = text_picture(texts.pieces[number], record.loss_Ws[number], kept_s)
+        picture = text_picture(texts.pieces[number][: TOKENS_SHOWN + 1], record.loss_Ws[number], kept_s)
         board.add_image(name, picture, step, dataformats="HWC")
 
 
@@ -53,7 +53,7 @@ def _markdown(texts: ProbedTexts, record: ProbeRecord, number: int) -> str:
 
 
 def _tokens(texts: ProbedTexts, record: ProbeRecord, number: int, mean: float) -> Iterator[str]:
-    first, *pieces = texts.pieces[number]
+    first, *pieces = texts.pieces[number][: TOKENS_SHOWN + 1]
     yield _escaped(first)
     for s, piece in enumerate(pieces):
         loss = float(record.loss_Ws[number, s])

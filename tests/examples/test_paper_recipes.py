@@ -311,12 +311,12 @@ def test_what_needs_no_file_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(world))
     words = ["--config", "examples/rho1_math_1b/slm.yaml", "--dry-run", "--without-files", *changes]
-    assert main(words) == 1
+    assert main(words) == 2
     assert match in capsys.readouterr().err
 
 
 def test_without_files_goes_with_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--config", "examples/rho1_math_1b/slm.yaml", "--without-files"]) == 1
+    assert main(["--config", "examples/rho1_math_1b/slm.yaml", "--without-files"]) == 2
     assert "--without-files = True: goes with --dry-run" in capsys.readouterr().err
 
 
@@ -336,5 +336,5 @@ def test_a_tokenizers_size_must_be_the_one_planned_with(tmp_path: Path, capsys: 
     tokenizer = byte_level_folder(tmp_path / "tokenizer")
     values = run_flags(corpus, tmp_path / "run", tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tokenizer)
     values["vocab-size"] = 77
-    assert main([*flags(values), "--dry-run"]) == 1
+    assert main([*flags(values), "--dry-run"]) == 2
     assert "--vocab-size = 77: is the tokenizer's" in capsys.readouterr().err

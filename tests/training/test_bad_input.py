@@ -152,7 +152,7 @@ def test_steps_that_are_never_finite_end_the_run(changes: dict[str, Any], folder
     )  # fmt: skip
     with pytest.raises(WorldError) as failed:
         run_world(command_with_broken_weights, 2, flags(values))
-    assert all("not finite in 3 steps up to step 3" in output for output in failed.value.outputs)
+    assert all("3 up to step 3 (3 x nonfinite-loss)" in output for output in failed.value.outputs)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if line.get("event") == "eval"] == [None]
     lines = [line for line in lines if "event" not in line]

@@ -22,8 +22,9 @@ from megatron_slm.convert.source import open_model
 from megatron_slm.data.texts import MOST_TEXTS, read_texts
 from megatron_slm.data.tokenizers import NullTokenizer
 from megatron_slm.errors import EXIT_UNUSABLE, AnalysisError, ConfigError, VocabularyError
-from megatron_slm.training.probe_board import _markdown
+from megatron_slm.training.probe_board import TOKENS_SHOWN, _markdown
 from tests.support.runs import SEQ_LENGTH, flags, run_flags, save_hf_llama, write_corpus, zero_config
+from tests.support.scoring import score_here
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
 
@@ -183,6 +184,21 @@ def test_a_run_that_selects_nothing(files: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "probe.1" / "step_00000002.safetensors").is_file()
 
 
+def test_stored_scores_say_nothing_of_the_texts(files: Path, tmp_path: Path) -> None:
+    """They are of the run's own samples: the texts' losses are recorded, and neither a reference's nor a selection."""
+    store = tmp_path / "store"
+    scoring = {"objective": "slm", "reference_load": files / "reference", "train_iters": 2}
+    run_world(score_here, 1, run_flags(files / "corpus", tmp_path / "scoring", output=store, **scoring))
+    values = probing(
+        files, tmp_path / "run", train_iters=2, save_interval=None, reference_load=None, reference_scores=store
+    )
+    run_world(train_and_report, 1, values)
+    folder = ProbeFolder(tmp_path / "run")
+    assert folder.texts().reference_loss_Ws is None
+    assert folder.read(2).kept_Ws is None
+    assert (folder.read(2).loss_Ws[folder.texts().valid_Ws] > 0).all()
+
+
 # ---- dynamics from records ------------------------------------------------------------------------------------
 
 
@@ -327,6 +343,19 @@ def test_text_survives_tensorboards_own_filter() -> None:
     assert shown.text.endswith("".join(pieces).replace("\n", "↵"))
     assert shown.linked == "".join(p for p, kept in zip(pieces[1:], kept_Ws[0], strict=True) if kept).replace("\n", "↵")
     assert shown.titles[1] == "loss 2.000, reference 0.500, score +1.500"
+
+
+def test_long_texts_are_cut_where_they_are_shown() -> None:
+    """An evaluation adds a bounded amount to the event file."""
+    count = 3 * TOKENS_SHOWN
+    texts = ProbedTexts(
+        tokens_Ws1=np.zeros((1, count + 1), np.int64),
+        valid_Ws=np.ones((1, count), np.bool_),
+        pieces=(("x",) * (count + 1),),
+        sources=("line 1",),
+    )
+    record = ProbeRecord(step=1, loss_Ws=np.ones((1, count), np.float32))
+    assert _markdown(texts, record, 0).count("x") == TOKENS_SHOWN + 1
 
 
 def test_a_picture_of_a_text() -> None:

@@ -146,7 +146,7 @@ def test_before_training(faults: list[str], nodes: Path) -> None:
     argv = [*values(nodes, save=None, train_iters=2), "--preflight"]
     found = run_world(on_a_node, 4, str(nodes), argv, faults, True)
     if faults:
-        assert [code for code, _ in found] == [1] * 4
+        assert [code for code, _ in found] == [2] * 4
         assert all("error: preflight = 'NOT READY: versions'" in said for _, said in found)
         assert not (nodes / "run" / "metrics.jsonl").exists()
     else:
