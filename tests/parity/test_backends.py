@@ -142,7 +142,9 @@ def compare_compiled(layout: str, folder: Path, tmp_path: Path, compiler: str) -
         assert [x[name] for x in compiled] == pytest.approx([x[name] for x in eager], rel=1e-5), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] * ("tp2" not in name)) for name in LAYOUTS]
+)
 def test_compiled_blocks_train_alike(layout: str, folder: Path, tmp_path: Path) -> None:
     compare_compiled(layout, folder, tmp_path, "aot_eager")
 

@@ -248,7 +248,7 @@ def test_adams_step_is_where_its_kernel_reads_it() -> None:
 
     for fused, device in ((True, "meta"), (False, "cpu")):
         flat, optimizer = torch.zeros(4, device="meta"), Holder()
-        optimizer.optimizer = Holder()
+        optimizer.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
         optimizer.optimizer.param_groups = [{"fused": fused}]
         fragment = Fragment(parameter=torch.nn.Parameter(flat), begin=0, end=4, flat=flat, offset=0, state={})
         _prepare_state(fragment, optimizer, 3)

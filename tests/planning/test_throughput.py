@@ -59,6 +59,7 @@ def stepped(values: dict[str, Any], lengths: dict[str, tuple[float, ...]]) -> fl
     return seconds[1]
 
 
+@pytest.mark.slow  # it compares times, and so needs a quiet machine
 def test_steps_of_layouts_compare_as_predicted(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", num_documents=200)
     sizes = {"hidden_size": 24, "num_hidden_layers": 4, "intermediate_size": 40}
