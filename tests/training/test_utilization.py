@@ -108,6 +108,7 @@ def test_a_run_that_ends_in_the_profile_writes_it(folder: Path, tmp_path: Path) 
         ({"profile_step_end": 4}, "--profile-step-end"),
         ({"profile_step_start": 0}, "--profile-step-start = 0"),
         ({"profile_ranks": [-1]}, "--profile-ranks"),
+        ({"profile_ranks": []}, "--profile-ranks"),
         ({"peak_tflops": 0.0}, "--peak-tflops"),
     ],
 )
