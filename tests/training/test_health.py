@@ -244,7 +244,7 @@ def test_a_run_stops_with_a_checkpoint_behind_the_bad_batches(folder: Path, tmp_
     given = values(folder, tmp_path / "run", **layout, save_interval=100, max_skipped_steps=2)
     with pytest.raises(WorldError) as failed:
         run_world(command_planted, 2, given, "loss", bad)
-    assert failed.value.codes == [1, 1]
+    assert failed.value.codes == [2, 2]
     for output in failed.value.outputs:
         (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
         assert "2 up to step 4 (2 x nonfinite-loss)" in error
