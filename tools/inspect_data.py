@@ -2,7 +2,7 @@
 
     python tools/inspect_data.py --data-path corpora/web_text_document --verify
     python tools/inspect_data.py --config runs/slm/config.yaml --samples 3 --first-sample 80000
-    python tools/inspect_data.py --data-path 0.7 corpora/web 0.3 corpora/books --packing best-fit --samples 3 \
+    python tools/inspect_data.py --data-path 0.7 corpora/web 0.3 corpora/books --packing best-fit --samples 3 \\
         --seq-length 2048 --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/folder
 
 Beside the flags below it takes those of tools/pretrain_slm.py, and gives them the same meaning.
@@ -31,7 +31,6 @@ from megatron_slm.training.run_samples import RunSamples, parse_run
 def build_parser() -> ToolParser:
     """The tool's own flags."""
     parser = ToolParser(str(__doc__))
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--verify", action="store_true", help="read all of it and compare with the recorded hashes")
     parser.add_argument("--documents", type=int, nargs="+", default=[], help="numbers of documents to print")
     parser.add_argument("--samples", type=positive_int, default=0, help="training samples to print")

@@ -4,7 +4,8 @@
 #   bash examples/RECIPE/run.sh slm --lr 4e-5            one step, with flags of your own behind the recipe's
 #   HOSTFILE=hosts bash examples/RECIPE/run.sh slm       on the machines of a DeepSpeed hostfile ("node1 slots=8" a line)
 #   sbatch --nodes 4 examples/launch/slurm.sbatch RECIPE slm
-#   NODES=4 GPU=h100 bash examples/RECIPE/run.sh plan    what it would be and cost; needs no GPU, weights or corpora
+#   NODES=4 GPU=h100 bash examples/RECIPE/run.sh plan    what it would be and cost; needs no GPU, weights or corpora;
+#                                                        `plan slm`: of one step
 #
 # GPUS: of each machine (default: all; 8 in a plan). NODES, GPU: of a plan. MASTER_PORT: a free port (default 29500).
 # Run from the checkout: it has the same path on all machines, and so have models/, corpora/ and runs/ in it.
@@ -15,7 +16,7 @@ for word in "$@"; do
   if [ ${#flags[@]} -eq 0 ] && [[ "$word" != --* ]]; then steps+=("$word"); else flags+=("$word"); fi
 done
 planning=""
-if [ "${steps[*]}" = plan ]; then planning=1 steps=(); fi
+if [ "${steps[0]:-}" = plan ]; then planning=1 steps=("${steps[@]:1}"); fi
 source tools/environment.sh run
 
 # `steps_are data reference slm export` names a recipe's steps, in order, and refuses others.

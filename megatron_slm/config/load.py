@@ -191,12 +191,15 @@ def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[secti
 
 
 def _yaml_path(words: Sequence[str]) -> str | None:
+    paths = []
     for word, following in zip(words, [*words[1:], None], strict=True):
         if word == "--config":
-            return following
-        if word.startswith("--config="):
-            return word.partition("=")[2]
-    return None
+            paths.append(following)
+        elif word.startswith("--config="):
+            paths.append(word.partition("=")[2])
+    if len(paths) > 1:
+        raise ConfigError("--config", paths, "is given once", "put the flags into one file, or on the command line")
+    return paths[0] if paths else None
 
 
 def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]:

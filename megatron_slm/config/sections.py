@@ -385,7 +385,11 @@ class LoggingConfig:
             "give a later step, or leave it out for two steps",
         )
         _require(
-            min(self.profile_ranks) >= 0, "profile_ranks", self.profile_ranks, "are ranks", "give numbers from 0 on"
+            min(self.profile_ranks, default=-1) >= 0,
+            "profile_ranks",
+            self.profile_ranks,
+            "are ranks, at least one",
+            "give numbers from 0 on",
         )
 
 

@@ -1,4 +1,4 @@
-"""The command lines of the data tools: errors of the user end as one line, unknown flags with the nearest."""
+"""The command lines of the tools: errors of the user end as one line, unknown flags with the nearest."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from megatron_slm.errors import ConfigError, SlmError
 class ToolParser(argparse.ArgumentParser):
     """An argument parser without abbreviations that raises ConfigError for what it cannot use."""
 
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False)
+    def __init__(self, description: str, *, prog: str | None = None, usage: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def parse_flags(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line (or `arguments`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from megatron_slm.errors import ConfigError
 
@@ -54,6 +54,18 @@ def complete_environment(environment: MutableMapping[str, str] = os.environ) -> 
             )
     environment.update(SINGLE_PROCESS)
     environment.setdefault("MASTER_PORT", _free_port())
+
+
+def planned_world_size(least: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The number of processes that a dry run plans for: WORLD_SIZE, or as few as the layout needs.
+
+    Raises:
+        ConfigError: WORLD_SIZE is no number of processes.
+    """
+    said = environment.get("WORLD_SIZE", str(least))
+    if not (said.isascii() and said.isdigit() and int(said) >= 1):
+        raise ConfigError("WORLD_SIZE", said, "is a whole number of at least 1", "export the number of processes")
+    return int(said)
 
 
 def _free_port() -> str:

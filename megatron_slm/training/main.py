@@ -17,6 +17,7 @@ from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.launched import planned_world_size
 from megatron_slm.parallel.reach import silent_nodes_named
 from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.corpora import describe_sources
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dry_run:
             parallel = config.parallel
             least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-            world_size = int(os.environ.get("WORLD_SIZE", least))
+            world_size = planned_world_size(least)
             if dry_run is DryRun.WITHOUT_FILES:
                 print_outline(config, world_size)
                 return 0

@@ -84,12 +84,14 @@ def read_records(word: str) -> list[BadBatch]:
         names = {f.name for f in fields(BadBatch)}
         records = [BadBatch(**{name: value for name, value in line.items() if name in names}) for line in lines]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError("replay", path, f"is a readable bad_batches.jsonl of a run ({error})", "check it") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        rule, fix = f"is a readable bad_batches.jsonl of a run ({why})", "give RUN_DIR/bad_batches.jsonl[:STEPS] first"
+        raise ConfigError("records", path, rule, fix) from error
     wanted = {record.step for record in records} if not steps else set(_steps(steps))
     missing = sorted(wanted - {record.step for record in records})
     if missing or not records:
         there = ", ".join(str(record.step) for record in records) or "none"
-        raise ConfigError("replay", word, f"names steps that {path} records (it has {there})", "choose among these")
+        raise ConfigError("records", word, f"names steps that {path} records (it has {there})", "choose among these")
     return [record for record in records if record.step in wanted]
 
 

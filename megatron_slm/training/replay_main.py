@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from megatron_slm.config.load import parse
 from megatron_slm.config.sections import RunConfig
+from megatron_slm.data.arguments import ToolParser
 from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named, together
@@ -43,18 +43,11 @@ Beside the flags below it takes those of pretrain_slm.py (see its --help), best 
 names the checkpoint. Layout and --micro-batch-size need not be the run's."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError("command line", " ".join(sys.argv[1:]), message, "see --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> ToolParser:
+    parser = ToolParser(
+        _DESCRIPTION,
         prog="replay.py",
         usage="%(prog)s RUN_DIR/bad_batches.jsonl[:STEPS] --config RUN_DIR/config.yaml --load CHECKPOINT [flags]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("records", help="a run's record of bad batches, and which steps of it, such as :17,20-22")
     parser.add_argument("--worst", type=int, default=3, help="print the text of this many samples of a step (3)")

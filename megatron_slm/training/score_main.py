@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -16,10 +15,12 @@ from rich.table import Table
 
 from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.sections import RunConfig
+from megatron_slm.data.arguments import ToolParser
 from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.launched import planned_world_size
 from megatron_slm.parallel.reach import silent_nodes_named
 from megatron_slm.reference.manifest import Manifest, ScoreDtype
 from megatron_slm.training.preflight.command import preflight
@@ -36,18 +37,11 @@ the same flags, at any layout, it scores what is missing or damaged. A run that 
 keeps the order of samples that it has begun: name its checkpoint with --load here too."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError("command line", " ".join(sys.argv[1:]), message, "see --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> ToolParser:
+    parser = ToolParser(
+        _DESCRIPTION,
         prog="score_corpus.py",
         usage="%(prog)s --config FILE --output STORE [flags]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--output", help="the store's folder (default: the --reference-scores of the configuration)")
     parser.add_argument(
@@ -83,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dry_run:
             parallel = config.parallel
             least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-            world_size = int(os.environ.get("WORLD_SIZE", least))
+            world_size = planned_world_size(least)
             plan = make_scoring_plan(config, options, world_size, rank=rank, resume=open_resume(config), dry=True)
             if rank == 0:
                 _print_plan(plan)

@@ -1,7 +1,7 @@
 """Starting a run again after what ends clusters' runs: a bounded number of times, and only where it may help.
 
-Needs neither torch nor DeepSpeed, and holds nothing of the run: all it knows is what the command's flags, its exit code
-and the run's folder say.
+Joins no process group and holds nothing of the run: all it knows is what the command's flags, its exit code and the
+run's folder say.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +26,7 @@ import psutil
 from megatron_slm.checkpoint.format import complete_checkpoints, step_of
 from megatron_slm.config.load import parse
 from megatron_slm.config.resilience import STOP_FILE
+from megatron_slm.data.arguments import ToolParser
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError, SlmError
 from megatron_slm.log import setup_logging
 
@@ -36,6 +37,13 @@ LOG = "supervisor.jsonl"
 _SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER (linux/prctl.h): orphans of the command become children of this process."""
 _POLL_SECONDS = 0.2
+_FLAGS = {
+    "max_restarts": "starts after the first, in all",
+    "max_without_progress": "lives in a row without a newer checkpoint, after which it gives up",
+    "backoff_seconds": "wait before a start; doubled for each life without progress",
+    "max_backoff_seconds": "the longest such wait",
+    "grace_seconds": "time to save for a run that was asked to stop, or outlives its launcher, before it is killed",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,12 @@ class Policy:
     max_backoff_seconds: float = 600.0
     grace_seconds: float = 1800.0
     """How long a run that was asked to stop, or whose launcher is gone, has to save before it is killed."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 1 if name == "max_without_progress" else 0
+            if not value >= least:
+                raise ConfigError("--" + name.replace("_", "-"), value, f"is at least {least}", "give a larger number")
 
     def delay_seconds(self, lives_without_progress: int) -> float:
         """How long to wait before the next start."""
@@ -84,6 +98,9 @@ class Job:
         if config.checkpoint.save_interval is None:
             rule = "is given (a run that saves only at its end has nothing to start again from)"
             raise ConfigError("--save-interval", None, rule, "save every so many steps")
+        if shutil.which(command[0]) is None:
+            rule = "is a program that can be started"
+            raise ConfigError("command", command[0], rule, "check its name, and that its environment is active")
         return cls(command=tuple(command), run_dir=Path(config.logging.run_dir), save_folder=Path(config.save_folder))
 
     def saved_step(self) -> int | None:
@@ -253,20 +270,21 @@ class Supervisor:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `supervise.py [flags] -- COMMAND`; see `Supervisor.run` for the exit code."""
     defaults = Policy()
-    parser = ArgumentParser(
+    parser = ToolParser(
+        "Start a training, and start it again from its newest checkpoint when it fails.",
         prog="supervise.py",
         usage="%(prog)s [flags] -- deepspeed ... tools/pretrain_slm.py ...",
-        description="Start a training, and start it again from its newest checkpoint when it fails.",
     )
-    for name in ("max_restarts", "max_without_progress"):
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(defaults, name))
-    for name in ("backoff_seconds", "max_backoff_seconds", "grace_seconds"):
-        parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(defaults, name))
+    for name, meaning in _FLAGS.items():
+        default = getattr(defaults, name)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=type(default), default=default, help=f"{meaning} (default: {default})"
+        )
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)
-    policy = Policy(**vars(parser.parse_args(words[:at])))
     setup_logging()
     try:
+        policy = Policy(**vars(parser.parse_flags(words[:at])))
         return Supervisor(Job.of(words[at + 1 :]), policy).run()
     except SlmError as error:
         sys.stderr.write(f"error: {error}\n")

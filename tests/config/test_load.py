@@ -66,6 +66,7 @@ def test_the_written_configuration_repeats_the_run(tmp_path: Path) -> None:
             r"--data-path = 0.0: is a finite number above 0 \(the weight of b\)",
         ),
         ([*BASE, "--config", "/nonexistent.yaml"], "is a readable file"),
+        ([*BASE, "--config", "a.yaml", "--config=b.yaml"], r"--config = \['a.yaml', 'b.yaml'\]: is given once"),
         ([*BASE, "stray"], "command line"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.hosts import BIN, SSH, Host, needs_hosts, two_hosts
-from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
+from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
@@ -54,8 +54,7 @@ class Cluster:
         assert [host.processes() for host in self.hosts] == [{}, {}], said
 
     def losses(self, name: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+        return recorded(self.folder / name)
 
     def same_on_one_host(self, name: str, num_ranks: int, **changes: Any) -> None:
         """Every logged number but the times is that of the same ranks on one host, to the last bit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_slm.errors import ConfigError
-from megatron_slm.parallel.launched import complete_environment
+from megatron_slm.parallel.launched import complete_environment, planned_world_size
 
 MPI = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 SRUN = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
@@ -43,3 +43,11 @@ def test_without_a_launcher_it_is_a_world_of_one(variables: dict[str, str]) -> N
     complete_environment(environment)
     assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
     assert int(environment["MASTER_PORT"]) > 0
+
+
+def test_a_dry_run_plans_for_a_number_of_processes() -> None:
+    assert planned_world_size(2, {}) == 2
+    assert planned_world_size(2, {"WORLD_SIZE": "64"}) == 64
+    for said in ("many", "", "0", "-1"):
+        with pytest.raises(ConfigError, match=f"WORLD_SIZE = '{said}': is a whole number"):
+            planned_world_size(2, {"WORLD_SIZE": said})

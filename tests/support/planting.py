@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.config.load import parse
 from megatron_slm.loss.objective import Objective
 from megatron_slm.model.llama import Embedding
@@ -16,6 +15,7 @@ from megatron_slm.training import loop, replay
 from megatron_slm.training.build import Run
 from megatron_slm.training.main import main, pretrain
 from tests.support.runs import flags
+from tests.support.training import owned_numbers
 
 Kind = Literal["loss", "gradient", "spike"]
 
@@ -75,17 +75,10 @@ def plant(kind: Kind, samples: list[int]) -> None:
 
 def state(run: Run) -> dict[str, Any]:
     """All that a step could have changed."""
-    optimizer = run.trainer.engine.optimizer
-    owned = [
-        fragment.view(quantity).clone().numpy()
-        for fragment in fragments(optimizer)
-        for quantity in ("weight", "exp_avg", "exp_avg_sq")
-        if quantity == "weight" or quantity in fragment.state
-    ]
     position = run.position
     return {
         "parameters": [p.detach().float().clone().numpy() for p in run.trainer.engine.module.parameters()],
-        "owned": owned,
+        "owned": owned_numbers(run.trainer.engine.optimizer),
         "adam_step": position.adam_step,
         "threshold": position.score_threshold,
         "tokens": (position.tokens_seen, position.tokens_kept),

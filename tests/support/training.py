@@ -18,6 +18,16 @@ from megatron_slm.types import MicroBatch
 from tests.support.runs import flags
 
 
+def owned_numbers(optimizer: Any) -> list[Any]:
+    """Copies of the weights and moments that this rank owns, one array each."""
+    return [
+        fragment.view(quantity).clone().numpy()
+        for fragment in fragments(optimizer)
+        for quantity in ("weight", "exp_avg", "exp_avg_sq")
+        if quantity == "weight" or quantity in fragment.state
+    ]
+
+
 def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
     """Run a training; what this rank saw and ended with."""
     kept: list[tuple[bytes, list[int]]] = []
@@ -38,12 +48,6 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
     finally:
         Block.forward = real_forward  # type: ignore[method-assign]
     optimizer = run.trainer.engine.optimizer
-    owned = [
-        fragment.view(quantity).clone().numpy()
-        for fragment in fragments(optimizer)
-        for quantity in ("weight", "exp_avg", "exp_avg_sq")
-        if quantity == "weight" or quantity in fragment.state
-    ]
     return {
         "kept": kept,
         "optimizer": type(optimizer).__name__,
@@ -52,7 +56,7 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
             getattr(optimizer, "grad_acc_dtype", getattr(optimizer, "gradient_accumulation_dtype", None))
         ),
         "parameters": [p.detach().float().clone().numpy() for p in run.trainer.engine.module.parameters()],
-        "owned": owned,
+        "owned": owned_numbers(optimizer),
         "step": run.position.step,
         "schedule": getattr(run.trainer.engine, "schedule", None),
         "rng": torch.get_rng_state().numpy(),

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_slm.errors import ConfigError
-from megatron_slm.training.supervisor import Job, Policy
+from megatron_slm.training.supervisor import Job, Policy, main
 
 STAND_IN = """
 import json, os, pathlib, subprocess, sys, time
@@ -171,11 +171,26 @@ def test_it_waits_longer_the_longer_nothing_comes_of_it() -> None:
         ("bash run.sh", "has pretrain_slm.py and the run's flags as words of their own"),
         ("deepspeed tools/pretrain_slm.py --train-iters 5", "--save-interval = None"),
         ("deepspeed tools/pretrain_slm.py --train-itres 5", "did you mean --train-iters"),
+        ("nowhere tools/pretrain_slm.py --train-iters 5 --save-interval 1", "command = 'nowhere': is a program"),
     ],
 )
 def test_commands_it_cannot_use(command: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Job.of(command.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--max-restart 3", "did you mean --max-restarts?"),
+        ("--max-restarts many", "command line = 'supervise.py': argument --max-restarts: invalid int value: 'many'"),
+        ("--max-without-progress 0", "--max-without-progress = 0: is at least 1"),
+        ("--grace-seconds nan", "--grace-seconds = nan: is at least 0"),
+    ],
+)
+def test_flags_it_cannot_use(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags.split(), "--", sys.executable, "tools/pretrain_slm.py"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_such_a_command_ends_it_with_exit_code_2(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_nor_where_the_run_ends_with_an_error(folder: Path, tmp_path: Path) -> N
         ({"profile_step_end": 4}, "--profile-step-end"),
         ({"profile_step_start": 0}, "--profile-step-start = 0"),
         ({"profile_ranks": [-1]}, "--profile-ranks"),
+        ({"profile_ranks": []}, "--profile-ranks"),
         ({"peak_tflops": 0.0}, "--peak-tflops"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ import torch.distributed as dist
 
 from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
-from megatron_slm.errors import ConfigError, PreflightError, SlmError
+from megatron_slm.data.arguments import ToolParser
+from megatron_slm.errors import PreflightError, SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.groups import init_distributed
@@ -47,19 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> tuple[str | None, RunConfig]:
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
+        _DESCRIPTION,
         prog="preflight.py",
         usage="deepspeed [launcher's flags] tools/preflight.py --config FILE [--json FILE] [flags of the run]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--json", metavar="FILE", help="write checks, links and facts there too; - for stdout alone")
-    try:
-        own, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError("command line", " ".join(argv), str(error), "see --help") from error
+    own, rest = parser.parse_known_args(argv)
     return own.json, parse(rest)[0]
 
 
@@ -85,10 +79,10 @@ def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: boo
 
     def judge(_: list[None]) -> tuple[bool, str]:
         checks = evaluate(facts, measured, config.preflight)
-        if json_path is not None:
-            write_json(json_path, checks, facts, measured)
         if json_path != "-":
             print_report(checks, to_stderr=to_stderr)
+        if json_path is not None:  # last: a file that cannot be written costs no report
+            write_json(json_path, checks, facts, measured)
         return not any(check.status == "failed" for check in checks), verdict(checks)
 
     ready, said = meeting.settle("verdict", None, judge, ranks=[])
