@@ -53,6 +53,7 @@ launch() {
     plan "$@"
   elif [ -n "${SLURM_JOB_ID:-}" ]; then # one launcher a node, which needs no ssh
     mkdir -p runs
+    run_of "$@" "${flags[@]}" > "runs/current.$SLURM_JOB_ID" # for the batch script, which is told to stop it
     first="$(hostname)"
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}/" > "runs/hosts.$SLURM_JOB_ID"
     srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 \
@@ -62,6 +63,30 @@ launch() {
     deepspeed --hostfile "$HOSTFILE" --master_port "$port" "$@" "${flags[@]}"
   else
     deepspeed ${GPUS:+--num_gpus "$GPUS"} --master_port "$port" "$@" "${flags[@]}"
+  fi
+  if [ -z "$planning" ] && [ "$1" = tools/pretrain_slm.py ]; then end_if_stopped "$(run_of "$@" "${flags[@]}")"; fi
+}
+
+# `run_of tools/pretrain_slm.py --config FILE [flags]`: the run's folder.
+run_of() {
+  local run
+  run="$(sed -n 's/^run-dir: *//p' "$3")"
+  while [ $# -gt 1 ]; do
+    if [ "$1" = --run-dir ]; then run="$2"; fi
+    shift
+  done
+  printf '%s\n' "$run"
+}
+
+# A run that was asked to stop ends well too; the step behind it must not take half of it for the whole.
+end_if_stopped() {
+  local run="$1" saved last
+  if [ ! -e "$run/checkpoints/latest" ]; then return; fi
+  saved="$(tr -dc 0-9 < "$run/checkpoints/latest")"
+  last="$(sed -n 's/^train-iters: *//p' "$run/config.yaml")"
+  if [ "$((10#$saved))" -lt "$last" ]; then
+    printf '%s was stopped at step %d of %d; the same command goes on with it.\n' "$run" "$((10#$saved))" "$last"
+    exit 0
   fi
 }
 

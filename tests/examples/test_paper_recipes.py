@@ -6,8 +6,10 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,9 @@ VARIANTS = {
 }
 
 
+LAST_RUN = {"stored_scores_7b": "stored_scores_7b/keep_0.7"}
+
+
 def run_recorded(tmp_path: Path, words: list[str], environment: dict[str, str]) -> list[list[str]]:
     """What a script would start: its commands, taken down by stand-ins, in a copy of the checkout's scripts."""
     stand_ins, log = tmp_path / "bin", tmp_path / "commands"
@@ -227,6 +232,9 @@ def test_every_command_of_a_recipe_is_accepted(folder: Path, variant: str, tmp_p
             assert launcher.hostfile == "hosts"
         if variant == "slurm":
             assert launcher.no_ssh
+            assert (
+                tmp_path / "runs/current.7"
+            ).read_text() == f"runs/{LAST_RUN.get(folder.name, folder.name + '/slm')}\n"
             assert launcher.node_rank == number % 2
             assert launcher.master_addr == "node1"
             assert (tmp_path / launcher.hostfile).read_text() == "node1 slots=4\nnode2 slots=4\n"
@@ -240,6 +248,45 @@ def test_every_command_of_a_recipe_is_accepted(folder: Path, variant: str, tmp_p
     }
     read = {word.partition("=")[2] or word for word in named if "/" in word}
     assert read <= made, "what is trained on is made by the step data"
+
+
+STOPPED = """
+case "$(basename "$0") $*" in
+  "deepspeed "*reference.yaml*)
+    mkdir -p runs/rho1_math_1b/reference/checkpoints
+    echo "train-iters: 1431" > runs/rho1_math_1b/reference/config.yaml
+    printf step_%%08d "$REACHED" > runs/rho1_math_1b/reference/checkpoints/latest ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("reached", "launched"), [(1430, 1), (1431, 2)])
+def test_a_run_that_was_stopped_is_not_taken_for_a_whole_one(
+    reached: int, launched: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "RECORDER", RECORDER + STOPPED)
+    commands = run_recorded(tmp_path, ["examples/rho1_math_1b/run.sh"], {"REACHED": str(reached)})
+    assert [words[0] for words in commands].count("deepspeed") == launched
+    assert ("tools/convert_checkpoint.py" in [words[1] for words in commands]) == (launched == 2)
+
+
+def test_slurms_signal_stops_a_recipe(tmp_path: Path) -> None:
+    """The batch script asks the runs that are under way to stop, and waits for them."""
+    (tmp_path / "examples" / "slow").mkdir(parents=True)
+    (tmp_path / "runs" / "slow" / "slm").mkdir(parents=True)
+    (tmp_path / "runs" / "current.7").write_text("runs/slow/slm\n")
+    waits = "touch begun; until [ -e runs/slow/slm/STOP ]; do sleep 0.1; done; sleep 0.3; echo saved > saved; exit 7"
+    (tmp_path / "examples" / "slow" / "run.sh").write_text(waits)
+    batch = subprocess.Popen(
+        ["bash", str(ROOT / "examples/launch/slurm.sbatch"), "slow"],
+        cwd=tmp_path,
+        env={**os.environ, "SLURM_JOB_ID": "7"},
+    )
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    batch.send_signal(signal.SIGUSR1)
+    assert batch.wait(timeout=60) == 7
+    assert (tmp_path / "saved").exists()
 
 
 def test_unknown_steps_are_refused(tmp_path: Path) -> None:
