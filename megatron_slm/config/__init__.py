@@ -3,10 +3,10 @@
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.logging import LoggingConfig
 from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.config.sections import (
     CheckpointConfig,
-    LoggingConfig,
     LossHeadConfig,
     ModelConfig,
     OptimizerConfig,

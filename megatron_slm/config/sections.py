@@ -12,21 +12,11 @@ from typing import Any, Literal
 from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.data import DataConfig
 from megatron_slm.config.health import HealthConfig
+from megatron_slm.config.logging import LoggingConfig
 from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.config.resilience import ResilienceConfig
+from megatron_slm.config.rules import require, require_positive
 from megatron_slm.config.selection import check_selection
-from megatron_slm.errors import ConfigError
-
-
-def _require(condition: bool, name: str, value: object, rule: str, fix: str) -> None:
-    if not condition:
-        raise ConfigError("--" + name.replace("_", "-"), value, rule, fix)
-
-
-def _positive(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(value is None or value > 0, name, value, "is greater than 0", "give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +59,7 @@ class ModelConfig:
     """Start from these weights: a Hugging Face folder, or one of our checkpoints written at any layout."""
 
     def __post_init__(self) -> None:
-        _positive(
+        require_positive(
             self,
             "num_layers",
             "hidden_size",
@@ -110,10 +100,12 @@ class ParallelConfig:
     """DeepSpeed JSON: ZeRO stage and its buckets, communication (default: ds_configs/zero1_bf16_pipeline.json)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes")
+        require_positive(
+            self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes"
+        )
         warmup = self.reference_schedule_warmup_steps
-        _require(warmup >= 0, "reference_schedule_warmup_steps", warmup, "is 0 or more", "give 0 or more")
-        _require(
+        require(warmup >= 0, "reference_schedule_warmup_steps", warmup, "is 0 or more", "give 0 or more")
+        require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel",
             True,
@@ -185,7 +177,7 @@ class SelectionConfig:
         check_selection(self)
         if self.objective == "clm":  # whether slm needs one depends on the score: see selection/configure.py
             for name in ("reference_load", "reference_scores"):
-                _require(
+                require(
                     not getattr(self, name),
                     name,
                     getattr(self, name),
@@ -196,14 +188,14 @@ class SelectionConfig:
 
     def _check_stores(self) -> None:
         several = len(self.reference_scores) > 1
-        _require(
+        require(
             several == (self.reference_scores_combine is not None),
             "reference_scores_combine",
             self.reference_scores_combine,
             "is given with several --reference-scores, and only then",
             "choose minimum or mean for several stores, and leave it out for one",
         )
-        _require(
+        require(
             not several or self.reference_load is None,
             "reference_load",
             self.reference_load,
@@ -229,7 +221,7 @@ class LossHeadConfig:
 
     def __post_init__(self) -> None:
         mib = self.loss_head_stash_mib
-        _require(mib >= 0, "loss_head_stash_mib", mib, "is 0 or more", "give 0 to keep nothing")
+        require(mib >= 0, "loss_head_stash_mib", mib, "is 0 or more", "give 0 to keep nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,13 +252,13 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 leaves gradients as they are."""
 
     def __post_init__(self) -> None:
-        _positive(self, "lr", "lr_decay_iters", "lr_wsd_decay_iters", "adam_eps")
+        require_positive(self, "lr", "lr_decay_iters", "lr_wsd_decay_iters", "adam_eps")
         for name in ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "is 0 or more", "give 0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "is 0 or more", "give 0 or more")
         for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "lies in [0, 1)", "use e.g. 0.9")
-        _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"is at most --lr ({self.lr})", "lower it")
-        _require(
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "lies in [0, 1)", "use e.g. 0.9")
+        require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"is at most --lr ({self.lr})", "lower it")
+        require(
             self.lr_decay_style != "WSD" or self.lr_wsd_decay_iters is not None,
             "lr_wsd_decay_iters",
             None,
@@ -294,8 +286,8 @@ class TrainingConfig:
     finite, no token was kept, or (--skip-loss-spikes) the loss was a spike."""
 
     def __post_init__(self) -> None:
-        _positive(self, "train_iters", "micro_batch_size", "global_batch_size", "max_skipped_steps")
-        _require(self.seed >= 0, "seed", self.seed, "is 0 or more", "give 0 or more")
+        require_positive(self, "train_iters", "micro_batch_size", "global_batch_size", "max_skipped_steps")
+        require(self.seed >= 0, "seed", self.seed, "is 0 or more", "give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,9 +321,9 @@ class CheckpointConfig:
     were begun are then laid out anew, and samples may repeat or be left out."""
 
     def __post_init__(self) -> None:
-        _positive(self, "save_interval", "keep_last", "save_retain_interval")
+        require_positive(self, "save_interval", "keep_last", "save_retain_interval")
         for name in ("save_retain_interval", "keep_best"):
-            _require(
+            require(
                 getattr(self, name) is None or self.keep_last is not None,
                 name,
                 getattr(self, name),
@@ -339,58 +331,12 @@ class CheckpointConfig:
                 "add --keep-last, or leave it out",
             )
         for name in ("exit_on_missing_checkpoint", "load_fallback"):
-            _require(self.load is not None or not getattr(self, name), name, True, "goes with --load", "add --load")
+            require(self.load is not None or not getattr(self, name), name, True, "goes with --load", "add --load")
 
     @property
     def enabled(self) -> bool:
         """Whether the run writes checkpoints at all."""
         return self.save is not None or self.save_interval is not None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
-    """Where a run writes and how often it evaluates."""
-
-    run_dir: str = "runs/default"
-    """Everything of a run: metrics.jsonl, config.yaml, tensorboard/, checkpoints/."""
-    log_interval: int = 1
-    """Write metrics every this many steps."""
-    timing_log_level: Literal[0, 1, 2] = 0
-    """Time parts of a step, for the metrics: 0 none, 1 batches, gradient sync and optimizer, 2 also every kind of
-    instruction. A GPU is waited for once a logged step, not while a step runs."""
-    eval_interval: int | None = None
-    """Evaluate every this many steps, and at the end; default: only at the end."""
-    eval_iters: int | None = None
-    """Global batches of each held-out set; default: the whole set."""
-    peak_tflops: float | None = None
-    """Peak TFLOP/s of one device at the run's precision, for the MFU in the metrics; default: by the GPU's name."""
-    profile_step_start: int | None = None
-    """Profile from this step on (counted from 1) with torch's profiler, into RUN_DIR/profile/."""
-    profile_step_end: int | None = None
-    """First step that is no longer profiled; default: two steps after --profile-step-start."""
-    profile_ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that are profiled."""
-    probe_file: str | None = None
-    """A few fixed texts (JSON lines with a `text` each, or .txt) whose tokens' losses are recorded at each evaluation,
-    in RUN_DIR/probe, and shown in TensorBoard."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "log_interval", "eval_interval", "eval_iters", "peak_tflops", "profile_step_start")
-        start, end = self.profile_step_start, self.profile_step_end
-        _require(
-            end is None or (start is not None and end > start),
-            "profile_step_end",
-            end,
-            f"is after --profile-step-start ({start})",
-            "give a later step, or leave it out for two steps",
-        )
-        _require(
-            min(self.profile_ranks, default=-1) >= 0,
-            "profile_ranks",
-            self.profile_ranks,
-            "are ranks, at least one",
-            "give numbers from 0 on",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,7 +359,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
-        _require(
+        require(
             self.checkpoint.keep_best is None or not (saves is None or evaluates is None or saves % evaluates),
             "keep_best",
             self.checkpoint.keep_best,

@@ -380,7 +380,7 @@ def test_without_files_goes_with_a_dry_run(capsys: pytest.CaptureFixture[str]) -
 def test_a_loaded_reference_must_have_the_planned_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     reference, other = save_hf_llama(tmp_path / "reference"), save_hf_llama(tmp_path / "other", num_hidden_layers=2)
-    for shape, code in ((reference, 0), (other, 1)):
+    for shape, code in ((reference, 0), (other, 2)):
         values = run_flags(
             corpus, tmp_path / "run", objective="slm", reference_load=reference, reference_config=shape / "config.json"
         )
