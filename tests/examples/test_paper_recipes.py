@@ -329,6 +329,7 @@ def test_every_flag_in_the_pages_and_scripts_exists() -> None:
         "--kill-on-bad-exit",
         "--job-name",
         "--gpus-per-node",
+        "--signal",
     }  # SLURM
     known |= {"--exclusive", "--time", "--output", "--dependency", "--local-dir", "--fast"}  # the last of run.sh itself
     known |= {"--gpu", "--gpus-per-node", "--json"}
