@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    # A worker is one core: no threads of tokenizers, nor of NumPy, whose idle ones make malloc slower too.
+    os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 from megatron_slm.data.arguments import ToolParser, exit_code, positive_int
 from megatron_slm.data.documents import DocumentKeys
@@ -102,6 +107,7 @@ def progress(log_interval: int | None) -> Iterator[Callable[[PreprocessReport], 
     """A live line on a terminal (where `rich` is installed), plain lines elsewhere."""
     try:
         from rich.console import Console
+        from rich.live import Live
     except ImportError:
         yield plain_progress(log_interval)
         return
@@ -109,8 +115,9 @@ def progress(log_interval: int | None) -> Iterator[Callable[[PreprocessReport], 
     if not console.is_terminal:
         yield plain_progress(log_interval)
         return
-    with console.status("Starting") as status:
-        yield lambda report: status.update(f"Processed {rates(report)}")
+    # Without the thread of `console.status`: see `_end_with_parent` in megatron_slm/data/shards.py.
+    with Live("Starting", console=console, auto_refresh=False, transient=True) as live:
+        yield lambda report: live.update(f"Processed {rates(report)}", refresh=True)
 
 
 def summary(config: PreprocessConfig, report: PreprocessReport) -> str:

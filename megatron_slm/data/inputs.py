@@ -18,6 +18,7 @@ from megatron_slm.errors import CorpusError
 STANDARD_INPUT = "-"
 STREAM_PIECE_BYTES = 16 << 20
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES, _PIECES = 1 << 20, 64 << 20, 64
+_MIN_LAST_PIECE_BYTES, _PIECES_LEFT_PER_WORKER = 1 << 18, 2
 _ROWS_PER_BATCH = 1024
 
 
@@ -187,33 +188,43 @@ class Inputs:
     def pieces(self, workers: int) -> Iterator[Piece]:
         """Cut the inputs. Compressed files are read by the workers where there are enough, else here, piece by piece.
 
+        Several workers get smaller pieces towards the end, so that none waits long for another's last one.
+
         Raises:
             CorpusError: a file cannot be read.
         """
         if not self.files:
             yield from _stream(STANDARD_INPUT, sys.stdin.buffer, None)
-        piece_bytes = _piece_bytes(self.total_bytes or 0)
+        total_bytes = left_bytes = self.total_bytes or 0
         compressed = [path for path in self.files if path.suffix in COMPRESSED_SUFFIXES]
         for path in self.files:
             status = path.stat()
             of_file = (path, status.st_size, status.st_mtime_ns)
             if path.suffix == ".parquet":
-                yield from _row_groups(of_file, piece_bytes)
+                yield from _row_groups(of_file, _piece_bytes(total_bytes, left_bytes, workers))
             elif path.suffix not in COMPRESSED_SUFFIXES:
-                for start in range(0, status.st_size, piece_bytes):
+                start = 0
+                while start < status.st_size:
+                    piece_bytes = _piece_bytes(total_bytes, left_bytes - start, workers)
                     stop = min(start + piece_bytes, status.st_size)
                     yield ByteRange(*of_file, stop - start, start, stop)
+                    start = stop
             elif len(compressed) >= 2 * workers or workers == 1:
                 yield WholeFile(*of_file, status.st_size)
             else:
                 with open_decompressed(path) as (stream, file):
                     yield from _stream(str(path), stream, file)
+            left_bytes -= status.st_size
 
 
-def _piece_bytes(total_bytes: int) -> int:
-    """A power of two, so that most pieces of a growing input stay what they are."""
+def _piece_bytes(total_bytes: int, left_bytes: int, workers: int) -> int:
+    """A power of two, so that most pieces stay what they are where files are added or workers are another number."""
     share = max(1, total_bytes // _PIECES)
-    return min(_MAX_PIECE_BYTES, max(_MIN_PIECE_BYTES, 1 << (share - 1).bit_length()))
+    piece_bytes = min(_MAX_PIECE_BYTES, max(_MIN_PIECE_BYTES, 1 << (share - 1).bit_length()))
+    if workers == 1:
+        return piece_bytes
+    last = max(1, left_bytes // (_PIECES_LEFT_PER_WORKER * workers))
+    return min(piece_bytes, max(_MIN_LAST_PIECE_BYTES, 1 << (last.bit_length() - 1)))
 
 
 def _stream(source: str, stream: BinaryIO, beneath: BinaryIO | None) -> Iterator[StreamedLines]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -31,6 +34,8 @@ REPORTED_INVALID_LINES = 100
 _DOCUMENTS_PER_BATCH = 1024
 _BYTES_PER_BATCH = 1 << 20
 _PIECES_AHEAD_PER_WORKER = 2
+_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG (linux/prctl.h): the signal that this process gets when its parent ends."""
 
 
 class InvalidLine(NamedTuple):
@@ -255,15 +260,29 @@ _WRITER_OF_WORKER: list[ShardWriter] = []
 def _start_worker(writer: ShardWriter) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
     _WRITER_OF_WORKER[:] = [writer]
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for work for ever."""
+    """A killed parent cannot end its workers, and they would wait for work for ever.
+
+    The kernel does it rather than a thread that waits: glibc's malloc takes no lock in a process of one thread, and
+    tokenizers allocate so much that a second thread, though it only sleeps, costs 8 % of the speed.
+    """
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent.pid:  # it was dead before that
+            os._exit(1)
+    else:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 def _make_in_worker(piece: Piece) -> Shard:

@@ -139,7 +139,7 @@ def test_falls_back_loudly_and_whole(
     tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The difference shows up late: what was encoded before is encoded again."""
-    monkeypatch.setattr("megatron_slm.data.inputs._piece_bytes", lambda _: 300)
+    monkeypatch.setattr("megatron_slm.data.inputs._piece_bytes", lambda *_: 300)
     monkeypatch.setattr(logging.getLogger("megatron_slm"), "propagate", True)
     source = write_json_lines(tmp_path / "in.jsonl", ["one two three"] * 60 + ["uncommon"] * 60)
     tokenizer = SentencePieceTokenizer(model_file)

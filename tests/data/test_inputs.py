@@ -47,7 +47,7 @@ def test_no_such_file(tmp_path: Path, name: str) -> None:
 def test_byte_ranges_take_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(PLAIN[:-2] if piece_bytes % 2 else PLAIN)  # without a last line break, too
-    monkeypatch.setattr(module, "_piece_bytes", lambda _: piece_bytes)
+    monkeypatch.setattr(module, "_piece_bytes", lambda *_: piece_bytes)
     pieces = list(Inputs([str(path), str(path)]).pieces(2))
     assert all(isinstance(piece, ByteRange) for piece in pieces)
     assert texts(pieces) == [row["text"] for row in ROWS] * 2
@@ -87,7 +87,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=30)
-    monkeypatch.setattr(module, "_piece_bytes", lambda _: piece_bytes)
+    monkeypatch.setattr(module, "_piece_bytes", lambda *_: piece_bytes)
     pieces = list(Inputs([str(path)]).pieces(2))
     assert all(isinstance(piece, RowGroups) for piece in pieces)
     assert len(pieces) == (7 if piece_bytes == 1 else 1 if piece_bytes == 10**6 else len(pieces))
@@ -118,4 +118,25 @@ def test_identities_tell_contents_apart(tmp_path: Path) -> None:
 
 def test_piece_sizes() -> None:
     mib = 1 << 20
-    assert [module._piece_bytes(size) for size in (0, mib, 100 * mib, 10**13)] == [mib, mib, 2 * mib, 64 * mib]
+    sizes = [module._piece_bytes(size, size, 1) for size in (0, mib, 100 * mib, 10**13)]
+    assert sizes == [mib, mib, 2 * mib, 64 * mib]
+
+
+@pytest.mark.parametrize("workers", [2, 3, 16])
+def test_the_last_pieces_are_smaller_so_that_workers_end_together(tmp_path: Path, workers: int) -> None:
+    """Of several workers, as long as there is more left than each of them could take at once."""
+    mib = 2**20
+    for name, size in (("a", 70 * mib), ("b", 58 * mib + 1)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    inputs = Inputs([str(tmp_path / "*")])
+    pieces = [piece for piece in inputs.pieces(workers) if isinstance(piece, ByteRange)]
+    left = 128 * mib + 1
+    for piece in pieces:
+        size = piece.stop - piece.start
+        assert size <= max(left // (2 * workers), mib // 4)
+        assert piece.start % (1 << (size.bit_length() - 1)) == 0, "aligned, so that other cuts share it"
+        left -= size
+    assert left == 0
+    assert pieces[0].stop == 2 * mib, "as one worker's"
+    assert len(pieces) < 64 + 24 * workers

@@ -165,7 +165,7 @@ def test_progress(tmp_path: Path, small_pieces: None) -> None:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 600 bytes, so that small inputs have many."""
-    monkeypatch.setattr("megatron_slm.data.inputs._piece_bytes", lambda _: 600)
+    monkeypatch.setattr("megatron_slm.data.inputs._piece_bytes", lambda *_: 600)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "-"])

@@ -49,7 +49,7 @@ def test_random_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_s
         source = tmp_path / "in.jsonl"
         source.write_bytes("".join(line + draw.choice(ends) for line in lines).encode())
         piece_bytes = draw.choice((30, 200, 10**6))
-        monkeypatch.setattr("megatron_slm.data.inputs._piece_bytes", lambda _, size=piece_bytes: size)
+        monkeypatch.setattr("megatron_slm.data.inputs._piece_bytes", lambda *_, size=piece_bytes: size)
         config = PreprocessConfig(
             input=(str(source),), output_prefix=str(tmp_path / "c"), append_eod=append_eod, fast_tokenizer=fast
         )
