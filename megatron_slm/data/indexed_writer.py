@@ -191,7 +191,7 @@ def put_in_place(prefix: str | Path, bin_part: Path, idx_part: Path, sidecar: st
 
     Args:
         prefix: of the corpus.
-        bin_part, idx_part: the files, in its folder.
+        bin_part, idx_part: the files, on its file system.
         sidecar: what its `.meta.json` holds; it is there before the corpus is.
     """
     # An old index over a new .bin of the same size would read as whole.
@@ -205,7 +205,7 @@ def put_in_place(prefix: str | Path, bin_part: Path, idx_part: Path, sidecar: st
             sync_and_close(file)
         os.replace(sidecar_part, sidecar_path(prefix))
     os.replace(idx_part, idx_path(prefix))
-    _sync_folder(bin_part.parent)
+    _sync_folder(bin_path(prefix).parent)
 
 
 def sync_and_close(stream: BinaryIO) -> None:

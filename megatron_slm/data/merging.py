@@ -1,39 +1,15 @@
-"""Several corpora end to end as one: tokens copied, pointers and document indices moved along."""
+"""Merging corpora of users, with their loss masks and sidecars."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_slm.data.indexed import CODE_BY_DTYPE, HEADER, MAGIC, VERSION, CorpusIndex, bin_path, idx_path
-from megatron_slm.data.indexed_writer import part_path, put_in_place, sync_and_close
-from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar, sidecar_text
+from megatron_slm.data.indexed import CorpusIndex, bin_path
+from megatron_slm.data.joined_corpus import JoinedCorpus, Merged, require_same_dtype
+from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar
 from megatron_slm.errors import CorpusError, VocabularyError
-
-_BLOCK_BYTES = 8 << 20
-_ENTRIES_PER_BLOCK = 1 << 20
-
-
-class Merged(NamedTuple):
-    """What was written."""
-
-    num_documents: int
-    """Documents, empty ones included."""
-
-    num_tokens: int
-    """Tokens."""
-
-    bin_sha256: str
-    """SHA-256 of the `.bin`, hexadecimal."""
-
-    idx_sha256: str
-    """SHA-256 of the `.idx`."""
 
 
 def concatenate(
@@ -43,10 +19,10 @@ def concatenate(
 ) -> Merged:
     """Write the corpora `prefixes`, in this order, as the corpus `output_prefix`: whole, or not there.
 
-    Memory does not grow with the corpora. Parts without a token are fine; all together must have one.
+    Memory does not grow with the corpora. Some may have no token; all together must have one.
 
     Args:
-        prefixes: the parts, in order.
+        prefixes: the corpora, in order.
         output_prefix: of the new corpus.
         sidecar_of: makes its sidecar, which is there before the corpus is.
 
@@ -58,36 +34,13 @@ def concatenate(
         raise CorpusError("corpora to merge", 0, "must be at least one", "name some")
     indices = [CorpusIndex(prefix) for prefix in prefixes]
     for index in indices:
-        if index.dtype != indices[0].dtype:
-            raise CorpusError(
-                f"token dtype of {index.prefix}",
-                index.dtype.name,
-                f"must be {indices[0].dtype.name}, that of {indices[0].prefix}",
-                "preprocess one of them again, with the other's tokenizer",
-            )
         if bin_path(index.prefix).resolve() == bin_path(output_prefix).resolve():
             raise CorpusError("output prefix", str(output_prefix), "must not be one of the inputs", "give another")
-    num_tokens = sum(index.num_tokens for index in indices)
-    if num_tokens == 0:
-        raise CorpusError("tokens to write", 0, "a corpus needs at least one token", "check the input")
-    bin_part, idx_part = part_path(bin_path(output_prefix)), part_path(idx_path(output_prefix))
-    try:
-        bin_part.parent.mkdir(parents=True, exist_ok=True)
-        hashes = [
-            _write(bin_part, (block for index in indices for block in _token_blocks(index))),
-            _write(idx_part, _index_blocks(indices)),
-        ]
-        merged = Merged(sum(index.num_documents for index in indices), num_tokens, *hashes)
-        sidecar = sidecar_of(merged)
-        put_in_place(output_prefix, bin_part, idx_part, None if sidecar is None else sidecar_text(sidecar))
-    except OSError as error:
-        raise CorpusError(
-            "output prefix", str(output_prefix), f"must be writable: {error}", "give another, or free space"
-        ) from error
-    finally:
-        for part in (bin_part, idx_part):
-            part.unlink(missing_ok=True)
-    return merged
+        require_same_dtype(index, indices[0])  # now, not after the others are copied
+    with JoinedCorpus(output_prefix) as joined:
+        for index in indices:
+            joined.add(index)
+        return joined.close(sidecar_of)
 
 
 def merge_corpora(
@@ -179,53 +132,3 @@ def _combined(
         loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
         loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
     )
-
-
-def _write(path: Path, blocks: Iterator[Any]) -> str:
-    digest = hashlib.sha256()
-    file: BinaryIO = open(path, "wb")
-    try:
-        for block in blocks:
-            digest.update(block)
-            file.write(block)
-    except BaseException:
-        file.close()
-        raise
-    sync_and_close(file)
-    return digest.hexdigest()
-
-
-def _token_blocks(index: CorpusIndex) -> Iterator[Any]:
-    left = index.num_tokens * index.dtype.itemsize
-    buffer = memoryview(bytearray(min(left, _BLOCK_BYTES)))
-    with open(bin_path(index.prefix), "rb", buffering=0) as file:
-        while left:
-            count = file.readinto(buffer[: min(left, len(buffer))])
-            if not count:
-                raise CorpusError(
-                    f"size of {bin_path(index.prefix)}", left, "became shorter while it was read", "start again"
-                )
-            left -= count
-            yield buffer[:count]
-
-
-def _index_blocks(indices: list[CorpusIndex]) -> Iterator[bytes]:
-    num_sequences = sum(index.num_sequences for index in indices)
-    num_documents = sum(index.num_documents for index in indices)
-    yield HEADER.pack(MAGIC, VERSION, CODE_BY_DTYPE[indices[0].dtype], num_sequences, num_documents + 1)
-    for index in indices:
-        yield from (block.astype("<i4").tobytes() for block in _entries(index.sequence_lengths))
-    moved = 0
-    for index in indices:
-        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(index.sequence_pointers))
-        moved += index.num_tokens * index.dtype.itemsize
-    yield np.zeros(1, "<i8").tobytes()
-    moved = 0
-    for index in indices:
-        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(index.document_indices[1:]))
-        moved += index.num_sequences
-
-
-def _entries(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    for start in range(0, len(array), _ENTRIES_PER_BLOCK):
-        yield array[start : start + _ENTRIES_PER_BLOCK]

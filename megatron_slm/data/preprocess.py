@@ -17,9 +17,9 @@ from typing import NamedTuple
 from megatron_slm.data.documents import DocumentKeys
 from megatron_slm.data.encoding import Encoder, Encoding
 from megatron_slm.data.fast_encoder import LIBRARY, FastEncoder, FastEncoderError
-from megatron_slm.data.indexed import dtype_for_vocabulary
+from megatron_slm.data.indexed import CorpusIndex, dtype_for_vocabulary
 from megatron_slm.data.inputs import Inputs, Piece
-from megatron_slm.data.merging import Merged, concatenate
+from megatron_slm.data.joined_corpus import JoinedCorpus
 from megatron_slm.data.shards import REPORTED_INVALID_LINES, CorpusCounts, Shard, ShardWriter, make_shards
 from megatron_slm.data.sidecar import Sidecar, loss_mask_prefix
 from megatron_slm.data.tokenizer import Tokenizer
@@ -195,17 +195,21 @@ def _preprocess(
         stop_at_invalid=config.on_error == "stop",
         identity=hashlib.sha256(repr((tokenizer.definition(), encoding, name)).encode()).hexdigest(),
     )
-    shards: list[Shard] = []
     lines_before: dict[str, int] = {}
-    with contextlib.closing(make_shards(inputs.pieces(config.workers), writer, config.workers)) as made:
+    with contextlib.ExitStack() as stack:
+        outputs = [_Output(config, key, stack) for key in config.keys.corpora]
+        made = stack.enter_context(
+            contextlib.closing(make_shards(inputs.pieces(config.workers), writer, config.workers))
+        )
         for piece, shard in made:
             _take(piece, shard, config, report, lines_before)
-            shards.append(shard)
+            for at, output in enumerate(outputs):
+                output.add(shard, at)
             report.seconds = time.monotonic() - started
             on_progress(report)
-    _require_tokens(config, report)
-    for at, key in enumerate(config.keys.corpora):
-        _write_corpus(config, tokenizer, encoding, report, shards, at, key)
+        _require_tokens(config, report)
+        for output in outputs:
+            output.close(tokenizer, encoding, report)
     report.seconds = time.monotonic() - started
     return report
 
@@ -308,33 +312,40 @@ def _require_tokens(config: PreprocessConfig, report: PreprocessReport) -> None:
             raise CorpusError("input", ", ".join(config.input), problem, fix)
 
 
-def _write_corpus(
-    config: PreprocessConfig,
-    tokenizer: Tokenizer,
-    encoding: Encoding,
-    report: PreprocessReport,
-    shards: list[Shard],
-    at: int,
-    key: str,
-) -> None:
-    """Put the parts of one key together: the loss mask first, the sidecar before the corpus."""
-    prefix, counts, folder = config.corpus_prefix(key), report.corpora[key], config.parts_folder
-    mask: Merged | None = None
-    if config.keys.is_masked:
-        mask = concatenate([shard.mask_prefix(folder, at) for shard in shards], loss_mask_prefix(prefix))
-    sidecar_of = partial(
-        Sidecar,
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-        vocab_size=tokenizer.vocab_size,
-        max_token_id=counts.max_token_id,
-        eod_id=encoding.eod_id,
-        bos_id=encoding.bos_id,
-        command=config.command,
-        num_empty=counts.num_empty,
-        num_invalid=report.num_invalid,
-        longest_document=counts.longest_document,
-        loss_mask=None if mask is None else loss_mask_prefix(prefix).name,
-        loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
-        loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
-    )
-    concatenate([shard.prefix(folder, at) for shard in shards], prefix, lambda merged: sidecar_of(**merged._asdict()))
+class _Output:
+    """The corpus of a key and its loss mask, joined from parts while the workers make more."""
+
+    def __init__(self, config: PreprocessConfig, key: str, stack: contextlib.ExitStack) -> None:
+        self._config, self._key = config, key
+        prefix = config.corpus_prefix(key)
+        self._tokens = stack.enter_context(JoinedCorpus(prefix, config.parts_folder))
+        self._mask: JoinedCorpus | None = None
+        if config.keys.is_masked:
+            self._mask = stack.enter_context(JoinedCorpus(loss_mask_prefix(prefix), config.parts_folder))
+
+    def add(self, shard: Shard, at: int) -> None:
+        """Corpus number `at` of the shard."""
+        self._tokens.add(CorpusIndex(shard.prefix(self._config.parts_folder, at)))
+        if self._mask is not None:
+            self._mask.add(CorpusIndex(shard.mask_prefix(self._config.parts_folder, at)))
+
+    def close(self, tokenizer: Tokenizer, encoding: Encoding, report: PreprocessReport) -> None:
+        """Put them in place: the loss mask first, the sidecar before the corpus."""
+        counts = report.corpora[self._key]
+        mask = None if self._mask is None else self._mask.close()
+        sidecar_of = partial(
+            Sidecar,
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+            vocab_size=tokenizer.vocab_size,
+            max_token_id=counts.max_token_id,
+            eod_id=encoding.eod_id,
+            bos_id=encoding.bos_id,
+            command=self._config.command,
+            num_empty=counts.num_empty,
+            num_invalid=report.num_invalid,
+            longest_document=counts.longest_document,
+            loss_mask=None if mask is None else loss_mask_prefix(self._config.corpus_prefix(self._key)).name,
+            loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
+            loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
+        )
+        self._tokens.close(lambda merged: sidecar_of(**merged._asdict()))

@@ -68,8 +68,8 @@ def test_1000_random_corpora(tmp_path: Path, first_seed: int, monkeypatch: pytes
 
 
 def test_blocks_are_smaller_than_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_slm.data.merging._BLOCK_BYTES", 7)
-    monkeypatch.setattr("megatron_slm.data.merging._ENTRIES_PER_BLOCK", 2)
+    monkeypatch.setattr("megatron_slm.data.joined_corpus._BLOCK_BYTES", 7)
+    monkeypatch.setattr("megatron_slm.data.joined_corpus._ENTRIES_PER_BLOCK", 2)
     for name, lengths, first in (
         ("a", [3, 0, 5, 2, 1], 0),
         ("b", [4, 4, 1], 11),

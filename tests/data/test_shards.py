@@ -126,10 +126,12 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     while _alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(process.pid), "no worker is left"
-    assert not (tmp_path / "c_text_document.idx").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.parts", "in.jsonl"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100)
     assert "were done by an earlier run" in done.stdout
     assert done.stdout.splitlines()[2].split()[1:3] == ["12", str(12 * 400_000)]
+    corpus = [f"c_text_document.{suffix}" for suffix in ("bin", "idx", "meta.json")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*corpus, "in.jsonl"]
 
 
 def _alive(group: int) -> bool:
