@@ -6,6 +6,8 @@ with a code other than zero. A bug in the program is never an `SlmError`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 EXIT_UNUSABLE = 2
@@ -59,6 +61,10 @@ class CheckpointError(SlmError):
     """A checkpoint is missing, incomplete, damaged, or of another run."""
 
 
+class RunFolderError(SlmError):
+    """What a run records (metrics, TensorBoard, probed texts) cannot be written."""
+
+
 class PeerError(SlmError):
     """Another rank, or the way to it, is gone or silent."""
 
@@ -91,3 +97,18 @@ class TrainingError(SlmError):
     """Training cannot go on (for example: losses are no longer finite)."""
 
     exit_code = EXIT_UNUSABLE
+
+
+@contextmanager
+def os_errors_as(kind: type[SlmError], field: str, value: object, rule: str, fix: str) -> Iterator[None]:
+    """What the operating system says inside becomes an error of this kind.
+
+    Args:
+        kind: of the error.
+        field, rule, fix: see `SlmError`; the rule is followed by what the system said.
+        value: where the system names no file; else it is that file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(field, str(error.filename or value), f"{rule} ({error.strerror or error})", fix) from error

@@ -6,8 +6,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -35,8 +35,8 @@ from megatron_slm.checkpoint.snapshot import SnapshotMemory, TensorFile, rank_fi
 from megatron_slm.checkpoint.tensor_file import write_tensor_file
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import local_device
-from megatron_slm.errors import CheckpointError
-from megatron_slm.parallel.collectives import together
+from megatron_slm.errors import CheckpointError, os_errors_as
+from megatron_slm.parallel.collectives import gather_objects, together
 from megatron_slm.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Writer:
         Raises:
             CheckpointError: the folder cannot be written, or holds checkpoints of steps beyond `start`.
         """
-        with write_errors():
+        with _write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".writable").touch()
             (self.folder / ".writable").unlink()
@@ -114,7 +114,7 @@ class Writer:
                 f"holds no checkpoint beyond the step the run starts from ({start}), but {sound[-1]} is there",
                 "resume from it with --load, choose another folder, or remove it",
             )
-        with write_errors():
+        with _write_errors():
             clear_leftovers(self.folder)
             for path in beyond:
                 aside = next(p for n in count() if not (p := _aside(path, n)).exists())
@@ -188,7 +188,7 @@ class _Job:
 
     def _run(self) -> None:
         try:
-            with write_errors():
+            with _write_errors():
                 self.result = self._work()
         except BaseException as error:
             self.error = error
@@ -247,7 +247,7 @@ class Saver:
         started = time.perf_counter()
         rank = dist.get_rank()
         temporary = self.writer.folder / f".{folder_name(progress.step)}.tmp"
-        with together(), write_errors():
+        with together(), _write_errors():
             if rank == 0:
                 clear_leftovers(self.writer.folder)
                 temporary.mkdir(parents=True)
@@ -307,9 +307,7 @@ class Saver:
         entries: Entries = {}
         with together():
             entries = saving.writing.wait()
-        every_rank: list[Entries] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every_rank, entries)
-        files = {name: entry for one in every_rank for name, entry in one.items()}
+        files = {name: entry for one in gather_objects(entries) for name, entry in one.items()}
         saving.num_bytes = sum(entry["size"] for entry in files.values())
 
         def commit() -> Entries:
@@ -329,18 +327,9 @@ class Saver:
             logger.warning("the losses of step %d cannot be noted beside the checkpoints (%s)", step, error.strerror)
 
 
-@contextmanager
-def write_errors() -> Iterator[None]:
-    """What the disk says becomes a `CheckpointError`."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            "--save",
-            str(error.filename or "checkpoint"),
-            f"can be written ({error.strerror or error})",
-            "free or choose another disk; earlier checkpoints are unharmed",
-        ) from error
+def _write_errors() -> AbstractContextManager[None]:
+    fix = "free or choose another disk; earlier checkpoints are unharmed"
+    return os_errors_as(CheckpointError, "--save", "checkpoint", "can be written", fix)
 
 
 def _aside(path: Path, number: int) -> Path:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from megatron_slm.data.indexed import CODE_BY_DTYPE, HEADER, MAGIC, VERSION, CorpusIndex, bin_path, idx_path
 from megatron_slm.data.indexed_writer import part_path, put_in_place, sync_and_close
 from megatron_slm.data.sidecar import Sidecar, sidecar_text
-from megatron_slm.errors import CorpusError
+from megatron_slm.errors import CorpusError, os_errors_as
 
 _BLOCK_BYTES = 8 << 20
 _ENTRIES_PER_BLOCK = 1 << 20
@@ -105,14 +105,10 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
         for part in (self._bin_part, self._idx_part):
             part.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def _writable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CorpusError(
-                "output prefix", str(self.prefix), f"must be writable: {error}", "give another, or free space"
-            ) from error
+    def _writable(self) -> contextlib.AbstractContextManager[None]:
+        return os_errors_as(
+            CorpusError, "output prefix", str(self.prefix), "must be writable", "give another, or free space"
+        )
 
 
 def require_same_dtype(part: CorpusIndex, first: CorpusIndex) -> None:

@@ -168,11 +168,16 @@ def together() -> Iterator[None]:
         yield
     except SlmError as error:
         mine = error
-    errors: list[SlmError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, mine)
-    for found in [mine, *errors]:
+    for found in [mine, *gather_objects(mine)]:
         if found is not None:
             raise found
+
+
+def gather_objects(value: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
+    """Every rank's value, by rank, on every rank. Collective over the group, or the world."""
+    held: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(held, value, group=group)
+    return held
 
 
 def from_rank_0(value: _T) -> _T:

@@ -16,10 +16,10 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import psutil
-import torch.distributed as dist
 
 from megatron_slm.device import communication_backend
 from megatron_slm.errors import PeerError
+from megatron_slm.parallel.collectives import gather_objects, peers_named
 
 _ANSWER_SECONDS = 3.0
 
@@ -103,15 +103,16 @@ def silent_nodes_named() -> Iterator[None]:
     """To a `PeerError` that is raised inside, the nodes that give no sign of life are added. Collective at its start.
 
     Raises:
-        PeerError: as inside.
+        PeerError: as inside; or a rank is lost at the start.
     """
     with Listener() as listener:
-        places: list[Place | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(places, Place(host=socket.gethostname(), address=own_address(), port=listener.port))
+        own = Place(host=socket.gethostname(), address=own_address(), port=listener.port)
+        with peers_named("telling the others how to reach this node"):
+            places = gather_objects(own)
         try:
             yield
         except PeerError as error:
-            silent = silent_nodes([place for place in places if place is not None], socket.gethostname())
+            silent = silent_nodes(places, socket.gethostname())
             if not silent:
                 raise
             value = f"{error.value}; no sign of life from {', '.join(silent)}"

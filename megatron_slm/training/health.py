@@ -14,6 +14,7 @@ from megatron_slm.config.health import HealthConfig
 from megatron_slm.data.sampler import sample_indices
 from megatron_slm.errors import TrainingError
 from megatron_slm.loss.objective import LossSums, StepSettings
+from megatron_slm.parallel.collectives import gather_objects
 from megatron_slm.pipeline.facts import MicroBatchFacts
 from megatron_slm.pipeline.refusal import Reason
 from megatron_slm.training.build import Run
@@ -99,10 +100,8 @@ class Health:
         plan, position = run.plan, run.position
         coordinate = plan.topology.coordinate(rank)
         mine = (coordinate.pipeline, coordinate.data, run.trainer.micro_batch_facts())
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, mine)
         found: dict[tuple[int, int], dict[str, Any]] = {}
-        for stage, data_rank, facts in everyones:
+        for stage, data_rank, facts in gather_objects(mine):
             for fact in facts:
                 key = (fact.micro_batch, data_rank)
                 _merge(found.setdefault(key, self._micro_batch(*key)), fact, stage)

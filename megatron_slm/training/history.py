@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from megatron_slm.errors import RunFolderError, os_errors_as
 
 
 class History:
@@ -38,6 +41,12 @@ class History:
         """Write a line."""
         with self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def disk_errors(run_dir: str | Path) -> AbstractContextManager[None]:
+    """What the disk says inside becomes a `RunFolderError`."""
+    fix = "free the disk, or choose another folder; then resume"
+    return os_errors_as(RunFolderError, "--run-dir", run_dir, "can be written", fix)
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

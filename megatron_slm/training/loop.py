@@ -64,7 +64,8 @@ def train(run: Run) -> None:
                 recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
             with run.trainer.timers.timing("batch-generator"):
                 unreadable = run.train_source.prepare(position.consumed_samples)
-            stopping = stop.agreed(step_done=None if is_last else position.step, must_stop=unreadable is not None)
+            must_stop = unreadable is not None or recorder.unwritten is not None
+            stopping = stop.agreed(step_done=None if is_last else position.step, must_stop=must_stop)
             recorder.saved(run.saver.poll())
             saves = stopping is not None or is_due(position.step, config.checkpoint.save_interval, last)
             if saves:
@@ -73,10 +74,12 @@ def train(run: Run) -> None:
                 stopping = _evaluate(run, recorder, is_saved=saves)
             else:  # what is under way is committed before anything that can fail
                 recorder.saved(run.saver.finish())
-                _raise_together(unreadable)
+                _raise_together(unreadable or recorder.unwritten)
         watchdog.enter(Phase.SAVING, position.step)
         recorder.saved(run.saver.finish())
         watchdog.enter(Phase.ENDING, position.step)
+        recorder.flush()
+        _raise_together(recorder.unwritten)
         if stopping is not None:
             recorder.say(f"asked to stop ({stopping}); stopped after step {position.step}")
 

@@ -132,8 +132,12 @@ class MetricsWriter:
         self._bad_batches.append(line)
         self.write({"event": "bad-batch", **{name: line[name] for name in _BAD_BATCH_METRICS}})
 
+    def flush(self) -> None:
+        """Have everything written that is on its way to TensorBoard."""
+        self.board.flush()
+
     def close(self) -> None:
-        """Flush everything."""
+        """Flush everything, and let go of it."""
         self.board.close()
         self._monitors.close()
 

@@ -28,12 +28,13 @@ class StepProfiler:
         self.end = config.profile_step_end or self.first + 2
         self._is_mine = self.first > 0 and dist.get_rank() in config.profile_ranks
         self._profile: Any = None
-        self._last = 0  # step that was begun
+        self._begun = self._last = 0  # the first step that is profiled, and the one that was begun last
 
     def before(self, step: int) -> None:
         """Tell that `step` is about to begin (counted from 1, as in the metrics)."""
         self._last = step
-        if self._is_mine and step == self.first:
+        if self._is_mine and self._profile is None and self.first <= step < self.end:
+            self._begun = step  # a resumed run's first may be beyond the first that was asked for
             activities = [torch.profiler.ProfilerActivity.CPU]
             activities += [torch.profiler.ProfilerActivity.CUDA] * on_gpu()
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
@@ -49,10 +50,14 @@ class StepProfiler:
             return
         profile, self._profile = self._profile, None
         profile.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank-{dist.get_rank()}-steps-{self.first}-{self._last}"
-        profile.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        name = f"rank-{dist.get_rank()}-steps-{self._begun}-{self._last}"
         order = f"self_{'cuda' if on_gpu() else 'cpu'}_time_total"
-        table = profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=60)
-        (self.folder / f"{name}.txt").write_text(table)
-        logger.info("profile of steps %d to %d: %s.json.gz", self.first, self._last, self.folder / name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+            table = profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=60)
+            (self.folder / f"{name}.txt").write_text(table)
+        except OSError as error:
+            logger.warning("the profile of steps %d to %d cannot be written (%s)", self._begun, self._last, error)
+            return
+        logger.info("profile of steps %d to %d: %s.json.gz", self._begun, self._last, self.folder / name)

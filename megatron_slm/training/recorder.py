@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import torch.distributed as dist
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder
 from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
+from megatron_slm.errors import RunFolderError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import from_rank_0, together
 from megatron_slm.pipeline.activity import Phase
 from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.health import BadBatch
+from megatron_slm.training.history import disk_errors
 from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
 from megatron_slm.training.probe_board import show_record
@@ -49,15 +53,20 @@ def progress_of(run: Run) -> Progress:
 
 
 class Recorder:
-    """Writes what happens; only rank 0 has anything to write to."""
+    """Writes what happens; only rank 0 has anything to write to.
+
+    Attributes:
+        unwritten: what kept something from being written; the run cannot go on then, for its history would have a gap.
+    """
 
     def __init__(self, run: Run, watchdog: Watchdog, stop: StopRequest) -> None:
         self.run, self.watchdog, self.stop, config = run, watchdog, stop, run.plan.config
         self.writer: MetricsWriter | None = None
+        self.unwritten: RunFolderError | None = None
         self.probed_texts: ProbedTexts
         self._utilization = run.plan.utilization
         self._logged_step, self._step_seconds, self._last = run.position.step, 0.0, config.training.train_iters
-        with together():  # a monitor may not open
+        with together(), disk_errors(run.plan.config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
                 self.writer = MetricsWriter(run_dir, resume_step=run.position.step, monitors=run.plan.monitors)
@@ -68,7 +77,8 @@ class Recorder:
     def bad_batch(self, bad: BadBatch | None) -> None:
         """Record a step that went wrong, where one did."""
         if bad is not None and self.writer is not None:
-            self.writer.bad_batch(asdict(bad))
+            with self._recording():
+                self.writer.bad_batch(asdict(bad))
             last = bad.first_sample + bad.num_samples - 1
             outcome = "not applied" if bad.skipped else "applied all the same"
             self.say(f"warning: step {bad.step}: {bad.reason}, {outcome}; samples {bad.first_sample} to {last}")
@@ -100,7 +110,7 @@ class Recorder:
             names, consumed = [s.name for s in sources], plan.train_samples.consumed(position.consumed_samples)
             values["sources"] = source_metrics(result.sums, names, consumed)
         if used is not None:
-            self.writer.write({**values, **used})
+            self._write({**values, **used})
         self.line.update(position.step, values)
 
     def _used(self) -> dict[str, Any]:
@@ -145,7 +155,7 @@ class Recorder:
                 if run.plan.config.checkpoint.enabled:  # before the line that says it is done
                     run.saver.evaluated(run.position.step, {held_out.name: loss})
                 tokens = run.position.consumed_samples * run.plan.config.data.seq_length
-                self.writer.write(
+                self._write(
                     {"event": "eval", "step": run.position.step, "tokens": tokens, "set": held_out.name, "loss": loss}
                 )
                 shown = "not finite" if loss is None else f"{loss:.4f} nats"
@@ -172,8 +182,9 @@ class Recorder:
         """Make ready for the texts of --probe-file, and for the record that a kill cut off. Collective."""
         run, step = self.run, self.run.position.step
         if run.text_probe is None:
-            if self.writer is not None:
-                ProbeFolder(run.plan.config.logging.run_dir).go_on_after(step)
+            with together(), disk_errors(run.plan.config.logging.run_dir):
+                if self.writer is not None:
+                    ProbeFolder(run.plan.config.logging.run_dir).go_on_after(step)
             return
         self.watchdog.enter(Phase.PROBE, step)
         self.probed_texts = run.text_probe.begin(resume_step=step)
@@ -188,7 +199,9 @@ class Recorder:
         self.watchdog.enter(Phase.PROBE, position.step)
         record = run.text_probe.record(StepSettings(step=position.step, score_threshold=position.score_threshold))
         if self.writer is not None:
-            show_record(self.writer.board, self.probed_texts, record)
+            with self._recording():
+                run.text_probe.folder.write(record)
+                show_record(self.writer.board, self.probed_texts, record)
 
     def probe(self, probe: Probe) -> None:
         """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""
@@ -199,7 +212,7 @@ class Recorder:
             tokens = position.consumed_samples * self.run.plan.config.data.seq_length
             agreed = agreement(position.probe_kept, kept)
             line = {"event": "probe", "step": position.step, "tokens": tokens, "agreement": agreed}
-            self.writer.write({**line, "kept_tokens": int(kept.sum())})
+            self._write({**line, "kept_tokens": int(kept.sum())})
         position.probe_kept = kept
 
     def save(self) -> None:
@@ -219,10 +232,31 @@ class Recorder:
         if self.writer is not None:
             self.line.say(text)
 
+    def flush(self) -> None:
+        """Have everything written."""
+        if self.writer is not None:
+            with self._recording():
+                self.writer.flush()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.writer is not None:
+            with self._recording():
+                self.writer.write(line)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Rank 0 alone learns what the disk says: it is kept until all ranks agree to stop."""
+        try:
+            with disk_errors(self.run.plan.config.logging.run_dir):
+                yield
+        except RunFolderError as error:
+            self.unwritten = self.unwritten or error
+
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with self._recording():
+                self.writer.close()
             self.line.close()

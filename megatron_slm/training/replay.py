@@ -23,6 +23,7 @@ from megatron_slm.data.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.errors import ConfigError, TrainingError
 from megatron_slm.loss.objective import StepSettings
+from megatron_slm.parallel.collectives import gather_objects
 from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.corpora import boundaries
 from megatron_slm.training.health import BadBatch, mean_loss
@@ -168,8 +169,7 @@ class Replay:
         below = any(fact.gradient_is_finite is False for fact in self.run.trainer.micro_batch_facts())
         sources = self.plan.train_samples.sources
         mine = [_samples(*seen, names=[source.name for source in sources]) for seen in self._seen]
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, (coordinate.pipeline if below else None, mine))
+        everyones = gather_objects((coordinate.pipeline if below else None, mine))
         samples = next(found[0] for _, found in everyones if found)
         sums, copies = result.sums, self.plan.topology.data
         return MicroBatchReplay(

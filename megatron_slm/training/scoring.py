@@ -16,7 +16,7 @@ from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.device import local_device
 from megatron_slm.loss.objective import Objective
 from megatron_slm.loss.variants import LossHead
-from megatron_slm.parallel.collectives import together
+from megatron_slm.parallel.collectives import from_rank_0, gather_objects, together
 from megatron_slm.parallel.groups import tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.pipeline.activity import Activity
@@ -69,20 +69,19 @@ def score_corpus(plan: ScoringPlan) -> Manifest:
 
 def _agreed_manifest(plan: ScoringPlan) -> Manifest:
     """The store's manifest, made or taken up by rank 0, on every rank."""
-    found: list[Manifest | None] = [None]
+    found: Manifest | None = None
     with together():
         if dist.get_rank() == 0:
-            found[0] = begin(plan.output, plan.manifest())
-    dist.broadcast_object_list(found, src=0)
-    assert found[0] is not None, "rank 0 sends a manifest"
-    return found[0]
+            found = begin(plan.output, plan.manifest())
+    found = from_rank_0(found)
+    assert found is not None, "rank 0 sends a manifest"
+    return found
 
 
 def _commit(plan: ScoringPlan, manifest: Manifest, written: dict[str, dict[str, Any]]) -> Manifest:
     """Enter what every rank has written; rank 0 replaces the file."""
-    every_rank: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every_rank, written)
-    manifest = manifest.with_shards({**manifest.shards, **{n: e for one in every_rank for n, e in one.items()}})
+    entries = {name: entry for one in gather_objects(written) for name, entry in one.items()}
+    manifest = manifest.with_shards({**manifest.shards, **entries})
     with together():
         if dist.get_rank() == 0:
             manifest.write(plan.output)

@@ -21,6 +21,7 @@ from megatron_slm.device import local_device
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import from_rank_0, together
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.training.history import disk_errors
 from megatron_slm.training.step import Trainer
 from megatron_slm.types import TokenStatistics
 
@@ -58,6 +59,7 @@ class TextProbe:
 
         Raises:
             AnalysisError: on every rank: the run that is gone on with has records of other texts.
+            RunFolderError: on every rank: the folder cannot be written.
         """
         source = partial(self.source.micro_batch, 0)
         self._references = [None] * self.num_micro_batches
@@ -67,7 +69,7 @@ class TextProbe:
             shape = (-1, self.samples.sequence_length)
             reference_loss_Ws = self._gather([x.loss_N.view(shape) for x in self._references if x is not None])
         texts = self._texts(reference_loss_Ws)
-        with together():
+        with together(), disk_errors(self.folder.path.parent):
             if dist.get_rank() == 0:
                 self.folder.begin(texts, resume_step=resume_step)
         return texts
@@ -77,7 +79,7 @@ class TextProbe:
         return from_rank_0(dist.get_rank() == 0 and step in self.folder.steps())
 
     def record(self, settings: StepSettings) -> ProbeRecord:
-        """Look at the texts and write what was seen. Collective."""
+        """Look at the texts. Collective."""
         source = partial(self.source.micro_batch, 0)
         said = self.trainer.probe(source, self._references, settings if self.selects else None)
         loss_Ws = self._gather([probed.loss_bs for probed in said])
@@ -88,9 +90,6 @@ class TextProbe:
             record = ProbeRecord(
                 step=settings.step, loss_Ws=loss_Ws, score_Ws=score_Ws, kept_Ws=kept_Ws.astype(np.bool_)
             )
-        with together():
-            if dist.get_rank() == 0:
-                self.folder.write(record)
         return record
 
     def _gather(self, parts_bs: Sequence[Tensor]) -> npt.NDArray[np.float32]:

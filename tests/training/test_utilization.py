@@ -108,6 +108,17 @@ def test_a_run_that_ends_in_the_profile_writes_it(folder: Path, tmp_path: Path) 
     assert (tmp_path / "run" / "profile" / "rank-0-steps-3-3.json.gz").exists()
 
 
+def test_a_run_that_is_resumed_in_the_profile_goes_on_with_it(folder: Path, tmp_path: Path) -> None:
+    values = run_flags(
+        folder / "corpus", tmp_path / "run", train_iters=4, profile_step_start=2, profile_step_end=5,
+        save=tmp_path / "saved", save_interval=2, exit_interval=2,
+    )  # fmt: skip
+    run_world(train_and_report, 1, values)
+    run_world(train_and_report, 1, {**values, "load": tmp_path / "saved"})
+    profiles = sorted(path.name for path in (tmp_path / "run" / "profile").glob("*.gz"))
+    assert profiles == ["rank-0-steps-2-2.json.gz", "rank-0-steps-3-4.json.gz"]
+
+
 def slow_profile(slow: int) -> list[str]:
     """Writing takes rank `slow` longer; the phases that this rank will write (or wait for) its profile in."""
     phases, real_enter, real_close = [], Watchdog.enter, StepProfiler.close

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.device import local_device, synchronize
+from megatron_slm.parallel.collectives import gather_objects
 
 Pair = tuple[int, int]
 
@@ -92,9 +93,7 @@ def measure(nodes: Sequence[Sequence[int]], *, seconds: float) -> Measurements:
                     elif rank == target:
                         _answer(_End(source, group))
             dist.barrier(group)  # rounds do not disturb each other
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, [asdict(link) for link in mine], group=group)
-        links = [Link(**values) for of_rank in gathered for values in of_rank]
+        links = [link for of_rank in gather_objects(mine, group) for link in of_rank]
         return Measurements(links=links, all_reduce_bytes_per_second=_all_reduce_rate(group, seconds))
     finally:
         dist.destroy_process_group(group)
