@@ -38,7 +38,7 @@ from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weigh
 from megatron_slm.convert.tensors import TensorSource, check_tensors, expected_tensors, row_blocks
 from megatron_slm.convert.vocabulary import ExtendedVocabulary, check_extends
 from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_slm.errors import VocabularyError, WeightsError
+from megatron_slm.errors import VocabularyError, WeightsError, os_errors_as
 
 
 def import_folder(hf: str, output: str, *, extend_vocabulary: str | None = None, allow_bin: bool = False) -> Path:
@@ -83,13 +83,10 @@ def import_folder(hf: str, output: str, *, extend_vocabulary: str | None = None,
         )
     temporary = _make_temporary(target)
     try:
-        files = _write_weights(temporary, architecture, source)
-        _carry(temporary, folder, tokenizer_from)
-        _commit(temporary, target, architecture, tokenizer, files)
-    except OSError as error:
-        raise WeightsError(
-            "--output", error.filename or output, f"can be written ({error.strerror})", "free or choose another disk"
-        ) from error
+        with os_errors_as(WeightsError, "--output", str(output), "can be written", "free or choose another disk"):
+            files = _write_weights(temporary, architecture, source)
+            _carry(temporary, folder, tokenizer_from)
+            _commit(temporary, target, architecture, tokenizer, files)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
     return find_checkpoint(target)
@@ -106,10 +103,8 @@ def _make_temporary(target: Path) -> Path:
         raise WeightsError(
             "--output", str(target), "is a folder that does not exist yet, or is empty", "choose another"
         )
-    try:
+    with os_errors_as(WeightsError, "--output", str(target), "can be made", "choose another"):
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise WeightsError("--output", str(target), f"can be made ({error.strerror})", "choose another") from error
     return temporary
 
 

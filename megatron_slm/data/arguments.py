@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from megatron_slm.errors import ConfigError, SlmError
+from megatron_slm.errors import ConfigError, SlmError, os_errors_as
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -58,6 +60,21 @@ def positive_int(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def write_json(path: str, values: Any, *, flag: str = "--json") -> None:
+    """Write what a tool found where `flag` says; `-` is standard output.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    with os_errors_as(ConfigError, flag, path, "is a file that can be written", "choose another"):
+        Path(path).write_text(text)
 
 
 def exit_code(run: Callable[[], None]) -> int:

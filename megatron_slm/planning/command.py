@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from megatron_slm.config.load import parse
+from megatron_slm.data.arguments import write_json
 from megatron_slm.errors import LayoutError, SlmError
 from megatron_slm.pipeline.plan_command import add_schedule
 from megatron_slm.planning.estimates import Estimate, estimate, search
@@ -149,13 +148,4 @@ def _write_json(path: str | None, plan: dict[str, object], args: argparse.Namesp
     if path is None:
         return
     names = ("gpu", "nodes", "gpus_per_node", "efficiency", "link_efficiency", "memory_share")
-    text = json.dumps({"assumed": {name: getattr(args, name) for name in names}, **plan}, indent=1)
-    if path == "-":
-        sys.stdout.write(text + "\n")
-        return
-    try:
-        Path(path).write_text(text + "\n")
-    except OSError as error:
-        raise LayoutError(
-            "--json", path, f"is a file that can be written ({error.strerror})", "choose another"
-        ) from error
+    write_json(path, {"assumed": {name: getattr(args, name) for name in names}, **plan})

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_slm.checkpoint.format import file_sha256, write_durably
-from megatron_slm.errors import ScoreStoreError
+from megatron_slm.errors import ScoreStoreError, os_errors_as
 from megatron_slm.reference.manifest import MANIFEST, Manifest, check_same_settings, shard_name
 from megatron_slm.types import MicroBatch
 
@@ -126,12 +126,8 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, scores: Scores, di
     tensors["token_digest"] = torch.tensor(digests, dtype=torch.int64)
     tensors["score_digest"] = torch.tensor(row_digests, dtype=torch.int64)
     content = save(tensors, metadata={"place": _place(manifest, shard)})
-    try:
+    with os_errors_as(ScoreStoreError, "--output", folder, "can be written", "free space and run the pass again"):
         write_durably(folder / shard_name(shard), content)
-    except OSError as error:
-        raise ScoreStoreError(
-            "--output", str(folder), f"can be written ({error.strerror})", "free space and run the pass again"
-        ) from error
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

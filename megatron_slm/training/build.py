@@ -32,7 +32,7 @@ from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.packing import Samples
 from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.device import local_device
-from megatron_slm.errors import ConfigError
+from megatron_slm.errors import ConfigError, os_errors_as
 from megatron_slm.loss.objective import LossSums, Objective, Observer
 from megatron_slm.model.block import compile_blocks
 from megatron_slm.parallel.collectives import together
@@ -372,14 +372,11 @@ def _saver(plan: Plan) -> Saver:
 
 
 def _prepare_run_dir(run_dir: Path) -> None:
-    try:
+    rule = "is a folder that can be made and written"
+    with os_errors_as(ConfigError, "--run-dir", str(run_dir), rule, "choose another"):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / ".writable").touch()
         (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(
-            "--run-dir", str(run_dir), f"is a folder that can be made and written ({error.strerror})", "choose another"
-        ) from error
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -19,8 +18,8 @@ from rich.table import Table
 
 from megatron_slm.config.load import parse
 from megatron_slm.config.sections import RunConfig
-from megatron_slm.data.arguments import ToolParser
-from megatron_slm.errors import ConfigError, SlmError
+from megatron_slm.data.arguments import ToolParser, write_json
+from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
@@ -88,7 +87,7 @@ def replay(
         resume = open_weights(config)
         with together():
             if output is not None and dist.get_rank() == 0:
-                _write(Path(output), found)  # that it can be, is known before the work
+                write_json(output, found, flag="--output")  # that it can be, is known before the work
         replayed = Replay(config, resume, Path(scratch))
         step = resume.manifest.step if resume else 0
         logger.info("weights after step %d%s", step, f" ({resume.folder})" if resume else " (where the run starts)")
@@ -99,16 +98,9 @@ def replay(
                 if dist.get_rank() == 0:
                     _print(record, micro_batches, replayed, worst_samples(micro_batches, worst), context)
                     if output is not None:
-                        _write(Path(output), found)
+                        write_json(output, found, flag="--output")
         dist.barrier()  # nobody leaves while another still works
     return found
-
-
-def _write(path: Path, found: list[dict[str, Any]]) -> None:
-    try:
-        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise ConfigError("--output", str(path), f"can be written ({error.strerror})", "choose another") from error
 
 
 def _print(

@@ -21,7 +21,7 @@ from megatron_slm.training.preflight.checks import evaluate
 from megatron_slm.training.preflight.facts import gather_facts
 from megatron_slm.training.preflight.links import Measurements, measure
 from megatron_slm.training.preflight.rendezvous import Meeting, meet
-from megatron_slm.training.preflight.report import print_report, verdict, write_json
+from megatron_slm.training.preflight.report import print_report, verdict, write_report
 
 _DESCRIPTION = """Check the machines of a run, started like the run itself, on all of its ranks.
 
@@ -82,7 +82,7 @@ def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: boo
         if json_path != "-":
             print_report(checks, to_stderr=to_stderr)
         if json_path is not None:  # last: a file that cannot be written costs no report
-            write_json(json_path, checks, facts, measured)
+            write_report(json_path, checks, facts, measured)
         return not any(check.status == "failed" for check in checks), verdict(checks)
 
     ready, said = meeting.settle("verdict", None, judge, ranks=[])

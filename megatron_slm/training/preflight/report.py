@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.errors import ConfigError
+from megatron_slm.data.arguments import write_json
 from megatron_slm.training.preflight.checks import Check
 from megatron_slm.training.preflight.facts import Facts
 from megatron_slm.training.preflight.links import Measurements
@@ -52,13 +49,14 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def write_json(path: str, checks: Sequence[Check], facts: Sequence[Facts], measured: Measurements | None) -> None:
+def write_report(path: str, checks: Sequence[Check], facts: Sequence[Facts], measured: Measurements | None) -> None:
     """Checks, measured links and all facts; `-` for standard output.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    text = json.dumps(
+    write_json(
+        path,
         {
             "verdict": verdict(checks),
             "ready": not any(check.status == "failed" for check in checks),
@@ -66,14 +64,4 @@ def write_json(path: str, checks: Sequence[Check], facts: Sequence[Facts], measu
             "measured": None if measured is None else measured.to_dict(),
             "facts": list(facts),
         },
-        indent=1,
     )
-    if path == "-":
-        os.write(1, text.encode() + b"\n")
-        return
-    try:
-        Path(path).write_text(text + "\n")
-    except OSError as error:
-        raise ConfigError(
-            "--json", path, f"is a file that can be written ({error.strerror})", "choose another"
-        ) from error
