@@ -105,10 +105,10 @@ def os_errors_as(kind: type[SlmError], field: str, value: object, rule: str, fix
 
     Args:
         kind: of the error.
-        field, rule, fix: see `SlmError`; the rule is followed by what the system said.
-        value: where the system names no file; else it is that file.
+        field, value, rule, fix: see `SlmError`; the rule is followed by what the system said, and of which file.
     """
     try:
         yield
     except OSError as error:
-        raise kind(field, str(error.filename or value), f"{rule} ({error.strerror or error})", fix) from error
+        of_file = f": {error.filename}" if error.filename and str(error.filename) != str(value) else ""
+        raise kind(field, value, f"{rule} ({error.strerror or error}{of_file})", fix) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -51,7 +51,8 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
 
     def __init__(self, prefix: str | Path, folder: Path | None = None) -> None:
         self.prefix = prefix
-        self._parts: list[CorpusIndex] = []
+        self._dtype: np.dtype[Any] | None = None
+        self._parts: list[_Part] = []
         bin_, idx = bin_path(prefix), idx_path(prefix)
         self._bin_part, self._idx_part = (part_path((folder or path.parent) / path.name) for path in (bin_, idx))
         self._digest = hashlib.sha256()
@@ -65,12 +66,13 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
         Raises:
             CorpusError: its token dtype is another one than the first's, or it became shorter.
         """
-        self._parts.append(part)
-        require_same_dtype(part, self._parts[0])
-        with self._writable():
-            for block in _token_blocks(part):
-                self._digest.update(block)
+        self._dtype = self._dtype or part.dtype
+        require_dtype(part, self._dtype)
+        for block in _token_blocks(part):
+            self._digest.update(block)
+            with self._writable():
                 self._bin.write(block)
+        self._parts.append(_Part(part.prefix, part.num_sequences, part.num_documents, part.num_tokens))
 
     def close(self, sidecar_of: Callable[[Merged], Sidecar | None] = lambda _: None) -> Merged:
         """Put the corpus in place, durable on disk.
@@ -82,13 +84,13 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
             CorpusError: there is no token.
         """
         num_tokens = sum(part.num_tokens for part in self._parts)
-        if num_tokens == 0:
+        if self._dtype is None or num_tokens == 0:
             raise CorpusError("tokens to write", 0, "a corpus needs at least one token", "check the input")
         with self._writable():
             sync_and_close(self._bin)
             idx_digest = hashlib.sha256()
             with open(self._idx_part, "wb") as index:
-                for block in _index_blocks(self._parts):
+                for block in _index_blocks(self._parts, self._dtype):
                     idx_digest.update(block)
                     index.write(block)
                 sync_and_close(index)
@@ -101,7 +103,8 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
         return merged
 
     def __exit__(self, *_: object) -> None:
-        self._bin.close()
+        with contextlib.suppress(OSError):  # of a disk that is full still
+            self._bin.close()
         for part in (self._bin_part, self._idx_part):
             part.unlink(missing_ok=True)
 
@@ -111,13 +114,22 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
         )
 
 
-def require_same_dtype(part: CorpusIndex, first: CorpusIndex) -> None:
-    """Raise CorpusError where two corpora cannot be one."""
-    if part.dtype != first.dtype:
+class _Part(NamedTuple):
+    """A corpus that was added. Its index is not kept open: there can be more of them than a process may have files."""
+
+    prefix: str
+    num_sequences: int
+    num_documents: int
+    num_tokens: int
+
+
+def require_dtype(part: CorpusIndex, dtype: np.dtype[Any]) -> None:
+    """Raise CorpusError where a corpus cannot be joined to others, which have this dtype."""
+    if part.dtype != dtype:
         raise CorpusError(
             f"token dtype of {part.prefix}",
             part.dtype.name,
-            f"must be {first.dtype.name}, that of {first.prefix}",
+            f"must be {dtype.name}, that of the corpora before it",
             "preprocess one of them again, with the other's tokenizer",
         )
 
@@ -136,21 +148,23 @@ def _token_blocks(index: CorpusIndex) -> Iterator[Any]:
             yield buffer[:count]
 
 
-def _index_blocks(indices: list[CorpusIndex]) -> Iterator[bytes]:
-    num_sequences = sum(index.num_sequences for index in indices)
-    num_documents = sum(index.num_documents for index in indices)
-    yield HEADER.pack(MAGIC, VERSION, CODE_BY_DTYPE[indices[0].dtype], num_sequences, num_documents + 1)
-    for index in indices:
-        yield from (block.astype("<i4").tobytes() for block in _entries(index.sequence_lengths))
+def _index_blocks(parts: Sequence[_Part], dtype: np.dtype[Any]) -> Iterator[bytes]:
+    num_sequences = sum(part.num_sequences for part in parts)
+    num_documents = sum(part.num_documents for part in parts)
+    yield HEADER.pack(MAGIC, VERSION, CODE_BY_DTYPE[dtype], num_sequences, num_documents + 1)
+    for part in parts:
+        yield from (block.astype("<i4").tobytes() for block in _entries(CorpusIndex(part.prefix).sequence_lengths))
     moved = 0
-    for index in indices:
-        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(index.sequence_pointers))
-        moved += index.num_tokens * index.dtype.itemsize
+    for part in parts:
+        pointers = CorpusIndex(part.prefix).sequence_pointers
+        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(pointers))
+        moved += part.num_tokens * dtype.itemsize
     yield np.zeros(1, "<i8").tobytes()
     moved = 0
-    for index in indices:
-        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(index.document_indices[1:]))
-        moved += index.num_sequences
+    for part in parts:
+        boundaries = CorpusIndex(part.prefix).document_indices[1:]
+        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(boundaries))
+        moved += part.num_sequences
 
 
 def _entries(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_slm.data.indexed import CorpusIndex, bin_path
-from megatron_slm.data.joined_corpus import JoinedCorpus, Merged, require_same_dtype
+from megatron_slm.data.joined_corpus import JoinedCorpus, Merged, require_dtype
 from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar
 from megatron_slm.errors import CorpusError, VocabularyError
 
@@ -32,14 +32,14 @@ def concatenate(
     """
     if not prefixes:
         raise CorpusError("corpora to merge", 0, "must be at least one", "name some")
-    indices = [CorpusIndex(prefix) for prefix in prefixes]
-    for index in indices:
-        if bin_path(index.prefix).resolve() == bin_path(output_prefix).resolve():
+    dtype = CorpusIndex(prefixes[0]).dtype
+    for prefix in prefixes:
+        if bin_path(prefix).resolve() == bin_path(output_prefix).resolve():
             raise CorpusError("output prefix", str(output_prefix), "must not be one of the inputs", "give another")
-        require_same_dtype(index, indices[0])  # now, not after the others are copied
+        require_dtype(CorpusIndex(prefix), dtype)  # all of them before the first is copied
     with JoinedCorpus(output_prefix) as joined:
-        for index in indices:
-            joined.add(index)
+        for prefix in prefixes:
+            joined.add(CorpusIndex(prefix))
         return joined.close(sidecar_of)
 
 

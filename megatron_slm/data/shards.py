@@ -28,14 +28,14 @@ from megatron_slm.data.encoding import EncodedDocuments, Encoder, Encoding, enco
 from megatron_slm.data.indexed import bin_path, idx_path
 from megatron_slm.data.indexed_writer import IndexedCorpusWriter, part_path
 from megatron_slm.data.inputs import Piece
-from megatron_slm.errors import ConfigError
+from megatron_slm.errors import ConfigError, CorpusError, os_errors_as
 
 REPORTED_INVALID_LINES = 100
 _DOCUMENTS_PER_BATCH = 1024
 _BYTES_PER_BATCH = 1 << 20
 _PIECES_AHEAD_PER_WORKER = 2
-_PARENT_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG (linux/prctl.h): the signal that this process gets when its parent ends."""
+_PR_SET_PDEATHSIG = 1
+"""Of prctl (linux/prctl.h): says which signal this process gets when the thread that started it ends."""
 
 
 class InvalidLine(NamedTuple):
@@ -121,9 +121,15 @@ class ShardWriter:
         """Tokenize a piece, or find it done by an earlier run.
 
         Raises:
-            CorpusError: the piece cannot be read.
+            CorpusError: the piece cannot be read, or the shard not be written.
             FastEncoderError: a fast encoder differs from the tokenizer.
         """
+        with os_errors_as(
+            CorpusError, "output prefix", str(self.folder), "must be writable", "free space, then start again"
+        ):
+            return self._make(piece)
+
+    def _make(self, piece: Piece) -> Shard:
         name = hashlib.sha256(f"{self.identity} {piece.identity()}".encode()).hexdigest()[:32]
         stored = self._stored(name)
         if stored is not None and not (stored.num_invalid and self.stop_at_invalid):
@@ -224,9 +230,12 @@ def make_shards(
 ) -> Generator[tuple[Piece, Shard], None, None]:
     """The shards of all pieces, in order, made in this process (`num_workers` 1) or in as many others.
 
+    Workers end with the thread that takes the first shard. They are one thread each if `OMP_NUM_THREADS` is 1 in the
+    environment (NumPy's library starts threads otherwise).
+
     Raises:
         ConfigError: a worker was killed.
-        CorpusError: a piece cannot be read.
+        CorpusError: a piece cannot be read, or a shard cannot be written.
         FastEncoderError: a fast encoder differs from the tokenizer.
     """
     if num_workers == 1:
@@ -237,14 +246,17 @@ def make_shards(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(writer,))
     try:
-        waiting: deque[tuple[Piece, Future[Shard]]] = deque()
+        waiting: deque[tuple[Piece, str, Future[Shard]]] = deque()
         for piece in pieces:
-            waiting.append((piece, pool.submit(_make_in_worker, piece)))
+            identity = piece.identity()
+            # Of two equal pieces (a file that is named twice) one is made: two workers would write the same files.
+            same = next((future for _, other, future in waiting if other == identity), None)
+            waiting.append((piece, identity, same or pool.submit(_make_in_worker, piece)))
             if len(waiting) >= num_workers * _PIECES_AHEAD_PER_WORKER:
-                first, future = waiting.popleft()
+                first, _, future = waiting.popleft()
                 yield first, future.result()
         while waiting:
-            first, future = waiting.popleft()
+            first, _, future = waiting.popleft()
             yield first, future.result()
     except BrokenProcessPool as error:
         raise ConfigError(
@@ -273,7 +285,7 @@ def _end_with_parent() -> None:
     if parent is None:
         return
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent.pid:  # it was dead before that
             os._exit(1)
     else:

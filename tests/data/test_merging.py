@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_slm.data.indexed import IndexedCorpus, sidecar_path
+from megatron_slm.data.indexed import CorpusIndex, IndexedCorpus, sidecar_path
 from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.joined_corpus import JoinedCorpus
 from megatron_slm.data.merging import concatenate, merge_corpora
 from megatron_slm.data.sidecar import Sidecar, read_sidecar, verify_hashes
 from megatron_slm.errors import CorpusError, VocabularyError
@@ -163,3 +164,27 @@ def test_a_corpus_of_megatron_among_them(tmp_path: Path) -> None:
     assert "b has no .meta.json" in warnings[0]
     assert not sidecar_path(tmp_path / "c").exists()
     assert IndexedCorpus(tmp_path / "c").num_tokens == 6
+
+
+def test_parts_are_not_kept_open(tmp_path: Path) -> None:
+    """There may be more of them than a process may have files open."""
+    for at in range(20):
+        make_corpus(tmp_path / f"part{at}", [3, 2])
+    with JoinedCorpus(tmp_path / "whole") as joined:
+        before = len(os.listdir("/proc/self/fd"))
+        for at in range(20):
+            joined.add(CorpusIndex(tmp_path / f"part{at}"))
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert joined.close().num_tokens == 100
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    """What is in the buffer cannot be written when the file is closed either."""
+    make_corpus(tmp_path / "part", [3, 2])
+    with JoinedCorpus(tmp_path / "whole") as joined:
+        joined._bin.close()
+        joined._bin = open("/dev/full", "wb")
+        joined.add(CorpusIndex(tmp_path / "part"))
+        with pytest.raises(CorpusError, match=r"must be writable \(No space left on device\)"):
+            joined.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.bin", "part.idx"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from megatron_slm.data.encoding import Encoding
 from megatron_slm.data.inputs import Line, StreamedLines
 from megatron_slm.data.shards import ShardWriter, make_shards
 from megatron_slm.data.tokenizers import NullTokenizer
-from megatron_slm.errors import ConfigError, VocabularyError
+from megatron_slm.errors import ConfigError, CorpusError, VocabularyError
 from tests.data.texts import write_json_lines
 
 ROOT = Path(__file__).parents[2]
@@ -67,10 +68,34 @@ class Killer:
     def __reduce__(self):
         return os._exit, (9,)
 
+    def identity(self) -> str:
+        """Like no other's."""
+        return "killer"
+
 
 def test_a_killed_worker_is_no_hang(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="workers = 2: a worker process was killed"):
         list(make_shards([Killer()], writer(tmp_path), 2))  # type: ignore[list-item]
+
+
+def test_equal_pieces_are_made_once(tmp_path: Path) -> None:
+    """Of a file that is named twice: two workers would write the same files at once."""
+    made = list(make_shards([piece("1"), piece("2"), piece("1"), piece("1"), piece("1")], writer(tmp_path), 2))
+    names = [shard.name for _, shard in made]
+    assert [len(set(names)), names.count(names[0])] == [2, 4]
+    assert made[2][1] is made[0][1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_without_room_for_shards(tmp_path: Path, workers: int) -> None:
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
+    try:
+        with pytest.raises(CorpusError, match=r"output prefix = .*: must be writable \(File too large\)"):
+            list(make_shards([piece("1 " * 10_000)], writer(tmp_path), workers))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert list(tmp_path.iterdir()) == []
 
 
 class ThreadCount(StreamedLines):
