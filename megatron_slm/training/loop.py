@@ -71,7 +71,8 @@ def train(run: Run) -> None:
             if saves:
                 recorder.save()  # before evaluating: what ends a run early does not wait
             if stopping is None:
-                stopping = _evaluate(run, recorder, is_saved=saves)
+                if is_due(position.step, config.logging.eval_interval, last):
+                    stopping = _evaluate(run, recorder, stop, is_saved=saves)
             else:  # what is under way is committed before anything that can fail
                 recorder.saved(run.saver.finish())
                 _raise_together(unreadable or recorder.unwritten)
@@ -94,8 +95,10 @@ def _leaving_together() -> Iterator[None]:
     dist.barrier()
 
 
-def _evaluate(run: Run, recorder: Recorder, *, is_saved: bool) -> str | None:
-    """Evaluate what is due; what ends a run meanwhile finds the step saved. Collective.
+def _evaluate(run: Run, recorder: Recorder, stop: StopRequest, *, is_saved: bool) -> str | None:
+    """Evaluate what is due; what ends a run meanwhile finds the step saved, and the resumed run makes up for the rest.
+
+    Collective.
 
     Returns:
         why a stop was asked for meanwhile; None where none was.
@@ -112,7 +115,8 @@ def _evaluate(run: Run, recorder: Recorder, *, is_saved: bool) -> str | None:
         raise
     if stopping is None:
         recorder.texts()
-    elif not is_saved:
+        stopping = stop.agreed(must_stop=recorder.unwritten is not None)
+    if stopping is not None and not is_saved:
         recorder.save()
     return stopping
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -138,8 +139,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush everything, and let go of it."""
-        self.board.close()
-        self._monitors.close()
+        try:
+            self.board.close()
+        finally:
+            self._monitors.close()
 
 
 class ProgressLine:
@@ -176,8 +179,9 @@ class ProgressLine:
             self.say(f"{self.title}  step {step}/{self.total}  {text}")
 
     def say(self, text: str) -> None:
-        """A line of its own."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """A line of its own. A log that cannot be written (its disk is full, its terminal is gone) ends no run."""
+        with suppress(OSError):
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """End the live line."""

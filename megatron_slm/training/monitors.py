@@ -73,7 +73,8 @@ class Monitors:
     def __init__(self, sections: Mapping[str, Any], run_dir: Path, *, resume_step: int) -> None:
         wanted = {name: section for name, section in sections.items() if name != "tensorboard"}
         self._master: MonitorMaster | None = None
-        if not any(section.get("enabled") for section in wanted.values()):
+        self._sections = {name: section for name, section in wanted.items() if section.get("enabled")}
+        if not self._sections:
             return
         if wanted.get("csv_monitor", {}).get("enabled"):
             wanted["csv_monitor"] = {"output_path": str(run_dir), "job_name": "csv", **wanted["csv_monitor"]}
@@ -85,19 +86,27 @@ class Monitors:
         try:
             self._master = MonitorMaster(config)
         except Exception as error:  # whatever a service's client raises
-            raise ServiceError(
-                f"DeepSpeed JSON: {', '.join(name for name, s in wanted.items() if s.get('enabled'))}",
-                wanted,
-                f"can be opened ({type(error).__name__}: {' '.join(str(error).split())})",
-                "log in, set WANDB_MODE=offline, or set enabled to false",
-            ) from error
+            fix = "log in, set WANDB_MODE=offline, or set enabled to false"
+            raise self._error("can be opened", error, fix) from error
         if self._master.csv_monitor is not None:
             self._master.csv_monitor.filenames += known  # these have their header
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Hand over values of a step."""
-        if self._master is not None:
+        """Hand over values of a step.
+
+        Raises:
+            ServiceError: one of them does not take them.
+        """
+        if self._master is None:
+            return
+        try:
             self._master.write_events([(name, value, step) for name, value in scalars.items()])
+        except Exception as error:  # whatever a service's client raises
+            raise self._error("takes metrics", error, "resume; set enabled to false to go on without it") from error
+
+    def _error(self, rule: str, error: Exception, fix: str) -> ServiceError:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return ServiceError(f"DeepSpeed JSON: {', '.join(self._sections)}", self._sections, f"{rule} ({said})", fix)
 
     def close(self) -> None:
         """Let the services send what they still hold; the process ends without its exit hooks."""

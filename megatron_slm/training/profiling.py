@@ -58,6 +58,8 @@ class StepProfiler:
             table = profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=60)
             (self.folder / f"{name}.txt").write_text(table)
         except OSError as error:
+            for path in self.folder.glob(f"{name}.*"):
+                path.unlink()
             logger.warning("the profile of steps %d to %d cannot be written (%s)", self._begun, self._last, error)
             return
         logger.info("profile of steps %d to %d: %s.json.gz", self._begun, self._last, self.folder / name)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder
 from megatron_slm.checkpoint.save import Progress, Saved
 from megatron_slm.config.load import write_yaml
-from megatron_slm.errors import RunFolderError
+from megatron_slm.errors import RunFolderError, ServiceError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import from_rank_0, together
 from megatron_slm.pipeline.activity import Phase
@@ -56,13 +56,14 @@ class Recorder:
     """Writes what happens; only rank 0 has anything to write to.
 
     Attributes:
-        unwritten: what kept something from being written; the run cannot go on then, for its history would have a gap.
+        unwritten: what kept something from being written, or a monitor from taking it; the run cannot go on then, for
+            its history would have a gap.
     """
 
     def __init__(self, run: Run, watchdog: Watchdog, stop: StopRequest) -> None:
         self.run, self.watchdog, self.stop, config = run, watchdog, stop, run.plan.config
         self.writer: MetricsWriter | None = None
-        self.unwritten: RunFolderError | None = None
+        self.unwritten: RunFolderError | ServiceError | None = None
         self.probed_texts: ProbedTexts
         self._utilization = run.plan.utilization
         self._logged_step, self._step_seconds, self._last = run.position.step, 0.0, config.training.train_iters
@@ -245,11 +246,11 @@ class Recorder:
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        """Rank 0 alone learns what the disk says: it is kept until all ranks agree to stop."""
+        """Rank 0 alone learns what a disk or a service says: it is kept until all ranks agree to stop."""
         try:
             with disk_errors(self.run.plan.config.logging.run_dir):
                 yield
-        except RunFolderError as error:
+        except (RunFolderError, ServiceError) as error:
             self.unwritten = self.unwritten or error
 
     def __enter__(self) -> Recorder:

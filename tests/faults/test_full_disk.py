@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,12 +87,13 @@ def test_no_room_for_the_metrics(small_disk: Path, tmp_path: Path) -> None:
 
 
 def command_on_a_full_disk(argv: list[str], where: str) -> int:
-    """The third time that something is written there, the disk is full."""
+    """When something is written there for the third time (or another), the disk is full."""
     owner, name = {
         "metrics": (History, "append"),
         "TensorBoard": (SummaryWriter, "add_scalar"),
         "TensorBoard at the end": (SummaryWriter, "flush"),
         "texts": (ProbeFolder, "write"),
+        "evaluation": (History, "append"),
     }[where]
     real: Callable[..., Any] = getattr(owner, name)
     calls = 0
@@ -99,7 +101,7 @@ def command_on_a_full_disk(argv: list[str], where: str) -> int:
     def full(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == (1 if where.endswith("end") else 3):
+        if calls == {"TensorBoard at the end": 1, "evaluation": 4}.get(where, 3):
             raise OSError(errno.ENOSPC, "No space left on device", str(where))
         return real(*args, **kwargs)
 
@@ -119,9 +121,36 @@ def test_what_rank_0_alone_writes(where: str, tmp_path: Path) -> None:
         run_world(command_on_a_full_disk, 2, flags(values), where)
     assert failed.value.codes == [1, 1]
     fix = "free the disk, or choose another folder; then resume"
+    folder = str(tmp_path / "run")
     assert (
         errors(failed.value)
-        == [f"error: --run-dir = '{where}': can be written (No space left on device). Fix: {fix}"] * 2
+        == [f"error: --run-dir = {folder!r}: can be written (No space left on device: {where}). Fix: {fix}"] * 2
     )
-    [folder] = complete_checkpoints(tmp_path / "run" / "checkpoints")
-    assert Manifest.read(folder).step == {"metrics": 3, "TensorBoard": 1, "texts": 4}.get(where, 4)
+    [saved] = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert Manifest.read(saved).step == {"metrics": 3, "TensorBoard": 1, "texts": 3}.get(where, 4)
+
+
+def train_with_a_full_log(values: dict[str, Any]) -> int:
+    """What is said on standard error has no room; the step that the run ends with."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 2)
+    return int(train_and_report(values)["step"])
+
+
+def test_a_log_on_a_full_disk_ends_no_run(tmp_path: Path) -> None:
+    values = run_flags(write_corpus(tmp_path / "corpus"), tmp_path / "run", train_iters=3)
+    assert run_world(train_with_a_full_log, 1, values) == [3]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_evaluation_that_was_not_written_is_made_up_for(tmp_path: Path) -> None:
+    corpus, run = write_corpus(tmp_path / "corpus"), tmp_path / "run"
+    values = run_flags(
+        corpus, run, train_iters=4, save_interval=4, save=run / "checkpoints", eval_interval=1,
+        valid_data_path=[f"held={corpus}"],
+    )  # fmt: skip
+    with pytest.raises(WorldError):  # the fourth line: step 1, its evaluation, step 2, its evaluation
+        run_world(command_on_a_full_disk, 1, flags(values), "evaluation")
+    run_world(train_and_report, 1, {**values, "load": run / "checkpoints"})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("event") == "eval"] == [1, 2, 3, 4]
