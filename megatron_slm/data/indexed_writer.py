@@ -186,23 +186,19 @@ def part_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.part-{os.getpid()}")
 
 
-def put_in_place(prefix: str | Path, bin_part: Path, idx_part: Path, sidecar: str | None = None) -> None:
-    """Make two whole files, already durable, the corpus `prefix`: an older one goes first, the index comes last.
+def put_in_place(prefix: str | Path, bin_part: Path, idx_part: Path, sidecar_part: Path | None = None) -> None:
+    """Make whole files, already durable, the corpus `prefix`: an older one goes first, the index comes last.
 
     Args:
         prefix: of the corpus.
         bin_part, idx_part: the files, on its file system.
-        sidecar: what its `.meta.json` holds; it is there before the corpus is.
+        sidecar_part: its `.meta.json`, if that file exists; it is there before the corpus is.
     """
     # An old index over a new .bin of the same size would read as whole.
     for stale in (idx_path(prefix), sidecar_path(prefix)):
         stale.unlink(missing_ok=True)
     os.replace(bin_part, bin_path(prefix))
-    if sidecar is not None:
-        sidecar_part = part_path(sidecar_path(prefix))
-        with open(sidecar_part, "wb") as file:
-            file.write(sidecar.encode())
-            sync_and_close(file)
+    if sidecar_part is not None and sidecar_part.exists():
         os.replace(sidecar_part, sidecar_path(prefix))
     os.replace(idx_part, idx_path(prefix))
     _sync_folder(bin_path(prefix).parent)

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import io
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,10 @@ class Piece(Protocol):
         """The file, for messages."""
 
     @property
+    def begins(self) -> bool:
+        """Whether the source begins with it; a file that is named twice begins twice."""
+
+    @property
     def input_bytes(self) -> int:
         """How much of the input's size on disk it is."""
 
@@ -61,7 +66,7 @@ class Piece(Protocol):
 
 
 @dataclass(frozen=True)
-class _OfFile:
+class _OfFile(ABC):
     path: Path
     size: int
     modified_ns: int
@@ -72,9 +77,23 @@ class _OfFile:
         """The path."""
         return str(self.path)
 
+    @property
+    def begins(self) -> bool:
+        """See `Piece`."""
+        return True
+
     def identity(self) -> str:
         """Path, size, time of change, and which part."""
         return repr((type(self).__name__, str(self.path.resolve()), self))
+
+    def lines(self, columns: Sequence[str]) -> Iterator[Line]:
+        """See `Piece`; a file that changes while it is read is an error too."""
+        _require_unchanged(self.path, self.size, self.modified_ns)
+        yield from self._lines(columns)
+        _require_unchanged(self.path, self.size, self.modified_ns)
+
+    @abstractmethod
+    def _lines(self, columns: Sequence[str]) -> Iterator[Line]: ...
 
 
 @dataclass(frozen=True)
@@ -84,8 +103,12 @@ class ByteRange(_OfFile):
     start: int
     stop: int
 
-    def lines(self, columns: Sequence[str]) -> Iterator[Line]:
+    @property
+    def begins(self) -> bool:
         """See `Piece`."""
+        return self.start == 0
+
+    def _lines(self, columns: Sequence[str]) -> Iterator[Line]:
         with open_decompressed(self.path) as (file, _):
             if self.start:
                 file.seek(self.start - 1)
@@ -103,8 +126,7 @@ class ByteRange(_OfFile):
 class WholeFile(_OfFile):
     """A compressed file, from its beginning to its end."""
 
-    def lines(self, columns: Sequence[str]) -> Iterator[Line]:
-        """See `Piece`."""
+    def _lines(self, columns: Sequence[str]) -> Iterator[Line]:
         yield from _parsed(line + b"\n" for line in read_lines(self.path))
 
 
@@ -115,8 +137,12 @@ class RowGroups(_OfFile):
     start: int
     stop: int
 
-    def lines(self, columns: Sequence[str]) -> Iterator[Line]:
+    @property
+    def begins(self) -> bool:
         """See `Piece`."""
+        return self.start == 0
+
+    def _lines(self, columns: Sequence[str]) -> Iterator[Line]:
         table = _parquet(self.path)
         wanted = [name for name in dict.fromkeys(columns) if name in table.schema_arrow.names]
         number = 0
@@ -140,6 +166,7 @@ class StreamedLines:
     source: str
     input_bytes: int
     content: bytes = field(repr=False)
+    begins: bool = True
 
     def identity(self) -> str:
         """The content itself."""
@@ -161,7 +188,12 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         matching = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
         found = [path for path in map(Path, matching) if path.is_file()]
         if not found:
-            raise CorpusError("input", name, "must be a file, or a pattern that matches some", "check the path")
+            raise CorpusError(
+                "input",
+                name,
+                "must be a file, or a pattern that matches some",
+                "check the path (- reads standard input)",
+            )
         files += found
     return files
 
@@ -214,7 +246,19 @@ class Inputs:
             else:
                 with open_decompressed(path) as (stream, file):
                     yield from _stream(str(path), stream, file)
+                _require_unchanged(*of_file)
             left_bytes -= status.st_size
+
+
+def _require_unchanged(path: Path, size: int, modified_ns: int) -> None:
+    now = path.stat()
+    if (now.st_size, now.st_mtime_ns) != (size, modified_ns):
+        raise CorpusError(
+            "input",
+            str(path),
+            f"must not change while it is read (it has {now.st_size} bytes now, and had {size})",
+            "start again when it is complete",
+        )
 
 
 def _piece_bytes(total_bytes: int, left_bytes: int, workers: int) -> int:
@@ -232,7 +276,7 @@ def _stream(source: str, stream: BinaryIO, beneath: BinaryIO | None) -> Iterator
     while content := stream.read(STREAM_PIECE_BYTES):
         content += stream.readline()  # a line is never cut; at its end this reads the next one
         here = position + len(content) if beneath is None else beneath.tell()
-        yield StreamedLines(source, here - position, content)
+        yield StreamedLines(source, here - position, content, position == 0)
         position = here
 
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slm.data.indexed import CODE_BY_DTYPE, HEADER, MAGIC, VERSION, CorpusIndex, bin_path, idx_path
+from megatron_slm.data.indexed import (
+    CODE_BY_DTYPE,
+    HEADER,
+    MAGIC,
+    VERSION,
+    CorpusIndex,
+    bin_path,
+    idx_path,
+    sidecar_path,
+)
 from megatron_slm.data.indexed_writer import part_path, put_in_place, sync_and_close
 from megatron_slm.data.sidecar import Sidecar, sidecar_text
 from megatron_slm.errors import CorpusError, os_errors_as
@@ -37,7 +46,9 @@ class Merged(NamedTuple):
 
 
 class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
-    """Takes corpora in order and is whole at its prefix after `close`; left before that, nothing of it stays.
+    """Takes corpora in order and is whole at its prefix after `finish` and `put_in_place`.
+
+    Left before that, nothing of it stays.
 
     Memory does not grow with the corpora.
 
@@ -53,15 +64,16 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
         self.prefix = prefix
         self._dtype: np.dtype[Any] | None = None
         self._parts: list[_Part] = []
-        bin_, idx = bin_path(prefix), idx_path(prefix)
-        self._bin_part, self._idx_part = (part_path((folder or path.parent) / path.name) for path in (bin_, idx))
+        paths = bin_path(prefix), idx_path(prefix), sidecar_path(prefix)
+        self._files = [part_path((folder or path.parent) / path.name) for path in paths]
+        self._bin_part, self._idx_part, self._sidecar_part = self._files
         self._digest = hashlib.sha256()
         with self._writable():
             self._bin_part.parent.mkdir(parents=True, exist_ok=True)
             self._bin: BinaryIO = open(self._bin_part, "wb")
 
     def add(self, part: CorpusIndex) -> None:
-        """Copy the tokens of another corpus to the end; its files must stay until `close`.
+        """Copy the tokens of another corpus to the end; its files must stay until `finish`.
 
         Raises:
             CorpusError: its token dtype is another one than the first's, or it became shorter.
@@ -74,11 +86,11 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
                 self._bin.write(block)
         self._parts.append(_Part(part.prefix, part.num_sequences, part.num_documents, part.num_tokens))
 
-    def close(self, sidecar_of: Callable[[Merged], Sidecar | None] = lambda _: None) -> Merged:
-        """Put the corpus in place, durable on disk.
+    def finish(self, sidecar_of: Callable[[Merged], Sidecar | None] = lambda _: None) -> Merged:
+        """Make it whole and durable where it grows.
 
         Args:
-            sidecar_of: makes its sidecar, which is there before the corpus is.
+            sidecar_of: makes its sidecar.
 
         Raises:
             CorpusError: there is no token.
@@ -88,24 +100,22 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
             raise CorpusError("tokens to write", 0, "a corpus needs at least one token", "check the input")
         with self._writable():
             sync_and_close(self._bin)
-            idx_digest = hashlib.sha256()
-            with open(self._idx_part, "wb") as index:
-                for block in _index_blocks(self._parts, self._dtype):
-                    idx_digest.update(block)
-                    index.write(block)
-                sync_and_close(index)
+            idx_sha256 = _write(self._idx_part, _index_blocks(self._parts, self._dtype))
             num_documents = sum(part.num_documents for part in self._parts)
-            merged = Merged(num_documents, num_tokens, self._digest.hexdigest(), idx_digest.hexdigest())
-            sidecar = sidecar_of(merged)
-            put_in_place(
-                self.prefix, self._bin_part, self._idx_part, None if sidecar is None else sidecar_text(sidecar)
-            )
+            merged = Merged(num_documents, num_tokens, self._digest.hexdigest(), idx_sha256)
+            if (sidecar := sidecar_of(merged)) is not None:
+                _write(self._sidecar_part, [sidecar_text(sidecar).encode()])
         return merged
+
+    def put_in_place(self) -> None:
+        """Give what is whole its names: the sidecar is there before the corpus is."""
+        with self._writable():
+            put_in_place(self.prefix, self._bin_part, self._idx_part, self._sidecar_part)
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # of a disk that is full still
             self._bin.close()
-        for part in (self._bin_part, self._idx_part):
+        for part in self._files:
             part.unlink(missing_ok=True)
 
     def _writable(self) -> contextlib.AbstractContextManager[None]:
@@ -121,6 +131,17 @@ class _Part(NamedTuple):
     num_sequences: int
     num_documents: int
     num_tokens: int
+
+
+def _write(path: Path, blocks: Iterable[bytes]) -> str:
+    """Write a file, durable; its SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for block in blocks:
+            digest.update(block)
+            file.write(block)
+        sync_and_close(file)
+    return digest.hexdigest()
 
 
 def require_dtype(part: CorpusIndex, dtype: np.dtype[Any]) -> None:

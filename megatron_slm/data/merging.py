@@ -40,7 +40,9 @@ def concatenate(
     with JoinedCorpus(output_prefix) as joined:
         for prefix in prefixes:
             joined.add(CorpusIndex(prefix))
-        return joined.close(sidecar_of)
+        merged = joined.finish(sidecar_of)
+        joined.put_in_place()
+    return merged
 
 
 def merge_corpora(

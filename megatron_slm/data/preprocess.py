@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_slm.data.fast_encoder import LIBRARY, FastEncoder, FastEncoderErro
 from megatron_slm.data.indexed import CorpusIndex, dtype_for_vocabulary
 from megatron_slm.data.inputs import Inputs, Piece
 from megatron_slm.data.joined_corpus import JoinedCorpus
+from megatron_slm.data.parts_folder import clear, parts_folder
 from megatron_slm.data.shards import REPORTED_INVALID_LINES, CorpusCounts, Shard, ShardWriter, make_shards
 from megatron_slm.data.sidecar import Sidecar, loss_mask_prefix
 from megatron_slm.data.tokenizer import Tokenizer
@@ -121,6 +121,9 @@ class PreprocessReport:
     seconds: float = 0.0
     """Time spent."""
 
+    made: set[str] = field(default_factory=set)
+    """Names of the shards, of which equal pieces share one."""
+
     encoder: str = "tokenizer"
     """What made the ids: the tokenizer, or the faster library."""
 
@@ -151,8 +154,11 @@ def preprocess(
         CorpusError: the input cannot be read, has an invalid line (with `on_error` stop), or no token.
     """
     inputs = Inputs(config.input)
+    for path, times in Counter(path.resolve() for path in inputs.files).items():
+        if times > 1:
+            logger.warning("%s is named %d times, so that its documents are taken as often", path, times)
     encoding = _encoding(config, tokenizer)
-    with _parts_folder(config):
+    with parts_folder(config.parts_folder):
         encoder = _fast_encoder(tokenizer) if config.fast_tokenizer else None
         if encoder is not None:
             try:
@@ -209,7 +215,9 @@ def _preprocess(
             on_progress(report)
         _require_tokens(config, report)
         for output in outputs:
-            output.close(tokenizer, encoding, report)
+            output.finish(tokenizer, encoding, report)
+        for output in outputs:  # none before all are whole
+            output.put_in_place()
     report.seconds = time.monotonic() - started
     return report
 
@@ -239,43 +247,11 @@ def _encoding(config: PreprocessConfig, tokenizer: Tokenizer) -> Encoding:
     )
 
 
-@contextlib.contextmanager
-def _parts_folder(config: PreprocessConfig) -> Iterator[None]:
-    """The folder of the parts, ours alone; it goes when all is done, and when nothing in it is worth keeping."""
-    folder = config.parts_folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
-    except OSError as error:
-        raise CorpusError(
-            "output prefix", config.output_prefix, f"must be writable: {error}", "give another"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                "output_prefix", config.output_prefix, "is being written to by another process", "wait, or give another"
-            ) from error
-        for part in folder.glob("*.part-*"):  # of a killed run: the lock says that nobody writes them
-            part.unlink()
-        try:
-            yield
-        except BaseException:
-            done = len(list(folder.glob("*.json")))
-            if done:
-                logger.warning("%d finished parts stay in %s: the same command goes on from there", done, folder)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(folder)
-
-
 def _take(
     piece: Piece, shard: Shard, config: PreprocessConfig, report: PreprocessReport, lines_before: dict[str, int]
 ) -> None:
     """Count a shard into the report; its lines are numbered on from those of the pieces before."""
-    before = lines_before.get(piece.source, 0)
+    before = 0 if piece.begins else lines_before.get(piece.source, 0)
     lines_before[piece.source] = before + shard.num_lines
     invalid = [InvalidLineOfFile(piece.source, before + entry.line + 1, entry.reason) for entry in shard.invalid]
     if invalid and config.on_error == "stop":
@@ -289,7 +265,8 @@ def _take(
     report.num_invalid += shard.num_invalid
     report.invalid += invalid[: max(0, REPORTED_INVALID_LINES - len(report.invalid))]
     report.num_bytes += shard.num_bytes
-    report.num_resumed_bytes += shard.num_bytes if shard.resumed else 0
+    report.num_resumed_bytes += shard.num_bytes if shard.resumed and shard.name not in report.made else 0
+    report.made.add(shard.name)
     report.input_bytes += piece.input_bytes
     for total, counts in zip(report.corpora.values(), shard.corpora, strict=True):
         total.num_tokens += counts.num_tokens
@@ -308,7 +285,7 @@ def _require_tokens(config: PreprocessConfig, report: PreprocessReport) -> None:
         elif config.keys.is_masked and counts.num_trained == 0:
             problem, fix = "must hold a token that is trained on: the loss mask lets none through", "check the mask"
         if problem:
-            shutil.rmtree(config.parts_folder)  # no later run could use them
+            clear(config.parts_folder)  # no later run could use them
             raise CorpusError("input", ", ".join(config.input), problem, fix)
 
 
@@ -329,10 +306,10 @@ class _Output:
         if self._mask is not None:
             self._mask.add(CorpusIndex(shard.mask_prefix(self._config.parts_folder, at)))
 
-    def close(self, tokenizer: Tokenizer, encoding: Encoding, report: PreprocessReport) -> None:
-        """Put them in place: the loss mask first, the sidecar before the corpus."""
+    def finish(self, tokenizer: Tokenizer, encoding: Encoding, report: PreprocessReport) -> None:
+        """Make them whole."""
         counts = report.corpora[self._key]
-        mask = None if self._mask is None else self._mask.close()
+        mask = None if self._mask is None else self._mask.finish()
         sidecar_of = partial(
             Sidecar,
             tokenizer_fingerprint=tokenizer.fingerprint(),
@@ -348,4 +325,10 @@ class _Output:
             loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
             loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
         )
-        self._tokens.close(lambda merged: sidecar_of(**merged._asdict()))
+        self._tokens.finish(lambda merged: sidecar_of(**merged._asdict()))
+
+    def put_in_place(self) -> None:
+        """The loss mask first."""
+        for corpus in (self._mask, self._tokens):
+            if corpus is not None:
+                corpus.put_in_place()

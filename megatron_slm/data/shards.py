@@ -271,6 +271,7 @@ _WRITER_OF_WORKER: list[ShardWriter] = []
 
 def _start_worker(writer: ShardWriter) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent ends its workers
     _WRITER_OF_WORKER[:] = [writer]
     _end_with_parent()
 

@@ -175,7 +175,7 @@ def test_parts_are_not_kept_open(tmp_path: Path) -> None:
         for at in range(20):
             joined.add(CorpusIndex(tmp_path / f"part{at}"))
         assert len(os.listdir("/proc/self/fd")) == before
-        assert joined.close().num_tokens == 100
+        assert joined.finish().num_tokens == 100
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
@@ -186,5 +186,5 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
         joined._bin = open("/dev/full", "wb")
         joined.add(CorpusIndex(tmp_path / "part"))
         with pytest.raises(CorpusError, match=r"must be writable \(No space left on device\)"):
-            joined.close()
+            joined.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part.bin", "part.idx"]

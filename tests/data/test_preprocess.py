@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -338,3 +340,65 @@ def test_the_output_cannot_be_written(tmp_path: Path) -> None:
 def test_bad_config(tmp_path: Path, changed: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(tmp_path / "c", tmp_path, **changed)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_input_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr("megatron_slm.data.inputs._piece_bytes", lambda *_: 600)
+    path = write_json_lines(tmp_path / "in.jsonl", [str(at % 90) for at in range(1000)])
+
+    def append(report: PreprocessReport) -> None:
+        if report.num_documents < 100:
+            with path.open("a") as file:
+                file.write('{"text": "1"}\n')
+
+    with pytest.raises(CorpusError, match=r"in\.jsonl': must not change while it is read"):
+        run(tmp_path / "c", path, workers=workers, on_progress=append)
+    assert not list(tmp_path.glob("c_text*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_is_named_twice(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Its documents count twice, its lines are numbered from 1 each time, and nothing is of an earlier run."""
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "1"}\nno\n')
+    with caplog.at_level("WARNING"):
+        report = run(tmp_path / "c", path, path, workers=workers, on_error="skip")
+    assert "in.jsonl is named 2 times" in caplog.text
+    assert (report.num_documents, [line.line for line in report.invalid]) == (2, [2, 2])
+    assert report.num_resumed_bytes == 0
+
+
+def test_a_disk_that_fills_up_at_the_end_leaves_the_older_corpora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both keys' are durable before the first is put in place; after that nothing but names is written."""
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"a": "1", "b": "2"}\n')
+    real, calls, survived = os.fsync, 0, 100
+
+    def fsync(handle: int) -> None:
+        nonlocal calls
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            return
+        calls += 1
+        if calls > survived:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run(tmp_path / "c", path, keys={"json_keys": ("a", "b")})
+    in_all, before = calls, {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert in_all == 2 * (2 + 3), "of each key a part's two files, then the corpus' three"
+    path.write_text('{"a": "3", "b": "4 5"}\n')
+    for survived in range(in_all):
+        shutil.rmtree(tmp_path / "c.parts", ignore_errors=True)
+        calls = 0
+        with pytest.raises(CorpusError, match="No space left on device"):
+            run(tmp_path / "c", path, keys={"json_keys": ("a", "b")})
+        found = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+        assert found == {**before, "in.jsonl": path.read_bytes()}, survived
+    survived = 100
+    run(tmp_path / "c", path, keys={"json_keys": ("a", "b")})
+    assert IndexedCorpus(tmp_path / "c_b_document").get(0).tolist() == [4, 5]
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * 3
