@@ -15,7 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_slm.analysis.probe_records import ProbeFolder
 from megatron_slm.checkpoint.format import Manifest, complete_checkpoints, verify_files
+from megatron_slm.training import health
 from megatron_slm.training.history import History
+from megatron_slm.training.metrics import MetricsWriter
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
@@ -154,3 +156,26 @@ def test_an_evaluation_that_was_not_written_is_made_up_for(tmp_path: Path) -> No
     run_world(train_and_report, 1, {**values, "load": run / "checkpoints"})
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("event") == "eval"] == [1, 2, 3, 4]
+
+
+def spike_on_a_full_disk(argv: list[str]) -> int:
+    """Every loss is a spike, and its record has no room."""
+
+    def full(self: MetricsWriter, line: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    MetricsWriter.bad_batch = full  # type: ignore[method-assign]
+    health.spike_limit = lambda losses, config: 0.0  # type: ignore[assignment]
+    return command(argv)
+
+
+def test_no_room_for_the_record_of_a_bad_batch(tmp_path: Path) -> None:
+    values = run_flags(
+        write_corpus(tmp_path / "corpus"), tmp_path / "run", train_iters=4, save_interval=4,
+        save=tmp_path / "checkpoints", pipeline_model_parallel_size=2, loss_spike_sigmas=1,
+    )  # fmt: skip
+    with pytest.raises(WorldError) as failed:
+        run_world(spike_on_a_full_disk, 2, flags(values))
+    assert all("--run-dir = " in line and "No space left on device" in line for line in errors(failed.value))
+    [saved] = complete_checkpoints(tmp_path / "checkpoints")
+    assert Manifest.read(saved).step == 1

@@ -6,8 +6,11 @@ import errno
 import socket
 
 import pytest
+import torch.distributed as dist
 
-from megatron_slm.parallel.reach import Listener, Place, nccl_address, own_address, silent_nodes
+from megatron_slm.errors import PeerError
+from megatron_slm.parallel import reach
+from megatron_slm.parallel.reach import Listener, Place, nccl_address, own_address, silent_nodes, silent_nodes_named
 
 NOWHERE = "192.0.2.1"
 
@@ -61,3 +64,13 @@ def test_the_interface_that_nccl_takes(rule: str, address: str | None) -> None:
         "lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth0": ["10.0.0.1"], "eth1": ["10.0.1.1"], "ib0": ["10.1.0.1"],
     }  # fmt: skip
     assert nccl_address(rule, interfaces) == address
+
+
+def test_a_rank_that_is_lost_at_the_start_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(value: object) -> list[object]:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234")
+
+    monkeypatch.setattr(reach, "gather_objects", lost)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(PeerError, match="rank 0: telling the others how to reach this node"), silent_nodes_named():
+        pass

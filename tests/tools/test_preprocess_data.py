@@ -63,3 +63,22 @@ def test_unknown_flag_names_the_nearest(documents: Path) -> None:
     done = run("--input", documents, "--output_prefix", "x", *NULL)
     assert done.returncode == 1
     assert "did you mean --output-prefix?" in done.stderr
+
+
+def test_one_worker_is_one_core_and_one_thread(documents: Path, tmp_path: Path) -> None:
+    """Whatever the environment says, or does not."""
+    arguments = ["--input", documents, "--output-prefix", tmp_path / "c", *NULL, "--on-error", "skip"]
+    code = (
+        "import os, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try:\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, len(os.listdir('/proc/self/task')), os.environ['TOKENIZERS_PARALLELISM'])\n"
+    )
+    words = [sys.executable, "-c", code, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    unset = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    }
+    done = subprocess.run(words, env={**unset, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines()[-1] == "0 1 false", done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_slm.config import Architecture
 from megatron_slm.config.load import parse
@@ -117,6 +119,23 @@ def test_a_run_that_is_resumed_in_the_profile_goes_on_with_it(folder: Path, tmp_
     run_world(train_and_report, 1, {**values, "load": tmp_path / "saved"})
     profiles = sorted(path.name for path in (tmp_path / "run" / "profile").glob("*.gz"))
     assert profiles == ["rank-0-steps-2-2.json.gz", "rank-0-steps-3-4.json.gz"]
+
+
+def train_without_room_for_a_profile(values: dict[str, Any]) -> int:
+    """Half of the trace is written when the disk is full; the step that the run ends with."""
+
+    def export(self: Any, path: str) -> None:
+        Path(path).write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    torch.profiler.profile.export_chrome_trace = export  # type: ignore[method-assign]
+    return int(train_and_report(values)["step"])
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(folder: Path, tmp_path: Path) -> None:
+    values = run_flags(folder / "corpus", tmp_path / "run", train_iters=3, profile_step_start=2, profile_step_end=3)
+    assert run_world(train_without_room_for_a_profile, 1, values) == [3]
+    assert list((tmp_path / "run" / "profile").iterdir()) == []
 
 
 def slow_profile(slow: int) -> list[str]:
