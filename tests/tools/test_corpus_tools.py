@@ -77,6 +77,14 @@ def test_inspecting_what_cannot_be(corpora: Path, options: tuple, message: str) 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("options", [(), ("--verify",), ("--documents", 1)])
+def test_inspecting_nothing(options: tuple) -> None:
+    done = run("inspect_data", *options)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --data-path = []: names a corpus.")
+    assert done.stderr.count("\n") == 1
+
+
 def test_merging_a_folder_without_corpora(tmp_path: Path) -> None:
     done = run("merge_corpora", "--input", tmp_path, "--output-prefix", tmp_path / "c")
     assert done.returncode == 1
