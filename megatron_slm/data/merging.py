@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_slm.data.indexed import CorpusIndex, bin_path
 from megatron_slm.data.joined_corpus import JoinedCorpus, Merged, require_dtype
-from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar
+from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar_of
 from megatron_slm.errors import CorpusError, VocabularyError
 
 
@@ -59,9 +59,9 @@ def merge_corpora(
 
     Raises:
         VocabularyError: the corpora were made with several tokenizers, or end their documents in several ways.
-        CorpusError: see `concatenate`; or some have a loss mask and some have not.
+        CorpusError: see `concatenate`; some have a loss mask and some have not; or a sidecar is of another corpus.
     """
-    sidecars = [read_sidecar(prefix) for prefix in prefixes]
+    sidecars = [read_sidecar_of(CorpusIndex(prefix)) for prefix in prefixes]
     known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
     for prefix, sidecar in known:
         _require_same(prefix, sidecar, *known[0])
@@ -72,8 +72,8 @@ def merge_corpora(
             "loss mask", without, f"must exist, as {masked[0]} has one", "merge corpora with masks apart from others"
         )
     if len(known) != len(prefixes):
-        for prefix in prefixes:
-            if read_sidecar(prefix) is None and find_loss_mask(prefix) is not None:
+        for prefix, found in zip(prefixes, sidecars, strict=True):
+            if found is None and find_loss_mask(prefix) is not None:
                 raise CorpusError(
                     "loss mask",
                     str(find_loss_mask(prefix)),

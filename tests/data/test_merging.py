@@ -142,6 +142,7 @@ def test_sidecars_and_masks_are_merged(tmp_path: Path) -> None:
             r"tokenizer of corpus .*b = 'cd': must be that of .*a \(ab\)",
         ),
         ({"eod_id": None}, VocabularyError, r"ids around the documents of .*b .*must be those of"),
+        ({"num_tokens": 4}, CorpusError, r"num_tokens of .*b\.meta\.json = 4: must be 3"),
         ({"loss_mask": "b_loss_mask"}, CorpusError, r"loss mask = .*a': must exist, as .*b has one"),
     ],
 )
