@@ -101,7 +101,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("signal", "code", "said"), [("SIGTERM", 143, "")])
+@pytest.mark.parametrize(("signal", "code", "said"), [("SIGTERM", 143, ""), ("SIGINT", 130, "interrupted\n")])
 def test_a_merge_that_is_stopped_leaves_nothing(corpora: Path, signal: str, code: int, said: str) -> None:
     command = [sys.executable, "-c", STOPPED.format(signal=signal), str(ROOT / "tools" / "merge_corpora.py")]
     command += ["--input", str(corpora), "--output-prefix", str(corpora / "out" / "both")]
