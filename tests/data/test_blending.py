@@ -193,6 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weight negative": ({"data_path": ["1", "{web}", "-1", "{books}"]}, "--data-path = -1.0: .*above 0"),
     "weight not a number": ({"data_path": ["nan", "{web}", "1", "{books}"]}, "--data-path = nan: is a finite number"),
     "weight infinite": ({"data_path": ["inf", "{web}", "1", "{books}"]}, "--data-path = inf: is a finite number"),
+    "weights of an infinite sum": ({"data_path": ["1e308", "{web}", "1e308", "{books}"]}, r"--data-path = \[1e\+308, 1e\+308\]: has weights with a finite sum"),
     "some weights": ({"data_path": ["1", "{web}", "{books}"]}, "gives a weight to every corpus or to none"),
     "twice": ({"data_path": ["{web}", "{books}", "{web}"]}, "names each corpus once"),
     "one name": ({"data_path": ["a={web}", "a={books}"]}, "has a name of its own"),
