@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ def run() -> None:
     """Parse, merge, and say what was written."""
     flags = build_parser().parse_flags()
     setup_logging()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written goes
     names = prefixes(flags.input)
     warn = logging.getLogger("megatron_slm.merge").warning
     merged = merge_corpora(names, flags.output_prefix, shlex.join(sys.argv), warn)

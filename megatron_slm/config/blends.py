@@ -56,7 +56,7 @@ def parse_blend(words: Sequence[str], flag: str) -> Blend:
     """`PREFIX`, `PREFIX PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`, as Megatron reads them.
 
     Raises:
-        ConfigError: there is no corpus, one is named twice, or a weight is not a number above 0.
+        ConfigError: there is no corpus, one is named twice, a weight is not a number above 0, or their sum is none.
     """
     words = [word.strip() for word in words]
     numbers = [_number(word) for word in words[::2]]
@@ -73,6 +73,8 @@ def parse_blend(words: Sequence[str], flag: str) -> Blend:
         if not (math.isfinite(weight) and weight > 0):
             rule = f"is a finite number above 0 (the weight of {corpus.prefix})"
             _refuse(flag, weight, rule, "leave the corpus out, or give it a share")
+    if weights is not None and not math.isfinite(sum(weights)):
+        _refuse(flag, list(weights), "has weights with a finite sum", "divide them all by one number")
     check_names(corpora, flag)
     return Blend(corpora, weights)
 

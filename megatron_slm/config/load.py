@@ -192,7 +192,7 @@ def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[secti
 
 def _yaml_path(words: Sequence[str]) -> str | None:
     paths = []
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip(words, [*words, None][1:], strict=True):
         if word == "--config":
             paths.append(following)
         elif word.startswith("--config="):

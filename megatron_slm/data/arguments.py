@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,10 +79,13 @@ def write_json(path: str, values: Any, *, flag: str = "--json") -> None:
 
 
 def exit_code(run: Callable[[], None]) -> int:
-    """Run a tool: 0, or 1 after one line on standard error for an error the user can mend."""
+    """Run a tool: 0, or after one line on standard error 1 for an error the user can mend, 130 for Ctrl-C."""
     try:
         run()
     except SlmError as error:
         sys.stderr.write(f"error: {error}\n".replace("\n", " ").rstrip() + "\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 128 + signal.SIGINT
     return 0

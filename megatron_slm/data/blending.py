@@ -16,7 +16,7 @@ from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.interleave import Interleave
 from megatron_slm.data.packing import Samples
 from megatron_slm.data.reading import Piece, Sample
-from megatron_slm.data.sidecar import read_sidecar
+from megatron_slm.data.sidecar import read_sidecar_of
 
 _SURPLUS = 0.005
 """Megatron draws up this much more of each corpus of a blend than its share (`mid_level_dataset_surplus`)."""
@@ -61,7 +61,7 @@ class Source:
         self.name, self.laid_out, self.sequences = name, list(laid_out), sequences
         self.orders = [make(count, i * _SEED_STEP) for i, count in enumerate(self.laid_out)]
         # now, and not at a save: the file may be rewritten while the run reads the old one
-        sidecar = read_sidecar(self.orders[0].corpus.prefix)
+        sidecar = read_sidecar_of(self.orders[0].corpus)
         self.content = None if sidecar is None else sidecar.bin_sha256
         """SHA-256 of the corpus' tokens as its sidecar says; None where it says nothing."""
         self._ends = [sum(map(len, self.orders[: i + 1])) for i in range(len(self.orders))]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from megatron_slm.data.indexed import IndexedCorpus, bin_path, idx_path
 from megatron_slm.data.reading import Piece
-from megatron_slm.data.sidecar import Sidecar, find_loss_mask, read_sidecar
+from megatron_slm.data.sidecar import Sidecar, find_loss_mask, read_sidecar_of
 from megatron_slm.errors import ConfigError, CorpusError
 
 MASKED_OPEN, MASKED_CLOSE = "⟦", "⟧"
@@ -47,8 +47,9 @@ def loss_mask_of(corpus: IndexedCorpus) -> IndexedCorpus | None:
     """The corpus' loss mask, if it has one (see `find_loss_mask`).
 
     Raises:
-        CorpusError: it is missing, damaged, or of another corpus.
+        CorpusError: it is missing, damaged, or of another corpus; or the sidecar is.
     """
+    read_sidecar_of(corpus)  # one of another corpus would name its mask
     found = find_loss_mask(corpus.prefix)
     if found is None:
         return None
@@ -145,7 +146,7 @@ def summary(corpus: IndexedCorpus, mask: IndexedCorpus | None) -> str:
     if mask is not None:
         trained = int(np.memmap(bin_path(mask.prefix), mode="r", dtype=np.uint8).sum(dtype=np.int64))
         rows.append(("trained on", f"{trained} tokens ({100 * trained / corpus.num_tokens:.1f} %)"))
-    rows += _sidecar_rows(read_sidecar(corpus.prefix))
+    rows += _sidecar_rows(read_sidecar_of(corpus))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 

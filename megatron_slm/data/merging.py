@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_slm.data.indexed import CorpusIndex, bin_path
+from megatron_slm.data.indexed import CorpusIndex, bin_path, idx_path, sidecar_path
 from megatron_slm.data.joined_corpus import JoinedCorpus, Merged, require_dtype
-from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar
+from megatron_slm.data.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar_of
 from megatron_slm.errors import CorpusError, VocabularyError
 
 
@@ -19,7 +22,8 @@ def concatenate(
 ) -> Merged:
     """Write the corpora `prefixes`, in this order, as the corpus `output_prefix`: whole, or not there.
 
-    Memory does not grow with the corpora. Some may have no token; all together must have one.
+    Memory does not grow with the corpora. Some may have no token; all together must have one. What a writer that was
+    killed left there of the same corpus, or of its loss mask, is removed.
 
     Args:
         prefixes: the corpora, in order.
@@ -37,6 +41,8 @@ def concatenate(
         if bin_path(prefix).resolve() == bin_path(output_prefix).resolve():
             raise CorpusError("output prefix", str(output_prefix), "must not be one of the inputs", "give another")
         require_dtype(CorpusIndex(prefix), dtype)  # all of them before the first is copied
+    for prefix in (output_prefix, loss_mask_prefix(output_prefix)):
+        _remove_parts_of_the_dead(prefix)
     with JoinedCorpus(output_prefix) as joined:
         for prefix in prefixes:
             joined.add(CorpusIndex(prefix))
@@ -61,9 +67,9 @@ def merge_corpora(
 
     Raises:
         VocabularyError: the corpora were made with several tokenizers, or end their documents in several ways.
-        CorpusError: see `concatenate`; or some have a loss mask and some have not.
+        CorpusError: see `concatenate`; some have a loss mask and some have not; or a sidecar is of another corpus.
     """
-    sidecars = [read_sidecar(prefix) for prefix in prefixes]
+    sidecars = [read_sidecar_of(CorpusIndex(prefix)) for prefix in prefixes]
     known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
     for prefix, sidecar in known:
         _require_same(prefix, sidecar, *known[0])
@@ -74,8 +80,8 @@ def merge_corpora(
             "loss mask", without, f"must exist, as {masked[0]} has one", "merge corpora with masks apart from others"
         )
     if len(known) != len(prefixes):
-        for prefix in prefixes:
-            if read_sidecar(prefix) is None and find_loss_mask(prefix) is not None:
+        for prefix, found in zip(prefixes, sidecars, strict=True):
+            if found is None and find_loss_mask(prefix) is not None:
                 raise CorpusError(
                     "loss mask",
                     str(find_loss_mask(prefix)),
@@ -91,6 +97,26 @@ def merge_corpora(
         mask = concatenate(masks, loss_mask_prefix(output_prefix))
     of_all = [sidecar for _, sidecar in known]
     return concatenate(prefixes, output_prefix, lambda merged: _combined(of_all, merged, mask, output_prefix, command))
+
+
+def _remove_parts_of_the_dead(prefix: str | Path) -> None:
+    """Remove the files of `part_path` at a prefix whose process is gone from this machine."""
+    for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix)):
+        for part in path.parent.glob(f"{glob.escape(path.name)}.part-*"):
+            number = part.name.rpartition("-")[2]
+            if number.isascii() and number.isdigit() and not _is_alive(int(number)):
+                with contextlib.suppress(OSError):  # it is in nobody's way
+                    part.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of another user; no process' number
+        return True
+    return True
 
 
 def _require_same(prefix: str | Path, sidecar: Sidecar, first: str | Path, expected: Sidecar) -> None:

@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import json
 import logging
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.data.indexed import bin_path, idx_path, sidecar_path
+from megatron_slm.data.indexed import CorpusIndex, bin_path, idx_path, sidecar_path
 from megatron_slm.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -115,10 +116,10 @@ def sidecar_text(sidecar: Sidecar) -> str:
 def read_sidecar(prefix: str | Path) -> Sidecar | None:
     """The sidecar of the corpus `prefix`; None when it has none (a corpus made by Megatron).
 
-    Fields that this version does not know are ignored.
+    Fields that this version does not know are ignored. Where the corpus is open, see `read_sidecar_of`.
 
     Raises:
-        CorpusError: the file is not such an object.
+        CorpusError: the file is not such an object, or a field has another type.
     """
     path = sidecar_path(prefix)
     if not path.is_file():
@@ -126,6 +127,7 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name: values[field.name] for field in dataclasses.fields(Sidecar) if field.name in values}
+        _check_types(known)
         return Sidecar(**known)
     except (ValueError, KeyError, TypeError) as error:
         raise CorpusError(
@@ -134,6 +136,34 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
             f"must be a JSON object with the fields of Sidecar ({type(error).__name__}: {error})",
             "delete it (it is optional), or preprocess the corpus again",
         ) from error
+
+
+def read_sidecar_of(corpus: CorpusIndex) -> Sidecar | None:
+    """The sidecar of a corpus that is open, which must tell of these files and not of earlier ones there.
+
+    Raises:
+        CorpusError: see `read_sidecar`; or it counts other documents or tokens than the index.
+    """
+    sidecar = read_sidecar(corpus.prefix)
+    if sidecar is None:
+        return None
+    for name, here in (("num_documents", corpus.num_documents), ("num_tokens", corpus.num_tokens)):
+        said = getattr(sidecar, name)
+        if said != here:
+            raise CorpusError(
+                f"{name} of {sidecar_path(corpus.prefix)}",
+                said,
+                f"must be {here}, as in {idx_path(corpus.prefix)}; it is of another corpus",
+                "preprocess the corpus again, or move the stale .meta.json away",
+            )
+    return sidecar
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    hints, words = typing.get_type_hints(Sidecar), Sidecar.__annotations__
+    for name, value in values.items():
+        if type(value) not in (typing.get_args(hints[name]) or (hints[name],)):  # a bool is an int to isinstance
+            raise TypeError(f"{name} is {value!r}, not {words[name]}")
 
 
 def verify_hashes(prefix: str | Path) -> list[Path]:

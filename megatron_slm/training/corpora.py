@@ -28,7 +28,7 @@ from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
 from megatron_slm.data.packing import PackedSamples, SequentialSamples, has_share, split_bounds
-from megatron_slm.data.sidecar import find_loss_mask, read_sidecar
+from megatron_slm.data.sidecar import find_loss_mask, read_sidecar_of
 from megatron_slm.data.staging import staged
 from megatron_slm.data.tokenizers import Tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, CorpusError, VocabularyError
@@ -315,7 +315,7 @@ def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCo
         CorpusError, VocabularyError: it is damaged, empty, of another tokenizer, or holds ids beyond the vocabulary.
     """
     corpus = IndexedCorpus(prefix)
-    sidecar = read_sidecar(prefix)
+    sidecar = read_sidecar_of(corpus)
     if sidecar is None:
         logger.warning("%s has no .meta.json, so its tokenizer cannot be checked; its token ids are", prefix)
     elif sidecar.tokenizer_fingerprint != tokenizer.fingerprint():

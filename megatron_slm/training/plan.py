@@ -15,6 +15,7 @@ import torch
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.backends import Backends, choose_backends
+from megatron_slm.config.blends import parse_phases
 from megatron_slm.config.resolve import resolve_architecture
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
@@ -191,6 +192,7 @@ def make_plan(
     scores = open_scores(config, scored, thorough=thorough) if stores else None
     _check_entropies(config, selector, scores)
     _check_best(config, data.valid)
+    _warn_of_what_never_comes(config, data.valid, num_samples // global_batch_size)
     probe_texts, probe_file = None, config.logging.probe_file
     if probe_file is not None:
         length = config.data.seq_length
@@ -218,6 +220,14 @@ def make_plan(
         backends=backends,
         monitors=monitors,
     )
+
+
+def _warn_of_what_never_comes(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:
+    if config.logging.eval_interval is not None and not held_out and config.logging.probe_file is None:
+        logger.warning("--eval-interval has nothing to evaluate: no set is held out by --split or --valid-data-path")
+    for phase in parse_phases(config.data.data_phases):
+        if phase.first_step >= num_steps:
+            logger.warning("--data-phases: the phase at step %d never begins in %d steps", phase.first_step, num_steps)
 
 
 def _check_models(

@@ -52,6 +52,7 @@ def test_the_written_configuration_repeats_the_run(tmp_path: Path) -> None:
     [
         (["--trian-iters", "3"], r"did you mean --train-iters\?"),
         (["--xyzzy"], "see --help for the known names"),
+        ([], r"--train-iters = None"),
         (["--objective", "clm"], r"--train-iters = None"),
         ([*BASE, "--lr", "fast"], r"--lr = 'fast'"),
         ([*BASE, "--lr", "-1"], "greater than 0"),

@@ -56,3 +56,11 @@ def test_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert error.startswith("error: input = ")
     assert error.count("\n") == 1
+
+
+def test_exit_code_of_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupt) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_slm.config.load import parse
 from megatron_slm.data.blending import BlendedSamples
+from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.sidecar import Sidecar
 from megatron_slm.data.tokenizers import build_tokenizer
 from megatron_slm.errors import SlmError
@@ -174,12 +175,12 @@ def test_a_corpus_of_other_documents_is_named(folder: Path, tmp_path: Path) -> N
 def test_a_corpus_of_other_tokens_is_named(folder: Path, tmp_path: Path) -> None:
     """Its documents are as long as before, so that the order of the samples is the same."""
     fingerprint = build_tokenizer("NullTokenizer", None, 60_000).fingerprint()
-    write_corpus(tmp_path / "books", seed=1, num_documents=60, vocab_size=50_000)
+    corpus = IndexedCorpus(write_corpus(tmp_path / "books", seed=1, num_documents=60, vocab_size=50_000))
     found = []
     for content in ("a" * 64, "b" * 64):
         sidecar = Sidecar(
-            tokenizer_fingerprint=fingerprint, vocab_size=60_001, num_documents=60, num_tokens=1, max_token_id=1,
-            eod_id=None, command="", bin_sha256=content,
+            tokenizer_fingerprint=fingerprint, vocab_size=60_001, num_documents=60,
+            num_tokens=corpus.num_tokens, max_token_id=1, eod_id=None, command="", bin_sha256=content,
         )  # fmt: skip
         write_sidecar(tmp_path / "books", sidecar)
         found.append(train_samples(folder, 100, data_path=[str(tmp_path / "books")], run_dir=tmp_path / "run"))
@@ -192,6 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weight negative": ({"data_path": ["1", "{web}", "-1", "{books}"]}, "--data-path = -1.0: .*above 0"),
     "weight not a number": ({"data_path": ["nan", "{web}", "1", "{books}"]}, "--data-path = nan: is a finite number"),
     "weight infinite": ({"data_path": ["inf", "{web}", "1", "{books}"]}, "--data-path = inf: is a finite number"),
+    "weights of an infinite sum": ({"data_path": ["1e308", "{web}", "1e308", "{books}"]}, r"--data-path = \[1e\+308, 1e\+308\]: has weights with a finite sum"),
     "some weights": ({"data_path": ["1", "{web}", "{books}"]}, "gives a weight to every corpus or to none"),
     "twice": ({"data_path": ["{web}", "{books}", "{web}"]}, "names each corpus once"),
     "one name": ({"data_path": ["a={web}", "a={books}"]}, "has a name of its own"),

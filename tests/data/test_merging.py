@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,7 @@ def test_sidecars_and_masks_are_merged(tmp_path: Path) -> None:
             r"tokenizer of corpus .*b = 'cd': must be that of .*a \(ab\)",
         ),
         ({"eod_id": None}, VocabularyError, r"ids around the documents of .*b .*must be those of"),
+        ({"num_tokens": 4}, CorpusError, r"num_tokens of .*b\.meta\.json = 4: must be 3"),
         ({"loss_mask": "b_loss_mask"}, CorpusError, r"loss mask = .*a': must exist, as .*b has one"),
     ],
 )
@@ -188,3 +190,19 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(CorpusError, match=r"must be writable \(No space left on device\)"):
             joined.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part.bin", "part.idx"]
+
+
+def test_what_the_dead_left_is_removed(tmp_path: Path) -> None:
+    """Of the same corpus and its mask alone, and nothing of a process that lives."""
+    make_corpus(tmp_path / "a", [3])
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, alive = ended.pid, os.getppid()
+    gone = [f"c[1].{end}.part-{dead}" for end in ("bin", "idx", "meta.json")] + [f"c[1]_loss_mask.bin.part-{dead}"]
+    kept = [f"c[1].bin.part-{alive}", f"c1.bin.part-{dead}", f"c[1]_2.bin.part-{dead}", f"c[1].bin.part-x{dead}"]
+    kept += [f"c[1].bin.part-{10**30}", f"c[1].txt.part-{dead}"]
+    for name in (*gone, *kept):
+        (tmp_path / name).touch()
+    concatenate([tmp_path / "a"], tmp_path / "c[1]")
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"a.bin", "a.idx", "c[1].bin", "c[1].idx", *kept}

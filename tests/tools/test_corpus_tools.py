@@ -77,6 +77,40 @@ def test_inspecting_what_cannot_be(corpora: Path, options: tuple, message: str) 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("options", [(), ("--verify",), ("--documents", 1)])
+def test_inspecting_nothing(options: tuple) -> None:
+    done = run("inspect_data", *options)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --data-path = []: names a corpus.")
+    assert done.stderr.count("\n") == 1
+
+
+STOPPED = """
+import os, runpy, signal, sys
+from megatron_slm.data.joined_corpus import JoinedCorpus
+
+add = JoinedCorpus.add
+
+def add_and_be_stopped(self, part):
+    add(self, part)
+    assert self._bin_part.exists()
+    os.kill(os.getpid(), signal.{signal})
+
+JoinedCorpus.add = add_and_be_stopped
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("signal", "code", "said"), [("SIGTERM", 143, ""), ("SIGINT", 130, "interrupted\n")])
+def test_a_merge_that_is_stopped_leaves_nothing(corpora: Path, signal: str, code: int, said: str) -> None:
+    command = [sys.executable, "-c", STOPPED.format(signal=signal), str(ROOT / "tools" / "merge_corpora.py")]
+    command += ["--input", str(corpora), "--output-prefix", str(corpora / "out" / "both")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert not list((corpora / "out").iterdir())
+
+
 def test_merging_a_folder_without_corpora(tmp_path: Path) -> None:
     done = run("merge_corpora", "--input", tmp_path, "--output-prefix", tmp_path / "c")
     assert done.returncode == 1

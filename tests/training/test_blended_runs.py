@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_slm.config.load import parse
 from megatron_slm.data import reading
 from megatron_slm.data.indexed_writer import IndexedCorpusWriter
 from megatron_slm.data.interleave import greedy_choices, normalized
+from megatron_slm.training.plan import make_plan
 from tests.support.documents import token_losses
 from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, flags, train_and_report
@@ -259,3 +261,28 @@ def test_test_sets_are_evaluated_at_the_end(folder: Path, tmp_path: Path) -> Non
     run_world(train_and_report, 1, values)
     evaluations = [(line["step"], line["set"]) for line in lines(tmp_path) if line.get("event") == "eval"]
     assert evaluations == [(2, "valid"), (4, "valid"), (4, "test"), (4, "test-b")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"split": "100,0,0", "eval_interval": 1}, "--eval-interval has nothing to evaluate"),
+        ({"split": "9,1,0", "eval_interval": 1}, None),
+        ({"eval_interval": 1, "valid_data_path": "{folder}/code"}, None),
+        ({"eval_interval": 1, "probe_file": "{folder}/probe.jsonl"}, None),
+        ({"data_phases": ["2: {folder}/code", "3: {folder}/web"]}, "the phase at step 3 never begins in 3 steps"),
+        ({"data_phases": ["2: {folder}/code"]}, None),
+    ],
+)
+def test_what_never_comes_is_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], warning: str | None
+) -> None:
+    (folder / "probe.jsonl").write_text('{"text": "1 2 3"}\n')
+    words = [
+        word.replace("{folder}", str(folder))
+        for word in flags(run_flags(Path("{folder}/web"), tmp_path, train_iters=3, **changes))
+    ]
+    make_plan(parse(words)[0], 1)
+    said = [record.getMessage() for record in caplog.records if "meta.json" not in record.getMessage()]
+    assert len(said) == (warning is not None), said
+    assert warning is None or warning in said[0]

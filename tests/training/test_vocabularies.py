@@ -11,7 +11,7 @@ from megatron_slm.config.load import parse
 from megatron_slm.data.indexed_writer import IndexedCorpusWriter
 from megatron_slm.data.sidecar import Sidecar
 from megatron_slm.data.tokenizers import build_tokenizer
-from megatron_slm.errors import ConfigError, VocabularyError
+from megatron_slm.errors import ConfigError, CorpusError, VocabularyError
 from megatron_slm.training.plan import make_plan
 from tests.data.corpora import write_sidecar
 from tests.support.runs import flags, run_flags, save_hf_llama
@@ -56,6 +56,15 @@ def plan(folder: Path, **changes: object) -> None:
 
 def test_equal_tables_are_accepted(folder: Path) -> None:
     plan(folder)
+
+
+def test_a_sidecar_left_of_another_corpus_is_refused(folder: Path) -> None:
+    with IndexedCorpusWriter(folder / "other", np.uint16) as writer:
+        writer.add_document(np.arange(3, 19))
+    for suffix in ("bin", "idx"):
+        (folder / f"other.{suffix}").replace(folder / f"corpus.{suffix}")
+    with pytest.raises(CorpusError, match=r"num_documents of .*corpus\.meta\.json = 30: must be 1"):
+        plan(folder)
 
 
 def test_a_reference_of_the_same_size_and_another_table_is_refused(folder: Path) -> None:
