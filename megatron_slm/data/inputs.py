@@ -21,6 +21,8 @@ STREAM_PIECE_BYTES = 16 << 20
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES, _PIECES = 1 << 20, 64 << 20, 64
 _MIN_LAST_PIECE_BYTES, _PIECES_LEFT_PER_WORKER = 1 << 18, 2
 _ROWS_PER_BATCH = 1024
+_READ_SUFFIXES = (*COMPRESSED_SUFFIXES, ".parquet")
+_UNREAD_SUFFIXES = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 
 
 class Line(NamedTuple):
@@ -181,7 +183,7 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """The files that `inputs` name, in order; a pattern (`data/*.jsonl`) gives its files sorted by name.
 
     Raises:
-        CorpusError: one names no file.
+        CorpusError: one names no file, or a file of a kind that is not read.
     """
     files = []
     for name in map(str, inputs):
@@ -195,6 +197,15 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
                 "check the path (- reads standard input)",
             )
         files += found
+    for path in files:
+        if path.suffix.lower() in _UNREAD_SUFFIXES or path.suffix != path.suffix.lower() in _READ_SUFFIXES:
+            read = ", ".join(_READ_SUFFIXES)
+            raise CorpusError(
+                "input",
+                str(path),
+                f"must be JSON lines, or end in one of {read} (in lower case)",
+                "decompress or rename it; what another program writes is read with --input -",
+            )
     return files
 
 

@@ -140,3 +140,13 @@ def test_the_last_pieces_are_smaller_so_that_workers_end_together(tmp_path: Path
     assert left == 0
     assert pieces[0].stop == 2 * mib, "as one worker's"
     assert len(pieces) < 64 + 24 * workers
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.jsonl.XZ", "a.tgz", "a.jsonl.GZ", "a.Parquet"])
+def test_files_of_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
+    """Not read as text, line by line, each of which would be invalid."""
+    (tmp_path / name).write_text('{"text": "1"}\n')
+    with pytest.raises(
+        CorpusError, match=r"must be JSON lines, or end in one of \.gz, \.zst, \.parquet \(in lower case\)"
+    ):
+        Inputs([str(tmp_path / "a*")])
