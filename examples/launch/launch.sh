@@ -48,44 +48,48 @@ tokenize() {
 }
 
 launch() {
-  local port="${MASTER_PORT:-29500}" first
+  local port="${MASTER_PORT:-29500}"
   if [ -n "$planning" ]; then
     plan "$@"
-  elif [ -n "${SLURM_JOB_ID:-}" ]; then # one launcher a node, which needs no ssh
-    mkdir -p runs
-    run_of "$@" "${flags[@]}" > "runs/current.$SLURM_JOB_ID" # for the batch script, which is told to stop it
-    first="$(hostname)"
-    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}/" > "runs/hosts.$SLURM_JOB_ID"
-    srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 \
-      bash -c 'exec deepspeed --no_ssh --node_rank "$SLURM_NODEID" "$@"' launcher \
-      --hostfile "runs/hosts.$SLURM_JOB_ID" --master_addr "$first" --master_port "$port" "$@" "${flags[@]}"
+    return
+  elif [ -n "${SLURM_JOB_ID:-}" ]; then
+    launch_on_slurm "$port" "$@"
   elif [ -n "${HOSTFILE:-}" ]; then
     deepspeed --hostfile "$HOSTFILE" --master_port "$port" "$@" "${flags[@]}"
   else
     deepspeed ${GPUS:+--num_gpus "$GPUS"} --master_port "$port" "$@" "${flags[@]}"
   fi
-  if [ -z "$planning" ] && [ "$1" = tools/pretrain_slm.py ]; then end_if_stopped "$(run_of "$@" "${flags[@]}")"; fi
+  if [ "$1" = tools/pretrain_slm.py ]; then end_if_stopped "$@"; fi
 }
 
-# `run_of tools/pretrain_slm.py --config FILE [flags]`: the run's folder.
-run_of() {
-  local run
-  run="$(sed -n 's/^run-dir: *//p' "$3")"
-  while [ $# -gt 1 ]; do
-    if [ "$1" = --run-dir ]; then run="$2"; fi
-    shift
-  done
-  printf '%s\n' "$run"
+# One launcher a node, which needs no ssh.
+launch_on_slurm() {
+  local port="$1" run first code=0
+  shift
+  mkdir -p runs
+  if [ "$1" = tools/pretrain_slm.py ]; then # nothing else can be asked to stop
+    run="$(run_state folder "$@")"
+    rm -f "$run/STOP" # asked of a run that never saw it
+    printf '%s\n' "$run" > "runs/current.$SLURM_JOB_ID" # for the batch script, which is told to stop it
+  fi
+  first="$(hostname)"
+  scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}/" > "runs/hosts.$SLURM_JOB_ID"
+  srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --kill-on-bad-exit=1 \
+    bash -c 'exec deepspeed --no_ssh --node_rank "$SLURM_NODEID" "$@"' launcher \
+    --hostfile "runs/hosts.$SLURM_JOB_ID" --master_addr "$first" --master_port "$port" "$@" "${flags[@]}" || code=$?
+  rm -f "runs/current.$SLURM_JOB_ID"
+  if [ "$code" -ne 0 ]; then exit "$code"; fi
 }
+
+# `run_state QUESTION tools/pretrain_slm.py --config FILE`: the trainer's own parser answers, of the flags it is given.
+run_state() { python examples/launch/run_state.py "$1" "${@:3}" "${flags[@]}"; }
 
 # A run that was asked to stop ends well too; the step behind it must not take half of it for the whole.
 end_if_stopped() {
-  local run="$1" saved last
-  if [ ! -e "$run/checkpoints/latest" ]; then return; fi
-  saved="$(tr -dc 0-9 < "$run/checkpoints/latest")"
-  last="$(sed -n 's/^train-iters: *//p' "$run/config.yaml")"
-  if [ "$((10#$saved))" -lt "$last" ]; then
-    printf '%s was stopped at step %d of %d; the same command goes on with it.\n' "$run" "$((10#$saved))" "$last"
+  local said
+  said="$(run_state stopped "$@")"
+  if [ -n "$said" ]; then
+    printf '%s\n' "$said"
     exit 0
   fi
 }
