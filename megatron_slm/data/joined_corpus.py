@@ -48,9 +48,7 @@ class Merged(NamedTuple):
 class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
     """Takes corpora in order and is whole at its prefix after `finish` and `put_in_place`.
 
-    Left before that, nothing of it stays.
-
-    Memory does not grow with the corpora.
+    Left before that, nothing of it stays. Memory does not grow with the corpora.
 
     Args:
         prefix: path without `.bin` and `.idx`; its folder is made.
