@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Train selectively (or plainly): `deepspeed --num_gpus N tools/pretrain_slm.py --config FILE [flags]`."""
 
+import contextlib
 import os
 import sys
 
@@ -16,8 +17,9 @@ if __name__ == "__main__":
         code = main()
     except SystemExit as stop:  # --help
         code = int(stop.code or 0)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a log on a full disk does not make the run a failed one
+            stream.flush()
     # Past the interpreter's teardown: now and then a communication library's thread is still alive there, which
     # ends a finished run with "terminate called without an active exception" and a wrong exit code.
     os._exit(code)

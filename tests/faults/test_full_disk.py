@@ -134,9 +134,12 @@ def test_what_rank_0_alone_writes(where: str, tmp_path: Path) -> None:
 
 def train_with_a_full_log(values: dict[str, Any]) -> int:
     """What is said on standard error has no room; the step that the run ends with."""
-    full = os.open("/dev/full", os.O_WRONLY)
+    full, log = os.open("/dev/full", os.O_WRONLY), os.dup(2)
     os.dup2(full, 2)
-    return int(train_and_report(values)["step"])
+    try:
+        return int(train_and_report(values)["step"])
+    finally:
+        os.dup2(log, 2)
 
 
 def test_a_log_on_a_full_disk_ends_no_run(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_inspecting_nothing(options: tuple) -> None:
 
 STOPPED = """
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from megatron_slm.data.joined_corpus import JoinedCorpus
 
 add = JoinedCorpus.add
