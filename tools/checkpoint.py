@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron_slm.checkpoint.command import main
+from megatron_slm.cli.checkpoint import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported next, otherwise warns that it guessed this
 
-from megatron_slm.analysis.evaluation.command import main
+from megatron_slm.cli.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,63 +1,9 @@
-"""Put corpora end to end into one, with their loss masks and sidecars.
+#!/usr/bin/env python3
+"""Put corpora end to end into one, with their loss masks and sidecars."""
 
-    python tools/merge_corpora.py --input corpora/a_text_document corpora/b_text_document --output-prefix corpora/all
-
-A folder stands for all corpora in it, sorted by name.
-"""
-
-from __future__ import annotations
-
-import logging
-import shlex
-import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_slm.data.arguments import ToolParser, exit_code
-from megatron_slm.data.merging import merge_corpora
-from megatron_slm.data.sidecar import LOSS_MASK_SUFFIX
-from megatron_slm.errors import CorpusError
-from megatron_slm.log import setup_logging
-
-
-def build_parser() -> ToolParser:
-    """The flags, under the names of Megatron's tools/merge_datasets.py."""
-    parser = ToolParser("Put corpora end to end into one, with their loss masks and sidecars.")
-    parser.add_argument("--input", nargs="+", required=True, help="prefixes, or folders of corpora; in this order")
-    parser.add_argument("--output-prefix", required=True, help="of the new corpus")
-    return parser
-
-
-def prefixes(inputs: Sequence[str]) -> list[str]:
-    """The corpora that are named; of a folder all but loss masks, sorted.
-
-    Raises:
-        CorpusError: a folder holds none.
-    """
-    found: list[str] = []
-    for name in inputs:
-        if not Path(name).is_dir():
-            found.append(name.removesuffix(".bin").removesuffix(".idx"))
-            continue
-        inside = [str(path.with_suffix("")) for path in sorted(Path(name).glob("*.idx"))]
-        masks = {f"{prefix}{LOSS_MASK_SUFFIX}" for prefix in inside}
-        if not inside:
-            raise CorpusError("input", name, "must hold a corpus (.bin and .idx)", "check the folder")
-        found += [prefix for prefix in inside if prefix not in masks]
-    return found
-
-
-def run() -> None:
-    """Parse, merge, and say what was written."""
-    flags = build_parser().parse_flags()
-    setup_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written goes
-    names = prefixes(flags.input)
-    warn = logging.getLogger("megatron_slm.merge").warning
-    merged = merge_corpora(names, flags.output_prefix, shlex.join(sys.argv), warn)
-    print(f"{flags.output_prefix}: {len(names)} corpora, {merged.num_documents} documents, {merged.num_tokens} tokens")
-
+from megatron_slm.cli.merge_corpora import main
 
 if __name__ == "__main__":
-    sys.exit(exit_code(run))
+    sys.exit(main())

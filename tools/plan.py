@@ -6,7 +6,7 @@
 
 import sys
 
-from megatron_slm.planning.command import main
+from megatron_slm.cli.plan import main
 
 if __name__ == "__main__":
     sys.exit(main())

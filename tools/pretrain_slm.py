@@ -10,7 +10,7 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported next, otherwise warns that it guessed this
 
-from megatron_slm.training.main import main
+from megatron_slm.cli.pretrain import main
 
 if __name__ == "__main__":
     try:

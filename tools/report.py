@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron_slm.analysis.report_command import main
+from megatron_slm.cli.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

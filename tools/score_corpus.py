@@ -9,7 +9,7 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported next, otherwise warns that it guessed this
 
-from megatron_slm.training.score_main import main
+from megatron_slm.cli.score import main
 
 if __name__ == "__main__":
     try:

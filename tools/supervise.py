@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron_slm.training.supervisor import main
+from megatron_slm.cli.supervise import main
 
 if __name__ == "__main__":
     sys.exit(main())

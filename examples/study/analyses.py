@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from results import CLEAN
 
-from megatron_slm.analysis.evaluation.command import main as evaluate
 from megatron_slm.analysis.kept import select
 from megatron_slm.analysis.losses import model_statistics, open_stage, stages_of
 from megatron_slm.analysis.sample import load_tokenizer, sample_corpus, sample_texts
-from megatron_slm.analysis.tokens_command import main as analyze
-from megatron_slm.checkpoint.format import write_durably
+from megatron_slm.cli.analyze_tokens import main as analyze
+from megatron_slm.cli.evaluate import main as evaluate
+from megatron_slm.files import write_durably
 from megatron_slm.selection.scores import score_named
 
 if TYPE_CHECKING:

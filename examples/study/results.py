@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_slm.analysis.charts import COLOURS, MARKERS, Line, Panel, png
 from megatron_slm.analysis.runs import Curve, RunMetrics, read_run
-from megatron_slm.checkpoint.format import write_durably
+from megatron_slm.files import write_durably
 
 CLEAN = "arithmetic"
 """The kind of the tokens that are worth learning."""

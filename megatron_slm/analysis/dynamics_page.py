@@ -17,7 +17,7 @@ from megatron_slm.analysis.charts import Line, Panel, png, svg
 from megatron_slm.analysis.dynamics import CLASSES, FALLING, HIGH, LOW, RISING, Dynamics
 from megatron_slm.analysis.losses import Stage
 from megatron_slm.analysis.sample import Sample
-from megatron_slm.checkpoint.format import write_durably
+from megatron_slm.files import write_durably
 
 _COLOURS = {HIGH: "#E69F00", RISING: "#D55E00", FALLING: "#0072B2", LOW: "#555555"}
 _STYLES = {HIGH: "--", RISING: ":", FALLING: "-", LOW: "-."}

@@ -18,8 +18,8 @@ from megatron_slm.checkpoint.format import complete_checkpoints
 from megatron_slm.checkpoint.weights import fill_module
 from megatron_slm.convert.hf_config import is_hf_folder
 from megatron_slm.convert.source import Model, open_model
-from megatron_slm.data.indexed import IndexedCorpus
-from megatron_slm.data.inspection import loss_mask_of
+from megatron_slm.data.corpus.indexed import IndexedCorpus
+from megatron_slm.data.corpus.inspection import loss_mask_of
 from megatron_slm.data.packing import PackedSamples
 from megatron_slm.device import local_device
 from megatron_slm.errors import AnalysisError, VocabularyError

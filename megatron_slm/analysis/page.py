@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from megatron_slm.checkpoint.format import write_durably
+from megatron_slm.files import write_durably
 
 STYLE = """
 :root { --page:#f8fafc; --card:#fff; --text:#1f2937; --soft:#5b6470; --line:#e1e5ea; --accent:#0072B2;

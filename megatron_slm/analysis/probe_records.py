@@ -22,8 +22,8 @@ from safetensors.numpy import save
 
 from megatron_slm.analysis.losses import Stage
 from megatron_slm.analysis.sample import Bools, Ints, Sample, Window
-from megatron_slm.checkpoint.format import write_durably
 from megatron_slm.errors import AnalysisError
+from megatron_slm.files import write_durably
 
 Floats = npt.NDArray[np.float32]
 FOLDER = "probe"

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from megatron_slm.analysis import page
 from megatron_slm.analysis.charts import COLOURS, MARKERS, Line, Panel, png, svg
 from megatron_slm.analysis.runs import AXIS_LABELS, Axis, Curve, RunMetrics, held_out_sets
-from megatron_slm.checkpoint.format import write_durably
+from megatron_slm.files import write_durably
 
 _NATS = "nats per token"
 _TRAINING_PANELS = (

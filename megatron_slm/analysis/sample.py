@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slm.convert.source import Model
-from megatron_slm.data.compressed import read_lines
-from megatron_slm.data.indexed import IndexedCorpus
-from megatron_slm.data.inputs import expand_inputs
-from megatron_slm.data.inspection import loss_mask_of
+from megatron_slm.data.corpus.indexed import IndexedCorpus
+from megatron_slm.data.corpus.inspection import loss_mask_of
 from megatron_slm.data.packing import SequentialSamples
+from megatron_slm.data.preprocessing.compressed import read_lines
+from megatron_slm.data.preprocessing.inputs import expand_inputs
 from megatron_slm.errors import AnalysisError
 
 Ints = npt.NDArray[np.int64]

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from typing import Any
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
+from megatron_slm.files import file_sha256, write_durably
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -216,41 +216,9 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def file_sha256(path: Path, num_bytes: int | None = None) -> str:
-    """Checksum of a file or of its first bytes, hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        if num_bytes is not None:
-            digest.update(file.read(num_bytes))
-            return digest.hexdigest()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def file_entry(path: Path) -> dict[str, Any]:
     """A file's line in the manifest."""
     return {"size": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a small file so that it is whole or absent, and on the disk, when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def versions() -> Mapping[str, str]:

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.checkpoint.format import complete_checkpoints, step_of, sync_folder, write_durably
+from megatron_slm.checkpoint.format import complete_checkpoints, step_of
+from megatron_slm.files import sync_folder, write_durably
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from threading import Thread
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_slm.checkpoint.format import (
     PROBE,
@@ -26,16 +25,16 @@ from megatron_slm.checkpoint.format import (
     file_entry,
     folder_name,
     step_of,
-    sync_folder,
     versions,
-    write_durably,
 )
 from megatron_slm.checkpoint.retention import Retention, clear_leftovers, prune, record_evaluation
 from megatron_slm.checkpoint.snapshot import SnapshotMemory, TensorFile, rank_files
+from megatron_slm.checkpoint.state import Progress
 from megatron_slm.checkpoint.tensor_file import write_tensor_file
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import local_device
 from megatron_slm.errors import CheckpointError, os_errors_as
+from megatron_slm.files import sync_folder, write_durably
 from megatron_slm.parallel.collectives import gather_objects, together
 from megatron_slm.parallel.topology import Topology
 
@@ -43,24 +42,6 @@ logger = logging.getLogger(__name__)
 
 Entries = dict[str, dict[str, Any]]
 """Lines of a manifest: size and sha256, by file name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a run stands after a step."""
-
-    step: int
-    consumed_samples: int
-    adam_step: int
-    score_threshold: float | None = None
-    tokens_seen: int | None = 0
-    tokens_kept: int | None = 0
-    recent_losses: list[float] = field(default_factory=list)
-    """Mean losses of the last steps, that spikes are told by."""
-    probe_kept: Tensor | None = None
-    """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Where the run stands in each of its corpora (`BlendedSamples.state`)."""
 
 
 @dataclass(frozen=True)

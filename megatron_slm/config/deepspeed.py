@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config.sections import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError
 
 _ZERO_1 = "ds_configs/zero1_bf16_pipeline.json"

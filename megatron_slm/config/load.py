@@ -22,7 +22,7 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from megatron_slm.config import sections
+from megatron_slm.config import run as sections
 from megatron_slm.errors import ConfigError
 
 SECTIONS: dict[str, type] = typing.get_type_hints(sections.RunConfig)

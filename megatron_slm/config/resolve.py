@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.config.sections import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError, LayoutError
 
 

@@ -3,12 +3,101 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Literal
 
+from megatron_slm.config.rules import require
 from megatron_slm.errors import ConfigError
 
-if TYPE_CHECKING:
-    from megatron_slm.config.sections import SelectionConfig
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which tokens are trained on (Rho-1, arXiv 2404.07965, section 2.2)."""
+
+    objective: Literal["slm", "clm"] = "slm"
+    """slm: the tokens that score highest. clm: every token, no reference (how references are trained)."""
+    slm_keep_ratio: float = 0.6
+    """Share of the valid tokens that is kept, in (0, 1]; the paper's 0.6 (1B) and 0.7 (7B)."""
+    slm_score: list[str] = field(default_factory=lambda: ["excess"])
+    """What tokens are ranked by: excess, loss, -loss, reference-loss (low is kept), reference-entropy (low is kept),
+    entropy, relative-excess, clipped-excess, random; several with --slm-combine."""
+    slm_combine: Literal["intersection", "union", "sum"] | None = None
+    """Several scores: the tokens that all of their selections keep, those that any keeps, or the top share of the
+    weighted sum of the scores, each brought to mean 0 and deviation 1."""
+    slm_combine_ratios: list[float] = field(default_factory=list)
+    """Each selection's own keep ratio, for intersection and union; default: --slm-keep-ratio for each."""
+    slm_combine_weights: list[float] = field(default_factory=list)
+    """Each score's weight in the sum; default: 1 for each."""
+    slm_policy: Literal["top-k", "threshold", "quantile", "sample", "weights"] = "top-k"
+    """From scores to kept tokens: exactly the top share; those at or above --slm-threshold; those at or above a
+    running quantile of earlier steps; a random sample that favours high scores; or soft weights on all."""
+    slm_scope: Literal["sequence", "micro-batch", "data-parallel"] = "micro-batch"
+    """The tokens that are ranked against each other; data-parallel: one micro-batch of every data-parallel rank."""
+    slm_threshold: float | None = None
+    """Lowest score that is kept, for --slm-policy threshold."""
+    slm_threshold_decay: float = 0.9
+    """How much of the running threshold of --slm-policy quantile stays from one step to the next."""
+    slm_temperature: float = 1.0
+    """Divides scores in --slm-policy sample and weights: high is even, low is greedy."""
+    slm_weight_floor: float = 0.0
+    """Least weight of a token in --slm-policy weights, in [0, 1]."""
+    slm_keep_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the keep ratio goes from --slm-keep-start to its final value, after the warm-up."""
+    slm_keep_warmup_iters: int = 0
+    """Steps at the start of the run that train on every token."""
+    slm_keep_decay_iters: int | None = None
+    """Steps after the warm-up over which the keep ratio changes, for linear and cosine."""
+    slm_keep_start: float = 1.0
+    """Keep ratio at the start of a linear or cosine schedule."""
+    slm_always_keep: list[int] = field(default_factory=list)
+    """Token ids whose labels are kept in any case, before all others, even where they are more than the share."""
+    slm_never_keep: list[int] = field(default_factory=list)
+    """Token ids whose labels are never kept; they leave the ranking as if they were masked."""
+    slm_probe_interval: int = 100
+    """Every this many steps, select on the run's first batch and log how much of it changed; 0: never."""
+    reference_load: str | None = None
+    """The frozen reference: a Hugging Face folder, or one of our checkpoints written at any layout. Beside
+    --reference-scores it is not loaded: the scores must then be this reference's."""
+    reference_config: str | None = None
+    """The reference's shape, for plans and dry runs while --reference-load is not there yet: a config.json, a folder
+    with one, or the YAML file of the reference's own run. A reference that is loaded must agree with it."""
+    reference_scores: list[str] = field(default_factory=list)
+    """Stores of reference losses written by tools/score_corpus.py, read instead of running a reference."""
+    reference_scores_combine: Literal["minimum", "mean"] | None = None
+    """What several stores together say of a token: the least of their losses, or the mean."""
+    reference_scores_verify: Literal["sampled", "whole"] = "sampled"
+    """Checksums compared before the first step: of stores beyond 64 GiB evenly spread shards, or always all. Each
+    sample is checked again when it is read."""
+
+    def __post_init__(self) -> None:
+        check_selection(self)
+        if self.objective == "clm":  # whether slm needs one depends on the score: see selection/configure.py
+            for name in ("reference_load", "reference_scores"):
+                require(
+                    not getattr(self, name),
+                    name,
+                    getattr(self, name),
+                    "is left out when --objective is clm, which has no reference",
+                    "drop it or use --objective slm",
+                )
+        self._check_stores()
+
+    def _check_stores(self) -> None:
+        several = len(self.reference_scores) > 1
+        require(
+            several == (self.reference_scores_combine is not None),
+            "reference_scores_combine",
+            self.reference_scores_combine,
+            "is given with several --reference-scores, and only then",
+            "choose minimum or mean for several stores, and leave it out for one",
+        )
+        require(
+            not several or self.reference_load is None,
+            "reference_load",
+            self.reference_load,
+            "is left out with several --reference-scores, which are of several references",
+            "drop it",
+        )
 
 
 def check_selection(config: SelectionConfig) -> None:

@@ -26,7 +26,7 @@ ORIGIN_FILES = (CONFIG, "generation_config.json", "LICENSE*", "NOTICE*", "USE_PO
 TOKENIZER, ORIGIN = "tokenizer", "origin"
 """Folders in a checkpoint."""
 STORY = "origin.json"
-"""In `origin/`: where a trained model comes from (see `training/origin.py`)."""
+"""In `origin/`: where a trained model comes from (see `run/origin.py`)."""
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

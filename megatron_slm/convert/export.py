@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slm.checkpoint.format import Manifest, sync_folder
+from megatron_slm.checkpoint.format import Manifest
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.tensor_file import Entry
 from megatron_slm.convert.card import model_card
@@ -24,6 +24,7 @@ from megatron_slm.convert.tensors import DTYPES, check_tensors, expected_tensors
 from megatron_slm.convert.verify import TOLERANCE_NATS, Report, enough_memory, verify
 from megatron_slm.convert.writer import write_shards
 from megatron_slm.errors import CheckpointError, WeightsError
+from megatron_slm.files import sync_folder
 
 SHARD_BYTES = 4 * 2**30
 """A new file is begun when one would grow beyond this."""

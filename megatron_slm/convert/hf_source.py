@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_slm.checkpoint.format import file_sha256
 from megatron_slm.checkpoint.weights import Quantity
 from megatron_slm.errors import WeightsError
+from megatron_slm.files import file_sha256
 from megatron_slm.parallel.shards import Part
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"

@@ -12,15 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_slm.checkpoint.format import (
-    Manifest,
-    file_entry,
-    find_checkpoint,
-    folder_name,
-    sync_folder,
-    versions,
-    write_durably,
-)
+from megatron_slm.checkpoint.format import Manifest, file_entry, find_checkpoint, folder_name, versions
 from megatron_slm.checkpoint.tensor_file import Entry, write_entries
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.bin_source import BinSource
@@ -37,8 +29,9 @@ from megatron_slm.convert.hf_config import is_hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
 from megatron_slm.convert.tensors import TensorSource, check_tensors, expected_tensors, row_blocks
 from megatron_slm.convert.vocabulary import ExtendedVocabulary, check_extends
-from megatron_slm.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
 from megatron_slm.errors import VocabularyError, WeightsError, os_errors_as
+from megatron_slm.files import sync_folder, write_durably
 
 
 def import_folder(hf: str, output: str, *, extend_vocabulary: str | None = None, allow_bin: bool = False) -> Path:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.convert.tensors import EMBEDDING, OUTPUT, TensorSource, row_blocks
-from megatron_slm.data.tokenizers import Tokenizer
+from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import VocabularyError
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.index_cache import Arrays, IndexCache
-from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.packing import check_range, too_few_tokens
 from megatron_slm.data.reading import Piece, Sample, SequenceReader
 from megatron_slm.errors import ConfigError

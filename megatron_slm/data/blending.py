@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from megatron_slm.data.corpus.indexed import IndexedCorpus
+from megatron_slm.data.corpus.sidecar import read_sidecar_of
 from megatron_slm.data.index_cache import IndexCache
-from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.interleave import Interleave
 from megatron_slm.data.packing import Samples
 from megatron_slm.data.reading import Piece, Sample
-from megatron_slm.data.sidecar import read_sidecar_of
 
 _SURPLUS = 0.005
 """Megatron draws up this much more of each corpus of a blend than its share (`mid_level_dataset_surplus`)."""

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from megatron_slm.data.indexed import IndexedCorpus, bin_path
+from megatron_slm.data.corpus.indexed import IndexedCorpus, bin_path
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.index_cache import IndexCache
-from megatron_slm.data.indexed import IndexedCorpus
 from megatron_slm.data.reading import Piece, Sample, SequenceReader
 from megatron_slm.errors import ConfigError, CorpusError
 

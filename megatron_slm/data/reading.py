@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slm.data.indexed import IndexedCorpus, bin_path, idx_path
+from megatron_slm.data.corpus.indexed import IndexedCorpus, bin_path, idx_path
 from megatron_slm.errors import CorpusError
 
 logger = logging.getLogger(__name__)

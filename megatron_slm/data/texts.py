@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slm.data.compressed import open_decompressed
+from megatron_slm.data.preprocessing.compressed import open_decompressed
 from megatron_slm.data.reading import PADDING_ID, Sample
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.tokenizers.base import Tokenizer
 from megatron_slm.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_slm.config.sections import LossHeadConfig
+from megatron_slm.config.loss_head import LossHeadConfig
 from megatron_slm.loss.kernels import BackendName
 from megatron_slm.loss.stash import Stash
 

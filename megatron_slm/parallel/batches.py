@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_slm.config.sections import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import LayoutError
 from megatron_slm.parallel.topology import Topology
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_slm.engine.schedule.costs import training_flops
+from megatron_slm.engine.schedule.orders import Mode
+from megatron_slm.engine.schedule.search import MAX_COMPUTATIONS, choose_schedule
+from megatron_slm.engine.schedule.simulate import Simulation
 from megatron_slm.errors import LayoutError
-from megatron_slm.pipeline.costs import training_flops
-from megatron_slm.pipeline.orders import Mode
-from megatron_slm.pipeline.search import MAX_COMPUTATIONS, choose_schedule
-from megatron_slm.pipeline.simulate import Simulation
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.layouts import Layout, candidate_layouts

@@ -12,7 +12,7 @@ from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import parse
 from megatron_slm.config.resolve import resolve_architecture
 from megatron_slm.convert.hf_config import read_architecture
-from megatron_slm.data.tokenizers import build_tokenizer
+from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, WeightsError
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.selection.configure import build_selector

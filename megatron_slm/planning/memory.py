@@ -15,10 +15,10 @@ import torch
 
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.engine.channels import Channel
+from megatron_slm.engine.schedule.simulate import Sizes
 from megatron_slm.loss.blocks import BLOCK_SIZE, block_sizes
 from megatron_slm.loss.variants import StashPlan
-from megatron_slm.pipeline.channels import Channel
-from megatron_slm.pipeline.simulate import Sizes
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.parameters import StageParameters, stage_parameters

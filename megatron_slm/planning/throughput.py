@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.pipeline.costs import Costs, forward_flops
+from megatron_slm.engine.schedule.costs import Costs, forward_flops
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.layouts import Layout

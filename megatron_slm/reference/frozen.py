@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_slm.checkpoint.weights import WeightSource, fill_module
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.device import local_device
 from megatron_slm.loss.objective import Objective, OutputWeight
-from megatron_slm.model.block import Block
+from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
+from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents, MicroBatch, TokenStatistics
 
 
@@ -58,3 +66,27 @@ class FrozenStage(nn.Module):
         """What the reference says of every token; on the last stage only."""
         with_entropy = objective.selector.needs("reference-entropy")
         return objective.statistics(x_sbd, self.output_weight(), batch, with_entropy=with_entropy)
+
+
+def build_reference(
+    arch: Architecture, source: WeightSource, topology: Topology, layers: ParallelLayers, dtype: torch.dtype
+) -> FrozenStage:
+    """Build this rank's stage of a frozen reference and load its weights. Collective over the world."""
+    stage = topology.coordinate(dist.get_rank()).pipeline
+    with _parameters_in(dtype), local_device():  # at once in its final dtype and place
+        reference = FrozenStage(arch, layers, stage=stage, num_stages=topology.pipeline)
+    with together():
+        fill_module(reference, source)
+    if layers.backends.compile_blocks:
+        compile_blocks(reference)
+    return reference
+
+
+@contextmanager
+def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_slm.checkpoint.format import versions, write_durably
+from megatron_slm.checkpoint.format import versions
 from megatron_slm.errors import ScoreStoreError
+from megatron_slm.files import write_durably
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

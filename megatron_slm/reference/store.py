@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron_slm.checkpoint.format import file_sha256, write_durably
 from megatron_slm.errors import ScoreStoreError, os_errors_as
+from megatron_slm.files import file_sha256, write_durably
 from megatron_slm.reference.manifest import MANIFEST, Manifest, check_same_settings, shard_name
 from megatron_slm.types import MicroBatch
 

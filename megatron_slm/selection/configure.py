@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_slm.config.sections import SelectionConfig
+from megatron_slm.config.selection import SelectionConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.selection.schedule import KeepSchedule
 from megatron_slm.selection.scores import score_named

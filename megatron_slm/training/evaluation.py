@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_slm.data.loader import MicroBatchSource
-from megatron_slm.loss.objective import LossSums
+from megatron_slm.engine.trainer import Trainer
+from megatron_slm.loss.sums import LossSums
 from megatron_slm.parallel.collectives import together
-from megatron_slm.training.metrics import evaluation_loss
-from megatron_slm.training.step import Trainer
+from megatron_slm.telemetry.metrics import evaluation_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,15 @@ import torch.distributed as dist
 
 from megatron_slm.config.health import HealthConfig
 from megatron_slm.data.sampler import sample_indices
+from megatron_slm.engine.facts import MicroBatchFacts
+from megatron_slm.engine.refusal import Reason
+from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import TrainingError
-from megatron_slm.loss.objective import LossSums, StepSettings
+from megatron_slm.loss.objective import StepSettings
+from megatron_slm.loss.sums import LossSums
 from megatron_slm.parallel.collectives import gather_objects
-from megatron_slm.pipeline.facts import MicroBatchFacts
-from megatron_slm.pipeline.refusal import Reason
+from megatron_slm.telemetry.metrics import BAD_BATCHES
 from megatron_slm.training.build import Run
-from megatron_slm.training.metrics import BAD_BATCHES
-from megatron_slm.training.step import StepResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,17 +10,18 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_slm.device import local_device
+from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import CorpusError, SlmError, VocabularyError
+from megatron_slm.operations.stopping import StopRequest
+from megatron_slm.operations.watchdog import Watchdog
+from megatron_slm.parallel.activity import Phase
 from megatron_slm.parallel.collectives import peers_named, together
-from megatron_slm.pipeline.activity import Phase
+from megatron_slm.telemetry.profiling import StepProfiler
 from megatron_slm.training.build import Run
 from megatron_slm.training.health import Health
 from megatron_slm.training.lr_schedule import learning_rate
-from megatron_slm.training.profiling import StepProfiler
 from megatron_slm.training.recorder import Recorder, is_due
-from megatron_slm.training.step import StepResult, train_step
-from megatron_slm.training.stopping import StopRequest
-from megatron_slm.training.watchdog import Watchdog
+from megatron_slm.training.step import train_step
 
 
 def train(run: Run) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.device import local_device
+from megatron_slm.engine.trainer import Trainer
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.training.step import Trainer
 from megatron_slm.types import TokenStatistics
 
 

@@ -11,24 +11,25 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder
-from megatron_slm.checkpoint.save import Progress, Saved
+from megatron_slm.checkpoint.save import Saved
+from megatron_slm.checkpoint.state import Progress
 from megatron_slm.config.load import write_yaml
+from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import RunFolderError, ServiceError
 from megatron_slm.loss.objective import StepSettings
+from megatron_slm.operations.stopping import StopAskedError, StopRequest
+from megatron_slm.operations.watchdog import Watchdog
+from megatron_slm.parallel.activity import Phase
 from megatron_slm.parallel.collectives import from_rank_0, together
-from megatron_slm.pipeline.activity import Phase
+from megatron_slm.telemetry.history import disk_errors
+from megatron_slm.telemetry.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
+from megatron_slm.telemetry.probe_board import show_record
+from megatron_slm.telemetry.resources import resources
+from megatron_slm.telemetry.stragglers import gather_times
 from megatron_slm.training.build import Run
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.health import BadBatch
-from megatron_slm.training.history import disk_errors
-from megatron_slm.training.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.training.probe import Probe, agreement
-from megatron_slm.training.probe_board import show_record
-from megatron_slm.training.resources import resources
-from megatron_slm.training.step import StepResult
-from megatron_slm.training.stopping import StopAskedError, StopRequest
-from megatron_slm.training.stragglers import gather_times
-from megatron_slm.training.watchdog import Watchdog
 
 
 def is_due(step: int, interval: int | None, last: int) -> bool:

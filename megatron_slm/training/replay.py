@@ -19,16 +19,16 @@ from torch import Tensor
 
 from megatron_slm.config import RunConfig
 from megatron_slm.config import deepspeed as ds_config
-from megatron_slm.data.inspection import MASKED_CLOSE, MASKED_OPEN
+from megatron_slm.data.corpus.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.errors import ConfigError, TrainingError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import gather_objects
+from megatron_slm.run.corpora import boundaries
+from megatron_slm.run.plan import Plan, make_plan
+from megatron_slm.run.resume import Resume, open_resume
 from megatron_slm.training.build import Run, build_run
-from megatron_slm.training.corpora import boundaries
 from megatron_slm.training.health import BadBatch, mean_loss
-from megatron_slm.training.plan import Plan, make_plan
-from megatron_slm.training.resume import Resume, open_resume
 from megatron_slm.training.step import train_step
 from megatron_slm.types import MicroBatch
 

@@ -18,11 +18,11 @@ from megatron_slm.analysis.sample import pieces_of
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.texts import TextSamples
 from megatron_slm.device import local_device
+from megatron_slm.engine.trainer import Trainer
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import from_rank_0, together
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.training.history import disk_errors
-from megatron_slm.training.step import Trainer
+from megatron_slm.telemetry.history import disk_errors
 from megatron_slm.types import TokenStatistics
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_slm.analysis.evaluation.command import main
 from megatron_slm.analysis.evaluation.generation import cut, load_generator
 from megatron_slm.analysis.evaluation.prompts import STOPS, prompt_named, read_prompt
 from megatron_slm.analysis.evaluation.statistics import bootstrap
 from megatron_slm.analysis.evaluation.tasks import FORMS, read_task
+from megatron_slm.cli.evaluate import main
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.errors import TaskError, WeightsError
 from tests.analysis.conftest import TEXTS

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.analysis.report_command import main
 from megatron_slm.analysis.run_report import panels, summary, tokens_to_reach
 from megatron_slm.analysis.runs import MOST_POINTS, Curve, read_run, read_runs
+from megatron_slm.cli.report import main
 from megatron_slm.errors import AnalysisError
 
 

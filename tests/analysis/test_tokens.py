@@ -20,11 +20,11 @@ from megatron_slm.analysis.kept import Kept, agreement, frequency_bands, groups,
 from megatron_slm.analysis.losses import model_statistics, sample_of_store, stages_of, store_losses
 from megatron_slm.analysis.sample import Sample, sample_texts
 from megatron_slm.analysis.selection_page import at_quarters
-from megatron_slm.analysis.tokens_command import main
+from megatron_slm.cli.analyze_tokens import main
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.convert.source import open_model
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
-from megatron_slm.data.sidecar import loss_mask_prefix
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.sidecar import loss_mask_prefix
 from megatron_slm.errors import AnalysisError
 from megatron_slm.selection.scores import score_named
 from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, write_corpus

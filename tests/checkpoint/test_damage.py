@@ -19,7 +19,7 @@ from megatron_slm.checkpoint.load import CheckpointSource, read_probe
 from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
 from megatron_slm.errors import CheckpointError
-from megatron_slm.training.resume import Resume, open_resume
+from megatron_slm.run.resume import Resume, open_resume
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
@@ -133,7 +133,7 @@ def flip_last_byte(path: Path) -> None:
 def test_checksums_of_large_files_are_compared_on_request(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_slm.training import resume
+    from megatron_slm.run import resume
 
     shutil.copytree(run / SAVED, tmp_path / SAVED)
     flip_last_byte(tmp_path / SAVED / "step_00000004" / "optimizer_00001.safetensors")

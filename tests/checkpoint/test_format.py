@@ -15,10 +15,10 @@ from megatron_slm.checkpoint.format import (
     folder_name,
     step_of,
     verify_files,
-    write_durably,
 )
 from megatron_slm.config import Architecture
 from megatron_slm.errors import CheckpointError
+from megatron_slm.files import write_durably
 
 ARCH = Architecture(
     num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=2, kv_channels=4, vocab_size=9

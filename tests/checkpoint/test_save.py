@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron_slm.checkpoint import save
 from megatron_slm.checkpoint.format import Manifest, complete_checkpoints, folder_name
 from megatron_slm.checkpoint.retention import Retention
-from megatron_slm.checkpoint.save import Progress, Saver, Writer
+from megatron_slm.checkpoint.save import Saver, Writer
 from megatron_slm.checkpoint.snapshot import TensorFile
+from megatron_slm.checkpoint.state import Progress
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.topology import Topology
 from tests.checkpoint.test_format import ARCH

@@ -9,8 +9,9 @@ import pytest
 
 from megatron_slm.config import Architecture, BackendConfig
 from megatron_slm.config import backends as module
-from megatron_slm.config.backends import Backends, choose_backends
+from megatron_slm.config.backends import Backends
 from megatron_slm.errors import ConfigError
+from megatron_slm.run.backends import choose_backends
 
 
 def arch(width: int = 64) -> Architecture:

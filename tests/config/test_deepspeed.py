@@ -8,7 +8,7 @@ import pytest
 
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import parse
-from megatron_slm.config.sections import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError
 
 

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_slm.checkpoint.format import file_sha256
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.tensor_file import Entry, write_entries
 from megatron_slm.convert import tensors
 from megatron_slm.convert.export import export_checkpoint
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.convert.writer import plan_shards
+from megatron_slm.files import file_sha256
 from tests.support.families import save_family
 from tests.support.runs import run_flags, write_corpus
 from tests.support.training import train_and_report

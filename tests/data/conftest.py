@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.data.tokenizer_training import train_sentencepiece, write_tokenizer
+from megatron_slm.data.tokenizers.training import train_sentencepiece, write_tokenizer
 from tests.data.texts import training_texts
 
 

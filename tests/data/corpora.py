@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_slm.data.indexed import IndexedCorpus, sidecar_path
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
-from megatron_slm.data.sidecar import Sidecar, sidecar_text
+from megatron_slm.data.corpus.indexed import IndexedCorpus, sidecar_path
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.sidecar import Sidecar, sidecar_text
 
 
 def make_corpus(

@@ -11,11 +11,11 @@ import pytest
 
 from megatron_slm.config.load import parse
 from megatron_slm.data.blending import BlendedSamples
-from megatron_slm.data.indexed import IndexedCorpus
-from megatron_slm.data.sidecar import Sidecar
-from megatron_slm.data.tokenizers import build_tokenizer
+from megatron_slm.data.corpus.indexed import IndexedCorpus
+from megatron_slm.data.corpus.sidecar import Sidecar
+from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import SlmError
-from megatron_slm.training.corpora import open_data
+from megatron_slm.run.corpora import open_data
 from tests.data.corpora import write_sidecar
 from tests.data.megatron_oracle import StubTokenizer
 from tests.support.runs import flags, run_flags, write_corpus

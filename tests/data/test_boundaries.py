@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slm.data.indexed import IndexedCorpus
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.indexed import IndexedCorpus
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 from megatron_slm.data.loader import Boundaries, MicroBatchSource
 from megatron_slm.data.packing import PackedSamples
 from tests.data import megatron_oracle  # noqa: F401  (silences its imports)

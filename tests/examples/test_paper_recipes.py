@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MistralConfig
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.load import _fields, parse
 from megatron_slm.convert.hf_config import architecture_of
 from megatron_slm.planning.job import open_job
-from megatron_slm.training.main import main
 from tests.data.byte_level import byte_level_folder
 from tests.examples.recipes import CONFIGS, EXAMPLES, FOLDERS, ROOT, name_of
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
@@ -133,7 +133,7 @@ def test_a_control_without_selection_is_a_command_away() -> None:
 def test_every_flag_in_the_pages_and_scripts_exists() -> None:
     known = {"--" + name.replace("_", "-") for name in _fields()}
     known |= {"--config", "--dry-run", "--without-files", "--help"}
-    for source in (*(ROOT / "tools").glob("*.py"), *(ROOT / "megatron_slm").rglob("*command.py"), *EXAMPLES.rglob("*.py"), ROOT / "megatron_slm/training/score_main.py"):  # fmt: skip
+    for source in (*(ROOT / "tools").glob("*.py"), *(ROOT / "megatron_slm/cli").glob("*.py"), *EXAMPLES.rglob("*.py")):  # fmt: skip
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source.read_text()))
     known |= {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port", "--log_level"}
     known |= {

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from megatron_slm.checkpoint.format import Manifest
+from megatron_slm.cli.score import parse_scoring
 from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
 from megatron_slm.planning.job import open_job
-from megatron_slm.training.score_main import parse_scoring
 from tests.examples.recipes import EXAMPLES, FOLDERS, ROOT, flags_of_tool
 
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch"), ROOT / "tools/environment.sh"])

@@ -15,9 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_slm.analysis.probe_records import ProbeFolder
 from megatron_slm.checkpoint.format import Manifest, complete_checkpoints, verify_files
+from megatron_slm.telemetry.history import History
+from megatron_slm.telemetry.metrics import MetricsWriter
 from megatron_slm.training import health
-from megatron_slm.training.history import History
-from megatron_slm.training.metrics import MetricsWriter
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.engine.pipeline import SelectiveEngine
 from megatron_slm.loss.objective import Objective
-from megatron_slm.pipeline.engine import SelectiveEngine
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command
 from tests.support.world import WorldError, run_world

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, StepSettings
+from megatron_slm.engine.gradients import step_factor
+from megatron_slm.engine.refusal import refusal
+from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
+from megatron_slm.loss.sums import LossSums
 from megatron_slm.parallel.groups import TensorParallel
-from megatron_slm.pipeline.gradients import step_factor
-from megatron_slm.pipeline.refusal import refusal
 from megatron_slm.selection.scores import SCORES
 from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch, TokenStatistics

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_slm.loss import LossHead, selective_cross_entropy, variants
-from megatron_slm.loss.objective import LossSums, Objective, OutputWeight, StepSettings
+from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
+from megatron_slm.loss.sums import LossSums
 from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
 from megatron_slm.parallel.groups import TensorParallel, init_distributed, tensor_parallel_group
 from megatron_slm.parallel.topology import Topology

@@ -14,7 +14,7 @@ import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from megatron_slm.model import block
-from megatron_slm.training import plan
+from megatron_slm.run import plan
 from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world

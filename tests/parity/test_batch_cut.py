@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 from tests.support.runs import VOCAB_SIZE, run_flags, save_hf_llama
 from tests.support.training import train_and_report
 from tests.support.world import run_world

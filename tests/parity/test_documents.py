@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 from tests.support.documents import token_losses
 from tests.support.runs import VOCAB_SIZE, run_flags, save_hf_llama
 from tests.support.scoring import score_here

@@ -34,12 +34,12 @@ def values(folder: Path, layout: str, name: str, **changes: Any) -> dict[str, An
 
 
 def save_what_was_loaded(flag_values: dict[str, Any]) -> None:
-    from megatron_slm.checkpoint.save import Progress
+    from megatron_slm.checkpoint.state import Progress
     from megatron_slm.config.load import parse
     from megatron_slm.parallel.groups import init_distributed
+    from megatron_slm.run.plan import make_plan
+    from megatron_slm.run.resume import open_resume
     from megatron_slm.training.build import build_run
-    from megatron_slm.training.plan import make_plan
-    from megatron_slm.training.resume import open_resume
     from tests.support.runs import flags
 
     init_distributed()

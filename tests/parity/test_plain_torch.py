@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from megatron_slm.data.indexed import IndexedCorpus
+from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.packing import PackedSamples
 from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report

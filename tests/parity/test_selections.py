@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megatron_slm.checkpoint.format import Manifest
-from megatron_slm.data.indexed import IndexedCorpus
+from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.packing import PackedSamples
 from tests.support.runs import SEQ_LENGTH, recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report

@@ -13,15 +13,15 @@ import pytest
 import torch.distributed as dist
 
 from megatron_slm.config.load import parse
+from megatron_slm.engine.schedule.costs import Work
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.groups import init_distributed
-from megatron_slm.pipeline.costs import Work
 from megatron_slm.planning.estimates import Estimate, estimate
 from megatron_slm.planning.gpus import GPUS, Cluster
 from megatron_slm.planning.job import open_job
 from megatron_slm.planning.layouts import configured_layout
+from megatron_slm.run.plan import make_plan
 from megatron_slm.training.build import build_run
-from megatron_slm.training.plan import make_plan
 from tests.support.runs import VOCAB_SIZE, flags, run_flags, save_hf_llama, write_corpus
 from tests.support.world import run_world
 

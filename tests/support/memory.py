@@ -13,14 +13,14 @@ from torch import Tensor
 
 from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.config.load import parse
+from megatron_slm.engine.flat import FlatModule
+from megatron_slm.engine.pipeline import SelectiveEngine
+from megatron_slm.engine.schedule.programs import Kind
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.loss.stash import Stash
 from megatron_slm.parallel.groups import init_distributed
-from megatron_slm.pipeline.engine import SelectiveEngine
-from megatron_slm.pipeline.module import FlatModule
-from megatron_slm.pipeline.schedule import Kind
+from megatron_slm.run.plan import make_plan
 from megatron_slm.training.build import Run, build_run
-from megatron_slm.training.plan import make_plan
 from megatron_slm.training.step import train_step
 from tests.support.runs import flags
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 
 VOCAB_SIZE = 97
 SEQ_LENGTH = 16

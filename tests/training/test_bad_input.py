@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command
 from tests.support.world import WorldError, run_world
@@ -130,7 +130,7 @@ def test_an_error_of_one_rank_ends_all(folder: Path, tmp_path: Path) -> None:
 
 
 def command_ok(argv: list[str]) -> None:
-    from megatron_slm.training.main import main
+    from megatron_slm.cli.pretrain import main
 
     assert main(argv) == 0
 

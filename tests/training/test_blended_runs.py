@@ -13,9 +13,9 @@ import pytest
 
 from megatron_slm.config.load import parse
 from megatron_slm.data import reading
-from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 from megatron_slm.data.interleave import greedy_choices, normalized
-from megatron_slm.training.plan import make_plan
+from megatron_slm.run.plan import make_plan
 from tests.support.documents import token_losses
 from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, flags, train_and_report
@@ -223,7 +223,7 @@ def test_an_unreadable_held_out_shard_stops_all_ranks_with_the_state_saved(
 
 def test_a_loss_mask_beside_the_corpus_is_obeyed(tmp_path: Path) -> None:
     write_corpus(tmp_path / "sft", num_documents=20)
-    from megatron_slm.data.indexed import IndexedCorpus
+    from megatron_slm.data.corpus.indexed import IndexedCorpus
 
     corpus, generator = IndexedCorpus(tmp_path / "sft"), np.random.default_rng(0)
     masks = [generator.random(int(n)) < 0.5 for n in corpus.sequence_lengths]

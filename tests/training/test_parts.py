@@ -12,11 +12,11 @@ import yaml
 
 from megatron_slm.config import OptimizerConfig
 from megatron_slm.config.load import parse
-from megatron_slm.loss.objective import LossSums
+from megatron_slm.engine.trainer import StepResult
+from megatron_slm.loss.sums import LossSums
+from megatron_slm.telemetry.metrics import MetricsWriter, training_metrics
 from megatron_slm.training.lr_schedule import learning_rate
-from megatron_slm.training.metrics import MetricsWriter, training_metrics
 from megatron_slm.training.optimizer import build_optimizer, parameter_groups
-from megatron_slm.training.step import StepResult
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
@@ -139,7 +139,7 @@ def dry_run(argv: list[str], world_size: str) -> str:
     import io
     import os
 
-    from megatron_slm.training.main import main
+    from megatron_slm.cli.pretrain import main
 
     os.environ.update(WORLD_SIZE=world_size, COLUMNS="140")
     out = io.StringIO()

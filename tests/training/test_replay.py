@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_slm.checkpoint.fragments import fragments
+from megatron_slm.cli.replay import main
 from megatron_slm.config.load import parse
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.replay import Replay, open_weights, read_records
-from megatron_slm.training.replay_main import main
 from tests.support.planting import plant, train_planted
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import WorldError, run_world

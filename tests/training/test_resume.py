@@ -10,7 +10,7 @@ import pytest
 
 from megatron_slm.config.load import parse
 from megatron_slm.errors import CheckpointError, ConfigError
-from megatron_slm.training.resume import open_resume
+from megatron_slm.run.resume import open_resume
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.training import command
 from tests.support.world import WorldError, run_world
@@ -78,7 +78,7 @@ def command_and_output(argv: list[str]) -> str:
     import sys
     import tempfile
 
-    from megatron_slm.training.main import main
+    from megatron_slm.cli.pretrain import main
 
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
@@ -110,7 +110,7 @@ def test_flags_that_cannot_be_meant(changes: dict[str, Any], pattern: str, tmp_p
 
 
 def test_the_best_by_a_set_that_is_not_evaluated(tmp_path: Path) -> None:
-    from megatron_slm.training.plan import make_plan
+    from megatron_slm.run.plan import make_plan
 
     write_corpus(tmp_path / "corpus")
     given = config(tmp_path, keep_last=2, keep_best="clean", save_interval=2, eval_interval=2,

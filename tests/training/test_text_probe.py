@@ -16,13 +16,13 @@ import pytest
 
 from megatron_slm.analysis.losses import model_statistics
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder, ProbeRecord, recorded_losses
-from megatron_slm.analysis.text_picture import text_picture
-from megatron_slm.analysis.tokens_command import main as analyze
+from megatron_slm.cli.analyze_tokens import main as analyze
 from megatron_slm.convert.source import open_model
 from megatron_slm.data.texts import MOST_TEXTS, read_texts
-from megatron_slm.data.tokenizers import NullTokenizer
+from megatron_slm.data.tokenizers.registry import NullTokenizer
 from megatron_slm.errors import EXIT_UNUSABLE, AnalysisError, ConfigError, VocabularyError
-from megatron_slm.training.probe_board import TOKENS_SHOWN, _markdown
+from megatron_slm.telemetry.probe_board import TOKENS_SHOWN, _markdown
+from megatron_slm.telemetry.text_picture import text_picture
 from tests.support.runs import SEQ_LENGTH, flags, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.scoring import score_here
 from tests.support.training import command, train_and_report

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _write_corpus(folder: Path) -> None:
     import numpy as np
 
-    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+    from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 
     with IndexedCorpusWriter(folder / "corpus", np.uint16) as writer:
         writer.add_document(np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, 64 * SEQ_LENGTH))
@@ -98,8 +98,8 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
     from megatron_slm.config.load import parse
     from megatron_slm.log import setup_logging
     from megatron_slm.parallel.groups import init_distributed
+    from megatron_slm.run.plan import make_plan
     from megatron_slm.training.build import build_run
-    from megatron_slm.training.plan import make_plan
 
     setup_logging(int(os.environ["RANK"]))
     init_distributed()
@@ -139,7 +139,7 @@ class _Loop:
 
     def saved_and_committed(self, saver: Any) -> dict[str, float]:
         """One save, training on until it is committed; what it took."""
-        from megatron_slm.checkpoint.save import Progress
+        from megatron_slm.checkpoint.state import Progress
 
         free = [self.step() for _ in range(2)]
         progress = Progress(step=self.number, consumed_samples=4 * self.number, adam_step=self.number)

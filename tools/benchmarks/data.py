@@ -104,7 +104,7 @@ def _train(folder: Path, quick: bool) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_slm.data.tokenizer_training import train_sentencepiece
+    from megatron_slm.data.tokenizers.training import train_sentencepiece
 
     texts = [json.loads(line)["text"] for line in (folder / "text.jsonl").open()]
     backend = Tokenizer(models.BPE())
@@ -151,7 +151,7 @@ def _spawn(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(job: dict[str, Any]) -> dict[str, Any]:
-    from megatron_slm.data.tokenizers import build_tokenizer
+    from megatron_slm.data.tokenizers.registry import build_tokenizer
 
     folder = Path(job["folder"])
     kind, model = KINDS[job["kind"]]
@@ -205,7 +205,7 @@ def _megatron(tokenizer: Any, source: Path, prefix: Path, job: dict[str, Any]) -
 
     import numpy as np
 
-    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+    from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 
     with (
         multiprocessing.Pool(job["workers"], initializer=_start, initargs=(tokenizer,)) as pool,
@@ -220,7 +220,7 @@ def _megatron(tokenizer: Any, source: Path, prefix: Path, job: dict[str, Any]) -
 
 
 def _ours(tokenizer: Any, source: Path, prefix: Path, job: dict[str, Any]) -> Path:
-    from megatron_slm.data.preprocess import PreprocessConfig, preprocess
+    from megatron_slm.data.preprocessing.preprocess import PreprocessConfig, preprocess
 
     config = PreprocessConfig(
         input=(str(source),),

@@ -29,7 +29,7 @@ SHARE_VOCAB_SIZE, SHARE_MICRO_BATCHES, WARM_UP_STEPS = 8192, 4, 1
 
 def write_sparse_corpus(prefix: Path, num_tokens: int, num_documents: int) -> None:
     """A corpus of random document lengths whose tokens are all 0 and take no room."""
-    from megatron_slm.data.indexed import CODE_BY_DTYPE, HEADER, MAGIC, VERSION, bin_path, idx_path
+    from megatron_slm.data.corpus.indexed import CODE_BY_DTYPE, HEADER, MAGIC, VERSION, bin_path, idx_path
 
     generator = np.random.default_rng(0)
     cuts = np.sort(generator.integers(0, num_tokens, size=num_documents - 1))
@@ -68,8 +68,8 @@ def measure_index(
 def first_sample(prefix: str, num_samples: int, packing: str, cache: str | None) -> None:
     """Open a corpus and read one sample."""
     from megatron_slm.data.best_fit import BestFitSamples
+    from megatron_slm.data.corpus.indexed import IndexedCorpus
     from megatron_slm.data.index_cache import IndexCache
-    from megatron_slm.data.indexed import IndexedCorpus
     from megatron_slm.data.packing import PackedSamples
 
     corpus = IndexedCorpus(prefix)
@@ -100,7 +100,7 @@ def _draw(num_samples: int, weights: tuple[float, ...]) -> None:
 def measure_loading(*, micro_batch_size: int = 4, num_documents: int = 20_000, seconds: float = 3.0) -> dict[str, Any]:
     """Milliseconds to read a micro-batch of real tokens by one thread, and tokens a second, for each packing."""
     from megatron_slm.data.best_fit import BestFitSamples
-    from megatron_slm.data.indexed import IndexedCorpus
+    from megatron_slm.data.corpus.indexed import IndexedCorpus
     from megatron_slm.data.loader import Boundaries, MicroBatchSource
     from megatron_slm.data.packing import PackedSamples
 
@@ -148,9 +148,9 @@ def _train_and_time(job: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
+    from megatron_slm.cli.pretrain import pretrain
     from megatron_slm.config.load import parse
     from megatron_slm.data.prefetch import Prefetcher
-    from megatron_slm.training.main import pretrain
 
     moments: list[float] = []
     waited = [0.0]
@@ -200,7 +200,7 @@ def _train_and_time(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write_random_corpus(prefix: Path, *, num_documents: int, vocab_size: int) -> None:
-    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+    from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 
     generator = np.random.default_rng(0)
     with IndexedCorpusWriter(prefix, np.uint16) as writer:

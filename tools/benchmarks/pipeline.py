@@ -82,7 +82,7 @@ def _prepare(folder: Path, *, emulated: bool) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_slm.data.indexed_writer import IndexedCorpusWriter
+    from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 
     with IndexedCorpusWriter(folder / "corpus", np.uint16) as writer:
         writer.add_document(np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, 64 * SEQ_LENGTH[emulated]))
@@ -119,8 +119,8 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
     from megatron_slm.config.load import parse
     from megatron_slm.log import setup_logging
     from megatron_slm.parallel.groups import init_distributed
+    from megatron_slm.run.plan import make_plan
     from megatron_slm.training.build import build_run
-    from megatron_slm.training.plan import make_plan
 
     setup_logging(int(os.environ["RANK"]))
     init_distributed()
@@ -160,7 +160,7 @@ def _flags(job: dict[str, Any]) -> list[str]:
 
 
 def _costs(job: dict[str, Any], stepper: _Stepper) -> Any:
-    from megatron_slm.pipeline.costs import Costs, Work
+    from megatron_slm.engine.schedule.costs import Costs, Work
 
     if not job["emulated"]:
         return stepper.measured_costs()
@@ -184,7 +184,7 @@ def _slept_out(lengths: dict[Any, float]) -> Callable[[Any], AbstractContextMana
 
 def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]:
     """What takes turns, each by what the engine works with: its schedule, and where reference losses come from."""
-    from megatron_slm.pipeline.search import choose_schedule
+    from megatron_slm.engine.schedule.search import choose_schedule
     from megatron_slm.reference.manifest import Manifest
     from megatron_slm.reference.store import ScoreReader
     from megatron_slm.reference.stored import StoredScores
@@ -241,7 +241,7 @@ class _Stepper:
 
 
 def _record(job: dict[str, Any], name: str, context: Any, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    from megatron_slm.pipeline.simulate import Simulation
+    from megatron_slm.engine.schedule.simulate import Simulation
 
     simulation = Simulation(context.schedule)
     ratios = [mine / clm for mine, clm in zip(seconds[name], seconds[BASELINE], strict=True)]

@@ -21,7 +21,7 @@ from megatron_slm.analysis.sample import Sample, load_tokenizer, sample_corpus, 
 from megatron_slm.convert.export import export_checkpoint
 from megatron_slm.convert.hf_config import is_hf_folder
 from megatron_slm.convert.source import Model
-from megatron_slm.data.indexed import bin_path
+from megatron_slm.data.corpus.indexed import bin_path
 from megatron_slm.errors import ConfigError
 
 

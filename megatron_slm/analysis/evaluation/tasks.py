@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_slm.analysis.evaluation.answers import AnswerKind, last_boxed
 from megatron_slm.analysis.evaluation.prompts import PromptName, with_choices
-from megatron_slm.data.compressed import read_lines
-from megatron_slm.data.inputs import expand_inputs
+from megatron_slm.data.preprocessing.compressed import read_lines
+from megatron_slm.data.preprocessing.inputs import expand_inputs
 from megatron_slm.errors import TaskError
 
 

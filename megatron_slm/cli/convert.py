@@ -1,0 +1,131 @@
+"""Between our checkpoints and Hugging Face folders: import, export, verify, inspect.
+
+Conversions stream: a few tens of MiB of the weights are in memory at a time, on the CPU, in one process.
+"""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # folders only: nothing is ever looked up
+
+from megatron_slm.convert.export import SHARD_BYTES, export_checkpoint
+from megatron_slm.convert.imports import import_folder
+from megatron_slm.convert.inspect import inspect_model
+from megatron_slm.convert.tensors import DTYPES
+from megatron_slm.convert.verify import NUM_TOKENS, TOLERANCE_NATS, Report, verify
+from megatron_slm.errors import SlmError
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    imported = commands.add_parser("import", help="a Hugging Face folder to a checkpoint")
+    imported.add_argument("--hf", required=True, help="the Hugging Face folder")
+    imported.add_argument("--output", required=True, help="the checkpoints folder to write")
+    imported.add_argument(
+        "--extend-vocabulary",
+        metavar="TOKENIZER",
+        help="a tokenizer folder with tokens behind the model's; their rows are the mean of the others",
+    )
+    imported.add_argument("--allow-bin", action="store_true", help="read .bin files too (pickles, with weights_only)")
+    export = commands.add_parser("export", help="a checkpoint to a folder that transformers loads, and verify it")
+    export.add_argument("--load", required=True, help="a run's checkpoints folder (the newest is taken) or one of them")
+    export.add_argument("--output", required=True, help="the Hugging Face folder to write")
+    export.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights written (default: as stored)")
+    export.add_argument(
+        "--max-shard-gib", type=float, default=SHARD_BYTES / 2**30, help="size of a file (default: %(default)s)"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace the Hugging Face folder at --output")
+    export.add_argument("--no-verify", action="store_true", help="do not compare with transformers")
+    check = commands.add_parser("verify", help="compare log-probabilities with transformers', position by position")
+    check.add_argument("--hf", required=True, help="the Hugging Face folder, run by transformers")
+    check.add_argument("--load", help="a checkpoint to compare with; without it the folder's weights in our model")
+    check.add_argument("--text-file", help="text to compare on; without it random tokens")
+    check.add_argument("--tokens", type=int, default=NUM_TOKENS, help="how many (default: %(default)s)")
+    check.add_argument("--json", metavar="FILE", help="write every position's difference there")
+    for command in (export, check):
+        command.add_argument(
+            "--tolerance", type=float, default=TOLERANCE_NATS, help="largest difference in nats (default: %(default)s)"
+        )
+    inspect = commands.add_parser("inspect", help="say what a folder or checkpoint holds")
+    inspect.add_argument("path", help="a Hugging Face folder, or a checkpoint of ours")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+    return parser.parse_args(argv)
+
+
+def _export(args: argparse.Namespace) -> int:
+    done = export_checkpoint(
+        args.load,
+        args.output,
+        dtype=args.dtype,
+        shard_bytes=round(args.max_shard_gib * 2**30),
+        overwrite=args.overwrite,
+        verifies=not args.no_verify,
+        tolerance_nats=args.tolerance,
+    )
+    print(f"wrote {done.folder}")
+    if done.report is None:
+        print(f"not compared with transformers: {done.not_verified}")
+    else:
+        print(f"max |Δ log-prob| = {done.report.max_nats:.3e} nats over {done.report.delta_bs.numel()} positions")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    report = verify(args.hf, args.load, args.text_file, num_tokens=args.tokens)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(report.as_dict(), file)
+    agree = report.max_nats <= args.tolerance
+    print_report(report)
+    print("the two agree" if agree else f"the two differ by more than {args.tolerance} nats")
+    print(f"max |Δ| = {report.max_nats:.3e}")
+    return 0 if agree else 1
+
+
+def print_report(report: Report) -> None:
+    """The differences along the positions."""
+    if report.rounded_to:
+        print(f"the checkpoint's weights rounded to {report.rounded_to}, as the folder stores them")
+    print("position        max |Δ log-prob|, nats")
+    for first, last, largest in report.bands():
+        print(f"{first:>6}-{last:<6}  {largest:.3e}")
+    print(f"largest at position {report.worst[1]} of sample {report.worst[0]}")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    found = inspect_model(args.path)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_values(found, "")
+    return 0
+
+
+def _print_values(values: dict[str, Any], indent: str) -> None:
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            print(f"{indent}{name}")
+            _print_values(value, indent + "  ")
+        else:
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            print(f"{indent}{name:<{width}}  {shown}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 on success, 1 on an error or a difference beyond the tolerance."""
+    args = _arguments(argv)
+    try:
+        if args.command == "import":
+            extension = args.extend_vocabulary
+            folder = import_folder(args.hf, args.output, extend_vocabulary=extension, allow_bin=args.allow_bin)
+            print(f"wrote {folder}")
+            return 0
+        return {"export": _export, "verify": _verify, "inspect": _inspect}[args.command](args)
+    except SlmError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1

@@ -1,0 +1,105 @@
+"""The command `plan.py schedule`: a table and a picture of a schedule for given costs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_slm.engine.schedule.costs import Costs
+from megatron_slm.engine.schedule.orders import Mode
+from megatron_slm.engine.schedule.programs import Schedule
+from megatron_slm.engine.schedule.search import choose_schedule
+from megatron_slm.engine.schedule.simulate import Simulation, Sizes
+from megatron_slm.errors import ConfigError
+
+
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `plan.py schedule`."""
+    parser.add_argument("--stages", type=int, required=True, help="pipeline stages")
+    parser.add_argument("--micro-batches", type=int, required=True, help="micro-batches of a step on one rank")
+    parser.add_argument("--mode", choices=get_args(Mode), default="skewed", help="the one that is drawn")
+    durations = parser.add_argument_group("durations on one stage, in any one unit")
+    for name, default, text in (
+        ("forward", 1.0, "the model's forward pass"),
+        ("backward", 2.0, "its backward pass"),
+        ("reference", 1.0, "the reference's forward pass"),
+        ("head-forward", 0.0, "what the loss head adds to the forward pass on the last stage"),
+        ("head-backward", 0.0, "what it adds to the backward pass"),
+        ("head-reference", 0.0, "what it adds to the reference's forward pass"),
+    ):
+        durations.add_argument(f"--{name}", type=float, default=default, help=f"{text} (default {default})")
+    sizes = parser.add_argument_group("sizes of one micro-batch on one rank, in MiB")
+    sizes.add_argument("--activations-mib", type=float, default=0.0, help="what a stage keeps for the backward pass")
+    sizes.add_argument("--message-mib", type=float, default=0.0, help="the reference's hidden states between stages")
+    parser.add_argument("--png", type=Path, help="write the schedule's picture to this file")
+    parser.set_defaults(run=plan_schedule)
+
+
+def plan_schedule(args: argparse.Namespace) -> None:
+    """Print every mode's time, the drawn one's stages, and draw it.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    for name in ("stages", "micro_batches", "forward", "backward", "reference"):
+        if getattr(args, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(args, name), "is greater than 0", "give more")
+    costs = Costs.uniform(
+        args.stages,
+        forward=args.forward,
+        backward=args.backward,
+        reference=args.reference,
+        head_forward=args.head_forward,
+        head_backward=args.head_backward,
+        head_reference=args.head_reference,
+    )
+    schedules = {mode: choose_schedule(mode, costs, args.micro_batches) for mode in get_args(Mode)}
+    sizes = Sizes(
+        reference_message=round(args.message_mib * 2**20),
+        stage_activations=round(args.activations_mib * 2**20),
+        micro_batch=0,
+        statistics=0,
+    )
+    console = Console()
+    console.print(_modes_table(schedules))
+    console.print(_stages_table(schedules[args.mode], sizes))
+    if args.png is not None:
+        from megatron_slm.engine.schedule.picture import draw  # matplotlib, which nothing else here needs
+
+        draw(schedules[args.mode], args.png)
+        console.print(f"wrote {args.png}", highlight=False)
+
+
+def _modes_table(schedules: dict[Mode, Schedule]) -> Table:
+    table = Table(title="Schedules")
+    for column in ("mode", "step / CLM's", "lower bound", "idle"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for mode, schedule in schedules.items():
+        simulation = Simulation(schedule)
+        stages = range(schedule.num_stages)
+        idle = sum(simulation.bubble_fraction(stage) for stage in stages) / len(stages)
+        table.add_row(mode, f"{simulation.ratio:.3f}", f"{simulation.lower_bound:.3f}", f"{idle:.1%}")
+    return table
+
+
+def _stages_table(schedule: Schedule, sizes: Sizes) -> Table:
+    simulation = Simulation(schedule)
+    table = Table(title=f"{schedule.mode}, stage by stage")
+    columns = "stage|idle|micro-batches ahead|activations kept|messages waiting|micro-batches held|MiB".split("|")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for stage in range(schedule.num_stages):
+        table.add_row(
+            str(stage),
+            f"{simulation.bubble_fraction(stage):.1%}",
+            str(schedule.leads[stage] if schedule.leads else 0),
+            str(simulation.activations(stage)),
+            str(simulation.unread(stage)),
+            str(simulation.window(stage)),
+            f"{simulation.memory_bytes(stage, sizes) / 2**20:,.1f}",
+        )
+    return table

@@ -1,0 +1,183 @@
+"""Tokenize text into Megatron's .bin/.idx corpora: JSON lines (plain, .gz, .zst, or - for standard input) or Parquet.
+
+    python tools/preprocess_data.py --input docs.jsonl.zst --output-prefix corpus \
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/folder --append-eod --workers 8
+
+A killed run goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_slm.cli.arguments import ToolParser, exit_code, positive_int
+from megatron_slm.data.preprocessing.documents import DocumentKeys
+from megatron_slm.data.preprocessing.preprocess import PreprocessConfig, PreprocessReport, preprocess
+from megatron_slm.data.tokenizers.registry import TOKENIZER_TYPES, build_tokenizer
+from megatron_slm.data.tokenizers.tiktoken import NUM_SPECIAL_TOKENS, PATTERNS
+from megatron_slm.log import setup_logging
+
+_LOG_SECONDS = 10.0
+
+
+def build_parser() -> ToolParser:
+    """The flags, under Megatron's names."""
+    parser = ToolParser("Tokenize JSON lines or Parquet into Megatron's .bin/.idx corpora.")
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--input", nargs="+", required=True, help="files or patterns (.gz, .zst, .parquet too); - is stdin"
+    )
+    text.add_argument("--json-keys", nargs="+", default=["text"], help="keys (or columns) to tokenize, a corpus each")
+    text.add_argument("--loss-mask-key", help="key of a list of 0 and 1, for the list of texts under the JSON key")
+    text.add_argument("--prompt-key", help="key of a text that is not trained on; the corpus is PREFIX_sft_document")
+    text.add_argument("--response-key", help="key of the text that follows the prompt and is trained on")
+    text.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="at lines that are no document")
+    output = parser.add_argument_group("corpora")
+    output.add_argument("--output-prefix", required=True, help="corpora are PREFIX_KEY_document.bin and .idx")
+    output.add_argument("--append-eod", action="store_true", help="end documents with the end-of-document token")
+    output.add_argument("--prepend-bos", action="store_true", help="begin documents with the beginning-of-text token")
+    add_tokenizer_flags(parser)
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=positive_int, default=1, help="processes (the result is the same)")
+    work.add_argument(
+        "--fast-tokenizer", action="store_true", help="encode with gigatoken, compared with the tokenizer on samples"
+    )
+    work.add_argument("--log-interval", type=positive_int, help="documents between progress lines (default: 10 s)")
+    return parser
+
+
+def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    """Megatron's tokenizer flags."""
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument("--tokenizer-type", required=True, help=", ".join(TOKENIZER_TYPES))
+    group.add_argument("--tokenizer-model", help="local folder, tokenizer.json, SentencePiece .model, tiktoken file")
+    group.add_argument("--vocab-size", type=positive_int, help="for NullTokenizer and TikTokenizer")
+    group.add_argument("--vocab-file", help="for GPT2BPETokenizer: vocab.json")
+    group.add_argument("--merge-file", help="for GPT2BPETokenizer: merges.txt")
+    group.add_argument("--tiktoken-pattern", default="v2", help=f"{', '.join(PATTERNS)}, or a regular expression")
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=NUM_SPECIAL_TOKENS, help="of a .json file")
+    group.add_argument("--tiktoken-special-tokens", nargs="+", help="their texts, TEXT=ID where an id is not the next")
+
+
+def rates(report: PreprocessReport) -> str:
+    """Documents and megabytes so far, per second, and the time left."""
+    megabytes, rate = report.num_bytes / 1e6, report.bytes_per_second
+    text = f"{report.num_documents} documents, {megabytes:.1f} MB, {rate / 1e6:.2f} MB/s"
+    fresh = report.num_bytes - report.num_resumed_bytes
+    if report.total_input_bytes and fresh:
+        done = report.input_bytes / report.total_input_bytes
+        left = report.num_bytes * (1 / max(done, 1e-9) - 1) / max(rate, 1e-9)
+        text += f", {100 * done:.0f} %, {_clock(left)} left"
+    return text
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def plain_progress(log_interval: int | None) -> Callable[[PreprocessReport], None]:
+    """Print a line whenever another `log_interval` documents are done, or without it every 10 seconds."""
+    reported = 0.0
+
+    def on_progress(report: PreprocessReport) -> None:
+        nonlocal reported
+        now = report.seconds // _LOG_SECONDS if log_interval is None else report.num_documents // log_interval
+        if now > reported:
+            reported = now
+            print(f"Processed {rates(report)}", file=sys.stderr, flush=True)
+
+    return on_progress
+
+
+@contextlib.contextmanager
+def progress(log_interval: int | None) -> Iterator[Callable[[PreprocessReport], None]]:
+    """A live line on a terminal (where `rich` is installed), plain lines elsewhere."""
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError:
+        yield plain_progress(log_interval)
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield plain_progress(log_interval)
+        return
+    # Without the thread of `console.status`: see `_end_with_parent` in megatron_slm/data/preprocessing/shards.py.
+    with Live("Starting", console=console, auto_refresh=False, transient=True) as live:
+        yield lambda report: live.update(f"Processed {rates(report)}", refresh=True)
+
+
+def summary(config: PreprocessConfig, report: PreprocessReport) -> str:
+    """The closing table, a row a corpus, and the lines that were left out."""
+    header = ["corpus", "documents", "tokens", "empty", "invalid", "longest", "MB/s"]
+    rows = [[*header, "trained on"] if config.keys.is_masked else header]
+    for key, counts in report.corpora.items():
+        numbers = (report.num_documents, counts.num_tokens, counts.num_empty, report.num_invalid)
+        cells = [*map(str, numbers), str(counts.longest_document), f"{report.bytes_per_second / 1e6:.2f}"]
+        if config.keys.is_masked:
+            cells.append(f"{counts.num_trained} tokens")
+        rows.append([Path(config.corpus_prefix(key)).name, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if report.num_resumed_bytes:
+        lines.append(
+            f"{report.num_resumed_bytes / 1e6:.1f} of {report.num_bytes / 1e6:.1f} MB were done by an earlier run"
+        )
+    lines += [f"skipped {line.source}:{line.line}: {line.reason}" for line in report.invalid]
+    if report.num_invalid > len(report.invalid):
+        lines.append(f"skipped {report.num_invalid - len(report.invalid)} more")
+    return "\n".join(lines)
+
+
+def run() -> None:
+    """Parse, preprocess, and print the table."""
+    flags = build_parser().parse_flags()
+    keys = DocumentKeys(
+        json_keys=tuple(flags.json_keys),
+        loss_mask_key=flags.loss_mask_key,
+        prompt_key=flags.prompt_key,
+        response_key=flags.response_key,
+    )
+    config = PreprocessConfig(
+        input=tuple(flags.input),
+        output_prefix=flags.output_prefix,
+        keys=keys,
+        append_eod=flags.append_eod,
+        prepend_bos=flags.prepend_bos,
+        workers=flags.workers,
+        fast_tokenizer=flags.fast_tokenizer,
+        on_error=flags.on_error,
+        command=shlex.join(sys.argv),
+    )
+    setup_logging()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, parts stay
+    tokenizer = build_tokenizer(
+        flags.tokenizer_type,
+        flags.tokenizer_model,
+        flags.vocab_size,
+        vocab_file=flags.vocab_file,
+        merge_file=flags.merge_file,
+        tiktoken_pattern=flags.tiktoken_pattern,
+        tiktoken_num_special_tokens=flags.tiktoken_num_special_tokens,
+        tiktoken_special_tokens=flags.tiktoken_special_tokens,
+    )
+    with progress(flags.log_interval) as on_progress:
+        report = preprocess(config, tokenizer, on_progress)
+    print(summary(config, report))
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    return exit_code(run)

@@ -1,0 +1,35 @@
+"""Train a SentencePiece BPE tokenizer of Llama's kind from JSON lines.
+
+    python tools/train_tokenizer.py --input docs.jsonl --vocab-size 32000 --output tokenizer/
+
+An output that is a folder also gets the Hugging Face form, which `AutoTokenizer.from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+from megatron_slm.cli.arguments import ToolParser, exit_code, positive_int
+from megatron_slm.data.tokenizers.training import texts_of_files, train_sentencepiece, write_tokenizer
+from megatron_slm.log import setup_logging
+
+
+def build_parser() -> ToolParser:
+    """The flags."""
+    parser = ToolParser("Train a SentencePiece BPE tokenizer of Llama's kind from JSON lines.")
+    parser.add_argument("--input", nargs="+", required=True, help="JSON lines: files or patterns (.gz, .zst too)")
+    parser.add_argument("--json-key", default="text", help="key that holds the text")
+    parser.add_argument("--vocab-size", type=positive_int, required=True, help="pieces, bytes and special ones in")
+    parser.add_argument("--output", required=True, help="a folder (name/), or a prefix: PREFIX.model")
+    return parser
+
+
+def run() -> None:
+    """Parse, train, write."""
+    flags = build_parser().parse_flags()
+    setup_logging()
+    model = train_sentencepiece(texts_of_files(flags.input, flags.json_key), vocab_size=flags.vocab_size)
+    print(f"wrote {write_tokenizer(model, flags.output)}")
+
+
+def main() -> int:
+    """Run the command; the exit code."""
+    return exit_code(run)

@@ -1,0 +1,57 @@
+"""The sections of a run's configuration. Field names are Megatron-LM's flag names where it has the flag.
+
+`__post_init__` checks what a section can know alone and does no input or output; what needs files or the
+world is checked in `run/plan.py`, before the first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_slm.config.backends import BackendConfig
+from megatron_slm.config.checkpoint import CheckpointConfig
+from megatron_slm.config.data import DataConfig
+from megatron_slm.config.health import HealthConfig
+from megatron_slm.config.logging import LoggingConfig
+from megatron_slm.config.loss_head import LossHeadConfig
+from megatron_slm.config.model import ModelConfig
+from megatron_slm.config.optimizer import OptimizerConfig, TrainingConfig
+from megatron_slm.config.parallel import ParallelConfig
+from megatron_slm.config.preflight import PreflightConfig
+from megatron_slm.config.resilience import ResilienceConfig
+from megatron_slm.config.rules import require
+from megatron_slm.config.selection import SelectionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    selection: SelectionConfig
+    loss_head: LossHeadConfig
+    backend: BackendConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    health: HealthConfig
+    logging: LoggingConfig
+    resilience: ResilienceConfig
+    preflight: PreflightConfig
+
+    def __post_init__(self) -> None:
+        saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
+        require(
+            self.checkpoint.keep_best is None or not (saves is None or evaluates is None or saves % evaluates),
+            "keep_best",
+            self.checkpoint.keep_best,
+            "has a loss of every checkpoint to compare",
+            f"make --save-interval ({saves}) a multiple of --eval-interval ({evaluates})",
+        )
+
+    @property
+    def save_folder(self) -> str:
+        """Where the run's checkpoints go."""
+        return self.checkpoint.save or f"{self.logging.run_dir}/checkpoints"

@@ -1,0 +1,162 @@
+"""Merging corpora of users, with their loss masks and sidecars."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_slm.data.corpus.indexed import CorpusIndex, bin_path, idx_path, sidecar_path
+from megatron_slm.data.corpus.joined_corpus import JoinedCorpus, Merged, require_dtype
+from megatron_slm.data.corpus.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar_of
+from megatron_slm.errors import CorpusError, VocabularyError
+
+
+def concatenate(
+    prefixes: Sequence[str | Path],
+    output_prefix: str | Path,
+    sidecar_of: Callable[[Merged], Sidecar | None] = lambda _: None,
+) -> Merged:
+    """Write the corpora `prefixes`, in this order, as the corpus `output_prefix`: whole, or not there.
+
+    Memory does not grow with the corpora. Some may have no token; all together must have one. What a writer that was
+    killed left there of the same corpus, or of its loss mask, is removed.
+
+    Args:
+        prefixes: the corpora, in order.
+        output_prefix: of the new corpus.
+        sidecar_of: makes its sidecar, which is there before the corpus is.
+
+    Raises:
+        CorpusError: a corpus is damaged, they have several token dtypes, the output is one of them or cannot be
+            written, or there is no token.
+    """
+    if not prefixes:
+        raise CorpusError("corpora to merge", 0, "must be at least one", "name some")
+    dtype = CorpusIndex(prefixes[0]).dtype
+    for prefix in prefixes:
+        if bin_path(prefix).resolve() == bin_path(output_prefix).resolve():
+            raise CorpusError("output prefix", str(output_prefix), "must not be one of the inputs", "give another")
+        require_dtype(CorpusIndex(prefix), dtype)  # all of them before the first is copied
+    for prefix in (output_prefix, loss_mask_prefix(output_prefix)):
+        _remove_parts_of_the_dead(prefix)
+    with JoinedCorpus(output_prefix) as joined:
+        for prefix in prefixes:
+            joined.add(CorpusIndex(prefix))
+        merged = joined.finish(sidecar_of)
+        joined.put_in_place()
+    return merged
+
+
+def merge_corpora(
+    prefixes: Sequence[str | Path],
+    output_prefix: str | Path,
+    command: str,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Merged:
+    """`concatenate` for corpora of users: with their loss masks and sidecars.
+
+    Args:
+        prefixes: the corpora, in order.
+        output_prefix: of the new corpus.
+        command: the command line, for the sidecar.
+        warn: called with a message where something cannot be checked.
+
+    Raises:
+        VocabularyError: the corpora were made with several tokenizers, or end their documents in several ways.
+        CorpusError: see `concatenate`; some have a loss mask and some have not; or a sidecar is of another corpus.
+    """
+    sidecars = [read_sidecar_of(CorpusIndex(prefix)) for prefix in prefixes]
+    known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
+    for prefix, sidecar in known:
+        _require_same(prefix, sidecar, *known[0])
+    masked = [str(prefix) for prefix, sidecar in known if sidecar.loss_mask is not None]
+    if masked and len(masked) != len(prefixes):
+        without = next(str(prefix) for prefix in prefixes if str(prefix) not in masked)
+        raise CorpusError(
+            "loss mask", without, f"must exist, as {masked[0]} has one", "merge corpora with masks apart from others"
+        )
+    if len(known) != len(prefixes):
+        for prefix, found in zip(prefixes, sidecars, strict=True):
+            if found is None and find_loss_mask(prefix) is not None:
+                raise CorpusError(
+                    "loss mask",
+                    str(find_loss_mask(prefix)),
+                    "is named by its corpus' .meta.json, to be merged with it",
+                    "preprocess with --loss-mask-key, or move the mask away",
+                )
+        without = next(str(prefix) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is None)
+        warn(f"{without} has no .meta.json, so its tokenizer cannot be checked, and the new corpus has none either")
+        return concatenate(prefixes, output_prefix)
+    mask: Merged | None = None
+    if masked:
+        masks = [Path(prefix).parent / str(sidecar.loss_mask) for prefix, sidecar in known]
+        mask = concatenate(masks, loss_mask_prefix(output_prefix))
+    of_all = [sidecar for _, sidecar in known]
+    return concatenate(prefixes, output_prefix, lambda merged: _combined(of_all, merged, mask, output_prefix, command))
+
+
+def _remove_parts_of_the_dead(prefix: str | Path) -> None:
+    """Remove the files of `part_path` at a prefix whose process is gone from this machine."""
+    for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix)):
+        for part in path.parent.glob(f"{glob.escape(path.name)}.part-*"):
+            number = part.name.rpartition("-")[2]
+            if number.isascii() and number.isdigit() and not _is_alive(int(number)):
+                with contextlib.suppress(OSError):  # it is in nobody's way
+                    part.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of another user; no process' number
+        return True
+    return True
+
+
+def _require_same(prefix: str | Path, sidecar: Sidecar, first: str | Path, expected: Sidecar) -> None:
+    if sidecar.tokenizer_fingerprint != expected.tokenizer_fingerprint:
+        raise VocabularyError(
+            f"tokenizer of corpus {prefix}",
+            sidecar.tokenizer_fingerprint[:12],
+            f"must be that of {first} ({expected.tokenizer_fingerprint[:12]}), by token table",
+            "preprocess one of them again with the other's tokenizer",
+        )
+    ends = {(one.bos_id, one.eod_id) for one in (sidecar, expected)}
+    if len(ends) > 1:
+        raise VocabularyError(
+            f"ids around the documents of {prefix} (BOS, EOD)",
+            (sidecar.bos_id, sidecar.eod_id),
+            f"must be those of {first}: {(expected.bos_id, expected.eod_id)}",
+            "preprocess one of them again with the other's flags",
+        )
+
+
+def _combined(
+    sidecars: list[Sidecar], merged: Merged, mask: Merged | None, output_prefix: str | Path, command: str
+) -> Sidecar:
+    def total(field: str) -> int | None:
+        values = [getattr(sidecar, field) for sidecar in sidecars]
+        return None if None in values else sum(values)
+
+    longest = [sidecar.longest_document for sidecar in sidecars]
+    return replace(
+        sidecars[0],
+        num_documents=merged.num_documents,
+        num_tokens=merged.num_tokens,
+        max_token_id=max(sidecar.max_token_id for sidecar in sidecars),
+        command=command,
+        bin_sha256=merged.bin_sha256,
+        idx_sha256=merged.idx_sha256,
+        num_empty=total("num_empty"),
+        num_invalid=total("num_invalid"),
+        longest_document=None if None in longest else max(length or 0 for length in longest),
+        loss_mask=None if mask is None else loss_mask_prefix(output_prefix).name,
+        loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
+        loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
+    )

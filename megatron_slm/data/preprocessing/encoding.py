@@ -1,0 +1,107 @@
+"""Documents to token ids, many at once, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_slm.data.preprocessing.documents import DocumentKeys, Texts
+from megatron_slm.data.tokenizers.base import Ragged
+
+
+class Encoder(Protocol):
+    """What turns texts into ids: a tokenizer, or a faster library checked against one."""
+
+    def encode_ragged(self, texts: Sequence[str]) -> Ragged:
+        """Token ids of several texts, nothing added at their ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How documents become sequences; travels to worker processes."""
+
+    keys: DocumentKeys
+    """Which keys hold what."""
+
+    bos_id: int | None
+    """Begins every document that has a token; None: nothing does."""
+
+    eod_id: int | None
+    """Ends every document that has a token; None: nothing does."""
+
+
+class EncodedDocuments(NamedTuple):
+    """Documents of one corpus as token ids."""
+
+    tokens: npt.NDArray[np.int32]
+    """All of them, end to end, int32 [T]."""
+
+    sequence_lengths: npt.NDArray[np.int64]
+    """Tokens of every sequence [S]; none is 0."""
+
+    sequences_per_document: npt.NDArray[np.int64]
+    """Sequences of every document [D]; 0 where the document has no token."""
+
+    loss_mask: npt.NDArray[np.uint8] | None
+    """1 for every token that is trained on, uint8 [T]; None where all are."""
+
+
+def encode_documents(documents: Sequence[Texts], encoding: Encoding, encoder: Encoder) -> EncodedDocuments:
+    """Tokenize documents of one corpus.
+
+    Without a mask every text is a sequence, as in Megatron's preprocessing: a text without a token is no sequence, and
+    a document of none stays as one without a sequence. With a mask the texts of a document, tokenized one by one, are
+    one sequence; its end-of-document token is trained on where its last text is, its first token of BOS never.
+    """
+    ids, lengths = encoder.encode_ragged([text for document in documents for text in document.texts])
+    texts_per_document = np.fromiter((len(document.texts) for document in documents), np.int64, len(documents))
+    owner = np.repeat(np.arange(len(documents)), texts_per_document)
+    mask = last_trained = None
+    if encoding.keys.is_masked:
+        trained = np.fromiter((bit for document in documents for bit in document.trained or ()), np.uint8, owner.size)
+        mask = np.repeat(trained, lengths)
+        last_trained = np.zeros(len(documents), np.uint8)
+        last_trained[owner] = trained  # of a document's texts the last one stays
+        lengths = np.bincount(owner, weights=lengths, minlength=len(documents)).astype(np.int64)
+        owner = np.arange(len(documents))
+    is_sequence = lengths > 0
+    lengths, owner = lengths[is_sequence], owner[is_sequence]
+    sequences_per_document = np.bincount(owner, minlength=len(documents)).astype(np.int64)
+    ids, mask, lengths = _with_ends(ids, mask, lengths, owner, last_trained, encoding)
+    return EncodedDocuments(ids, lengths, sequences_per_document, mask)
+
+
+def _with_ends(
+    ids: npt.NDArray[np.int32],
+    mask: npt.NDArray[np.uint8] | None,
+    lengths: npt.NDArray[np.int64],
+    owner: npt.NDArray[np.int64],
+    last_trained: npt.NDArray[np.uint8] | None,
+    encoding: Encoding,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8] | None, npt.NDArray[np.int64]]:
+    """Put the end-of-document token after every document's last sequence, and BOS before its first."""
+    changes = np.flatnonzero(np.diff(owner)) if owner.size else np.empty(0, np.int64)
+    ends = np.cumsum(lengths)
+    lengths = lengths.copy()
+    places, values, bits = [], [], []
+    if encoding.eod_id is not None and owner.size:  # before BOS: at one place the earlier document's end comes first
+        last = np.append(changes, owner.size - 1)
+        lengths[last] += 1
+        places.append(ends[last])
+        values.append(np.full(last.size, encoding.eod_id, np.int32))
+        bits.append(np.ones(last.size, np.uint8) if last_trained is None else last_trained[owner[last]])
+    if encoding.bos_id is not None and owner.size:
+        first = np.append(0, changes + 1)
+        places.append(np.append(0, ends)[first])
+        lengths[first] += 1
+        values.append(np.full(first.size, encoding.bos_id, np.int32))
+        bits.append(np.zeros(first.size, np.uint8))
+    if places:
+        at = np.concatenate(places)
+        ids = np.insert(ids, at, np.concatenate(values))
+        mask = None if mask is None else np.insert(mask, at, np.concatenate(bits))
+    return ids, mask, lengths

@@ -1,0 +1,220 @@
+"""Tokenizers of Hugging Face: folders, tokenizer.json files, and GPT-2's pair of vocabulary and merges."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from megatron_slm.data.tokenizers.base import Ragged, Tokenizer
+from megatron_slm.errors import ConfigError, VocabularyError
+
+GPT2_END = "<|endoftext|>"
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of `transformers`, from a local folder or a `tokenizer.json` file.
+
+    As with Hugging Face, a special token that is spelled out in the text (`</s>`) becomes that token.
+    A bare `tokenizer.json` does not say which token ends a document: its `eod_id` is None, unless the
+    `tokenizer_config.json` lies beside it. It travels to other processes as its `tokenizers` definition, so that they
+    need not load `transformers` to encode.
+
+    Args:
+        path: the folder or the file.
+
+    Raises:
+        ConfigError: it is neither.
+        VocabularyError: it cannot be loaded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = str(path)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # What a tokenizer.json says about cutting and padding is meant for batches, not for a corpus.
+            backend.no_truncation()
+            backend.no_padding()
+        self._backend = backend
+        self._bos_id: int | None = self._tokenizer.bos_token_id
+        self._eod_id: int | None = self._tokenizer.eos_token_id
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        if self._backend is None:
+            return type(self), (self._path,)
+        return _restore, (type(self), {**self._plain_state(), "_backend": None}, self._backend.to_str())
+
+    def _plain_state(self) -> dict[str, Any]:
+        return {"_path": self._path, "_bos_id": self._bos_id, "_eod_id": self._eod_id}
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return _load_transformers_tokenizer(Path(self._path))
+
+    @cached_property
+    def _tokens_by_id(self) -> dict[int, str]:
+        vocabulary = self._tokenizer.get_vocab() if self._backend is None else self._backend.get_vocab()
+        return {index: token for token, index in vocabulary.items()}
+
+    @property
+    @override
+    def vocab_size(self) -> int:
+        return max(self._tokens_by_id) + 1
+
+    @property
+    @override
+    def bos_id(self) -> int | None:
+        return self._bos_id
+
+    @property
+    @override
+    def eod_id(self) -> int | None:
+        return self._eod_id
+
+    @property
+    @override
+    def adds_bos_by_default(self) -> bool:
+        return self._bos_id is not None and self._tokenizer("a").input_ids[:1] == [self._bos_id]
+
+    @override
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    @override
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._backend is None:
+            ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            return [list(row) for row in ids]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    @override
+    def encode_ragged(self, texts: Sequence[str]) -> Ragged:
+        if self._backend is None:
+            return super().encode_ragged(texts)
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
+        return Ragged(np.fromiter(ids, np.int32, int(lengths.sum())), lengths)
+
+    @override
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @override
+    def token_table(self) -> list[str]:
+        return [self._tokens_by_id.get(index, "") for index in range(self.vocab_size)]
+
+    @override
+    def definition(self) -> bytes:
+        if self._backend is not None:
+            return str(self._backend.to_str()).encode()
+        files = [
+            path for path in sorted(Path(self._path).glob("*")) if path.is_file() and path.suffix != ".safetensors"
+        ]
+        return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]).encode()
+
+    @override
+    def fast_definition(self) -> str | None:
+        return None if self._backend is None else str(self._backend.to_str())
+
+    @override
+    def save_pretrained(self, folder: str | Path) -> None:
+        self._tokenizer.save_pretrained(str(folder))
+
+
+class Gpt2BpeTokenizer(HuggingFaceTokenizer):
+    """Megatron's GPT2BPETokenizer: byte-level BPE from GPT-2's `vocab.json` and `merges.txt`.
+
+    `<|endoftext|>` ends a document; spelled out in a text it becomes that token, as with Hugging Face.
+
+    Args:
+        vocab_file: JSON object from token to id.
+        merge_file: a merge a line, the most frequent first.
+
+    Raises:
+        ConfigError: a file is missing.
+        VocabularyError: they cannot be read, or have no `<|endoftext|>`.
+    """
+
+    def __init__(self, vocab_file: str | Path, merge_file: str | Path) -> None:
+        for field, path in (("vocab_file", vocab_file), ("merge_file", merge_file)):
+            if not Path(path).is_file():
+                raise ConfigError(field, str(path), "must be a file", "give GPT-2's vocab.json and merges.txt")
+        self._merge_file = str(merge_file)
+        super().__init__(vocab_file)
+
+    @override
+    def _plain_state(self) -> dict[str, Any]:
+        return {**super()._plain_state(), "_merge_file": self._merge_file}
+
+    @cached_property
+    @override
+    def _tokenizer(self) -> Any:
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Backend
+        from transformers import PreTrainedTokenizerFast
+
+        fast_class: Any = PreTrainedTokenizerFast
+        try:
+            backend = Backend(models.BPE.from_file(self._path, self._merge_file))
+        except Exception as error:  # the library raises bare Exception
+            raise VocabularyError(
+                "vocab_file, merge_file",
+                (self._path, self._merge_file),
+                f"must be GPT-2's vocab.json and merges.txt ({error})",
+                "check the files",
+            ) from error
+        if backend.token_to_id(GPT2_END) is None:
+            raise VocabularyError("vocab_file", self._path, f"must have the token {GPT2_END}", "check the file")
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(GPT2_END, normalized=False, special=True)])
+        return fast_class(
+            tokenizer_object=backend,
+            bos_token=GPT2_END,
+            eos_token=GPT2_END,
+            unk_token=GPT2_END,
+            clean_up_tokenization_spaces=False,
+        )
+
+
+def _restore(kind: type[HuggingFaceTokenizer], state: dict[str, Any], definition: str) -> HuggingFaceTokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    tokenizer = kind.__new__(kind)
+    tokenizer.__dict__.update(state, _backend=Backend.from_str(definition))
+    return tokenizer
+
+
+def _load_transformers_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    fast_class: Any = PreTrainedTokenizerFast
+    folder = path.parent if path.name == "tokenizer.json" else path
+    has_config = (folder / "tokenizer_config.json").is_file()
+    try:
+        if path.is_file():
+            if path.name == "tokenizer.json" and has_config:
+                return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return fast_class(tokenizer_file=str(path))
+        if path.is_dir() and (has_config or (path / "tokenizer.json").is_file()):
+            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # the libraries below raise anything, bare Exception included
+        raise VocabularyError(
+            "tokenizer_model",
+            str(path),
+            f"must load as a Hugging Face tokenizer ({type(error).__name__}: {error})",
+            "check the files, or copy them again",
+        ) from error
+    raise ConfigError(
+        "tokenizer_model",
+        str(path),
+        "must be a local folder with tokenizer.json or tokenizer_config.json, or a tokenizer.json file",
+        "download the tokenizer first, then give the folder",
+    )

@@ -1,0 +1,112 @@
+"""Point-to-point traffic between neighbouring stages that lets both go on computing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_slm.parallel.activity import Activity
+from megatron_slm.parallel.collectives import peers_named
+from megatron_slm.parallel.topology import Topology
+
+
+class Lane(Enum):
+    """The kinds of traffic, each on process groups of its own so that none waits behind another."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    REFERENCE = "reference"
+
+
+class Channel:
+    """One lane between this stage and one neighbour.
+
+    Sends do not block. Receives are posted ahead of need and waited for by their consumer, in the order of
+    posting, which is the sender's order too. No wait outlasts the time-out of the group.
+    """
+
+    MAX_SENDS_IN_FLIGHT = 4
+    """Beyond this many the oldest is waited for, which bounds the memory that unsent tensors hold. It cannot
+    deadlock: the schedule is free of circles even if every send blocks."""
+
+    def __init__(self, lane: Lane, group: Any, peer: int, activity: Activity) -> None:
+        self.lane, self.group, self.peer, self.activity = lane, group, peer, activity
+        self.sends: deque[tuple[Any, Tensor]] = deque()
+        self.receives: deque[tuple[Any, Tensor]] = deque()
+
+    def send(self, x: Tensor) -> None:
+        """Start sending; the tensor is kept alive until it has left.
+
+        Raises:
+            PeerError: (as all methods) the peer is gone, or was silent for too long.
+        """
+        x = x.detach().contiguous()
+        with self._peer_named("sending"):
+            self.sends.append((dist.isend(x, self.peer, group=self.group), x))
+            while len(self.sends) > self.MAX_SENDS_IN_FLIGHT:
+                self.sends.popleft()[0].wait()
+
+    def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Make room for the next message and let it arrive."""
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        with self._peer_named("receiving"):
+            self.receives.append((dist.irecv(buffer, self.peer, group=self.group), buffer))
+
+    def receive(self) -> Tensor:
+        """The oldest posted message, waited for."""
+        handle, buffer = self.receives.popleft()
+        with self._peer_named("receiving"):
+            handle.wait()
+        return buffer
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
+        with self._peer_named("sending"):
+            while self.sends:
+                self.sends.popleft()[0].wait()
+
+    @contextmanager
+    def _peer_named(self, doing: str) -> Iterator[None]:
+        preposition = "to" if doing == "sending" else "from"
+        channel = f"{doing} {preposition} rank {self.peer}, {self.lane.value} lane"
+        with peers_named(channel), self.activity.waiting(channel):
+            yield
+
+
+class Channels:
+    """This stage's channels: to and from the next and the previous stage, on each lane.
+
+    Collective over the world: every rank takes part in making every group, in one order. Each group is used
+    once at start, because communicators are made on first use and that first use blocks.
+    """
+
+    def __init__(
+        self, topology: Topology, rank: int, device: torch.device, lanes: Sequence[Lane], activity: Activity
+    ) -> None:
+        self.next: dict[Lane, Channel] = {}
+        self.previous: dict[Lane, Channel] = {}
+        for pipeline in topology.pipeline_groups():
+            for low, high in pairwise(pipeline):
+                for lane in lanes:
+                    group = dist.new_group([low, high])
+                    if rank == low:
+                        self.next[lane] = Channel(lane, group, high, activity)
+                    elif rank == high:
+                        self.previous[lane] = Channel(lane, group, low, activity)
+        for channel in self.previous.values():
+            dist.recv(torch.zeros(1, device=device), channel.peer, group=channel.group)
+        for channel in self.next.values():
+            dist.send(torch.zeros(1, device=device), channel.peer, group=channel.group)
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
+        for channel in (*self.next.values(), *self.previous.values()):
+            channel.flush()

@@ -1,0 +1,59 @@
+"""Durable writes, hashes and JSON: files that are whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.errors import ConfigError, os_errors_as
+
+
+def file_sha256(path: Path, num_bytes: int | None = None) -> str:
+    """Checksum of a file or of its first bytes, hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        if num_bytes is not None:
+            digest.update(file.read(num_bytes))
+            return digest.hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file so that it is whole or absent, and on the disk, when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str, values: Any, *, flag: str = "--json") -> None:
+    """Write what a tool found where `flag` says; `-` is standard output.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    with os_errors_as(ConfigError, flag, path, "is a file that can be written", "choose another"):
+        Path(path).write_text(text)

@@ -1,0 +1,1 @@
+"""What watches, stops and restarts runs."""

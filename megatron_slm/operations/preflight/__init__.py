@@ -1,0 +1,1 @@
+"""Are the machines ready for a run?"""

@@ -1,0 +1,65 @@
+"""Where a run's weights come from, written beside them: its start, its corpora, its reference.
+
+The folder goes into every checkpoint, and from there into the model card of an exported model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.convert.card import read_story
+from megatron_slm.convert.carried import ORIGIN, ORIGIN_FILES, STORY, copy_files
+from megatron_slm.convert.source import Model
+from megatron_slm.data.corpus.content import content_sha256
+from megatron_slm.reference.manifest import Manifest as StoreManifest
+from megatron_slm.run.plan import Plan
+
+
+def write_origin(plan: Plan, folder: Path) -> None:
+    """Write a run's origin, in place of an earlier one. On a resume its start is the start of the run that goes on.
+
+    Reads the corpora and the models for their checksums.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    before = plan.resume.folder / ORIGIN if plan.resume is not None else None
+    if before is None and plan.init is not None:
+        before = plan.init.origin_folder
+    if before is not None and before.is_dir():
+        copy_files(before, folder, ORIGIN_FILES)
+    if plan.resume is not None:
+        base = read_story(plan.resume.folder).get("base")
+    else:
+        base = _model(plan.config.model.init_from, plan.init)
+    story = {"base": base, "references": _references(plan), "data": _corpora(plan)}
+    (folder / STORY).write_text(json.dumps(story, indent=1) + "\n", encoding="utf-8")
+
+
+def _model(path: str | None, model: Model | None) -> dict[str, Any] | None:
+    return None if path is None or model is None else {"path": path, "sha256": model.content_sha256()}
+
+
+def _references(plan: Plan) -> list[dict[str, Any]]:
+    selection = plan.config.selection
+    if plan.scores is not None:
+        manifests = [StoreManifest.read(Path(store)) for store in selection.reference_scores]
+        return [{"path": manifest.reference, "sha256": manifest.reference_sha256} for manifest in manifests]
+    reference = _model(selection.reference_load, plan.reference)
+    return [] if reference is None else [reference]
+
+
+def _corpora(plan: Plan) -> list[dict[str, Any]]:
+    """Every corpus that is trained on, in all phases."""
+    corpora = [source.corpus for source in plan.train_samples.sources]
+    return [
+        {
+            "path": str(corpus.prefix),
+            "sha256": content_sha256(corpus),
+            "tokens": corpus.num_tokens,
+            "documents": corpus.num_documents,
+        }
+        for corpus in corpora
+    ]

@@ -1,0 +1,70 @@
+"""What a run would be, said from its configuration alone: before its weights, tokenizer and corpora are there."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from megatron_slm.config import RunConfig
+from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.engine.schedule.simulate import Simulation
+from megatron_slm.planning.job import Job, open_job
+from megatron_slm.planning.layouts import configured_layout
+from megatron_slm.planning.memory import stage_memory
+from megatron_slm.planning.tables import stage_memory_table
+from megatron_slm.run.dry_run import batch_rows, layout_table, rows_table
+from megatron_slm.run.layout import check_layout
+from megatron_slm.run.schedule import counted_schedule
+
+
+def print_outline(config: RunConfig, world_size: int) -> None:
+    """Check flags, layout, shapes and batches of a world, and print them with memory and schedule.
+
+    Raises:
+        SlmError: as the run itself would, in what needs no file.
+    """
+    job = open_job(config)
+    layout = configured_layout(job, world_size)
+    topology = layout.topology
+    check_layout(job.architecture, config, topology, what="model")
+    if job.reference is not None:
+        check_layout(job.reference, config, topology, what="reference")
+    ds_config.resolve(job.deepspeed, config, data_parallel_size=layout.data, num_micro_batches=layout.num_micro_batches)
+    schedule = counted_schedule(
+        config, job.architecture, job.reference, layout.pipeline, layout.num_micro_batches, keep_ratio=job.keep_ratio
+    )
+    simulation = Simulation(schedule)
+    rows = batch_rows(config, topology, job.selector, layout.num_micro_batches * layout.micro_batch_size * layout.data)
+    if job.reference is not None:
+        rows["reference schedule"] = f"{schedule.mode}, predicted step {simulation.ratio:.2f} x plain training's"
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    console.print(layout_table(config, topology, layout.zero_stage, job.architecture, job.reference))
+    console.print(rows_table("Batches and tokens", rows))
+    console.print(
+        stage_memory_table(
+            stage_memory(job, layout, simulation),
+            title="Memory a rank in GiB",
+            caption="Of tensors, as planned (docs/planning.md); CUDA, NCCL and fragments come on top.",
+        )
+    )
+    console.print(rows_table("Not looked at", _not_looked_at(job)))
+    console.print("The configuration is sound as far as it goes; nothing was trained.")
+
+
+def _not_looked_at(job: Job) -> dict[str, str]:
+    """The files of a run, by the flag that names them."""
+    config = job.config
+    data, selection = config.data, config.selection
+    named: dict[str, list[str | None] | list[str]] = {
+        "--init-from": [config.model.init_from],
+        "--tokenizer-model": [data.tokenizer_model],
+        "--reference-load": [selection.reference_load],
+        "--reference-scores": selection.reference_scores,
+        "--data-path": data.data_path or data.train_data_path,
+        "--data-args-path": [data.data_args_path or data.per_split_data_args_path],
+        "--valid-data-path": data.valid_data_path,
+        "--test-data-path": data.test_data_path,
+        "--load": [config.checkpoint.load],
+    }
+    paths = {flag: [path for path in given if path is not None] for flag, given in named.items()}
+    return {flag: " ".join(given) for flag, given in paths.items() if given}

@@ -1,0 +1,99 @@
+"""A run's training samples as text for people: the ones that its loader gives, with where their tokens come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_slm.config.load import parse
+from megatron_slm.config.run import RunConfig
+from megatron_slm.data.blending import BlendedSamples
+from megatron_slm.data.corpus.inspection import render, sample_parts
+from megatron_slm.data.loader import MicroBatchSource
+from megatron_slm.data.tokenizers.registry import Tokenizer
+from megatron_slm.errors import ConfigError
+from megatron_slm.run.corpora import boundaries, open_data
+from megatron_slm.run.resume import num_run_samples, open_resume
+from megatron_slm.run.sample_order import check_order, describe_sources, document_treatment
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSamples:
+    """The training samples of a run, opened as the run opens them."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    samples: BlendedSamples
+    global_batch_size: int
+
+    @classmethod
+    def open(cls, config: RunConfig, tokenizer: Tokenizer, num_samples: int | None = None) -> RunSamples:
+        """Lay out the samples in the order of the run, that of its checkpoint with `--load`.
+
+        Args:
+            num_samples: how many the run draws; None: `--train-iters` x `--global-batch-size`.
+
+        Raises:
+            SlmError: as the run itself would end, of its corpora and its checkpoint.
+        """
+        training = config.training
+        global_batch_size = training.global_batch_size or training.micro_batch_size
+        # nothing of the checkpoint but its few words on the order is used
+        resume = open_resume(replace(config, checkpoint=replace(config.checkpoint, load_checksums="none")))
+        manifest = resume.manifest if resume else None
+        total = num_samples or num_run_samples(config, resume, global_batch_size)
+        data = open_data(config, tokenizer, tokenizer.vocab_size, total, global_batch_size, manifest, dry=True)
+        check_order(config, manifest, data.train)
+        return cls(config=config, tokenizer=tokenizer, samples=data.train, global_batch_size=global_batch_size)
+
+    def describe(self) -> str:
+        """What the run draws, a line a corpus."""
+        length = f"a run of {len(self.samples):,} samples of {self.samples.sequence_length:,} tokens"
+        return "\n".join(
+            [f"{length}, documents: {document_treatment(self.config.data)}", *describe_sources(self.samples)]
+        )
+
+    def show(self, first: int, count: int) -> Iterator[str]:
+        """Samples from number `first` on, each with a title.
+
+        Raises:
+            ConfigError: the run draws no such samples.
+            CorpusError: one cannot be read.
+        """
+        total = len(self.samples)
+        if not 0 <= first <= first + count - 1 < total:
+            shown = (first, first + count - 1)
+            raise ConfigError("first_sample, samples", shown, f"must lie below {total}", "ask less, or a longer run")
+        source = MicroBatchSource(
+            self.samples,
+            micro_batch_size=1,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            vocab_size=self.tokenizer.vocab_size,
+            boundaries=boundaries(self.config, self.tokenizer),
+        )
+        for index in range(first, first + count):
+            number, sample = self.samples.locate(index)
+            corpus = self.samples.sources[number]
+            batch = source.micro_batch(index, 0)
+            tokens = [*batch.tokens_bs[0].tolist(), int(batch.labels_bs[0, -1])]
+            parts = sample_parts(corpus.corpus, corpus.pieces(sample), tokens, batch.valid_bs[0].numpy())
+            step, place = divmod(index, self.global_batch_size)
+            title = f"sample {index} of {total}: place {place} of step {step + 1}, sample {sample} of {corpus.name}"
+            yield f"━━ {title}{self._phase(index)}\n{render(parts, self.tokenizer)}"
+
+    def _phase(self, index: int) -> str:
+        phases = self.samples.phases
+        if len(phases) == 1:
+            return ""
+        at = max(i for i, phase in enumerate(phases) if phase.first_sample <= index)
+        return f", phase {at + 1} of {len(phases)}"
+
+
+def parse_run(words: Sequence[str], num_shown: int) -> RunConfig:
+    """A run's configuration from its flags; a run of which no length is said is as long as what is shown of it.
+
+    Raises:
+        ConfigError: see `parse`.
+    """
+    return parse(words, train_iters=max(1, num_shown))[0]

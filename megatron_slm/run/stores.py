@@ -1,0 +1,94 @@
+"""The run's stores of reference scores: opened, and compared with the run and with each other."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from megatron_slm.config import RunConfig
+from megatron_slm.convert.source import open_model
+from megatron_slm.data.blending import BlendedSamples
+from megatron_slm.data.corpus.content import content_sha256
+from megatron_slm.data.corpus.indexed import bin_path
+from megatron_slm.data.tokenizers.registry import Tokenizer
+from megatron_slm.errors import ScoreStoreError
+from megatron_slm.reference.manifest import Manifest, ScoredData, check_data
+from megatron_slm.reference.store import ScoreReader, check_shards
+from megatron_slm.reference.stored import StoredScores
+from megatron_slm.run.sample_order import document_treatment
+
+
+def scored_data(
+    config: RunConfig, tokenizer: Tokenizer, samples: BlendedSamples, num_samples: int, *, with_content: bool
+) -> ScoredData:
+    """What identifies the samples that a run draws.
+
+    Args:
+        num_samples: how many it draws.
+        with_content: read the corpus for its checksum (up to 256 MiB of it).
+    """
+    return ScoredData(
+        sequence_length=config.data.seq_length,
+        sequences=tuple(bound for source in samples.sources for bound in source.sequences),
+        seed=config.training.seed,
+        corpus_bytes=sum(bin_path(source.corpus.prefix).stat().st_size for source in samples.sources),
+        corpus_sha256=_content(samples) if with_content else None,
+        tokenizer=tokenizer.fingerprint(),
+        num_epochs=sum(order.num_epochs for source in samples.sources for order in source.orders),
+        sample_order=samples.order_fingerprint,
+        num_samples=num_samples,
+        documents=document_treatment(config.data),
+    )
+
+
+def _content(samples: BlendedSamples) -> str:
+    """Checksum of all corpora and their loss masks; of one corpus its own."""
+    parts = [content_sha256(corpus) for source in samples.sources for corpus in source.corpora]
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def open_scores(config: RunConfig, data: ScoredData, *, thorough: bool) -> StoredScores:
+    """Open the stores of `--reference-scores` for a run of these samples.
+
+    Args:
+        thorough: also compare checksums, and the reference of --reference-load; one rank of a run is enough.
+
+    Raises:
+        ScoreStoreError: a store is missing, incomplete, damaged, of other samples or of another reference, or two
+            stores are of one reference.
+    """
+    selection = config.selection
+    readers: list[ScoreReader] = []
+    for given in selection.reference_scores:
+        folder = Path(given)
+        manifest = Manifest.read(folder)
+        check_data(folder, manifest.data, data)
+        _check_references_differ(folder, manifest, readers)
+        check_shards(folder, manifest, checksums=thorough, whole=selection.reference_scores_verify == "whole")
+        readers.append(ScoreReader(folder, manifest))
+    if thorough and selection.reference_load is not None:
+        _check_reference(selection.reference_load, readers[0])
+    return StoredScores(readers, selection.reference_scores_combine or "mean")
+
+
+def _check_references_differ(folder: Path, manifest: Manifest, others: list[ScoreReader]) -> None:
+    for other in others:
+        if other.manifest.reference_sha256 == manifest.reference_sha256:
+            raise ScoreStoreError(
+                "--reference-scores",
+                f"{other.folder} and {folder}",
+                f"are of different references, but both are of {manifest.reference} ({manifest.reference_sha256[:12]})",
+                "name one of them",
+            )
+
+
+def _check_reference(path: str, reader: ScoreReader) -> None:
+    wanted = open_model(path, field="--reference-load").content_sha256()
+    stored = reader.manifest
+    if stored.reference_sha256 != wanted:
+        raise ScoreStoreError(
+            f"--reference-scores {reader.folder}: reference",
+            f"{stored.reference} ({stored.reference_sha256[:12]})",
+            f"is the one of --reference-load, {path} ({wanted[:12]})",
+            "score with this reference, or leave --reference-load out",
+        )

@@ -1,0 +1,47 @@
+"""The tokenizer of a run."""
+
+from __future__ import annotations
+
+from megatron_slm.config import RunConfig
+from megatron_slm.convert.source import Model, open_model
+from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
+from megatron_slm.errors import ConfigError
+
+
+def open_if_named(path: str | None, field: str, *, checksums: bool) -> Model | None:
+    """Open the model at `path`; None if no path was given."""
+    return None if path is None else open_model(path, field=field, checksums=checksums)
+
+
+def open_run_tokenizer(config: RunConfig) -> Tokenizer:
+    """The run's tokenizer, for those who need nothing else of its models.
+
+    Raises:
+        ConfigError: see `open_tokenizer`.
+    """
+    return open_tokenizer(config, open_if_named(config.model.init_from, "--init-from", checksums=False))
+
+
+def open_tokenizer(config: RunConfig, init: Model | None) -> Tokenizer:
+    """The run's tokenizer: the one named, else the one in --init-from.
+
+    Raises:
+        ConfigError: there is neither, or it cannot be read.
+    """
+    data = config.data
+    model = data.tokenizer_model
+    if model is None and init is not None and init.tokenizer_folder is not None:
+        model = str(init.tokenizer_folder)
+    if model is None and data.tokenizer_type != "NullTokenizer":
+        raise ConfigError(
+            "--tokenizer-model",
+            None,
+            "is given (the tokenizer the corpus was made with)",
+            "name a tokenizer folder or file; NullTokenizer with --vocab-size needs none",
+        )
+    tokenizer = build_tokenizer(data.tokenizer_type, model, data.vocab_size)
+    if data.vocab_size not in (None, tokenizer.vocab_size) and data.tokenizer_type != "NullTokenizer":
+        raise ConfigError(
+            "--vocab-size", data.vocab_size, f"is the tokenizer's {tokenizer.vocab_size}", "correct it or leave it out"
+        )
+    return tokenizer

@@ -1,0 +1,1 @@
+"""The offline pass that stores a reference's losses."""

@@ -1,0 +1,1 @@
+"""Metrics, histories, monitors, timers of resources."""

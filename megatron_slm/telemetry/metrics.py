@@ -1,0 +1,189 @@
+"""What a run reports: metrics.jsonl, TensorBoard, monitors, and one line on the terminal.
+
+The names below are part of the public interface; docs/metrics.md explains them all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_slm.engine.trainer import StepResult
+from megatron_slm.loss.sums import SOURCE_SUMS, LossSums
+from megatron_slm.telemetry.history import History
+from megatron_slm.telemetry.monitors import Monitors, board_folder
+
+BAD_BATCHES = "bad_batches.jsonl"
+"""Of a run's folder: one JSON object for every step that went wrong."""
+_BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit")
+SCORE_QUANTILES = ("score_p05", "score_p25", "score_p50", "score_p75", "score_p95")
+
+
+def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, Any]:
+    """The losses of a step, in nats per token, and its token counts and norm.
+
+    `loss` is the mean over kept tokens (each times its weight), `loss_all` over valid ones, `loss_unselected` over
+    the others. Values of the reference, and of sets that are empty, are None.
+    """
+    sums = result.sums
+    unselected = sums.valid_tokens - sums.kept_tokens
+    excess = sums.valid_loss - sums.reference_loss
+
+    def with_reference(total: float, count: float) -> float | None:
+        return _mean(total, count) if has_reference else None
+
+    return {
+        "loss": _mean(sums.weighted_loss, sums.kept_tokens),
+        "loss_all": _mean(sums.valid_loss, sums.valid_tokens),
+        "loss_unselected": _mean(sums.valid_loss - sums.kept_loss, unselected),
+        "reference_loss": with_reference(sums.reference_loss, sums.valid_tokens),
+        "excess_selected": with_reference(sums.kept_excess, sums.kept_tokens),
+        "excess_unselected": with_reference(excess - sums.kept_excess, unselected),
+        "excess_all": with_reference(excess, sums.valid_tokens),
+        "keep_fraction": _mean(sums.kept_tokens, sums.valid_tokens),
+        "kept_tokens": sums.kept_tokens,
+        "valid_tokens": sums.valid_tokens,
+        "nonfinite_tokens": sums.nonfinite_tokens,
+        **{name: _mean(getattr(sums, name), sums.ranked_tokens) if has_scores else None for name in SCORE_QUANTILES},
+        "grad_norm": _mean(result.grad_norm, 1.0),
+        "skip_reason": result.refused,
+    }
+
+
+def source_metrics(sums: LossSums, names: Sequence[str], consumed: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Each corpus' part of a step, by its name: mean losses in nats over kept and over valid tokens, their counts, and
+    how many samples were drawn from it so far."""
+    parts = {}
+    for i, (name, samples) in enumerate(zip(names, consumed, strict=True)):
+        values = sums.by_source[i * len(SOURCE_SUMS) : (i + 1) * len(SOURCE_SUMS)] or (0.0,) * len(SOURCE_SUMS)
+        kept_loss, kept, valid_loss, valid = values
+        losses = {"loss": _mean(kept_loss, kept), "loss_all": _mean(valid_loss, valid)}
+        parts[name] = {**losses, "kept_tokens": kept, "valid_tokens": valid, "samples": samples}
+    return parts
+
+
+def evaluation_loss(sums: LossSums) -> float | None:
+    """Mean loss over a held-out set's valid tokens, in nats; None where it is not a finite number."""
+    return _mean(sums.valid_loss, sums.valid_tokens)
+
+
+def _mean(total: float, count: float) -> float | None:
+    value = total / count if count else math.nan
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics by the names that TensorBoard and the monitors show them under.
+
+    `train/NAME` of training lines, `timers/NAME/min` and `/max`, `source/CORPUS/NAME`, `ranks/NAME`; `eval/SET` of
+    held-out losses; `probe/agreement`; `bad_batch/loss_all` and `bad_batch/skipped` of steps that went wrong.
+    """
+    event = line.get("event")
+    if event == "eval":
+        found = {f"eval/{line['set']}": line["loss"]}
+    elif event == "probe":
+        found = {"probe/agreement": line["agreement"]}
+    elif event == "bad-batch":
+        found = {f"bad_batch/{name}": line[name] for name in ("loss_all", "skipped")}
+    else:
+        found = {f"train/{name}": value for name, value in line.items() if name != "step"}
+        found |= {f"ranks/{name}": value for name, value in (line.get("ranks") or {}).items()}
+        for kind, parts in (("timers", line.get("timers_ms") or {}), ("source", line.get("sources") or {})):
+            found |= {f"{kind}/{name}/{k}": x for name, part in parts.items() for k, x in part.items()}
+    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
+
+
+class MetricsWriter:
+    """Rank 0's sink: metrics.jsonl, and the same numbers to TensorBoard and the monitors.
+
+    Args:
+        run_dir: the run's folder.
+        resume_step: the step that the run goes on from; 0 where it starts afresh.
+        monitors: the DeepSpeed JSON's sections.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int, monitors: Mapping[str, Any] = MappingProxyType({})) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = History(run_dir / "metrics.jsonl", resume_step=resume_step)
+        self._bad_batches = History(run_dir / BAD_BATCHES, resume_step=resume_step)
+        self.resumed_lines = self._metrics.resumed_lines
+        self._monitors = Monitors(monitors, run_dir, resume_step=resume_step)
+        purge = resume_step + 1 if resume_step else None
+        self.board = SummaryWriter(str(board_folder(monitors, run_dir)), purge_step=purge)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line of metrics."""
+        self._metrics.append(line)
+        values = scalars(line)
+        for name, value in values.items():
+            self.board.add_scalar(name, value, line["step"])
+        self._monitors.write(values, line["step"])
+
+    def bad_batch(self, line: dict[str, Any]) -> None:
+        """Append a step that went wrong to the record of these, and in short to the metrics."""
+        self._bad_batches.append(line)
+        self.write({"event": "bad-batch", **{name: line[name] for name in _BAD_BATCH_METRICS}})
+
+    def flush(self) -> None:
+        """Have everything written that is on its way to TensorBoard."""
+        self.board.flush()
+
+    def close(self) -> None:
+        """Flush everything, and let go of it."""
+        try:
+            self.board.close()
+        finally:
+            self._monitors.close()
+
+
+class ProgressLine:
+    """One line that follows the run: a live bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, title: str, total_steps: int, *, start: int) -> None:
+        self.console = Console(stderr=True)
+        self.title, self.total = title, total_steps
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=False,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total_steps, completed=start, text="")
+        self._every, self._said_at = max(1, total_steps // 20), 0.0
+
+    def update(self, step: int, values: dict[str, Any]) -> None:
+        """Show where the run stands after `step`."""
+        loss = values.get("loss")
+        text = f"loss {loss:.3f}" if loss is not None else "loss -"
+        text += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif step % self._every == 0 or step in (1, self.total) or time.monotonic() - self._said_at > 30:
+            self._said_at = time.monotonic()
+            self.say(f"{self.title}  step {step}/{self.total}  {text}")
+
+    def say(self, text: str) -> None:
+        """A line of its own. A log that cannot be written (its disk is full, its terminal is gone) ends no run."""
+        with suppress(OSError):
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,1 +1,0 @@
-"""Preflight: are the machines of a run alike, can they reach each other, and how fast."""

@@ -1,0 +1,61 @@
+"""Costs counted from architectures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.engine.schedule.costs import Costs, arithmetic_costs, block_flops, forward_flops
+
+ARCH = Architecture(
+    num_layers=8,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=1000,
+)
+
+
+def test_a_blocks_operations_are_counted_by_hand() -> None:
+    projections = 64 * 64 * 2 + 64 * 32 * 2  # query and output; keys and values
+    attention = 4 * 16 * 64  # scores and their use, half of 32 positions seen on average
+    assert block_flops(ARCH, 32) == 2 * (projections + 3 * 64 * 128) + attention
+    assert block_flops(replace(ARCH, sliding_window=4), 32) == 2 * (projections + 3 * 64 * 128) + 4 * 4 * 64
+
+
+def test_uneven_stages_and_the_ends_of_the_model() -> None:
+    stages, head = forward_flops(replace(ARCH, num_layers=7), 3, 32)
+    block = block_flops(ARCH, 32)
+    assert stages == [3 * block + 128, 2 * block, 2 * block]
+    assert head == 2 * 64 * 1000
+
+
+def test_costs_of_model_and_reference() -> None:
+    half = replace(ARCH, num_layers=4)
+    costs = arithmetic_costs(ARCH, half, 4, seq_length=32, keep_ratio=0.5, recomputes=False)
+    again = arithmetic_costs(ARCH, half, 4, seq_length=32, keep_ratio=0.5, recomputes=True)
+    assert costs.forward[1] == pytest.approx(2 * costs.reference[1], abs=1)
+    assert costs.backward[1] == pytest.approx(2 * costs.forward[1], abs=1)
+    assert again.backward[1] / again.forward[1] == pytest.approx(3, rel=1e-3)
+    head = costs.forward[3] - costs.forward[1]
+    assert costs.backward[3] - costs.backward[1] == pytest.approx(1.5 * head, abs=2)
+    assert costs.reference[3] - costs.reference[1] == pytest.approx(head, abs=2)
+    assert costs.forward[0] > costs.forward[1] == costs.forward[2]
+
+
+def test_a_reference_with_fewer_layers_than_stages() -> None:
+    costs = arithmetic_costs(ARCH, replace(ARCH, num_layers=2), 4, seq_length=32, keep_ratio=0.6, recomputes=False)
+    assert costs.reference[2] == 1
+    assert costs.reference[0] > costs.reference[1] > 1 < costs.reference[3]
+
+
+def test_costs_are_whole_and_scaled_alike() -> None:
+    costs = Costs.scaled([1.0, 2.0], [2.0, 4.0], [0.0, 3.0])
+    assert costs == Costs(forward=(6667, 13333), backward=(13333, 26667), reference=(1, 20000))
+    assert Costs.uniform(3) == Costs(forward=(10_000,) * 3, backward=(20_000,) * 3, reference=(10_000,) * 3)
+    assert Costs.uniform(2, reference=0.5).max_unread == 8
+    assert Costs.uniform(2, reference=0.01).max_unread == 24
