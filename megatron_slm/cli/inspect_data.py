@@ -14,7 +14,7 @@ import argparse
 import difflib
 
 from megatron_slm.cli.arguments import ToolParser, exit_code, positive_int
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.inspection import document_parts, loss_mask_of, render, summary
 from megatron_slm.data.corpus.sidecar import read_sidecar, verify_hashes
@@ -52,7 +52,7 @@ def parse() -> tuple[argparse.Namespace, RunConfig]:
     try:
         return flags, parse_run(rest, flags.first_sample + flags.samples)
     except ConfigError as error:
-        near = difflib.get_close_matches(f"--{error.value}", list(parser._option_string_actions), n=1, cutoff=0.8)
+        near = difflib.get_close_matches(str(error.value), list(parser._option_string_actions), n=1, cutoff=0.8)
         fix = f"did you mean {near[0]}?" if near and error.field == "flag" else error.fix
         raise ConfigError(error.field, error.value, error.rule, fix) from error
 
