@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_slm.cli.arguments import ToolParser
-from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import PreflightError, SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.operations.preflight.checks import evaluate

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from megatron_slm.checkpoint.format import Manifest
-from megatron_slm.config import RunConfig
 from megatron_slm.config.blends import (
     Blend,
     NamedPrefix,
     check_names,
     parse_phases,
 )
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.blending import BlendedSamples, MakeSamples, OrderedSamples, Phase, Source, needed_samples
 from megatron_slm.data.corpus.indexed import IndexedCorpus

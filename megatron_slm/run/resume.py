@@ -17,7 +17,7 @@ from megatron_slm.checkpoint.format import (
     step_of,
     verify_files,
 )
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_slm.config import RunConfig
 from megatron_slm.config.backends import Backends
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.blending import BlendedSamples

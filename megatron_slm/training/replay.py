@@ -17,8 +17,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.config import RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.errors import ConfigError, TrainingError

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig, MistralConfig
 
 from megatron_slm.cli.pretrain import main
-from megatron_slm.config.load import _fields, parse
+from megatron_slm.config.load import known_flags, parse
 from megatron_slm.convert.hf_config import architecture_of
 from megatron_slm.planning.job import open_job
 from tests.data.byte_level import byte_level_folder
@@ -131,8 +131,7 @@ def test_a_control_without_selection_is_a_command_away() -> None:
 
 
 def test_every_flag_in_the_pages_and_scripts_exists() -> None:
-    known = {"--" + name.replace("_", "-") for name in _fields()}
-    known |= {"--config", "--dry-run", "--without-files", "--help"}
+    known = set(known_flags())
     for source in (*(ROOT / "tools").glob("*.py"), *(ROOT / "megatron_slm/cli").glob("*.py"), *EXAMPLES.rglob("*.py")):  # fmt: skip
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source.read_text()))
     known |= {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port", "--log_level"}

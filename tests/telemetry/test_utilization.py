@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.load import parse
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError, TrainingError
 from megatron_slm.operations.watchdog import Watchdog

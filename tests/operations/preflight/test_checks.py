@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import PreflightConfig
 from megatron_slm.config.load import parse
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.operations.preflight.checks import Check, evaluate
 from megatron_slm.operations.preflight.facts import name_nodes, num_checkpoints, parse_gpus
