@@ -1,28 +1,22 @@
-"""The command lines of the tools: errors of the user end as one line, unknown flags with the nearest."""
+"""Command lines of the tools: no abbreviations, unknown flags refused with the nearest known one."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from megatron_slm.errors import ConfigError, SlmError
+from megatron_slm.errors import ConfigError
 
 
 class ToolParser(argparse.ArgumentParser):
     """An argument parser without abbreviations that raises ConfigError for what it cannot use."""
 
-    def __init__(self, description: str, *, prog: str | None = None, usage: str | None = None) -> None:
-        super().__init__(
-            prog=prog,
-            usage=usage,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **options)
 
     def parse_flags(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line (or `arguments`).
@@ -59,16 +53,3 @@ def positive_int(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
-
-
-def exit_code(run: Callable[[], None]) -> int:
-    """Run a tool: 0, or after one line on standard error 1 for an error the user can mend, 130 for Ctrl-C."""
-    try:
-        run()
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n".replace("\n", " ").rstrip() + "\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 128 + signal.SIGINT
-    return 0

@@ -3,24 +3,24 @@
 Conversions stream: a few tens of MiB of the weights are in memory at a time, on the CPU, in one process.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
-import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # folders only: nothing is ever looked up
+from megatron_slm.cli.arguments import ToolParser
+from megatron_slm.cli.command import run_command
+from megatron_slm.convert.defaults import DTYPE_NAMES, NUM_TOKENS, SHARD_BYTES, TOLERANCE_NATS
 
-from megatron_slm.convert.export import SHARD_BYTES, export_checkpoint
-from megatron_slm.convert.imports import import_folder
-from megatron_slm.convert.inspect import inspect_model
-from megatron_slm.convert.tensors import DTYPES
-from megatron_slm.convert.verify import NUM_TOKENS, TOLERANCE_NATS, Report, verify
-from megatron_slm.errors import SlmError
+if TYPE_CHECKING:
+    from megatron_slm.convert.verify import Report
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(words: Sequence[str]) -> argparse.Namespace:
+    parser = ToolParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     imported = commands.add_parser("import", help="a Hugging Face folder to a checkpoint")
     imported.add_argument("--hf", required=True, help="the Hugging Face folder")
@@ -34,7 +34,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     export = commands.add_parser("export", help="a checkpoint to a folder that transformers loads, and verify it")
     export.add_argument("--load", required=True, help="a run's checkpoints folder (the newest is taken) or one of them")
     export.add_argument("--output", required=True, help="the Hugging Face folder to write")
-    export.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights written (default: as stored)")
+    export.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights written (default: as stored)")
     export.add_argument(
         "--max-shard-gib", type=float, default=SHARD_BYTES / 2**30, help="size of a file (default: %(default)s)"
     )
@@ -53,10 +53,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     inspect = commands.add_parser("inspect", help="say what a folder or checkpoint holds")
     inspect.add_argument("path", help="a Hugging Face folder, or a checkpoint of ours")
     inspect.add_argument("--json", action="store_true", help="as JSON")
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def _export(args: argparse.Namespace) -> int:
+    from megatron_slm.convert.export import export_checkpoint
+
     done = export_checkpoint(
         args.load,
         args.output,
@@ -75,6 +77,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from megatron_slm.convert.verify import verify
+
     report = verify(args.hf, args.load, args.text_file, num_tokens=args.tokens)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
@@ -97,6 +101,8 @@ def print_report(report: Report) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from megatron_slm.convert.inspect import inspect_model
+
     found = inspect_model(args.path)
     if args.json:
         print(json.dumps(found, indent=2))
@@ -116,16 +122,22 @@ def _print_values(values: dict[str, Any], indent: str) -> None:
             print(f"{indent}{name:<{width}}  {shown}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 on an error or a difference beyond the tolerance."""
-    args = _arguments(argv)
-    try:
-        if args.command == "import":
-            extension = args.extend_vocabulary
-            folder = import_folder(args.hf, args.output, extend_vocabulary=extension, allow_bin=args.allow_bin)
-            print(f"wrote {folder}")
-            return 0
-        return {"export": _export, "verify": _verify, "inspect": _inspect}[args.command](args)
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 on success, 1 on an error or a difference beyond the tolerance."""
+    return run_command(_run, argv)
+
+
+def _run(words: Sequence[str]) -> int:
+    args = _arguments(words)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # folders only: nothing is ever looked up
+    commands = {"import": _import, "export": _export, "verify": _verify, "inspect": _inspect}
+    return commands[args.command](args)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from megatron_slm.convert.imports import import_folder
+
+    extension = args.extend_vocabulary
+    folder = import_folder(args.hf, args.output, extend_vocabulary=extension, allow_bin=args.allow_bin)
+    print(f"wrote {folder}")
+    return 0

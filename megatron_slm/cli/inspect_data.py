@@ -12,20 +12,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Sequence
 
-from megatron_slm.cli.arguments import ToolParser, exit_code, positive_int
+from megatron_slm.cli.arguments import ToolParser, positive_int
+from megatron_slm.cli.command import run_command
 from megatron_slm.config import RunConfig
-from megatron_slm.data.corpus.indexed import IndexedCorpus
-from megatron_slm.data.corpus.inspection import document_parts, loss_mask_of, render, summary
-from megatron_slm.data.corpus.sidecar import read_sidecar, verify_hashes
-from megatron_slm.data.corpus.staging import staged
-from megatron_slm.data.tokenizers.registry import Tokenizer
-from megatron_slm.errors import ConfigError, VocabularyError
-from megatron_slm.log import setup_logging
-from megatron_slm.run.corpora import cache_folder
-from megatron_slm.run.data_paths import named_corpora
-from megatron_slm.run.samples import RunSamples, parse_run
-from megatron_slm.run.tokenizer import open_run_tokenizer
+from megatron_slm.config.load import parse
+from megatron_slm.errors import ConfigError
 
 
 def build_parser() -> ToolParser:
@@ -41,65 +34,32 @@ def build_parser() -> ToolParser:
     return parser
 
 
-def parse() -> tuple[argparse.Namespace, RunConfig]:
+def parse_flags(words: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
     """The tool's flags and the run's.
 
     Raises:
         ConfigError: a flag is unknown (the nearest known one is named), or has a bad value.
     """
     parser = build_parser()
-    flags, rest = parser.parse_known_args()
+    flags, rest = parser.parse_known_args(words)
     try:
-        return flags, parse_run(rest, flags.first_sample + flags.samples)
+        return flags, parse(rest, train_iters=max(1, flags.first_sample + flags.samples))[0]
     except ConfigError as error:
         near = difflib.get_close_matches(f"--{error.value}", list(parser._option_string_actions), n=1, cutoff=0.8)
         fix = f"did you mean {near[0]}?" if near and error.field == "flag" else error.fix
         raise ConfigError(error.field, error.value, error.rule, fix) from error
 
 
-def open_tokenizer(config: RunConfig, prefix: str) -> Tokenizer:
-    """The tokenizer that is named, which must be the corpus'.
+def run(words: Sequence[str]) -> None:
+    """Parse the command line and print what it asks for."""
+    flags, config = parse_flags(words)
+    from megatron_slm.run.inspection import print_corpora, print_samples
 
-    Raises:
-        ConfigError: none is named.
-        VocabularyError: the corpus was made with another one.
-    """
-    tokenizer = open_run_tokenizer(config)
-    sidecar = read_sidecar(prefix)
-    if sidecar is not None and sidecar.tokenizer_fingerprint != tokenizer.fingerprint():
-        raise VocabularyError(
-            f"tokenizer of corpus {prefix}",
-            sidecar.tokenizer_fingerprint[:12],
-            f"must be the tokenizer that is given ({tokenizer.fingerprint()[:12]}), by token table",
-            "give the one it was made with",
-        )
-    return tokenizer
-
-
-def run() -> None:
-    """Parse, then print what is asked for."""
-    setup_logging()
-    flags, config = parse()
-    prefixes = [staged(corpus.prefix, cache_folder(config)) for corpus in named_corpora(config.data)]
-    if flags.documents and len(prefixes) != 1:
-        raise ConfigError("documents", flags.documents, f"are of one corpus, not of {len(prefixes)}", "name one")
-    for number, prefix in enumerate(prefixes):
-        corpus = IndexedCorpus(prefix)
-        mask = loss_mask_of(corpus)
-        print("\n" * (number > 0) + summary(corpus, mask))
-        if flags.verify:
-            files = verify_hashes(prefix)
-            print(f"verified: {', '.join(path.name for path in files)} are what was written")
-        for document in flags.documents:
-            text = render(document_parts(corpus, mask, document), open_tokenizer(config, prefix))
-            print(f"\n━━ document {document}\n{text}")
+    print_corpora(config, documents=flags.documents, verify=flags.verify)
     if flags.samples:
-        samples = RunSamples.open(config, open_run_tokenizer(config), flags.num_samples)
-        print(f"\n{samples.describe()}")
-        for text in samples.show(flags.first_sample, flags.samples):
-            print(f"\n{text}")
+        print_samples(config, first=flags.first_sample, count=flags.samples, num_samples=flags.num_samples)
 
 
-def main() -> int:
-    """Run the command; the exit code."""
-    return exit_code(run)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 on success, 1 after an error the user can fix, 130 after Ctrl-C."""
+    return run_command(run, argv)

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_slm.cli.arguments import ToolParser, exit_code
+from megatron_slm.cli.arguments import ToolParser
+from megatron_slm.cli.command import run_command
 from megatron_slm.data.corpus.merging import merge_corpora
 from megatron_slm.data.corpus.sidecar import LOSS_MASK_SUFFIX
 from megatron_slm.errors import CorpusError
-from megatron_slm.log import setup_logging
 
 
 def build_parser() -> ToolParser:
@@ -48,10 +48,9 @@ def prefixes(inputs: Sequence[str]) -> list[str]:
     return found
 
 
-def run() -> None:
+def run(words: Sequence[str]) -> None:
     """Parse, merge, and say what was written."""
-    flags = build_parser().parse_flags()
-    setup_logging()
+    flags = build_parser().parse_flags(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written goes
     names = prefixes(flags.input)
     warn = logging.getLogger("megatron_slm.merge").warning
@@ -59,6 +58,6 @@ def run() -> None:
     print(f"{flags.output_prefix}: {len(names)} corpora, {merged.num_documents} documents, {merged.num_tokens} tokens")
 
 
-def main() -> int:
-    """Run the command; the exit code."""
-    return exit_code(run)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 on success, 1 after an error the user can fix, 130 after Ctrl-C."""
+    return run_command(run, argv)

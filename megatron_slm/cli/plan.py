@@ -1,66 +1,61 @@
-"""The commands of `plan.py`: `layout` and `search`, and `schedule` from `pipeline/`."""
+"""`slm-plan`: plans a run's memory, speed and layout (`layout`, `search`) and its pipeline schedule (`schedule`)."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from megatron_slm.cli.arguments import ToolParser
+from megatron_slm.cli.command import choose_accelerator, run_command
 from megatron_slm.cli.plan_schedule import add_schedule
 from megatron_slm.config.load import parse
-from megatron_slm.errors import LayoutError, SlmError
+from megatron_slm.errors import LayoutError
 from megatron_slm.files import write_json
-from megatron_slm.planning.estimates import Estimate, estimate, search
 from megatron_slm.planning.gpus import GPUS, Cluster
-from megatron_slm.planning.job import Job, open_job
-from megatron_slm.planning.layouts import configured_layout
-from megatron_slm.planning.tables import memory_table, search_table, speed_table
+
+if TYPE_CHECKING:
+    from megatron_slm.planning.job import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 after an error that the user can mend (a layout that does not fit is one)."""
-    parser = argparse.ArgumentParser(
-        prog="plan.py",
-        description="Plan a run before it is started. Needs no GPU, no weights and no corpus.",
-        allow_abbrev=False,
-    )
+    """Run the command; return 0 on success, 1 after an error the user can fix (a layout that does not fit is one)."""
+    return run_command(_run, argv)
+
+
+def _run(words: Sequence[str]) -> None:
+    parser = ToolParser("Plan a run before it is started. Needs no GPU, no weights and no corpus.")
     commands = parser.add_subparsers(required=True, metavar="command")
     add_schedule(commands.add_parser("schedule", help="time, idle time and memory of the pipeline's schedules"))
     _add_layout(commands)
     _add_search(commands)
-    args, run_flags = parser.parse_known_args(argv)
+    args, run_flags = parser.parse_known_args(words)
     if run_flags and args.run not in (plan_layout, plan_search):
         parser.error(f"unrecognized arguments: {' '.join(run_flags)}")
     args.run_flags = run_flags
-    try:
-        args.run(args)
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    choose_accelerator()
+    args.run(args)
 
 
-def _add_layout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_layout(commands: argparse._SubParsersAction[ToolParser]) -> None:
     parser = commands.add_parser(
         "layout",
         help="memory by part, step time and length of a run as it is configured",
         description="Memory a rank by part, step time, tokens a second, days and GPU-hours of the layout that the "
         "configuration asks for. Further flags are the run's own (see pretrain_slm.py --help) and win over the file.",
-        allow_abbrev=False,
     )
     _add_common(parser)
     parser.set_defaults(run=plan_layout)
 
 
-def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_search(commands: argparse._SubParsersAction[ToolParser]) -> None:
     parser = commands.add_parser(
         "search",
         help="the fastest layouts that fit",
         description="Tries every tensor x pipeline x data parallel layout, micro-batch size, ZeRO stage, and "
         "recomputation, at the configuration's global batch. Further flags are the run's own.",
-        allow_abbrev=False,
     )
     _add_common(parser)
     parser.add_argument("--top", type=int, default=8, help="layouts to show (default 8)")
@@ -89,6 +84,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(args: argparse.Namespace) -> tuple[Job, Cluster]:
+    from megatron_slm.planning.job import open_job
+
     cluster = Cluster(
         gpu=GPUS[args.gpu],
         num_nodes=args.nodes,
@@ -113,6 +110,10 @@ def plan_layout(args: argparse.Namespace) -> None:
     Raises:
         LayoutError: it does not fit; after the tables, which show what is too large.
     """
+    from megatron_slm.planning.estimates import estimate
+    from megatron_slm.planning.layouts import configured_layout
+    from megatron_slm.planning.tables import memory_table, speed_table
+
     job, cluster = _open(args)
     planned = estimate(job, configured_layout(job, cluster.num_gpus), cluster)
     if args.json != "-":
@@ -135,10 +136,13 @@ def plan_search(args: argparse.Namespace) -> None:
     Raises:
         LayoutError: none fits.
     """
+    from megatron_slm.planning.estimates import search
+    from megatron_slm.planning.tables import search_table
+
     if args.top < 1:
         raise LayoutError("--top", args.top, "is at least 1", "give a positive number")
     job, cluster = _open(args)
-    found: list[Estimate] = search(job, cluster, num_results=args.top)
+    found = search(job, cluster, num_results=args.top)
     if args.json != "-":
         _console().print(search_table(found, args.gpu))
     _write_json(args.json, {"layouts": [planned.to_dict() for planned in found]}, args)

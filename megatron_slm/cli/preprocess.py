@@ -13,15 +13,15 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_slm.cli.arguments import ToolParser, exit_code, positive_int
+from megatron_slm.cli.arguments import ToolParser, positive_int
+from megatron_slm.cli.command import run_command
 from megatron_slm.data.preprocessing.documents import DocumentKeys
 from megatron_slm.data.preprocessing.preprocess import PreprocessConfig, PreprocessReport, preprocess
 from megatron_slm.data.tokenizers.registry import TOKENIZER_TYPES, build_tokenizer
 from megatron_slm.data.tokenizers.tiktoken import NUM_SPECIAL_TOKENS, PATTERNS
-from megatron_slm.log import setup_logging
 
 _LOG_SECONDS = 10.0
 
@@ -141,9 +141,9 @@ def summary(config: PreprocessConfig, report: PreprocessReport) -> str:
     return "\n".join(lines)
 
 
-def run() -> None:
+def run(words: Sequence[str]) -> None:
     """Parse, preprocess, and print the table."""
-    flags = build_parser().parse_flags()
+    flags = build_parser().parse_flags(words)
     keys = DocumentKeys(
         json_keys=tuple(flags.json_keys),
         loss_mask_key=flags.loss_mask_key,
@@ -161,7 +161,6 @@ def run() -> None:
         on_error=flags.on_error,
         command=shlex.join(sys.argv),
     )
-    setup_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, parts stay
     tokenizer = build_tokenizer(
         flags.tokenizer_type,
@@ -178,6 +177,6 @@ def run() -> None:
     print(summary(config, report))
 
 
-def main() -> int:
-    """Run the command; the exit code."""
-    return exit_code(run)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 on success, 1 after an error the user can fix, 130 after Ctrl-C."""
+    return run_command(run, argv)
