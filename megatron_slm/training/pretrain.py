@@ -11,7 +11,7 @@ from megatron_slm.config.run import RunConfig
 from megatron_slm.loss.objective import Observer
 from megatron_slm.operations.preflight.run import preflight
 from megatron_slm.operations.reach import silent_nodes_named
-from megatron_slm.parallel.collectives import peers_named, together
+from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.run.plan import make_plan
 from megatron_slm.run.resume import open_resume
@@ -38,9 +38,9 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with silent_nodes_named(), peers_named("outside of the pipeline's schedule"):
+    with silent_nodes_named(), translate_peer_errors("outside of the pipeline's schedule"):
         resume = open_resume(config)
-        with together():
+        with raise_on_all_ranks():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         logger.info("computing with: %s", "; ".join(f"{what}: {by}" for what, by in plan.describe_backends().items()))
         for line in describe_sources(plan.train_samples):
@@ -50,5 +50,5 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
 
 def train_prepared(run: Run) -> None:
     """Train a prepared run to its end. Collective over the world."""
-    with silent_nodes_named(), peers_named("at the start of training"):
+    with silent_nodes_named(), translate_peer_errors("at the start of training"):
         train(run)
