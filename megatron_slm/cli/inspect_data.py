@@ -1,11 +1,11 @@
-"""Show corpora and the samples that a run makes of them: counts, documents, samples as training reads them; hashes.
+"""`slm-inspect-data`: prints corpora, their documents, and training samples as a run reads them; verifies hashes.
 
     python tools/inspect_data.py --data-path corpora/web_text_document --verify
     python tools/inspect_data.py --config runs/slm/config.yaml --samples 3 --first-sample 80000
     python tools/inspect_data.py --data-path 0.7 corpora/web 0.3 corpora/books --packing best-fit --samples 3 \\
         --seq-length 2048 --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/folder
 
-Beside the flags below it takes those of tools/pretrain_slm.py, and gives them the same meaning.
+Takes the flags of tools/pretrain_slm.py as well, with the same meaning.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from megatron_slm.errors import ConfigError
 
 
 def build_parser() -> ToolParser:
-    """The tool's own flags."""
-    parser = ToolParser(str(__doc__))
-    parser.add_argument("--verify", action="store_true", help="read all of it and compare with the recorded hashes")
-    parser.add_argument("--documents", type=int, nargs="+", default=[], help="numbers of documents to print")
-    parser.add_argument("--samples", type=positive_int, default=0, help="training samples to print")
-    parser.add_argument("--first-sample", type=int, default=0, help="the first of them, in the order of the run")
+    """Build the parser of the tool's own flags."""
+    parser = ToolParser(str(__doc__).partition(": ")[2])
     parser.add_argument(
-        "--num-samples", type=positive_int, help="samples of the run (default: --train-iters x --global-batch-size)"
+        "--verify", action="store_true", help="read the corpora whole and compare them with their recorded hashes"
+    )
+    parser.add_argument("--documents", type=int, nargs="+", default=[], help="numbers of documents to print")
+    parser.add_argument("--samples", type=positive_int, default=0, help="number of training samples to print")
+    parser.add_argument("--first-sample", type=int, default=0, help="number of the first one, in the order of the run")
+    parser.add_argument(
+        "--num-samples", type=positive_int, help="samples in the run (default: --train-iters x --global-batch-size)"
     )
     return parser
 
 
 def parse_flags(words: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
-    """The tool's flags and the run's.
+    """Parse the tool's flags and the run's.
 
     Raises:
         ConfigError: a flag is unknown (the nearest known one is named), or has a bad value.

@@ -42,9 +42,9 @@ def _run(words: Sequence[str]) -> None:
 def _add_layout(commands: argparse._SubParsersAction[ToolParser]) -> None:
     parser = commands.add_parser(
         "layout",
-        help="memory by part, step time and length of a run as it is configured",
-        description="Memory a rank by part, step time, tokens a second, days and GPU-hours of the layout that the "
-        "configuration asks for. Further flags are the run's own (see pretrain_slm.py --help) and win over the file.",
+        help="memory by part, step time and duration of the configured layout",
+        description="Print memory per rank by part, step time, tokens per second, days and GPU-hours of the configured "
+        "layout. Further flags are the run's own (see pretrain_slm.py --help) and override the file.",
     )
     _add_common(parser)
     parser.set_defaults(run=plan_layout)
@@ -54,33 +54,33 @@ def _add_search(commands: argparse._SubParsersAction[ToolParser]) -> None:
     parser = commands.add_parser(
         "search",
         help="the fastest layouts that fit",
-        description="Tries every tensor x pipeline x data parallel layout, micro-batch size, ZeRO stage, and "
-        "recomputation, at the configuration's global batch. Further flags are the run's own.",
+        description="Try every tensor x pipeline x data parallel layout, micro-batch size, ZeRO stage and recomputation at "
+        "the configured global batch size, and print the fastest that fit. Further flags are the run's own.",
     )
     _add_common(parser)
-    parser.add_argument("--top", type=int, default=8, help="layouts to show (default 8)")
+    parser.add_argument("--top", type=int, default=8, help="layouts to show (default: %(default)s)")
     parser.set_defaults(run=plan_search)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="the run's YAML file")
-    parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (default 8)")
-    parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="their kind")
-    models = parser.add_argument_group("shapes of models whose folders are not here")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default: %(default)s)")
+    parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="GPU model")
+    models = parser.add_argument_group("models whose folders are not on this machine")
     what = "a config.json, a folder with one, or one of our checkpoints"
     models.add_argument("--model-config", metavar="PATH", help=f"{what}; default: --init-from, or the model's flags")
     models.add_argument("--reference-config", metavar="PATH", help=f"{what}; default: --reference-load")
-    assumed = parser.add_argument_group("what is assumed (see docs/planning.md)")
+    assumed = parser.add_argument_group("assumptions (see docs/planning.md)")
     for name, text in (
-        ("efficiency", "share of the GPU's peak that forward and backward passes reach"),
-        ("link-efficiency", "share of a link's bandwidth that collectives reach"),
-        ("memory-share", "share of the memory that tensors may take"),
+        ("efficiency", "share of the GPU's peak FLOP/s reached in forward and backward passes"),
+        ("link-efficiency", "share of the link bandwidth reached by collectives"),
+        ("memory-share", "share of GPU memory available to tensors"),
     ):
         default = getattr(Cluster, name.replace("-", "_"))
-        parser_default = f"{text} (default {default})"
+        parser_default = f"{text} (default: {default})"
         assumed.add_argument(f"--{name}", type=float, default=default, help=parser_default)
-    parser.add_argument("--json", metavar="FILE", help="write the plan there as well; - for standard output alone")
+    parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - prints JSON only")
 
 
 def _open(args: argparse.Namespace) -> tuple[Job, Cluster]:
@@ -99,7 +99,7 @@ def _open(args: argparse.Namespace) -> tuple[Job, Cluster]:
 
 
 def _console() -> Console:
-    """Wide enough for the tables where the output is a file or a narrow pipe."""
+    """Build a console wide enough for the tables even if the output is a file."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
 
@@ -108,7 +108,7 @@ def plan_layout(args: argparse.Namespace) -> None:
     """Print the plan of the configured layout.
 
     Raises:
-        LayoutError: it does not fit; after the tables, which show what is too large.
+        LayoutError: it does not fit; raised after the tables, which show the memory by part.
     """
     from megatron_slm.planning.estimates import estimate
     from megatron_slm.planning.layouts import configured_layout
@@ -125,7 +125,7 @@ def plan_layout(args: argparse.Namespace) -> None:
         raise LayoutError(
             "memory a rank",
             f"{planned.peak_bytes / 2**30:.1f} GiB",
-            f"is at most {cluster.usable_bytes / 2**30:.1f} GiB ({cluster.memory_share:.0%} of {args.gpu})",
+            f"be at most {cluster.usable_bytes / 2**30:.1f} GiB ({cluster.memory_share:.0%} of {args.gpu})",
             "see `plan.py search` for layouts that fit",
         )
 
@@ -134,13 +134,13 @@ def plan_search(args: argparse.Namespace) -> None:
     """Print the best layouts.
 
     Raises:
-        LayoutError: none fits.
+        LayoutError: no layout fits.
     """
     from megatron_slm.planning.estimates import search
     from megatron_slm.planning.tables import search_table
 
     if args.top < 1:
-        raise LayoutError("--top", args.top, "is at least 1", "give a positive number")
+        raise LayoutError("--top", args.top, "be at least 1", "raise it")
     job, cluster = _open(args)
     found = search(job, cluster, num_results=args.top)
     if args.json != "-":

@@ -12,8 +12,8 @@ from megatron_slm.errors import PreflightError
 
 _DESCRIPTION = """Check the machines of a run, started like the run itself, on all of its ranks.
 
-Takes the flags of pretrain_slm.py (see its --help; those of the section `preflight` set what is asked of the machines),
-on the command line or in the run's own YAML file. Exit code 0 if no check fails, 1 otherwise."""
+Takes the flags of pretrain_slm.py (see its --help; section `preflight` sets the requirements), on the command line or
+in the run's own YAML file. Exits with 0 if no check fails, else with 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +39,6 @@ def _parse(argv: Sequence[str]) -> tuple[str | None, RunConfig]:
         prog="preflight.py",
         usage="deepspeed [launcher's flags] tools/preflight.py --config FILE [--json FILE] [flags of the run]",
     )
-    parser.add_argument("--json", metavar="FILE", help="write checks, links and facts there too; - for stdout alone")
+    parser.add_argument("--json", metavar="FILE", help="also write checks, links and facts as JSON; - prints JSON only")
     own, rest = parser.parse_known_args(argv)
     return own.json, parse(rest)[0]

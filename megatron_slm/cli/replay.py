@@ -8,10 +8,10 @@ from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import choose_accelerator, run_command
 from megatron_slm.config.load import parse
 
-_DESCRIPTION = """Run bad batches of a run through a checkpoint again, micro-batch by micro-batch, and train nothing.
+_DESCRIPTION = """Run the bad batches of a run through a checkpoint again, micro-batch by micro-batch, without training.
 
-Beside the flags below it takes those of pretrain_slm.py (see its --help), best as --config RUN_DIR/config.yaml; --load
-names the checkpoint. Layout and --micro-batch-size need not be the run's."""
+Takes the flags of pretrain_slm.py (see its --help) as well, best as --config RUN_DIR/config.yaml; --load names the
+checkpoint. Layout and --micro-batch-size may differ from the run's."""
 
 
 def _parser() -> ToolParser:

@@ -15,10 +15,10 @@ from megatron_slm.errors import ConfigError
 
 _DESCRIPTION = """Write a reference's per-token losses for the samples of a run, for --reference-scores.
 
-Beside the flags below it takes those of pretrain_slm.py (see its --help), on the command line or in the run's own
-YAML file; --reference-load names the reference. Layout and --micro-batch-size need not be the run's. Run again with
-the same flags, at any layout, it scores what is missing or damaged. A run that is resumed with a larger --train-iters
-keeps the order of samples that it has begun: name its checkpoint with --load here too."""
+Takes the flags of pretrain_slm.py (see its --help) as well, on the command line or in the run's own YAML file;
+--reference-load names the reference. Layout and --micro-batch-size may differ from the run's. Run it again with the
+same flags, at any layout, to score missing or damaged shards. A run resumed with a larger --train-iters keeps its
+sample order: name its checkpoint with --load here too."""
 
 
 def _parser() -> ToolParser:
@@ -29,25 +29,32 @@ def _parser() -> ToolParser:
     )
     parser.add_argument("--output", help="the store's folder (default: the --reference-scores of the configuration)")
     parser.add_argument(
-        "--score-dtype", choices=get_args(ScoreDtype), default="float32", help="what scores are stored in"
+        "--score-dtype",
+        choices=get_args(ScoreDtype),
+        default="float32",
+        help="data type of the stored scores (default: %(default)s)",
     )
-    parser.add_argument("--with-entropy", action="store_true", help="store the entropy of its predictions too")
+    parser.add_argument(
+        "--with-entropy", action="store_true", help="also store the entropy of the reference's predictions"
+    )
     return parser
 
 
 def parse_scoring(argv: Sequence[str]) -> tuple[RunConfig, ScoringOptions, DryRun]:
-    """The run's configuration, the pass's options, and whether only a dry run is asked for.
+    """Parse the run's configuration, the options of the pass, and the kind of dry run.
 
     Raises:
-        ConfigError: see `parse`; or there is no folder to write to.
+        ConfigError: a flag is wrong (see `parse`), or no folder to write to was named.
     """
     own, rest = _parser().parse_known_args(argv)
     config, dry_run = parse(rest)
     if dry_run is DryRun.WITHOUT_FILES:
-        raise ConfigError("--without-files", True, "is for tools/pretrain_slm.py", "leave it out")
+        raise ConfigError("--without-files", True, "be used with tools/pretrain_slm.py only", "leave it out")
     stores = config.selection.reference_scores
     if own.output is None and len(stores) != 1:
-        raise ConfigError("--output", None, "is given, or the configuration names one --reference-scores", "name it")
+        raise ConfigError.missing(
+            "--output", "a configuration without a single --reference-scores", "name the store's folder"
+        )
     options = ScoringOptions(output=own.output or stores[0], score_dtype=own.score_dtype, with_entropy=own.with_entropy)
     return config, options, dry_run
 

@@ -10,11 +10,11 @@ from megatron_slm.errors import EXIT_UNUSABLE
 from megatron_slm.operations.supervisor import Job, Policy, Supervisor
 
 _FLAGS = {
-    "max_restarts": "starts after the first, in all",
-    "max_without_progress": "lives in a row without a newer checkpoint, after which it gives up",
-    "backoff_seconds": "wait before a start; doubled for each life without progress",
-    "max_backoff_seconds": "the longest such wait",
-    "grace_seconds": "time to save for a run that was asked to stop, or outlives its launcher, before it is killed",
+    "max_restarts": "restarts over the whole life of the supervisor",
+    "max_without_progress": "give up after this many restarts in a row without a newer checkpoint",
+    "backoff_seconds": "wait before a restart; doubled after each one without progress",
+    "max_backoff_seconds": "longest wait before a restart",
+    "grace_seconds": "time a stopping run has to save before it is killed",
 }
 
 

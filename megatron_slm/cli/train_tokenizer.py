@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer of Llama's kind from JSON lines.
+"""`slm-train-tokenizer`: trains a SentencePiece BPE tokenizer of Llama's kind from JSON lines.
 
     python tools/train_tokenizer.py --input docs.jsonl --vocab-size 32000 --output tokenizer/
 
@@ -15,11 +15,13 @@ from megatron_slm.data.tokenizers.training import texts_of_files, train_sentence
 
 
 def build_parser() -> ToolParser:
-    """The flags."""
+    """Build the parser."""
     parser = ToolParser("Train a SentencePiece BPE tokenizer of Llama's kind from JSON lines.")
     parser.add_argument("--input", nargs="+", required=True, help="JSON lines: files or patterns (.gz, .zst too)")
     parser.add_argument("--json-key", default="text", help="key that holds the text")
-    parser.add_argument("--vocab-size", type=positive_int, required=True, help="pieces, bytes and special ones in")
+    parser.add_argument(
+        "--vocab-size", type=positive_int, required=True, help="number of pieces, with bytes and special tokens"
+    )
     parser.add_argument("--output", required=True, help="a folder (name/), or a prefix: PREFIX.model")
     return parser
 
