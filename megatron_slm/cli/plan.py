@@ -54,8 +54,8 @@ def _add_search(commands: argparse._SubParsersAction[ToolParser]) -> None:
     parser = commands.add_parser(
         "search",
         help="the fastest layouts that fit",
-        description="Try every tensor x pipeline x data parallel layout, micro-batch size, ZeRO stage and recomputation at "
-        "the configured global batch size, and print the fastest that fit. Further flags are the run's own.",
+        description="Try every layout, micro-batch size, ZeRO stage and recomputation at the configured global batch "
+        "size, and print the fastest that fit. Further flags are the run's own.",
     )
     _add_common(parser)
     parser.add_argument("--top", type=int, default=8, help="layouts to show (default: %(default)s)")
