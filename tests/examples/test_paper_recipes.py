@@ -168,7 +168,7 @@ def test_every_deepspeed_file_is_described_and_used() -> None:
     ("changes", "world", "match"),
     [
         (["--micro-batch-size", "3"], 8, "--micro-batch-size"),
-        (["--pipeline-model-parallel-size", "3"], 8, "world size = 8: is a multiple of"),
+        (["--pipeline-model-parallel-size", "3"], 8, "world size is 8: must be a multiple of"),
         (["--tensor-model-parallel-size", "8"], 8, "tensor"),
         (["--num-layers", "12", "--pipeline-model-parallel-size", "16"], 16, "16"),
         (["--reference-config", "nowhere/config.json"], 8, "--reference-config = 'nowhere/config.json'"),
@@ -188,7 +188,7 @@ def test_what_needs_no_file_is_refused(
 
 def test_without_files_goes_with_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "examples/rho1_math_1b/slm.yaml", "--without-files"]) == 2
-    assert "--without-files = True: goes with --dry-run" in capsys.readouterr().err
+    assert "--dry-run is missing: required by --without-files" in capsys.readouterr().err
 
 
 def test_a_loaded_reference_must_have_the_planned_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
