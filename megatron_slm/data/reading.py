@@ -42,13 +42,10 @@ class Sample(NamedTuple):
 
     tokens: npt.NDArray[np.int64]
     """int64 [s + 1]: inputs are [:-1], labels are [1:]."""
-
     valid: npt.NDArray[np.bool_]
     """bool [s]: True where the label counts."""
-
     starts: npt.NDArray[np.int64]
     """Where in `tokens` a document starts, or padding, ascending; 0, where the sample starts, is left out."""
-
     source: int = 0
     """Which of the run's corpora it is from."""
 

@@ -29,16 +29,12 @@ class Part(NamedTuple):
 
     sequence: int | None
     """Which; None for padding."""
-
     offset: int
     """Its first token here."""
-
     tokens: npt.NDArray[np.int64]
     """Their ids, [n]."""
-
     trained: npt.NDArray[np.bool_]
     """Whether the token is trained on, as a label, [n]."""
-
     ends: bool
     """Whether the sequence's last token is among them."""
 

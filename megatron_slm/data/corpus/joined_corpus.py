@@ -34,13 +34,10 @@ class Merged(NamedTuple):
 
     num_documents: int
     """Documents, empty ones included."""
-
     num_tokens: int
     """Tokens."""
-
     bin_sha256: str
     """SHA-256 of the `.bin`, hexadecimal."""
-
     idx_sha256: str
     """SHA-256 of the `.idx`."""
 

@@ -26,50 +26,35 @@ class Sidecar:
 
     tokenizer_fingerprint: str
     """SHA-256 of the token table it was made with (`Tokenizer.fingerprint`)."""
-
     vocab_size: int
     """True size of that table, not padded."""
-
     num_documents: int
     """Documents, those without a token included."""
-
     num_tokens: int
     """Tokens, end-of-document tokens included."""
-
     max_token_id: int
     """The largest token id that occurs."""
-
     eod_id: int | None
     """The id appended to every document, None when none was."""
-
     command: str
     """The command line it was made with."""
-
     bos_id: int | None = None
     """The id put before every document, None when none was."""
-
     bin_sha256: str | None = None
     """SHA-256 of the `.bin` file, hexadecimal, as `sha256sum` prints it; None in sidecars of older versions."""
-
     idx_sha256: str | None = None
     """The same of the `.idx` file."""
-
     num_empty: int | None = None
     """Documents without a token."""
-
     num_invalid: int | None = None
     """Lines of the input that were left out."""
-
     longest_document: int | None = None
     """Tokens of the longest document."""
-
     loss_mask: str | None = None
     """Name of the corpus' loss mask, a prefix in the same folder: a corpus of uint8 with the same documents and
     lengths, 1 for a token that is trained on, 0 for one that is only read. None where all are trained on."""
-
     loss_mask_bin_sha256: str | None = None
     """SHA-256 of the mask's `.bin`."""
-
     loss_mask_idx_sha256: str | None = None
     """SHA-256 of the mask's `.idx`."""
 

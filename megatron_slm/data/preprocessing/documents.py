@@ -19,7 +19,6 @@ class Texts(NamedTuple):
 
     texts: list[str]
     """One, or several where the value is a list."""
-
     trained: list[int] | None
     """0 or 1 for every text: whether its tokens are trained on. None where all are, without a mask."""
 
@@ -30,13 +29,10 @@ class DocumentKeys:
 
     json_keys: tuple[str, ...] = ("text",)
     """Keys of texts, a corpus each. With `prompt_key` and `response_key` not used."""
-
     loss_mask_key: str | None = None
     """The key of a list of 0 and 1, one for every text of the list under the only JSON key."""
-
     prompt_key: str | None = None
     """The key of a text that is read and not trained on."""
-
     response_key: str | None = None
     """The key of the text that follows it and is trained on."""
 

@@ -26,10 +26,8 @@ class Encoding:
 
     keys: DocumentKeys
     """Which keys hold what."""
-
     bos_id: int | None
     """Begins every document that has a token; None: nothing does."""
-
     eod_id: int | None
     """Ends every document that has a token; None: nothing does."""
 
@@ -39,13 +37,10 @@ class EncodedDocuments(NamedTuple):
 
     tokens: npt.NDArray[np.int32]
     """All of them, end to end, int32 [T]."""
-
     sequence_lengths: npt.NDArray[np.int64]
     """Tokens of every sequence [S]; none is 0."""
-
     sequences_per_document: npt.NDArray[np.int64]
     """Sequences of every document [D]; 0 where the document has no token."""
-
     loss_mask: npt.NDArray[np.uint8] | None
     """1 for every token that is trained on, uint8 [T]; None where all are."""
 

@@ -30,13 +30,10 @@ class Line(NamedTuple):
 
     number: int
     """Counted from 0 at the piece's first line."""
-
     num_bytes: int
     """Size in the input, decompressed."""
-
     document: dict[str, Any] | None
     """What it says; None where the line is blank, or not a document."""
-
     problem: str
     """Why it is not a document; empty where it is, and for a blank line."""
 

@@ -36,28 +36,20 @@ class PreprocessConfig:
 
     input: tuple[str, ...]
     """Files (JSON lines, plain, .gz or .zst; .parquet) or patterns, read in this order; `-` is standard input."""
-
     output_prefix: str
     """The corpora are `{output_prefix}_{key}_document.bin` and `.idx`."""
-
     keys: DocumentKeys = field(default_factory=DocumentKeys)
     """Which keys hold what."""
-
     append_eod: bool = False
     """End every document that has a token with the end-of-document token."""
-
     prepend_bos: bool = False
     """Begin every document that has a token with the beginning-of-text token."""
-
     workers: int = 1
     """Processes that tokenize; the corpora do not depend on it."""
-
     fast_tokenizer: bool = False
     """Encode with a faster library, compared with the tokenizer on samples."""
-
     on_error: str = "stop"
     """`stop` at the first line that is not a document, or `skip` such lines."""
-
     command: str = ""
     """The command line, for the sidecar."""
 
@@ -82,10 +74,8 @@ class InvalidLineOfFile(NamedTuple):
 
     source: str
     """The file."""
-
     line: int
     """Its number, from 1; of a table, its row."""
-
     reason: str
     """What is wrong with it."""
 
@@ -96,34 +86,24 @@ class PreprocessReport:
 
     corpora: dict[str, CorpusCounts] = field(default_factory=dict)
     """By key."""
-
     num_documents: int = 0
     """Lines that are documents, those without a token included."""
-
     num_invalid: int = 0
     """Lines that were skipped."""
-
     invalid: list[InvalidLineOfFile] = field(default_factory=list)
     """The first of them."""
-
     num_bytes: int = 0
     """Size of the lines read, decompressed."""
-
     num_resumed_bytes: int = 0
     """As much of it was done by an earlier run."""
-
     input_bytes: int = 0
     """How much of the input's size on disk is done."""
-
     total_input_bytes: int | None = None
     """Size of the input on disk; None where it is not known."""
-
     seconds: float = 0.0
     """Time spent."""
-
     made: set[str] = field(default_factory=set)
     """Names of the shards, of which equal pieces share one."""
-
     encoder: str = "tokenizer"
     """What made the ids: the tokenizer, or the faster library."""
 

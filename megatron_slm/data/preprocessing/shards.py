@@ -43,7 +43,6 @@ class InvalidLine(NamedTuple):
 
     line: int
     """Its number within the piece, from 0."""
-
     reason: str
     """What is wrong with it."""
 
@@ -54,16 +53,12 @@ class CorpusCounts:
 
     num_tokens: int = 0
     """Tokens."""
-
     num_trained: int = 0
     """Tokens that the loss mask lets through; 0 where there is no mask."""
-
     num_empty: int = 0
     """Documents without a token."""
-
     longest_document: int = 0
     """Tokens of the longest document."""
-
     max_token_id: int = -1
     """The largest token id; -1 without a token."""
 
@@ -74,25 +69,18 @@ class Shard:
 
     name: str
     """Derived from the piece's content and the way it was encoded."""
-
     num_lines: int = 0
     """Lines, blank and invalid ones included."""
-
     num_bytes: int = 0
     """Size of the lines, decompressed."""
-
     num_documents: int = 0
     """Lines that are documents."""
-
     num_invalid: int = 0
     """Lines that are not, nor blank."""
-
     invalid: list[InvalidLine] = field(default_factory=list)
     """The first of them."""
-
     corpora: list[CorpusCounts] = field(default_factory=list)
     """In the order of `DocumentKeys.corpora`; empty where the shard stopped at an invalid line."""
-
     resumed: bool = False
     """Whether an earlier run made it."""
 

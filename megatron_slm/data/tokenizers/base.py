@@ -33,7 +33,6 @@ class Ragged(NamedTuple):
 
     ids: npt.NDArray[np.int32]
     """All of them, int32 [T]."""
-
     lengths: npt.NDArray[np.int64]
     """Tokens of every text, int64 [texts]."""
 
