@@ -16,7 +16,7 @@ import difflib
 from megatron_slm.cli.arguments import ToolParser, exit_code, positive_int
 from megatron_slm.config import RunConfig
 from megatron_slm.data.corpus.indexed import IndexedCorpus
-from megatron_slm.data.corpus.inspection import document_parts, loss_mask_of, render, summary
+from megatron_slm.data.corpus.inspection import document_spans, loss_mask_of, render, summary
 from megatron_slm.data.corpus.sidecar import read_sidecar, verify_hashes
 from megatron_slm.data.corpus.staging import staged
 from megatron_slm.data.tokenizers.registry import Tokenizer
@@ -91,7 +91,7 @@ def run() -> None:
             files = verify_hashes(prefix)
             print(f"verified: {', '.join(path.name for path in files)} are what was written")
         for document in flags.documents:
-            text = render(document_parts(corpus, mask, document), open_tokenizer(config, prefix))
+            text = render(document_spans(corpus, mask, document), open_tokenizer(config, prefix))
             print(f"\n━━ document {document}\n{text}")
     if flags.samples:
         samples = RunSamples.open(config, open_run_tokenizer(config), flags.num_samples)

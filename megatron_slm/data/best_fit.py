@@ -77,7 +77,7 @@ class BestFitSamples:
 
     @property
     def name(self) -> str:
-        """The corpus' prefix."""
+        """The corpus's prefix."""
         return self.corpus.prefix
 
     def __len__(self) -> int:

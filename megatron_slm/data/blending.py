@@ -54,7 +54,7 @@ class Source:
         name: what it is called in metrics and checkpoints.
         make: its samples.
         laid_out: for how many samples each order was laid out, from the first one on.
-        sequences: which of the corpus' sequences are read, [start, stop).
+        sequences: which of the corpus's sequences are read, [start, stop).
     """
 
     def __init__(self, name: str, make: MakeSamples, laid_out: Sequence[int], sequences: tuple[int, int]) -> None:
@@ -63,7 +63,7 @@ class Source:
         # now, and not at a save: the file may be rewritten while the run reads the old one
         sidecar = read_sidecar_of(self.orders[0].corpus)
         self.content = None if sidecar is None else sidecar.bin_sha256
-        """SHA-256 of the corpus' tokens as its sidecar says; None where it says nothing."""
+        """SHA-256 of the corpus's tokens as its sidecar says; None where it says nothing."""
         self._ends = [sum(map(len, self.orders[: i + 1])) for i in range(len(self.orders))]
 
     @classmethod

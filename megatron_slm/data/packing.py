@@ -169,7 +169,7 @@ class PackedSamples:
     def order_fingerprint(self) -> str:
         """The same for two objects that give the same samples in the same order, else another (SHA-256).
 
-        Everything that the order is made from goes into it; lengths stand for the corpus' content.
+        Everything that the order is made from goes into it; lengths stand for the corpus's content.
         """
         start, stop = self._documents
         made_from = (start, stop, self.sequence_length, self.num_epochs, self._first_part, self._seed)
@@ -179,7 +179,7 @@ class PackedSamples:
 
     @property
     def name(self) -> str:
-        """The corpus' prefix."""
+        """The corpus's prefix."""
         return self.corpus.prefix
 
     def __len__(self) -> int:
@@ -258,7 +258,7 @@ class SequentialSamples:
 
     @property
     def name(self) -> str:
-        """The corpus' prefix."""
+        """The corpus's prefix."""
         return self.corpus.prefix
 
     def __len__(self) -> int:

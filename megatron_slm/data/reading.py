@@ -1,4 +1,4 @@
-"""Pieces of a corpus' sequences, read with a bounded number of retries.
+"""Pieces of a corpus's sequences, read with a bounded number of retries.
 
 Tokens come by positioned reads, not through a mapping: where a disk fails or a file was cut, a read is an error
 that can be retried and named, and a mapping is a signal that kills the process. The operating system caches both.
@@ -102,7 +102,7 @@ class _TokenFile:
         return {**self.__dict__, "_file": None}
 
     def read(self, piece: Piece) -> npt.NDArray[Any]:
-        """The tokens of a piece, in the corpus' dtype."""
+        """The tokens of a piece, in the corpus's dtype."""
         dtype = self._corpus.dtype
         start = int(self._corpus.sequence_pointers[piece.sequence]) + piece.offset * dtype.itemsize
         count = piece.length * dtype.itemsize
