@@ -1,4 +1,4 @@
-"""Blends equal megatron-core's; phases and longer runs leave every corpus its place."""
+"""Blends equal megatron-core's; phases and longer runs keep every corpus's read position."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def numbers(samples: BlendedSamples, stop: int) -> list[tuple[str, int]]:
     return [(samples.sources[s].name, n) for s, n in map(samples.locate, range(stop))]
 
 
-def test_phases_leave_each_corpus_its_place(folder: Path) -> None:
+def test_phases_keep_each_corpuss_read_position(folder: Path) -> None:
     web, books, code = (str(folder / name) for name in LENGTHS)
     first = ["0.7", web, "0.3", books]
     plain = train_samples(folder, 400, data_path=first)
@@ -119,7 +119,7 @@ def test_phases_leave_each_corpus_its_place(folder: Path) -> None:
 
 
 class Stored:
-    """What of a checkpoint's manifest the data looks at."""
+    """The fields of a checkpoint's manifest that the data reads."""
 
     def __init__(self, samples: BlendedSamples, consumed: int) -> None:
         self.data, self.consumed_samples = samples.state(consumed), consumed
@@ -149,7 +149,7 @@ def test_every_token_of_an_epoch_comes_before_the_next_order_begins(folder: Path
     assert len({longer[i].tokens.tobytes() for i in range(length)}) == length
 
 
-def test_a_phase_added_on_resume_goes_on(folder: Path) -> None:
+def test_a_phase_added_on_resume_continues(folder: Path) -> None:
     web, books = str(folder / "web"), str(folder / "books")
     words = ["0.7", web, "0.3", books]
     before = train_samples(folder, 400, data_path=words)

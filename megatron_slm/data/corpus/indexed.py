@@ -107,7 +107,7 @@ class CorpusIndex:
                 continue
             bare = self.prefix.removesuffix(".bin").removesuffix(".idx")
             fix = f"pass the prefix {bare!r}" if bare != self.prefix else "check the prefix, or preprocess again"
-            raise CorpusError("corpus prefix", self.prefix, f"be a path without suffix such that {path} exists", fix)
+            raise CorpusError("corpus prefix", self.prefix, f"name existing files; {path} is missing", fix)
 
     def _map_index(self) -> npt.NDArray[np.uint8]:
         path = idx_path(self.prefix)

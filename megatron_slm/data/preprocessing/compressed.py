@@ -17,53 +17,59 @@ _CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def open_decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def open_decompressed(path: Path, flag: str = "--input") -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Open a file as a decompressed stream (by its suffix: .gz, .zst), and the raw file, whose position shows progress.
+
+    Args:
+        flag: the flag that names the file, for errors.
 
     Raises:
         CorpusError: the file cannot be read to its end.
     """
     try:
-        with open(path, "rb", buffering=_CHUNK_BYTES) as file, _decompressed(path, file) as stream:
+        with open(path, "rb", buffering=_CHUNK_BYTES) as file, _decompressed(path, file, flag) as stream:
             yield stream, file
     except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(
-            "--input",
+            flag,
             str(path),
             f"be readable to its end ({type(error).__name__}: {error})",
             "copy the file again",
         ) from error
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path, flag: str = "--input") -> Iterator[bytes]:
     """Yield the lines of a file, decompressed by its suffix (.gz, .zst), without line breaks.
+
+    Args:
+        flag: the flag that names the file, for errors.
 
     Raises:
         CorpusError: the file cannot be read to its end.
     """
-    with open_decompressed(path) as (stream, _):
+    with open_decompressed(path, flag) as (stream, _):
         for line in stream:
             yield line.rstrip(b"\r\n")
 
 
-def _decompressed(path: Path, file: BinaryIO) -> Any:
+def _decompressed(path: Path, file: BinaryIO, flag: str) -> Any:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
     if path.suffix == ".zst":
-        return io.BufferedReader(_ZstandardFile(path, file), _CHUNK_BYTES)
+        return io.BufferedReader(_ZstandardFile(path, file, flag), _CHUNK_BYTES)
     return file
 
 
 class _ZstandardFile(io.RawIOBase):
     """Reads the frames of a .zst file in turn; unlike the library's reader it detects a truncated file."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, flag: str) -> None:
         self._file = file
         try:
             import zstandard
         except ImportError as error:
             raise CorpusError(
-                "--input", str(path), "be read with the package zstandard", "pip install zstandard, or decompress it"
+                flag, str(path), "be read with the package zstandard", "pip install zstandard, or decompress it"
             ) from error
         self._error = zstandard.ZstdError
         self._library = zstandard.ZstdDecompressor()

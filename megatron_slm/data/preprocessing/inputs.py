@@ -176,8 +176,11 @@ class StreamedLines:
         yield from _parsed(io.BytesIO(self.content))
 
 
-def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
+def expand_inputs(inputs: Sequence[str | Path], flag: str = "--input") -> list[Path]:
     """Return the files that `inputs` name, in order; those of a pattern (`data/*.jsonl`) sorted by name.
+
+    Args:
+        flag: the flag that names the inputs, for errors.
 
     Raises:
         CorpusError: a name matches no file, or a file has an unsupported suffix.
@@ -187,19 +190,17 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         matching = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
         found = [path for path in map(Path, matching) if path.is_file()]
         if not found:
-            raise CorpusError(
-                "--input", name, "be a file, or a pattern that matches files", "check the path (- reads standard input)"
-            )
+            raise CorpusError(flag, name, "be a file, or a pattern that matches files", "check the path")
         files += found
     for path in files:
         suffix = path.suffix.lower()
         is_upper_case = suffix in _READ_SUFFIXES and suffix != path.suffix
         if suffix in _UNREAD_SUFFIXES or is_upper_case:
             raise CorpusError(
-                "--input",
+                flag,
                 str(path),
                 f"be JSON lines, or end in one of {', '.join(_READ_SUFFIXES)} (in lower case)",
-                "decompress or rename it, or pipe its lines into --input -",
+                "decompress or rename it (tools/preprocess_data.py also reads lines from a pipe: --input -)",
             )
     return files
 

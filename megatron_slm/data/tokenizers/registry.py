@@ -42,10 +42,10 @@ class NullTokenizer(Tokenizer):
     """
 
     def __init__(self, vocab_size: int | None) -> None:
-        if vocab_size is None or vocab_size < 1:
-            raise ConfigError(
-                "--vocab-size", vocab_size, "be positive with NullTokenizer", "pass the size of the vocabulary"
-            )
+        if vocab_size is None:
+            raise ConfigError.missing("--vocab-size", "--tokenizer-type NullTokenizer", "pass the number of ids")
+        if vocab_size < 1:
+            raise ConfigError("--vocab-size", vocab_size, "be positive", "pass the number of ids")
         self._eod_id = vocab_size
 
     @property
@@ -172,13 +172,12 @@ def check_same_vocabulary(first: Tokenizer, second: Tokenizer, first_name: str, 
     tables = first.token_table(), second.token_table()
     if tables[0] == tables[1]:
         return
-    shared = min(map(len, tables))
-    at = next((index for index in range(shared) if tables[0][index] != tables[1][index]), shared)
-    tokens = tuple(repr(table[at]) if at < len(table) else "none" for table in tables)
+    sizes = tuple(map(len, tables))
+    differing = (index for index in range(min(sizes)) if tables[0][index] != tables[1][index])
+    index = next(differing, min(sizes))
     raise VocabularyError(
-        f"vocabulary of {first_name} and {second_name}",
-        f"id {at}",
-        f"be the same token in both: it is {tokens[0]} in {first_name} ({len(tables[0])} tokens) "
-        f"and {tokens[1]} in {second_name} ({len(tables[1])} tokens)",
+        f"token {index} of {first_name} and {second_name}",
+        tuple(table[index] if index < len(table) else None for table in tables),
+        f"be the same in both vocabularies, of {sizes[0]} and {sizes[1]} tokens",
         "use models that share one tokenizer",
     )

@@ -91,7 +91,7 @@ def test_dtype_for_vocabulary(vocab_size: int, name: str) -> None:
 def test_missing_file(prefix: Path, path_of) -> None:
     path_of(prefix).unlink()
     with pytest.raises(
-        CorpusError, match=rf"corpus prefix is .*: must be a path without suffix such that {path_of(prefix)} exists"
+        CorpusError, match=rf"corpus prefix is .*: must name existing files; {path_of(prefix)} is missing"
     ):
         IndexedCorpus(prefix)
 

@@ -116,7 +116,7 @@ def test_a_killed_writer_leaves_no_corpus(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "c")], env=environment, check=False)
     assert done.returncode == 9
-    with pytest.raises(CorpusError, match=r"c\.idx exists"):
+    with pytest.raises(CorpusError, match=r"c\.idx is missing"):
         IndexedCorpus(tmp_path / "c")
 
 
@@ -153,7 +153,7 @@ def test_killed_at_any_step_of_the_commit(tmp_path: Path, monkeypatch: pytest.Mo
         assert IndexedCorpus(tmp_path / "c").get(0).tolist() == [0, 1]
         return
     assert not idx_path(tmp_path / "c").exists()
-    with pytest.raises(CorpusError, match=r"c\.idx exists"):
+    with pytest.raises(CorpusError, match=r"c\.idx is missing"):
         IndexedCorpus(tmp_path / "c")
     assert sidecar_path(tmp_path / "c").exists() == (survived_calls < 2)
     assert bin_path(tmp_path / "c").exists()
