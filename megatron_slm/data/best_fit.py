@@ -118,7 +118,7 @@ def best_fit(sizes: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
                 break
             bins = np.concatenate(bins_by_room.pop(room))
             num_used = ceil_div(left, room // size)
-            _keep(bins_by_room, room, bins[num_used:])
+            _record_room(bins_by_room, room, bins[num_used:])
             placed.append(_fill(bins_by_room, bins[:num_used], size, room, left))
             left -= len(placed[-1])
         if left:
@@ -140,12 +140,12 @@ def _fill(
     each = room // size
     placed = np.repeat(bins, each)[:left]
     num_full, num_in_last = divmod(len(placed), each)
-    _keep(bins_by_room, room - each * size, bins[:num_full])
-    _keep(bins_by_room, room - num_in_last * size, bins[num_full:])
+    _record_room(bins_by_room, room - each * size, bins[:num_full])
+    _record_room(bins_by_room, room - num_in_last * size, bins[num_full:])
     return placed
 
 
-def _keep(bins_by_room: dict[int, list[npt.NDArray[np.int64]]], room: int, bins: npt.NDArray[np.int64]) -> None:
+def _record_room(bins_by_room: dict[int, list[npt.NDArray[np.int64]]], room: int, bins: npt.NDArray[np.int64]) -> None:
     """Record the room left in bins; full bins are dropped."""
     if bins.size and room:
         bins_by_room.setdefault(room, []).append(bins)

@@ -64,7 +64,7 @@ class Source:
 
     @property
     def corpus(self) -> IndexedCorpus:
-        """The corpus."""
+        """The corpus that every order reads."""
         return self.orders[0].corpus
 
     @property
