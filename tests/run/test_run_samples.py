@@ -60,7 +60,9 @@ def read_back(text: str, folder: Path) -> tuple[list[int], list[bool]]:
             tokens += [0] * int(padding[1])
             trained += [False] * int(padding[1])
             continue
-        found = re.match(r"── sequence (\d+), tokens \[(\d+), (\d+)\), (\d+) trained on, (ends here|goes on)$", heading)
+        found = re.match(
+            r"── sequence (\d+), tokens \[(\d+), (\d+)\), (\d+) trained on, (ends here|continues)$", heading
+        )
         assert found is not None, heading
         sequence, start, stop, count = map(int, found.groups()[:4])
         here, inside = [], False
