@@ -189,7 +189,7 @@ def test_a_corpus_of_other_tokens_is_named(folder: Path, tmp_path: Path) -> None
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "weight zero": ({"data_path": ["0", "{web}", "1", "{books}"]}, r"--data-path is 0.0: .*above 0 \(the weight of .*web\)"),
+    "weight zero": ({"data_path": ["0", "{web}", "1", "{books}"]}, r"--data-path is 0.0: .*above 0 \(weight of .*web\)"),
     "weight negative": ({"data_path": ["1", "{web}", "-1", "{books}"]}, "--data-path is -1.0: .*above 0"),
     "weight not a number": ({"data_path": ["nan", "{web}", "1", "{books}"]}, "--data-path is nan: .* a finite number"),
     "weight infinite": ({"data_path": ["inf", "{web}", "1", "{books}"]}, "--data-path is inf: .* a finite number"),
