@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.engine.schedule.simulate import Simulation
-from megatron_slm.model.block import Block
-from megatron_slm.model.llama import Embedding, Head, layer_list
-from megatron_slm.model.partition import stage_bounds
-from megatron_slm.parallel.groups import TensorParallel
-from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.planning.parameters import StageParameters, stage_parameters
 from megatron_slm.run.plan import Plan
 from megatron_slm.run.sample_order import describe_sources, document_treatment
 from megatron_slm.run.schedule import plan_schedule
 from megatron_slm.selection.selector import Selector
-
-
-def stage_parameters(arch: Architecture, config: RunConfig, topology: Topology) -> list[tuple[str, int]]:
-    """For each stage, its layers in words and the parameters one tensor-parallel rank holds of them.
-
-    The layers are made on the meta device, so the numbers are those of the real modules.
-    """
-    tp = TensorParallel(size=topology.tensor)
-    layers = ParallelLayers(tp, vocabulary_divisible_by=config.model.make_vocab_size_divisible_by)
-    bounds = stage_bounds(arch.num_layers, topology.pipeline)
-    makers = layer_list(arch, layers)
-    rows = []
-    for begin, end in pairwise(bounds):
-        with torch.device("meta"):
-            modules = [maker.make() for maker in makers[begin:end]]
-        kinds = [maker.kind for maker in makers[begin:end]]
-        blocks = kinds.count(Block)
-        words = [f"{blocks} block{'s' * (blocks != 1)}"] * (blocks > 0)
-        words = ["embedding"] * (Embedding in kinds) + words + ["head"] * (Head in kinds)
-        count = sum(p.numel() for module in modules for p in module.parameters())
-        rows.append((", ".join(words) or "nothing", count))
-    return rows
 
 
 def print_dry_run(plan: Plan) -> None:
@@ -75,12 +48,32 @@ def layout_table(
     table.add_column("parameters a rank", justify="right")
     table.add_column("reference")
     table.add_column("parameters a rank", justify="right")
-    model = stage_parameters(arch, config, topology)
-    frozen = stage_parameters(reference, config, topology) if reference else [("-", 0)] * len(model)
-    for stage, (ours, theirs) in enumerate(zip(model, frozen, strict=True)):
-        table.add_row(str(stage), ours[0], f"{ours[1]:,}", theirs[0], f"{theirs[1]:,}")
+    model, frozen = (_stages(one, config, topology) for one in (arch, reference))
+    for stage, (trained, beside) in enumerate(zip(model, frozen, strict=True)):
+        table.add_row(str(stage), *_stage_cells(trained), *_stage_cells(beside))
     table.caption = f"{arch.num_parameters:,} parameters in all, vocabulary {arch.vocab_size:,}"
     return table
+
+
+def _stages(arch: Architecture | None, config: RunConfig, topology: Topology) -> Sequence[StageParameters | None]:
+    if arch is None:
+        return [None] * topology.pipeline
+    divisible = config.model.make_vocab_size_divisible_by
+    return stage_parameters(
+        arch, tensor=topology.tensor, num_stages=topology.pipeline, vocabulary_divisible_by=divisible
+    )
+
+
+def _stage_cells(stage: StageParameters | None) -> tuple[str, str]:
+    """Layers of a stage in words, and the parameters that one tensor-parallel rank holds of them."""
+    if stage is None:
+        return "-", "0"
+    layers = ["embedding"] if stage.has_embedding else []
+    if stage.num_blocks:
+        layers.append("1 block" if stage.num_blocks == 1 else f"{stage.num_blocks} blocks")
+    if stage.has_head:
+        layers.append("head")
+    return ", ".join(layers) or "nothing", f"{stage.total:,}"
 
 
 def batch_rows(
