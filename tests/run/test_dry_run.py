@@ -34,6 +34,7 @@ def held_on_this_rank(arch: Architecture, frozen: Architecture, topology: Topolo
     stage = topology.coordinate(torch.distributed.get_rank()).pipeline
     reference = FrozenStage(frozen, layers, stage=stage, num_stages=topology.pipeline)
     counts = [sum(p.numel() for p in module.parameters()) for module in (model, reference)]
+    torch.distributed.barrier()  # no rank leaves while another still connects to it
     return counts[0], counts[1]
 
 
