@@ -23,10 +23,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.files import file_sha256, write_durably
@@ -42,10 +43,8 @@ CHECKSUM_LIMIT_BYTES = 256 * 2**20
 class Manifest:
     """What a checkpoint is; the last file written into it."""
 
-    step: int
-    consumed_samples: int
-    adam_step: int
-    """Optimizer steps that were applied (steps less those skipped)."""
+    state: RunState
+    """Progress of the run at the save. In the file its fields stand beside the manifest's own."""
     architecture: Architecture
     layout: dict[str, int]
     """Sizes `pipeline`, `data` and `tensor`, and `zero_stage` where an optimizer was saved."""
@@ -54,14 +53,6 @@ class Manifest:
     """Fingerprint of the order in which the corpus is read; None where no data was read (an imported model)."""
     files: dict[str, dict[str, Any]]
     """`size` in bytes and `sha256` of every other file; of one that holds tensors also those of its `header`."""
-    score_threshold: float | None = None
-    """The running threshold of a selection by quantile; None where there is none."""
-    tokens_seen: int | None = 0
-    """Valid tokens of all steps so far; None in checkpoints of runs that did not count them."""
-    tokens_kept: int | None = 0
-    """How many of them were trained on."""
-    recent_losses: list[float] = field(default_factory=list)
-    """Mean losses of the last steps, in nats, that loss spikes are told by; empty where they are not looked for."""
     data: dict[str, Any] = field(default_factory=dict)
     """Where the run stood in each of its corpora (`BlendedSamples.state`); empty where no data was read."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -69,7 +60,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, with a checksum of its own, reaching the disk before it returns."""
-        content = asdict(self)
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "state"}
+        content = {**self.state.to_json(), **own, "architecture": asdict(self.architecture)}
         content["manifest_sha256"] = _content_sha256(content)
         write_durably(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
@@ -86,7 +78,8 @@ class Manifest:
             written, version = raw.pop("manifest_sha256", None), raw["format_version"]
             damaged = written is not None and written != _content_sha256(raw)
             if version == FORMAT_VERSION and written is not None and not damaged:
-                return cls(**{**raw, "architecture": Architecture(**raw["architecture"])})
+                state, arch = RunState.take_from(raw), Architecture(**raw.pop("architecture"))
+                return cls(state=state, architecture=arch, **raw)
         except FileNotFoundError as error:
             raise CheckpointError(
                 "checkpoint",
@@ -108,6 +101,11 @@ class Manifest:
             f"is {FORMAT_VERSION} in this version of megatron_slm",
             "load it with the version that wrote it",
         )
+
+    @property
+    def step(self) -> int:
+        """Finished steps at the save."""
+        return self.state.step
 
     def describe_layout(self) -> str:
         """The layout it was saved at, in words."""

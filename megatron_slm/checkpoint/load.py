@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_slm.checkpoint.format import PROBE, Manifest
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.weights import Quantity, slice_of
 from megatron_slm.device import set_device_rng_state
 from megatron_slm.errors import CheckpointError
@@ -157,12 +159,17 @@ class CheckpointSource:
         return self.folder / f"{kind}_{piece.file_number}.safetensors"
 
 
-def read_probe(folder: Path, manifest: Manifest) -> Tensor | None:
-    """Which tokens the last probe before the checkpoint kept, bool [samples, s]; None where there was none."""
-    if PROBE not in manifest.files:
-        return None
-    with _readable(folder / PROBE):
-        return load_file(folder / PROBE)["kept"]
+def load_state(folder: Path, manifest: Manifest) -> RunState:
+    """Load the state of the run that wrote a checkpoint, as a copy.
+
+    Raises:
+        CheckpointError: a file that holds a part of it cannot be read.
+    """
+    state = deepcopy(manifest.state)
+    if PROBE in manifest.files:
+        with _readable(folder / PROBE):
+            state.probe_kept = load_file(folder / PROBE)["kept"]
+    return state
 
 
 def restore_rng(folder: Path, manifest: Manifest, rank: int) -> None:

@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_dry_run(plan)
         else:
             run = prepare(config)
-            first_step = run.position.step
+            first_step = run.state.step
             train_to_the_end(run)
     except SlmError as error:
         sys.stderr.write(f"error: {error}\n")
-        has_stepped = run is not None and run.position.step > first_step
+        has_stepped = run is not None and run.state.step > first_step
         return error.exit_code if has_stepped else error.exit_code_at_start
     finally:
         if dist.is_initialized():

@@ -70,7 +70,7 @@ def open_resume(config: RunConfig) -> Resume | None:
 
 def num_run_samples(config: RunConfig, resume: Resume | None, global_batch_size: int) -> int:
     """Samples that a run has drawn at its end, those before its checkpoint included."""
-    step, consumed = (resume.manifest.step, resume.manifest.consumed_samples) if resume else (0, 0)
+    step, consumed = (resume.manifest.step, resume.manifest.state.consumed_samples) if resume else (0, 0)
     return consumed + (config.training.train_iters - step) * global_batch_size
 
 

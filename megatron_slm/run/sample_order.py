@@ -32,7 +32,7 @@ def check_order(config: RunConfig, manifest: Manifest | None, samples: BlendedSa
     if manifest is None or manifest.sample_order is None:
         return True
     if manifest.data:
-        found = samples.difference(manifest.data, manifest.consumed_samples)
+        found = samples.difference(manifest.data, manifest.state.consumed_samples)
     else:  # a checkpoint of a version before blends
         before, now = manifest.sample_order, samples.order_fingerprint
         found = None if before == now else ("order of the samples", before[:12], now[:12])

@@ -16,10 +16,10 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megatron_slm.analysis.probe_records import ProbeFolder
 from megatron_slm.checkpoint.fragments import fill_optimizer
-from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_rng
+from megatron_slm.checkpoint.load import CheckpointSource, load_state, restore_rng
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.save import Saver, Writer
-from megatron_slm.checkpoint.state import Position
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import write_yaml
@@ -69,7 +69,7 @@ class Run:
     probe: Probe | None
     text_probe: TextProbe | None
     saver: Saver
-    position: Position
+    state: RunState
 
 
 def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
@@ -96,7 +96,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
-    position = _fill(plan, trainer.engine.optimizer)
+    state = _fill(plan, trainer.engine.optimizer)
     source = micro_batch_source(plan, plan.train_samples, pads_at_end=False)
     return Run(
         plan=plan,
@@ -106,7 +106,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         probe=_probe(plan, trainer, source),
         text_probe=_text_probe(plan, trainer),
         saver=saver,
-        position=position,
+        state=state,
     )
 
 
@@ -159,28 +159,26 @@ def _flat_trainer(
     return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores, timers)
 
 
-def _fill(plan: Plan, optimizer: Any) -> Position:
+def _fill(plan: Plan, optimizer: Any) -> RunState:
     """Bring the weights (and on a resume the moments and random states) into the engine."""
     source: WeightSource = RandomWeights(plan.architecture, plan.config.training.seed)
     adam_step: int | None = None
-    position = Position()
+    state = RunState()
     if plan.resume is not None:
         manifest = plan.resume.manifest
         source = CheckpointSource(plan.resume.folder)
-        position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
-        position.tokens_seen, position.tokens_kept = manifest.tokens_seen, manifest.tokens_kept
-        position.recent_losses = list(manifest.recent_losses)
-        if plan.keeps_order:  # else the first batch is another one
-            position.probe_kept = read_probe(plan.resume.folder, manifest)
-        adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
-        logger.info("resuming after step %d (saved at %s)", manifest.step, manifest.describe_layout())
+        state = load_state(plan.resume.folder, manifest)
+        if not plan.keeps_order:
+            state.probe_kept = None  # it was of another first batch
+        adam_step = state.adam_step or None  # an imported checkpoint has weights and no moments
+        logger.info("resuming after step %d (saved at %s)", state.step, manifest.describe_layout())
     elif plan.init is not None:
         source = plan.init.source
     with raise_on_all_ranks():
         fill_optimizer(optimizer, source, adam_step=adam_step)
         if plan.resume is not None:
             restore_rng(plan.resume.folder, plan.resume.manifest, dist.get_rank())
-    return position
+    return state
 
 
 def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
@@ -229,6 +227,7 @@ def _saver(plan: Plan) -> Saver:
         sample_order=plan.train_samples.order_fingerprint,
         extras=tuple(folder for folder in (tokenizer, run_dir / ORIGIN) if folder is not None),
         write_config=lambda path: write_yaml(plan.config, path),
+        describe_data=plan.train_samples.state,
     )
     with raise_on_all_ranks():
         if dist.get_rank() == 0:

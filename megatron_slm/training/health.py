@@ -76,20 +76,20 @@ class Health:
 
     def settings(self) -> StepSettings:
         """What the next step's objective depends on."""
-        position = self._run.position
-        limit = spike_limit(position.recent_losses, self._config) if self._config.skip_loss_spikes else None
-        return StepSettings(step=position.step, score_threshold=position.score_threshold, loss_limit=limit)
+        state = self._run.state
+        limit = spike_limit(state.recent_losses, self._config) if self._config.skip_loss_spikes else None
+        return StepSettings(step=state.step, score_threshold=state.score_threshold, loss_limit=limit)
 
     def examine(self, result: StepResult) -> BadBatch | None:
-        """What was wrong with the step at hand, before the run's position moves past it. Collective where it was.
+        """What was wrong with the step at hand, before the run's state moves past it. Collective where it was.
 
         Returns:
             None where nothing was; the same on every rank otherwise.
         """
-        position, loss = self._run.position, mean_loss(result.sums)
-        limit = spike_limit(position.recent_losses, self._config)
+        state, loss = self._run.state, mean_loss(result.sums)
+        limit = spike_limit(state.recent_losses, self._config)
         if result.refused in (None, "loss-spike"):
-            position.recent_losses = with_loss(position.recent_losses, loss, self._config)
+            state.recent_losses = with_loss(state.recent_losses, loss, self._config)
         self._in_a_row = [*self._in_a_row, result.refused] if result.refused else []
         reason = result.refused
         if reason is None and limit is not None and loss is not None and loss > limit:
@@ -98,7 +98,7 @@ class Health:
 
     def _describe(self, result: StepResult, reason: Reason, loss: float | None, limit: float | None) -> BadBatch:
         run, rank = self._run, dist.get_rank()
-        plan, position = run.plan, run.position
+        plan, state = run.plan, run.state
         coordinate = plan.topology.coordinate(rank)
         mine = (coordinate.pipeline, coordinate.data, run.trainer.micro_batch_facts())
         found: dict[tuple[int, int], dict[str, Any]] = {}
@@ -107,22 +107,22 @@ class Health:
                 key = (fact.micro_batch, data_rank)
                 _merge(found.setdefault(key, self._micro_batch(*key)), fact, stage)
         return BadBatch(
-            step=position.step + 1,
+            step=state.step + 1,
             reason=reason,
             skipped=result.skipped,
-            first_sample=position.consumed_samples,
+            first_sample=state.consumed_samples,
             num_samples=plan.global_batch_size,
             micro_batch_size=plan.config.training.micro_batch_size,
             loss_all=loss,
             loss_limit=limit,
-            score_threshold=position.score_threshold,
+            score_threshold=state.score_threshold,
             micro_batches=[found[key] for key in sorted(found)],
         )
 
     def _micro_batch(self, number: int, data_rank: int) -> dict[str, Any]:
         plan = self._run.plan
         samples = sample_indices(
-            self._run.position.consumed_samples,
+            self._run.state.consumed_samples,
             number,
             micro_batch_size=plan.config.training.micro_batch_size,
             data_parallel_rank=data_rank,
@@ -148,7 +148,7 @@ class Health:
 
     def error(self) -> TrainingError:
         """Why the run stops."""
-        count, step = len(self._in_a_row), self._run.position.step
+        count, step = len(self._in_a_row), self._run.state.step
         reasons = ", ".join(f"{self._in_a_row.count(r)} x {r}" for r in dict.fromkeys(self._in_a_row))
         saves = self._run.plan.config.checkpoint.enabled
         kept = (

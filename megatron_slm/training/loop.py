@@ -26,7 +26,7 @@ from megatron_slm.training.step import train_step
 
 def train(run: Run) -> None:
     """Train from where the run stands to `--train-iters`, or until asked to stop. Collective."""
-    config, position = run.plan.config, run.position
+    config, state = run.plan.config, run.state
     last, run_dir = config.training.train_iters, Path(config.logging.run_dir)
     stop = StopRequest(local_device(), config.resilience, run_dir)
     watchdog = Watchdog(run.trainer.activity, config.resilience, run_dir)
@@ -39,51 +39,51 @@ def train(run: Run) -> None:
         closing(StepProfiler(config.logging)) as profiler,
         Recorder(run, watchdog, stop) as recorder,
     ):
-        _raise_together(run.train_source.prepare(position.consumed_samples))
-        if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
+        _raise_together(run.train_source.prepare(state.consumed_samples))
+        if run.probe is not None and any(map(run.probe.due, range(state.step + 1, last + 1))):
             run.probe.prepare()
         stopping = stop.agreed() or recorder.evaluations(recorder.evaluations_cut_off())
         recorder.texts_begin()
-        while position.step < last and not stopping:
-            watchdog.enter(LoopState.STEP, position.step + 1)
-            rate, is_last = learning_rate(position.step, config.optimizer, last), position.step + 1 == last
-            source = partial(run.train_source.micro_batch, position.consumed_samples)
-            profiler.before(position.step + 1)
+        while state.step < last and not stopping:
+            watchdog.enter(LoopState.STEP, state.step + 1)
+            rate, is_last = learning_rate(state.step, config.optimizer, last), state.step + 1 == last
+            source = partial(run.train_source.micro_batch, state.consumed_samples)
+            profiler.before(state.step + 1)
             result = train_step(run.trainer, source, health.settings(), learning_rate=rate, is_last=is_last)
             bad = health.examine(result)
             _advance(run, result)
-            if profiler.ends_with(position.step):  # on some ranks; all of them wait
-                watchdog.enter(LoopState.PROFILE, position.step)
+            if profiler.ends_with(state.step):  # on some ranks; all of them wait
+                watchdog.enter(LoopState.PROFILE, state.step)
                 profiler.close()
             recorder.step(result, rate)
             recorder.bad_batch(bad)
-            if health.must_stop:  # the weights are those before these steps, the position is behind their samples
+            if health.must_stop:  # the weights are those before these steps, the state is behind their samples
                 recorder.save()
                 recorder.saved(run.saver.finish())
                 raise health.error()
-            if run.probe is not None and run.probe.due(position.step):
+            if run.probe is not None and run.probe.due(state.step):
                 recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
             with run.trainer.timers.timing("batch-generator"):
-                unreadable = run.train_source.prepare(position.consumed_samples)
+                unreadable = run.train_source.prepare(state.consumed_samples)
             must_stop = unreadable is not None or recorder.unwritten is not None
-            stopping = stop.agreed(step_done=None if is_last else position.step, must_stop=must_stop)
+            stopping = stop.agreed(step_done=None if is_last else state.step, must_stop=must_stop)
             recorder.saved(run.saver.poll())
-            saves = stopping is not None or is_due(position.step, config.checkpoint.save_interval, last)
+            saves = stopping is not None or is_due(state.step, config.checkpoint.save_interval, last)
             if saves:
                 recorder.save()  # before evaluating: what ends a run early does not wait
             if stopping is None:
-                if is_due(position.step, config.logging.eval_interval, last):
+                if is_due(state.step, config.logging.eval_interval, last):
                     stopping = _evaluate(run, recorder, stop, is_saved=saves)
             else:  # what is under way is committed before anything that can fail
                 recorder.saved(run.saver.finish())
                 _raise_together(unreadable or recorder.unwritten)
-        watchdog.enter(LoopState.SAVING, position.step)
+        watchdog.enter(LoopState.SAVING, state.step)
         recorder.saved(run.saver.finish())
-        watchdog.enter(LoopState.ENDING, position.step)
+        watchdog.enter(LoopState.ENDING, state.step)
         recorder.flush()
         _raise_together(recorder.unwritten)
         if stopping is not None:
-            recorder.say(f"asked to stop ({stopping}); stopped after step {position.step}")
+            recorder.say(f"asked to stop ({stopping}); stopped after step {state.step}")
 
 
 _OUTSIDE = "outside of the pipeline's schedule"
@@ -130,13 +130,10 @@ def _raise_together(error: SlmError | None) -> None:
 
 
 def _advance(run: Run, result: StepResult) -> None:
-    run.position.step += 1
-    run.position.consumed_samples += run.plan.global_batch_size
-    if result.skipped:
-        return
-    run.position.adam_step += 1
-    sums = result.sums
-    run.position.count(sums)
-    run.position.score_threshold = run.plan.selector.next_threshold(
-        run.position.score_threshold, sums.threshold, sums.threshold_tokens
-    )
+    """Move the run's state past a step; a skipped one consumes its samples and changes nothing else."""
+    state, sums = run.state, result.sums
+    state.advance(run.plan.global_batch_size, None if result.skipped else sums)
+    if not result.skipped:
+        state.score_threshold = run.plan.selector.next_threshold(
+            state.score_threshold, sums.threshold, sums.threshold_tokens
+        )

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder
 from megatron_slm.checkpoint.save import Saved
-from megatron_slm.checkpoint.state import Progress
 from megatron_slm.config.load import write_yaml
 from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import RunFolderError, ServiceError
@@ -37,22 +36,6 @@ def is_due(step: int, interval: int | None, last: int) -> bool:
     return step == last or (interval is not None and step % interval == 0)
 
 
-def progress_of(run: Run) -> Progress:
-    """Where the run stands, as checkpoints say it."""
-    position = run.position
-    return Progress(
-        step=position.step,
-        consumed_samples=position.consumed_samples,
-        adam_step=position.adam_step,
-        score_threshold=position.score_threshold,
-        tokens_seen=position.tokens_seen,
-        tokens_kept=position.tokens_kept,
-        recent_losses=position.recent_losses,
-        probe_kept=position.probe_kept,
-        data=run.plan.train_samples.state(position.consumed_samples) if dist.get_rank() == 0 else {},
-    )
-
-
 class Recorder:
     """Writes what happens; only rank 0 has anything to write to.
 
@@ -67,14 +50,14 @@ class Recorder:
         self.unwritten: RunFolderError | ServiceError | None = None
         self.probed_texts: ProbedTexts
         self._utilization = run.plan.utilization
-        self._logged_step, self._step_seconds, self._last = run.position.step, 0.0, config.training.train_iters
+        self._logged_step, self._step_seconds, self._last = run.state.step, 0.0, config.training.train_iters
         with raise_on_all_ranks(), disk_errors(run.plan.config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
-                self.writer = MetricsWriter(run_dir, resume_step=run.position.step, monitors=run.plan.monitors)
+                self.writer = MetricsWriter(run_dir, resume_step=run.state.step, monitors=run.plan.monitors)
                 write_yaml(config, run_dir / "config.yaml")
                 title = f"{config.selection.objective} {run_dir.name}"
-                self.line = ProgressLine(title, config.training.train_iters, start=run.position.step)
+                self.line = ProgressLine(title, config.training.train_iters, start=run.state.step)
 
     def bad_batch(self, bad: BadBatch | None) -> None:
         """Record a step that went wrong, where one did."""
@@ -87,37 +70,37 @@ class Recorder:
 
     def step(self, result: StepResult, rate: float) -> None:
         """Record a training step. Collective."""
-        position, plan = self.run.position, self.run.plan
+        state, plan = self.run.state, self.run.plan
         self._step_seconds += result.seconds
-        used = self._used() if is_due(position.step, plan.config.logging.log_interval, self._last) else None
+        used = self._used() if is_due(state.step, plan.config.logging.log_interval, self._last) else None
         if self.writer is None:
             return
         if result.sums.nonfinite_tokens:
             count = f"{result.sums.nonfinite_tokens:,.0f}"
-            self.say(f"warning: step {position.step}: {count} tokens with a loss or score that is not finite, not kept")
+            self.say(f"warning: step {state.step}: {count} tokens with a loss or score that is not finite, not kept")
         tokens_per_step = plan.global_batch_size * plan.config.data.seq_length
         values: dict[str, Any] = {
-            "step": position.step,
-            "samples": position.consumed_samples,
-            "tokens": position.consumed_samples * plan.config.data.seq_length,
+            "step": state.step,
+            "samples": state.consumed_samples,
+            "tokens": state.consumed_samples * plan.config.data.seq_length,
             "lr": rate,
             **training_metrics(result, has_reference=plan.has_reference, has_scores=bool(plan.selector.scores)),
             "step_time_seconds": result.seconds,
             "tokens_per_second": tokens_per_step / result.seconds,
             **self._utilization.metrics(tokens_per_step / result.seconds),
-            "skipped_steps": position.skipped_steps,
+            "skipped_steps": state.skipped_steps,
         }
         sources = plan.train_samples.sources
         if len(sources) > 1:
-            names, consumed = [s.name for s in sources], plan.train_samples.consumed(position.consumed_samples)
+            names, consumed = [s.name for s in sources], plan.train_samples.consumed(state.consumed_samples)
             values["sources"] = source_metrics(result.sums, names, consumed)
         if used is not None:
             self._write({**values, **used})
-        self.line.update(position.step, values)
+        self.line.update(state.step, values)
 
     def _used(self) -> dict[str, Any]:
         """Memory and times since this was last asked. Collective."""
-        step, timers = self.run.position.step, self.run.trainer.timers
+        step, timers = self.run.state.step, self.run.trainer.timers
         seconds, num_steps = timers.read(), step - self._logged_step
         self._logged_step = step
         times = gather_times(
@@ -137,7 +120,7 @@ class Recorder:
         return None
 
     def _before_batch(self) -> None:
-        self.watchdog.enter(LoopState.EVALUATION, self.run.position.step)
+        self.watchdog.enter(LoopState.EVALUATION, self.run.state.step)
         if (reason := self.stop.agreed()) is not None:
             raise StopAskedError(reason)
 
@@ -155,17 +138,17 @@ class Recorder:
             )
             if self.writer is not None:
                 if run.plan.config.checkpoint.enabled:  # before the line that says it is done
-                    run.saver.evaluated(run.position.step, {held_out.name: loss})
-                tokens = run.position.consumed_samples * run.plan.config.data.seq_length
+                    run.saver.evaluated(run.state.step, {held_out.name: loss})
+                tokens = run.state.consumed_samples * run.plan.config.data.seq_length
                 self._write(
-                    {"event": "eval", "step": run.position.step, "tokens": tokens, "set": held_out.name, "loss": loss}
+                    {"event": "eval", "step": run.state.step, "tokens": tokens, "set": held_out.name, "loss": loss}
                 )
                 shown = "not finite" if loss is None else f"{loss:.4f} nats"
-                self.line.say(f"step {run.position.step}  held-out {held_out.name}: loss {shown}")
+                self.line.say(f"step {run.state.step}  held-out {held_out.name}: loss {shown}")
 
     def evaluations_due(self) -> list[str]:
         """Names of the held-out sets to evaluate after the step at hand."""
-        run, config, step = self.run, self.run.plan.config, self.run.position.step
+        run, config, step = self.run, self.run.plan.config, self.run.state.step
         if not is_due(step, config.logging.eval_interval, config.training.train_iters):
             return []
         is_end = step == config.training.train_iters
@@ -175,14 +158,14 @@ class Recorder:
         """Held-out sets that a kill kept from being evaluated after the checkpoint at hand was saved. Collective."""
         missing: list[str] = []
         if self.writer is not None and (lines := self.writer.resumed_lines):
-            step = self.run.position.step
+            step = self.run.state.step
             done = {line["set"] for line in lines if line["step"] == step and line.get("event") == "eval"}
             missing = [name for name in self.evaluations_due() if name not in done]
         return broadcast_from_rank_0(missing)
 
     def texts_begin(self) -> None:
         """Make ready for the texts of --probe-file, and for the record that a kill cut off. Collective."""
-        run, step = self.run, self.run.position.step
+        run, step = self.run, self.run.state.step
         if run.text_probe is None:
             with raise_on_all_ranks(), disk_errors(run.plan.config.logging.run_dir):
                 if self.writer is not None:
@@ -195,11 +178,11 @@ class Recorder:
 
     def texts(self) -> None:
         """Record the losses of the texts of --probe-file, where it is time for it. Collective."""
-        run, position = self.run, self.run.position
-        if run.text_probe is None or not is_due(position.step, run.plan.config.logging.eval_interval, self._last):
+        run, state = self.run, self.run.state
+        if run.text_probe is None or not is_due(state.step, run.plan.config.logging.eval_interval, self._last):
             return
-        self.watchdog.enter(LoopState.PROBE, position.step)
-        record = run.text_probe.record(StepSettings(step=position.step, score_threshold=position.score_threshold))
+        self.watchdog.enter(LoopState.PROBE, state.step)
+        record = run.text_probe.record(StepSettings(step=state.step, score_threshold=state.score_threshold))
         if self.writer is not None:
             with self._recording():
                 run.text_probe.folder.write(record)
@@ -207,21 +190,21 @@ class Recorder:
 
     def probe(self, probe: Probe) -> None:
         """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""
-        position = self.run.position
-        self.watchdog.enter(LoopState.PROBE, position.step)
-        kept = probe.kept(StepSettings(step=position.step, score_threshold=position.score_threshold))
+        state = self.run.state
+        self.watchdog.enter(LoopState.PROBE, state.step)
+        kept = probe.kept(StepSettings(step=state.step, score_threshold=state.score_threshold))
         if self.writer is not None:
-            tokens = position.consumed_samples * self.run.plan.config.data.seq_length
-            agreed = agreement(position.probe_kept, kept)
-            line = {"event": "probe", "step": position.step, "tokens": tokens, "agreement": agreed}
+            tokens = state.consumed_samples * self.run.plan.config.data.seq_length
+            agreed = agreement(state.probe_kept, kept)
+            line = {"event": "probe", "step": state.step, "tokens": tokens, "agreement": agreed}
             self._write({**line, "kept_tokens": int(kept.sum())})
-        position.probe_kept = kept
+        state.probe_kept = kept
 
     def save(self) -> None:
         """Save where the run saves at all. Collective."""
         if self.run.plan.config.checkpoint.enabled:
-            self.watchdog.enter(LoopState.SAVING, self.run.position.step)
-            self.saved(self.run.saver.save(self.run.trainer.engine.optimizer, progress_of(self.run)))
+            self.watchdog.enter(LoopState.SAVING, self.run.state.step)
+            self.saved(self.run.saver.save(self.run.trainer.engine.optimizer, self.run.state))
 
     def saved(self, saved: Saved | None) -> None:
         """Record a checkpoint, where one was committed."""

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_slm.checkpoint import format as checkpoint_format
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
-from megatron_slm.checkpoint.load import CheckpointSource, read_probe
+from megatron_slm.checkpoint.load import CheckpointSource, load_state
 from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
 from megatron_slm.errors import CheckpointError
@@ -118,7 +118,7 @@ def test_what_is_read_without_checksums_fails_by_name_too(run: Path, tmp_path: P
             for name in shapes:
                 for quantity in ("weight", "exp_avg", "exp_avg_sq"):
                     source.whole(name, quantity)
-            read_probe(resume.folder, resume.manifest)
+            load_state(resume.folder, resume.manifest)
         except CheckpointError:
             pass
         shutil.rmtree(tmp_path / str(number))

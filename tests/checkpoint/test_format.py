@@ -16,6 +16,7 @@ from megatron_slm.checkpoint.format import (
     step_of,
     verify_files,
 )
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.config import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.files import write_durably
@@ -30,7 +31,7 @@ def write(folder: Path, step: int) -> Path:
     target.mkdir(parents=True)
     (target / "weights_00000.safetensors").write_bytes(b"weights" * step)
     Manifest(
-        step=step, consumed_samples=step * 8, adam_step=step, architecture=ARCH, layout={"pipeline": 1},
+        state=RunState(step=step, consumed_samples=step * 8, adam_step=step), architecture=ARCH, layout={"pipeline": 1},
         tokenizer_fingerprint=None, sample_order=None, files={"weights_00000.safetensors": file_entry(target / "weights_00000.safetensors")},
     ).write(target)  # fmt: skip
     return target
@@ -39,16 +40,17 @@ def write(folder: Path, step: int) -> Path:
 def test_a_manifest_reads_back(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
     manifest = Manifest.read(folder)
-    assert (manifest.step, manifest.consumed_samples, manifest.architecture) == (3, 24, ARCH)
+    assert (manifest.step, manifest.state.consumed_samples, manifest.architecture) == (3, 24, ARCH)
     verify_files(folder, manifest)
 
 
 def test_a_threshold_reads_back_to_the_last_bit(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
     manifest = Manifest.read(folder)
-    assert manifest.score_threshold is None
-    dataclasses.replace(manifest, score_threshold=0.1 + 0.2).write(folder)
-    assert Manifest.read(folder).score_threshold == 0.1 + 0.2
+    assert manifest.state.score_threshold is None
+    manifest.state.score_threshold = 0.1 + 0.2
+    manifest.write(folder)
+    assert Manifest.read(folder).state.score_threshold == 0.1 + 0.2
 
 
 def test_the_newest_complete_one_is_found_whatever_latest_says(tmp_path: Path) -> None:

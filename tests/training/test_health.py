@@ -252,7 +252,7 @@ def test_a_run_stops_with_a_checkpoint_behind_the_bad_batches(folder: Path, tmp_
         assert f"tools/replay.py {tmp_path}/run/bad_batches.jsonl" in error
     saved = find_checkpoint(tmp_path / "run" / "checkpoints")
     manifest = Manifest.read(saved)
-    assert (manifest.step, manifest.consumed_samples, manifest.adam_step) == (4, 32, 2)
+    assert (manifest.step, manifest.state.consumed_samples, manifest.state.adam_step) == (4, 32, 2)
     assert [(line["step"], line["skipped"]) for line in bad_batches(tmp_path / "run")] == [(3, True), (4, True)]
 
     resumed = run_world(train_planted, 2, {**given, "load": tmp_path / "run" / "checkpoints"}, "loss", bad)

@@ -139,12 +139,12 @@ class _Loop:
 
     def saved_and_committed(self, saver: Any) -> dict[str, float]:
         """One save, training on until it is committed; what it took."""
-        from megatron_slm.checkpoint.state import Progress
+        from megatron_slm.checkpoint.state import RunState
 
         free = [self.step() for _ in range(2)]
-        progress = Progress(step=self.number, consumed_samples=4 * self.number, adam_step=self.number)
+        state = RunState(step=self.number, consumed_samples=4 * self.number, adam_step=self.number)
         started = time.perf_counter()
-        saved, beside = saver.save(self.trained.trainer.engine.optimizer, progress), []
+        saved, beside = saver.save(self.trained.trainer.engine.optimizer, state), []
         while saved is None:
             beside.append(self.step())
             saved = saver.poll()
