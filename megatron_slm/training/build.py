@@ -24,7 +24,7 @@ from megatron_slm.checkpoint.weights import RandomWeights, WeightSource
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import write_yaml
 from megatron_slm.convert.carried import ORIGIN
-from megatron_slm.data.loader import MicroBatchSource
+from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.device import local_device
 from megatron_slm.engine.flat import FlatModule, FlatTrainer
@@ -49,10 +49,10 @@ from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.origin import write_origin
 from megatron_slm.run.plan import Plan
 from megatron_slm.run.schedule import message_sizes, plan_schedule
-from megatron_slm.training.evaluation import HeldOutSet
+from megatron_slm.training.fixed_batch import FixedBatch
 from megatron_slm.training.optimizer import build_optimizer
-from megatron_slm.training.probe import Probe
-from megatron_slm.training.sources import held_out_sets, micro_batch_source, train_prefetcher
+from megatron_slm.training.selection_probe import SelectionProbe
+from megatron_slm.training.sources import HeldOutSet, held_out_sets, micro_batch_source, train_prefetcher
 from megatron_slm.training.text_probe import TextProbe
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Run:
     trainer: Trainer
     train_source: Prefetcher
     held_out: list[HeldOutSet]
-    probe: Probe | None
+    selection_probe: SelectionProbe | None
     text_probe: TextProbe | None
     saver: Saver
     state: RunState
@@ -103,7 +103,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         trainer=trainer,
         train_source=train_prefetcher(plan, source),
         held_out=held_out_sets(plan),
-        probe=_probe(plan, trainer, source),
+        selection_probe=_selection_probe(plan, trainer, source),
         text_probe=_text_probe(plan, trainer),
         saver=saver,
         state=state,
@@ -188,11 +188,15 @@ def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
     if plan.scores is not None and plan.selector.needs_reference:
         logger.info("stored scores do not cover the texts of --probe-file: their losses are recorded, no selection")
         selects = False
+    source = micro_batch_source(plan, plan.probe_texts, pads_at_end=True)
     return TextProbe(
-        trainer=trainer,
         samples=plan.probe_texts,
-        source=micro_batch_source(plan, plan.probe_texts, pads_at_end=True),
-        topology=plan.topology,
+        batch=FixedBatch(
+            trainer=trainer,
+            source=source,
+            topology=plan.topology,
+            num_micro_batches=num_global_batches(len(plan.probe_texts), source.samples_together),
+        ),
         decode=plan.tokenizer.decode,
         folder=ProbeFolder(plan.config.logging.run_dir),
         has_reference=plan.reference is not None,
@@ -200,18 +204,12 @@ def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
     )
 
 
-def _probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> Probe | None:
+def _selection_probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> SelectionProbe | None:
     interval = plan.config.selection.slm_probe_interval
     if interval == 0 or not plan.selector.scores:
         return None
-    return Probe(
-        trainer=trainer,
-        source=source,
-        topology=plan.topology,
-        global_batch_size=plan.global_batch_size,
-        num_micro_batches=plan.num_micro_batches,
-        interval=interval,
-    )
+    batch = FixedBatch(trainer=trainer, source=source, topology=plan.topology, num_micro_batches=plan.num_micro_batches)
+    return SelectionProbe(batch=batch, interval=interval)
 
 
 def _saver(plan: Plan) -> Saver:

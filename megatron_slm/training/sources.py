@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.distributed as dist
 
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
@@ -9,7 +11,19 @@ from megatron_slm.data.packing import Samples
 from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.plan import Plan
-from megatron_slm.training.evaluation import HeldOutSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutSet:
+    """A named held-out set, read from its start at every evaluation."""
+
+    name: str
+    source: MicroBatchSource
+    num_global_batches: int
+    reads: bool
+    """This rank's stage needs the micro-batches."""
+    only_at_end: bool = False
+    """A test set: evaluated after the last step only."""
 
 
 def micro_batch_source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> MicroBatchSource:
@@ -26,7 +40,7 @@ def micro_batch_source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> Mi
 
 
 def train_prefetcher(plan: Plan, source: MicroBatchSource) -> Prefetcher:
-    """Reads ahead on the ranks that read at all."""
+    """Build the reader of training batches, which reads ahead on the stages that need micro-batches."""
     return Prefetcher(
         source,
         num_micro_batches=plan.num_micro_batches,
@@ -36,7 +50,7 @@ def train_prefetcher(plan: Plan, source: MicroBatchSource) -> Prefetcher:
 
 
 def _reads(plan: Plan, source: MicroBatchSource) -> bool:
-    """Whether this rank's stage needs micro-batches: the first and the last do, the others where documents matter."""
+    """True on the first and the last stage, and on every stage where attention keeps documents apart."""
     stage = plan.topology.coordinate(dist.get_rank()).pipeline
     return stage in (0, plan.topology.pipeline - 1) or source.boundaries.matter_to_layers
 
