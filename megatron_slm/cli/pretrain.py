@@ -84,7 +84,7 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
         with raise_on_all_ranks():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         logger.info("computing with: %s", "; ".join(f"{what}: {by}" for what, by in plan.describe_backends().items()))
-        for line in describe_sources(plan.train_samples):
+        for line in describe_sources(plan.data.train):
             logger.info("%s", line)
         return build_run(plan, observer=observer)
 

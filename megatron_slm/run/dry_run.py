@@ -20,13 +20,13 @@ from megatron_slm.selection.selector import Selector
 def print_dry_run(plan: Plan) -> None:
     """Print the tables."""
     console = Console()
-    reference = plan.reference.architecture if plan.reference else None
-    console.print(layout_table(plan.config, plan.topology, plan.zero_stage, plan.architecture, reference))
+    reference = plan.models.reference_architecture
+    console.print(layout_table(plan.config, plan.topology, plan.zero_stage, plan.models.architecture, reference))
     console.print(_batch_table(plan))
     table = Table(title="Backends", show_header=False)
     for what, by in plan.describe_backends().items():
         table.add_row(what, by)
-    if plan.reference is not None:
+    if plan.models.reference is not None:
         schedule = plan_schedule(plan)
         beside = f"predicted step {Simulation(schedule).ratio:.2f} x plain training's"
         table.add_row("reference schedule", f"{schedule.mode}, {beside} (costs counted)")
@@ -94,7 +94,7 @@ def batch_rows(
 
 
 def _batch_table(plan: Plan) -> Table:
-    config, samples = plan.config, plan.train_samples
+    config, samples = plan.config, plan.data.train
     first_step = plan.resume.manifest.step if plan.resume else 0
     rows = batch_rows(config, plan.topology, plan.selector, plan.global_batch_size, first_step=first_step)
     for line in describe_sources(samples):
@@ -106,7 +106,7 @@ def _batch_table(plan: Plan) -> Table:
         rows[f"scores {reader.folder}"] = (
             f"{stored.data.num_samples:,} samples in {stored.dtype}, of the reference {stored.reference}"
         )
-    for name, held_out in (*plan.held_out.items(), *plan.test.items()):
+    for name, held_out in (*plan.data.valid.items(), *plan.data.test.items()):
         rows[f"held-out {name}"] = f"{held_out.num_tokens:,} tokens"
     return rows_table("Batches and tokens", rows)
 

@@ -14,7 +14,7 @@ from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError
 from megatron_slm.run.corpora import boundaries, open_data
 from megatron_slm.run.resume import num_run_samples, open_resume
-from megatron_slm.run.sample_order import check_order, describe_sources, document_treatment
+from megatron_slm.run.sample_order import describe_sources, document_treatment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,15 @@ class RunSamples:
         resume = open_resume(replace(config, checkpoint=replace(config.checkpoint, load_checksums="none")))
         manifest = resume.manifest if resume else None
         total = num_samples or num_run_samples(config, resume, global_batch_size)
-        data = open_data(config, tokenizer, tokenizer.vocab_size, total, global_batch_size, manifest, dry=True)
-        check_order(config, manifest, data.train)
+        data = open_data(
+            config,
+            tokenizer,
+            tokenizer.vocab_size,
+            total,
+            global_batch_size=global_batch_size,
+            manifest=manifest,
+            dry=True,
+        )
         return cls(config=config, tokenizer=tokenizer, samples=data.train, global_batch_size=global_batch_size)
 
     def describe(self) -> str:

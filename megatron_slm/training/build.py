@@ -87,17 +87,17 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         dp=dp,
         head=plan.loss_head,
         observer=observer,
-        num_sources=len(plan.train_samples.sources),
+        num_sources=len(plan.data.train.sources),
     )
     reference = None
-    if (frozen := plan.reference) is not None:
+    if (frozen := plan.models.reference) is not None:
         reference = build_reference(frozen.architecture, frozen.source, plan.topology, layers, plan.dtype)
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
     state = _fill(plan, trainer.engine.optimizer)
-    source = micro_batch_source(plan, plan.train_samples, pads_at_end=False)
+    source = micro_batch_source(plan, plan.data.train, pads_at_end=False)
     return Run(
         plan=plan,
         trainer=trainer,
@@ -113,7 +113,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
 def _pipeline_trainer(
     plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
 ) -> Trainer:
-    module = StageModule(plan.architecture, layers, plan.topology)
+    module = StageModule(plan.models.architecture, layers, plan.topology)
     if plan.backends.compile_blocks:
         compile_blocks(module)
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
@@ -131,9 +131,9 @@ def _pipeline_trainer(
             scores=plan.scores,
             schedule=schedule,
             sizes=sizes,
-            message_shape=(length, plan.config.training.micro_batch_size, plan.architecture.hidden_size),
+            message_shape=(length, plan.config.training.micro_batch_size, plan.models.architecture.hidden_size),
             dtype=plan.dtype,
-            keeps_documents_apart=boundaries(plan.config, plan.tokenizer).matter_to_layers,
+            keeps_documents_apart=boundaries(plan.config, plan.models.tokenizer).matter_to_layers,
             timers=Timers(plan.config.logging.timing_log_level),
         )
     )
@@ -148,7 +148,9 @@ def _flat_trainer(
     recompute = plan.config.parallel.recompute_granularity == "full"
     # backward passes reduce gradients: they wait for other ranks
     timers = Timers(plan.config.logging.timing_log_level, work=[name for name in WORK if name != "backward-compute"])
-    module = FlatModule(plan.architecture, layers, objective, recompute=recompute, timers=timers).to(local_device())
+    module = FlatModule(plan.models.architecture, layers, objective, recompute=recompute, timers=timers).to(
+        local_device()
+    )
     if plan.backends.compile_blocks:
         compile_blocks(module)
     updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
@@ -161,19 +163,19 @@ def _flat_trainer(
 
 def _fill(plan: Plan, optimizer: Any) -> RunState:
     """Bring the weights (and on a resume the moments and random states) into the engine."""
-    source: WeightSource = RandomWeights(plan.architecture, plan.config.training.seed)
+    source: WeightSource = RandomWeights(plan.models.architecture, plan.config.training.seed)
     adam_step: int | None = None
     state = RunState()
     if plan.resume is not None:
         manifest = plan.resume.manifest
         source = CheckpointSource(plan.resume.folder)
         state = load_state(plan.resume.folder, manifest)
-        if not plan.keeps_order:
+        if not plan.data.keeps_order:
             state.probe_kept = None  # it was of another first batch
         adam_step = state.adam_step or None  # an imported checkpoint has weights and no moments
         logger.info("resuming after step %d (saved at %s)", state.step, manifest.describe_layout())
-    elif plan.init is not None:
-        source = plan.init.source
+    elif plan.models.init is not None:
+        source = plan.models.init.source
     with raise_on_all_ranks():
         fill_optimizer(optimizer, source, adam_step=adam_step)
         if plan.resume is not None:
@@ -197,9 +199,9 @@ def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
             topology=plan.topology,
             num_micro_batches=num_global_batches(len(plan.probe_texts), source.samples_together),
         ),
-        decode=plan.tokenizer.decode,
+        decode=plan.models.tokenizer.decode,
         folder=ProbeFolder(plan.config.logging.run_dir),
-        has_reference=plan.reference is not None,
+        has_reference=plan.models.reference is not None,
         selects=selects,
     )
 
@@ -220,18 +222,18 @@ def _saver(plan: Plan) -> Saver:
         folder=Path(plan.config.save_folder),
         topology=plan.topology,
         zero_stage=plan.zero_stage,
-        architecture=plan.architecture,
-        tokenizer_fingerprint=plan.tokenizer.fingerprint(),
-        sample_order=plan.train_samples.order_fingerprint,
+        architecture=plan.models.architecture,
+        tokenizer_fingerprint=plan.models.tokenizer.fingerprint(),
+        sample_order=plan.data.train.order_fingerprint,
         extras=tuple(folder for folder in (tokenizer, run_dir / ORIGIN) if folder is not None),
         write_config=lambda path: write_yaml(plan.config, path),
-        describe_data=plan.train_samples.state,
+        describe_data=plan.data.train.state,
     )
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             _prepare_run_dir(run_dir)
             if tokenizer is not None:  # now, and not at the first save: it may have no Hugging Face form
-                plan.tokenizer.save_pretrained(tokenizer)
+                plan.models.tokenizer.save_pretrained(tokenizer)
             write_origin(plan, run_dir / ORIGIN)
             if config.enabled and plan.resume is not None:
                 writer.check(plan.resume.manifest.step, plan.resume.damaged)

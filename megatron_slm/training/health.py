@@ -128,7 +128,7 @@ class Health:
             data_parallel_rank=data_rank,
             data_parallel_size=plan.topology.data,
         )
-        sources = [plan.train_samples.sources[plan.train_samples.locate(i)[0]].name for i in samples]
+        sources = [plan.data.train.sources[plan.data.train.locate(i)[0]].name for i in samples]
         return {
             "micro_batch": number,
             "data_parallel_rank": data_rank,

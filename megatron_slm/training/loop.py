@@ -166,7 +166,7 @@ class _Loop:
 
 @contextmanager
 def _barrier_at_end() -> Iterator[None]:
-    """Let no rank leave while another still writes (a profile, a metrics service). Collective; skipped after an error."""
+    """Keep ranks until all have written their files. Collective; does nothing after an error."""
     yield
     dist.barrier()
 

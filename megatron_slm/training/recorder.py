@@ -84,7 +84,7 @@ class Recorder:
             **self._utilization.metrics(tokens_per_second),
             "skipped_steps": state.skipped_steps,
         }
-        samples = plan.train_samples
+        samples = plan.data.train
         if len(samples.sources) > 1:
             names, consumed = [source.name for source in samples.sources], samples.consumed(state.consumed_samples)
             values["sources"] = source_metrics(result.sums, names, consumed)

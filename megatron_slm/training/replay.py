@@ -133,12 +133,12 @@ class Replay:
         self._seen: list[tuple[MicroBatch, Tensor, Tensor | None, Tensor]] = []
         self.run: Run = build_run(self.plan, observer=lambda *seen: self._seen.append(seen))
         self._source = MicroBatchSource(
-            self.plan.train_samples,
+            self.plan.data.train,
             micro_batch_size=config.training.micro_batch_size,
             data_parallel_rank=0,
             data_parallel_size=1,
-            vocab_size=self.plan.num_tokens,
-            boundaries=boundaries(config, self.plan.tokenizer),
+            vocab_size=self.plan.models.num_tokens,
+            boundaries=boundaries(config, self.plan.models.tokenizer),
         )
 
     def batch(self, record: BadBatch) -> list[MicroBatchReplay]:
@@ -148,11 +148,11 @@ class Replay:
             TrainingError: the run as configured does not draw these samples.
         """
         size = self.plan.config.training.micro_batch_size
-        if record.first_sample + record.num_samples > len(self.plan.train_samples) or record.num_samples % size:
+        if record.first_sample + record.num_samples > len(self.plan.data.train) or record.num_samples % size:
             raise TrainingError(
                 f"samples of step {record.step}",
                 f"{record.first_sample} and the following {record.num_samples - 1}",
-                f"are among the run's {len(self.plan.train_samples)}, in whole micro-batches of {size}",
+                f"are among the run's {len(self.plan.data.train)}, in whole micro-batches of {size}",
                 "give the run's own configuration (RUN_DIR/config.yaml)",
             )
         recorded = {tuple(part["samples"]): part["loss_all"] for part in record.micro_batches}
@@ -167,7 +167,7 @@ class Replay:
         result = train_step(self.run.trainer, read, settings, learning_rate=0.0, is_last=True)
         coordinate = self.plan.topology.coordinate(dist.get_rank())
         below = any(fact.gradient_is_finite is False for fact in self.run.trainer.micro_batch_facts())
-        sources = self.plan.train_samples.sources
+        sources = self.plan.data.train.sources
         mine = [_samples(*seen, names=[source.name for source in sources]) for seen in self._seen]
         everyones = all_gather_objects((coordinate.pipeline if below else None, mine))
         samples = next(found[0] for _, found in everyones if found)
@@ -190,8 +190,8 @@ class Replay:
         Args:
             context: tokens on either side.
         """
-        tokens, at = self.plan.train_samples[sample.sample].tokens.tolist(), sample.worst_position + 1
-        decode = self.plan.tokenizer.decode
+        tokens, at = self.plan.data.train[sample.sample].tokens.tolist(), sample.worst_position + 1
+        decode = self.plan.models.tokenizer.decode
         before, after = tokens[max(0, at - context) : at], tokens[at + 1 : at + 1 + context]
         return f"{decode(before)}{MASKED_OPEN}{decode(tokens[at : at + 1])}{MASKED_CLOSE}{decode(after)}"
 
@@ -222,8 +222,7 @@ def _alone(plan: Plan) -> Plan:
         plan,
         global_batch_size=config.training.micro_batch_size * data,
         deepspeed=ds_config.resolve(user, config, data_parallel_size=data, num_micro_batches=1),
-        held_out={},
-        test={},
+        data=replace(plan.data, valid={}, test={}),
         monitors={},
     )
 

@@ -33,8 +33,8 @@ def micro_batch_source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> Mi
         micro_batch_size=plan.config.training.micro_batch_size,
         data_parallel_rank=plan.topology.coordinate(dist.get_rank()).data,
         data_parallel_size=plan.topology.data,
-        vocab_size=plan.num_tokens,
-        boundaries=boundaries(plan.config, plan.tokenizer),
+        vocab_size=plan.models.num_tokens,
+        boundaries=boundaries(plan.config, plan.models.tokenizer),
         pads_at_end=pads_at_end,
     )
 
@@ -44,7 +44,7 @@ def train_prefetcher(plan: Plan, source: MicroBatchSource) -> Prefetcher:
     return Prefetcher(
         source,
         num_micro_batches=plan.num_micro_batches,
-        num_samples=len(plan.train_samples),
+        num_samples=len(plan.data.train),
         num_threads=plan.config.data.num_workers if _reads(plan, source) else 0,
     )
 
@@ -58,11 +58,11 @@ def _reads(plan: Plan, source: MicroBatchSource) -> bool:
 def held_out_sets(plan: Plan) -> list[HeldOutSet]:
     """Build the held-out sets of the run, each with its own source."""
     sets = []
-    for name, samples in (*plan.held_out.items(), *plan.test.items()):
+    for name, samples in (*plan.data.valid.items(), *plan.data.test.items()):
         count = num_global_batches(len(samples), plan.global_batch_size)
         if plan.config.logging.eval_iters is not None:
             count = min(count, plan.config.logging.eval_iters)
-        source, at_end = micro_batch_source(plan, samples, pads_at_end=True), name in plan.test
+        source, at_end = micro_batch_source(plan, samples, pads_at_end=True), name in plan.data.test
         reads = _reads(plan, source)
         sets.append(HeldOutSet(name=name, source=source, num_global_batches=count, reads=reads, only_at_end=at_end))
     return sets

@@ -115,7 +115,7 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
     for _ in range(job["rounds"] + 1):
         for kind, saver in savers.items():
             found[kind].append(loop.saved_and_committed(saver))
-    records = [_record(job, trained.plan.architecture.num_parameters, kind, found[kind]) for kind in savers]
+    records = [_record(job, trained.plan.models.architecture.num_parameters, kind, found[kind]) for kind in savers]
     for record in records:
         record["blocked_share"] = round(record["blocked_seconds"] / records[0]["blocked_seconds"], 4)
     return records
