@@ -1,4 +1,4 @@
-"""Saving: every rank writes its own pieces, then comes a manifest, then one rename."""
+"""Saves checkpoints: every rank writes its own files, then rank 0 a manifest, then renames the folder."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ from megatron_slm.parallel.topology import Topology
 logger = logging.getLogger(__name__)
 
 Entries = dict[str, dict[str, Any]]
-"""Lines of a manifest: size and sha256, by file name."""
+"""Entries of a manifest: size and sha256, by file name."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was committed."""
+    """A committed checkpoint."""
 
     folder: Path
     num_bytes: int
     blocked_seconds: float
-    """How long training stood still for it on this rank."""
+    """Time that this rank spent in the saver instead of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Writer:
-    """Writes the files of one run's checkpoints; it communicates with nobody."""
+    """Writes the files of one run's checkpoints, without communication."""
 
     folder: Path
     topology: Topology
@@ -65,25 +65,24 @@ class Writer:
     architecture: Architecture
     tokenizer_fingerprint: str | None
     sample_order: str
-    """Fingerprint of the order in which the run reads its corpus."""
+    """Fingerprint of the order of the training samples."""
     extras: tuple[Path, ...]
-    """Folders that are copied into every checkpoint (the tokenizer, the model's origin), under their names."""
+    """Folders copied into every checkpoint under their names: the tokenizer, the model's origin."""
     write_config: Callable[[Path], None]
     """Writes the run's configuration to a path; rank 0 calls it."""
     describe_data: Callable[[int], dict[str, Any]]
     """Describes the corpora's read positions after a number of samples, for the manifest; rank 0 calls it."""
 
     def check(self, start: int, damaged: tuple[Path, ...] = ()) -> None:
-        """Make sure, before the first step, that this run can write here and will not mix with another one's.
+        """Check before the first step that the folder is writable and holds no other run's checkpoints.
 
-        What killed saves and deletions left is cleared; checkpoints beyond `start` that are damaged or not complete
-        are put aside under another name.
+        Clears what killed saves and deletions left. Renames checkpoints beyond `start` that are damaged or incomplete.
 
         Args:
-            damaged: complete by name, but found not to be what their manifests say.
+            damaged: checkpoints that have a manifest and do not match it.
 
         Raises:
-            CheckpointError: the folder cannot be written, or holds checkpoints of steps beyond `start`.
+            CheckpointError: the folder cannot be written, or holds sound checkpoints of steps beyond `start`.
         """
         with _write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,18 +94,18 @@ class Writer:
             raise CheckpointError(
                 "--save",
                 str(self.folder),
-                f"holds no checkpoint beyond the step the run starts from ({start}), but {sound[-1]} is there",
+                f"contain no checkpoint beyond the step that the run starts from ({start}), but has {sound[-1]}",
                 "resume from it with --load, choose another folder, or remove it",
             )
         with _write_errors():
             clear_leftovers(self.folder)
             for path in beyond:
-                aside = next(p for n in count() if not (p := _aside(path, n)).exists())
+                aside = next(p for n in count() if not (p := _renamed(path, n)).exists())
                 os.rename(path, aside)
-                logger.warning("%s is not whole and in the way of this run's; it is now %s", path, aside.name)
+                logger.warning("%s is damaged or incomplete; renamed to %s", path, aside.name)
 
     def write(self, folder: Path, files: list[TensorFile], state: RunState, rank: int) -> Entries:
-        """Write this rank's files, and on rank 0 those that all ranks share."""
+        """Write this rank's files, and on rank 0 also the files of the whole run."""
         entries = {file.name: write_tensor_file(folder / file.name, file.tensors, file.metadata) for file in files}
         if rank == 0:
             entries |= self._write_shared(folder, state)
@@ -131,7 +130,7 @@ class Writer:
         return entries
 
     def commit(self, temporary: Path, files: Entries, state: RunState, data: dict[str, Any]) -> Path:
-        """Write the manifest and give the folder its name; on rank 0, when every rank has written its files."""
+        """Write the manifest and rename the folder; on rank 0, once every rank has written its files."""
         sizes = {"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor}
         manifest = Manifest(
             state=state,
@@ -187,7 +186,7 @@ class _Task:
 
 @dataclass
 class _Saving:
-    """A save on its way: first every rank writes its files, then rank 0 commits them all."""
+    """A save under way: first every rank writes its files, then rank 0 commits them."""
 
     state: RunState
     """A copy: training changes its own."""
@@ -203,12 +202,11 @@ class _Saving:
 class Saver:
     """Saves a run's checkpoints. Every rank calls the same methods after the same steps.
 
-    Asynchronous: a save copies what it will write and returns; a thread of each rank writes the copies, and the
-    first `poll` after all of them are done has rank 0's thread commit. At most one save is on its way; a second one
-    waits for it.
+    Asynchronous: a save copies the tensors and returns; a thread of each rank writes the copies, and the first `poll`
+    after all of them are done starts rank 0's commit. At most one save is under way; a second one waits for it.
 
-    Methods raise `CheckpointError`, on every rank, if any rank could not write; earlier checkpoints are then as
-    they were, and nothing is left of the failed one.
+    Methods raise `CheckpointError` on every rank if any rank could not write. Earlier checkpoints are unharmed then,
+    and the failed one is removed.
     """
 
     def __init__(self, writer: Writer, *, asynchronous: bool = False, retention: Retention | None = None) -> None:
@@ -222,7 +220,7 @@ class Saver:
         """Save the state after a step. Collective.
 
         Returns:
-            what was committed: this checkpoint, or (asynchronous) the one before where it was still on its way.
+            the committed checkpoint: this one, or (asynchronous) the one before if it was still under way.
         """
         finished = self.finish()
         started = time.perf_counter()
@@ -243,10 +241,10 @@ class Saver:
         return finished if self.asynchronous else self.finish()
 
     def poll(self) -> Saved | None:
-        """Take the save that is on its way further, where all ranks are ready for it. Collective.
+        """Advance the save under way if all ranks are ready for its next phase. Collective.
 
         Returns:
-            what was committed since.
+            the checkpoint if it is committed now.
         """
         saving = self._saving
         if saving is None:
@@ -265,7 +263,7 @@ class Saver:
         return self.finish() if all_done or num_failed else None
 
     def finish(self) -> Saved | None:
-        """Wait for the save that is on its way, if there is one, until it is committed. Collective."""
+        """Wait until the save under way, if any, is committed. Collective."""
         saving, self._saving = self._saving, None
         if saving is None:
             return None
@@ -273,7 +271,7 @@ class Saver:
         try:
             if saving.committing is None:
                 self._start_commit(saving)
-            assert saving.committing is not None, "it was started"
+            assert saving.committing is not None, "the commit was started"
             with raise_on_all_ranks():
                 saving.committing.wait()
         except CheckpointError:
@@ -302,18 +300,20 @@ class Saver:
         saving.committing = _Task(commit, in_thread=self.asynchronous)
 
     def evaluated(self, step: int, losses: dict[str, float | None]) -> None:
-        """Note the held-out losses of a step, for the choice of the best; on rank 0."""
+        """Record the held-out losses of a step for --keep-best; on rank 0."""
         try:
             pending = set() if self._saving is None else {self._saving.state.step}
             record_evaluation(self.writer.folder, step, losses, pending=pending)
         except OSError as error:
-            logger.warning("the losses of step %d cannot be noted beside the checkpoints (%s)", step, error.strerror)
+            logger.warning(
+                "cannot record the held-out losses of step %d beside the checkpoints (%s)", step, error.strerror
+            )
 
 
 def _write_errors() -> AbstractContextManager[None]:
     fix = "free or choose another disk; earlier checkpoints are unharmed"
-    return os_errors_as(CheckpointError, "--save", "checkpoint", "can be written", fix)
+    return os_errors_as(CheckpointError, "--save", "checkpoint", "be writable", fix)
 
 
-def _aside(path: Path, number: int) -> Path:
+def _renamed(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.damaged" + (f".{number}" if number else ""))

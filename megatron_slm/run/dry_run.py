@@ -1,4 +1,4 @@
-"""What a run would be, as tables: layout, batch arithmetic, tokens, backends."""
+"""Prints the plan of a run as tables: layout, batch arithmetic, tokens, backends."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron_slm.selection.selector import Selector
 
 
 def print_dry_run(plan: Plan) -> None:
-    """Print the tables."""
+    """Print a plan."""
     console = Console()
     reference = plan.models.reference_architecture
     console.print(layout_table(plan.config, plan.topology, plan.zero_stage, plan.models.architecture, reference))
     console.print(_batch_table(plan))
     table = Table(title="Backends", show_header=False)
-    for what, by in plan.describe_backends().items():
-        table.add_row(what, by)
+    for part, backend in plan.describe_backends().items():
+        table.add_row(part, backend)
     if plan.models.reference is not None:
         schedule = plan_schedule(plan)
         beside = f"predicted step {Simulation(schedule).ratio:.2f} x plain training's"
@@ -37,7 +37,7 @@ def print_dry_run(plan: Plan) -> None:
 def layout_table(
     config: RunConfig, topology: Topology, zero_stage: int, arch: Architecture, reference: Architecture | None
 ) -> Table:
-    """What each stage holds, and how many parameters of it a rank."""
+    """Tabulate each stage's layers and the parameters of one of its ranks."""
     title = (
         f"Layout: {topology.world_size} ranks = {topology.pipeline} stages x {topology.data} data parallel x "
         f"{topology.tensor} tensor parallel, ZeRO-{zero_stage}"
@@ -79,7 +79,7 @@ def _stage_cells(stage: StageParameters | None) -> tuple[str, str]:
 def batch_rows(
     config: RunConfig, topology: Topology, selector: Selector, global_batch_size: int, *, first_step: int = 0
 ) -> dict[str, str]:
-    """Batch arithmetic and tokens of the run, in words."""
+    """Describe batch arithmetic and tokens of a run."""
     tokens_per_step = global_batch_size * config.data.seq_length
     num_micro_batches = global_batch_size // (config.training.micro_batch_size * topology.data)
     return {
@@ -112,7 +112,7 @@ def _batch_table(plan: Plan) -> Table:
 
 
 def rows_table(title: str, rows: dict[str, str]) -> Table:
-    """Names and texts as a table."""
+    """Tabulate texts by name."""
     table = Table(title=title, show_header=False)
     for name, text in rows.items():
         table.add_row(name, text)

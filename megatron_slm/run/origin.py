@@ -1,6 +1,6 @@
-"""Where a run's weights come from, written beside them: its start, its corpora, its reference.
+"""Writes the origin of a run's weights: initial weights, corpora and references.
 
-The folder goes into every checkpoint, and from there into the model card of an exported model.
+The folder is copied into every checkpoint, and ends up in the model card of an exported model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_slm.run.plan import Plan
 
 
 def write_origin(plan: Plan, folder: Path) -> None:
-    """Write a run's origin, in place of an earlier one. On a resume its start is the start of the run that goes on.
+    """Write a run's origin and replace an earlier one. A resumed run keeps its initial weights.
 
     Reads the corpora and the models for their checksums.
     """
@@ -52,7 +52,7 @@ def _references(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _corpora(plan: Plan) -> list[dict[str, Any]]:
-    """Every corpus that is trained on, in all phases."""
+    """Describe the training corpora of all phases."""
     corpora = [source.corpus for source in plan.data.train.sources]
     return [
         {

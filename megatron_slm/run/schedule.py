@@ -11,7 +11,7 @@ from megatron_slm.run.plan import Plan
 
 
 def message_sizes(plan: Plan, *, message_length: int) -> Sizes:
-    """Sizes of a micro-batch, for the schedule's predictions in tokens and bytes."""
+    """Sizes of a micro-batch, for predictions in tokens and bytes."""
     num_samples, length = plan.config.training.micro_batch_size, plan.config.data.seq_length
     width = plan.models.reference.architecture.hidden_size if plan.models.reference else 0
     message = num_samples * message_length * width * plan.dtype.itemsize
@@ -19,7 +19,7 @@ def message_sizes(plan: Plan, *, message_length: int) -> Sizes:
 
 
 def plan_schedule(plan: Plan) -> Schedule:
-    """The schedule that a plan starts with."""
+    """Choose the schedule that a plan's run starts with."""
     reference = plan.models.reference_architecture
     share = plan.selector.expected_share(plan.config.training.train_iters)
     return counted_schedule(

@@ -1,4 +1,4 @@
-"""The composition root: a plan becomes groups, models, an engine with weights in it, and sources of batches."""
+"""The composition root: builds groups, models, an engine with loaded weights, and sources of batches from a plan."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is ready to step."""
+    """A run, ready for its next step."""
 
     plan: Plan
     trainer: Trainer
@@ -73,14 +73,13 @@ class Run:
 
 
 def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
-    """Build everything a run needs on this rank. Collective over the world."""
+    """Build this rank's part of a run. Collective over the world."""
     saver = _saver(plan)
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
     tp = create_tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     divisible = plan.config.model.make_vocab_size_divisible_by
     layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
-    ranks_together = plan.selector.scope == "data-parallel"
-    dp = create_data_parallel_group(plan.topology) if ranks_together else DataParallel()
+    dp = create_data_parallel_group(plan.topology) if plan.selector.scope == "data-parallel" else DataParallel()
     objective = Objective(
         selector=plan.selector,
         tp=tp,
@@ -96,7 +95,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
-    state = _fill(plan, trainer.engine.optimizer)
+    state = _load(plan, trainer.engine.optimizer)
     source = micro_batch_source(plan, plan.data.train, pads_at_end=False)
     return Run(
         plan=plan,
@@ -161,8 +160,8 @@ def _flat_trainer(
     return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores, timers)
 
 
-def _fill(plan: Plan, optimizer: Any) -> RunState:
-    """Bring the weights (and on a resume the moments and random states) into the engine."""
+def _load(plan: Plan, optimizer: Any) -> RunState:
+    """Load the weights, and on a resume the moments, random states and run state. Collective over the world."""
     source: WeightSource = RandomWeights(plan.models.architecture, plan.config.training.seed)
     adam_step: int | None = None
     state = RunState()
@@ -171,7 +170,7 @@ def _fill(plan: Plan, optimizer: Any) -> RunState:
         source = CheckpointSource(plan.resume.folder)
         state = load_state(plan.resume.folder, manifest)
         if not plan.data.keeps_order:
-            state.probe_kept = None  # it was of another first batch
+            state.probe_kept = None  # it is of another first batch
         adam_step = state.adam_step or None  # an imported checkpoint has weights and no moments
         logger.info("resuming after step %d (saved at %s)", state.step, manifest.describe_layout())
     elif plan.models.init is not None:
@@ -188,7 +187,7 @@ def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
         return None
     selects = bool(plan.selector.scores)
     if plan.scores is not None and plan.selector.needs_reference:
-        logger.info("stored scores do not cover the texts of --probe-file: their losses are recorded, no selection")
+        logger.info("stored scores do not cover the texts of --probe-file: recording their losses without a selection")
         selects = False
     source = micro_batch_source(plan, plan.probe_texts, pads_at_end=True)
     return TextProbe(
@@ -232,7 +231,7 @@ def _saver(plan: Plan) -> Saver:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             _prepare_run_dir(run_dir)
-            if tokenizer is not None:  # now, and not at the first save: it may have no Hugging Face form
+            if tokenizer is not None:  # before training, since it may have no Hugging Face form
                 plan.models.tokenizer.save_pretrained(tokenizer)
             write_origin(plan, run_dir / ORIGIN)
             if config.enabled and plan.resume is not None:
@@ -246,7 +245,7 @@ def _saver(plan: Plan) -> Saver:
 
 
 def _prepare_run_dir(run_dir: Path) -> None:
-    rule = "is a folder that can be made and written"
+    rule = "be a writable folder"
     with os_errors_as(ConfigError, "--run-dir", str(run_dir), rule, "choose another"):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / ".writable").touch()

@@ -17,7 +17,7 @@ class SelectionChange(NamedTuple):
 
     kept_tokens: int
     agreement: float | None
-    """See `agreement`."""
+    """Overlap with the last probe's kept tokens, 0 to 1 (see `agreement`); None at the first probe."""
 
 
 @dataclass(frozen=True, kw_only=True)

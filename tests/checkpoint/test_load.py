@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megatron_slm.checkpoint.load import CheckpointSource
-from megatron_slm.checkpoint.weights import RandomWeights, read_range, slice_of
+from megatron_slm.checkpoint.weights import RandomWeights, cut_range, read_range
 from megatron_slm.config import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.groups import TensorParallel
@@ -31,7 +31,7 @@ def write(folder: Path, dim: int | None, size: int, data_ranks: int) -> None:
     """One file for every (tensor rank, data rank), the flattened slice cut evenly over the data ranks."""
     for rank in range(size if dim is not None else 1):
         held = part(dim, size, rank)
-        flat = slice_of(WHOLE, held, 0, held.numel)
+        flat = cut_range(WHOLE, held, 0, held.numel)
         step = -(-held.numel // data_ranks)
         for data_rank in range(data_ranks):
             begin, end = min(data_rank * step, held.numel), min((data_rank + 1) * step, held.numel)
@@ -57,8 +57,8 @@ def test_any_cut_reads_any_other(tmp_path_factory, wrote, reads, data_ranks, ran
     wanted = part(*reads, random.randrange(reads[1]) if reads[0] is not None else 0)
     begin = random.randrange(wanted.numel)
     end = random.randrange(begin, wanted.numel) + 1
-    assert torch.equal(source.read("weight", wanted, begin, end), slice_of(WHOLE, wanted, begin, end))
-    assert torch.equal(source.read("exp_avg", wanted, begin, end), -slice_of(WHOLE, wanted, begin, end))
+    assert torch.equal(source.read("weight", wanted, begin, end), cut_range(WHOLE, wanted, begin, end))
+    assert torch.equal(source.read("exp_avg", wanted, begin, end), -cut_range(WHOLE, wanted, begin, end))
 
 
 def test_a_missing_piece_is_never_filled_in(tmp_path: Path) -> None:
