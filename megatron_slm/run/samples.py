@@ -68,9 +68,11 @@ class RunSamples:
             CorpusError: a sample cannot be read.
         """
         total = len(self.samples)
-        if not 0 <= first <= first + count - 1 < total:
-            rule = f"be within the run's {total} samples, counted from 0"
-            raise ConfigError("numbers of the samples", (first, first + count - 1), rule, "show fewer or earlier ones")
+        if first < 0:
+            raise ConfigError("--first-sample", first, "be at least 0", "correct it")
+        if first + count > total:
+            rule = f"be at most {total}, the run's number of samples"
+            raise ConfigError("--first-sample plus --samples", first + count, rule, "show fewer or earlier ones")
         source = MicroBatchSource(
             self.samples,
             micro_batch_size=1,

@@ -137,12 +137,12 @@ def test_checksums_of_large_files_are_compared_on_request(
 
     shutil.copytree(run / SAVED, tmp_path / SAVED)
     flip_last_byte(tmp_path / SAVED / "step_00000004" / "optimizer_00001.safetensors")
-    with pytest.raises(CheckpointError, match=r"optimizer_00001.*has the checksum"):
+    with pytest.raises(CheckpointError, match=r"optimizer_00001.*match its checksum"):
         opened(tmp_path)
     monkeypatch.setattr(resume, "CHECKSUM_LIMIT_BYTES", 10_000)
     assert opened(tmp_path) is not None
     assert opened(tmp_path, load_checksums="none") is not None
-    with pytest.raises(CheckpointError, match=r"optimizer_00001.*has the checksum"):
+    with pytest.raises(CheckpointError, match=r"optimizer_00001.*match its checksum"):
         opened(tmp_path, load_checksums="all")
     assert checkpoint_format.CHECKSUM_LIMIT_BYTES == 256 * 2**20
 
@@ -195,6 +195,6 @@ def test_a_folder_without_a_manifest_is_passed_over(
     resume = opened(tmp_path)
     assert resume is not None
     assert resume.folder.name == "step_00000002"
-    assert "step_00000004 has no manifest.json" in caplog.text
-    with pytest.raises(CheckpointError, match=r"holds a manifest\.json"):
+    assert "step_00000004: incomplete, without manifest.json" in caplog.text
+    with pytest.raises(CheckpointError, match=r"contain a manifest\.json"):
         opened(tmp_path, f"{SAVED}/step_00000004")

@@ -169,7 +169,7 @@ def test_checkpoints_in_the_way(tmp_path: Path, tensor: torch.Tensor) -> None:
     for step in (1, 2, 3):
         ours.save(OPTIMIZER, after(step))
     (folder / folder_name(4)).mkdir()
-    with pytest.raises(CheckpointError, match="but step_00000003 is there"):
+    with pytest.raises(CheckpointError, match="but has step_00000003"):
         ours.writer.check(1, (folder / folder_name(2),))
     (folder / f"{folder_name(3)}.damaged").mkdir()
     ours.writer.check(1, (folder / folder_name(2), folder / folder_name(3)))

@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights of an infinite sum": ({"data_path": ["1e308", "{web}", "1e308", "{books}"]}, r"--data-path = \[1e\+308, 1e\+308\]: has weights with a finite sum"),
     "some weights": ({"data_path": ["1", "{web}", "{books}"]}, "gives a weight to every corpus or to none"),
     "twice": ({"data_path": ["{web}", "{books}", "{web}"]}, "names each corpus once"),
-    "one name": ({"data_path": ["a={web}", "a={books}"]}, "has a name of its own"),
+    "one name": ({"data_path": ["a={web}", "a={books}"]}, "name of its own"),
     "two flags": ({"data_path": ["{web}"], "train_data_path": ["{web}"]}, "--train-data-path = .*is left out beside --data-path"),
     "nothing": ({"data_path": None}, "--data-path = .*names a corpus"),
     "no file of words": ({"data_path": None, "data_args_path": "{web}.words"}, "--data-args-path = .*is a readable file"),

@@ -266,11 +266,14 @@ def test_test_sets_are_evaluated_at_the_end(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
-        ({"split": "100,0,0", "eval_interval": 1}, "--eval-interval has nothing to evaluate"),
+        ({"split": "100,0,0", "eval_interval": 1}, "--eval-interval has no effect"),
         ({"split": "9,1,0", "eval_interval": 1}, None),
         ({"eval_interval": 1, "valid_data_path": "{folder}/code"}, None),
         ({"eval_interval": 1, "probe_file": "{folder}/probe.jsonl"}, None),
-        ({"data_phases": ["2: {folder}/code", "3: {folder}/web"]}, "the phase at step 3 never begins in 3 steps"),
+        (
+            {"data_phases": ["2: {folder}/code", "3: {folder}/web"]},
+            "the phase at step 3 has no effect in a run of 3 steps",
+        ),
         ({"data_phases": ["2: {folder}/code"]}, None),
     ],
 )

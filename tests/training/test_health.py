@@ -265,7 +265,7 @@ def test_a_run_stops_with_a_checkpoint_behind_the_bad_batches(folder: Path, tmp_
 
 def test_without_checkpoints_the_error_says_so(folder: Path, tmp_path: Path) -> None:
     given = values(folder, tmp_path / "run", max_skipped_steps=1)
-    with pytest.raises(WorldError, match="no checkpoint was saved, because the run saves none"):
+    with pytest.raises(WorldError, match="no checkpoint was saved, since the run saves none"):
         run_world(command_planted, 1, given, "gradient", [3])
     assert not (tmp_path / "run" / "checkpoints").exists()
 
