@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.inspection import render, sample_parts
@@ -97,12 +96,3 @@ class RunSamples:
             return ""
         at = max(i for i, phase in enumerate(phases) if phase.first_sample <= index)
         return f", phase {at + 1} of {len(phases)}"
-
-
-def parse_run(words: Sequence[str], num_shown: int) -> RunConfig:
-    """Parse a run's flags; without --train-iters the run is as long as the samples to show.
-
-    Raises:
-        ConfigError: a flag is wrong.
-    """
-    return parse(words, train_iters=max(1, num_shown))[0]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.device import local_device
 from megatron_slm.engine.channels import Channel, Channels, Lane
@@ -128,7 +129,7 @@ class _Scorer:
         the same bits at the same micro-batch size.
         """
         samples = range(0) if shard is None else manifest.samples_of(shard)
-        num_micro_batches = -(-len(samples) // self.b)
+        num_micro_batches = ceil_div(len(samples), self.b)
         batches: list[MicroBatch] = []
         with raise_on_all_ranks():
             if self.is_first or self.is_last or self.source.boundaries.matter_to_layers:
