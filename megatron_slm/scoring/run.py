@@ -52,7 +52,7 @@ def print_plan(plan: ScoringPlan) -> None:
     manifest, topology = plan.manifest(), plan.topology
     tokens = plan.num_samples * plan.config.data.seq_length
     bytes_per_token = {"float32": 4, "bfloat16": 2, "float16": 2}[manifest.dtype]
-    stored = manifest.dtype
+    stored: str = manifest.dtype
     if manifest.with_entropy:
         bytes_per_token, stored = 2 * bytes_per_token, f"{manifest.dtype} with entropies"
     rows = {
