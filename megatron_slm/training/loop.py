@@ -31,7 +31,8 @@ def train(run: Run) -> None:
     """Train from the run's state to `--train-iters`, or until asked to stop. Collective over the world.
 
     Raises:
-        SlmError: on every rank, with the state saved, where the run saves at all.
+        SlmError: data cannot be read, records cannot be written, or too many steps were skipped; on every rank, with
+            the state saved first if the run saves.
     """
     config, run_dir = run.plan.config, Path(run.plan.config.logging.run_dir)
     stop = StopRequest(local_device(), config.resilience, run_dir)
@@ -48,7 +49,7 @@ def train(run: Run) -> None:
 
 
 class _Loop:
-    """The loop's parts. Every rank runs the same methods in the same order."""
+    """The loop and what it calls. Every rank runs the same methods in the same order."""
 
     def __init__(
         self, run: Run, stop: StopRequest, watchdog: Watchdog, profiler: StepProfiler, recorder: Recorder
