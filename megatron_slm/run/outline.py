@@ -1,4 +1,4 @@
-"""What a run would be, said from its configuration alone: before its weights, tokenizer and corpora are there."""
+"""Prints the outline of a run from its configuration alone, without weights, tokenizer and corpora."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron_slm.run.schedule import counted_schedule
 
 
 def print_outline(config: RunConfig, world_size: int) -> None:
-    """Check flags, layout, shapes and batches of a world, and print them with memory and schedule.
+    """Validate flags, layout, shapes and batches for a world, and print them with memory and schedule.
 
     Raises:
-        SlmError: as the run itself would, in what needs no file.
+        SlmError: an error of the run itself that is found without files.
     """
     job = open_job(config)
     layout = configured_layout(job, world_size)
@@ -47,12 +47,12 @@ def print_outline(config: RunConfig, world_size: int) -> None:
             caption="Of tensors, as planned (docs/planning.md); CUDA, NCCL and fragments come on top.",
         )
     )
-    console.print(rows_table("Not looked at", _not_looked_at(job)))
-    console.print("The configuration is sound as far as it goes; nothing was trained.")
+    console.print(rows_table("Not checked", _not_checked(job)))
+    console.print("The configuration is sound without these files; nothing was trained.")
 
 
-def _not_looked_at(job: Job) -> dict[str, str]:
-    """The files of a run, by the flag that names them."""
+def _not_checked(job: Job) -> dict[str, str]:
+    """Paths of a run's files, by flag."""
     config = job.config
     data, selection = config.data, config.selection
     named: dict[str, list[str | None] | list[str]] = {

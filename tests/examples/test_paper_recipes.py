@@ -68,7 +68,7 @@ def test_a_dry_run_needs_no_files(
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert f"Layout: {world} ranks" in printed.out
-    for part in ("tokens of the run", "optimizer (master weights, moments)", "Not looked at", "--init-from"):
+    for part in ("tokens of the run", "optimizer (master weights, moments)", "Not checked", "--init-from"):
         assert part in printed.out
     assert ("reference schedule" in printed.out) is ("reference-config" in config.read_text()), (
         "where a reference runs beside the model, its shape is known"
@@ -199,7 +199,7 @@ def test_a_loaded_reference_must_have_the_planned_shape(tmp_path: Path, capsys: 
             corpus, tmp_path / "run", objective="slm", reference_load=reference, reference_config=shape / "config.json"
         )
         assert main([*flags(values), "--dry-run"]) == code
-    assert "--reference-config: num_layers = 2: is that of the reference that is loaded (3)" in capsys.readouterr().err
+    assert "--reference-config: num_layers is 2: must be that of the loaded reference (3)" in capsys.readouterr().err
 
 
 def test_a_tokenizers_size_must_be_the_one_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,4 +208,4 @@ def test_a_tokenizers_size_must_be_the_one_planned_with(tmp_path: Path, capsys: 
     values = run_flags(corpus, tmp_path / "run", tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tokenizer)
     values["vocab-size"] = 77
     assert main([*flags(values), "--dry-run"]) == 2
-    assert "--vocab-size = 77: is the tokenizer's" in capsys.readouterr().err
+    assert "--vocab-size is 77: must be the tokenizer's" in capsys.readouterr().err
