@@ -17,7 +17,7 @@ from megatron_slm.log import setup_logging
 from megatron_slm.operations.preflight.checks import evaluate
 from megatron_slm.operations.preflight.facts import gather_facts
 from megatron_slm.operations.preflight.links import Measurements, measure
-from megatron_slm.operations.preflight.rendezvous import Meeting, meet
+from megatron_slm.operations.preflight.rendezvous import Rendezvous, exchange_facts
 from megatron_slm.operations.preflight.report import print_report, verdict, write_report
 from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
@@ -69,11 +69,11 @@ def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: boo
         PeerError: a rank did not come, or fell silent.
     """
     complete_environment()
-    meeting = Meeting(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    facts, nodes, reachable = meet(meeting, gather_facts(config), config)
+    rendezvous = Rendezvous(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    facts, nodes, reachable = exchange_facts(rendezvous, gather_facts(config), config)
     measured: Measurements | None = None
     if reachable:  # else a process group could not be made
-        init_distributed(meeting.timeout)
+        init_distributed(rendezvous.timeout)
         with translate_peer_errors("measuring links"):
             measured = measure(nodes, seconds=config.preflight.preflight_link_seconds)
 
@@ -85,8 +85,8 @@ def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: boo
             write_report(json_path, checks, facts, measured)
         return not any(check.status == "failed" for check in checks), verdict(checks)
 
-    ready, said = meeting.settle("verdict", None, judge, ranks=[])
-    meeting.leave()
+    ready, said = rendezvous.decide_on_rank_0("verdict", None, judge, ranks=[])
+    rendezvous.leave()
     if not ready:
         rule, fix = "finds every node ready", "see the table of rank 0's output, which names nodes and remedies"
         raise PreflightError("preflight", said, rule, fix)

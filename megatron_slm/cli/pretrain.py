@@ -16,7 +16,7 @@ from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
-from megatron_slm.operations.reach import silent_nodes_named
+from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.launched import planned_world_size
@@ -79,7 +79,7 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with silent_nodes_named(), translate_peer_errors("outside of the pipeline's schedule"):
+    with name_silent_nodes(), translate_peer_errors("outside of the pipeline's schedule"):
         resume = open_resume(config)
         with raise_on_all_ranks():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
@@ -91,5 +91,5 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
 
 def train_to_the_end(run: Run) -> None:
     """Train, and leave together with all ranks."""
-    with silent_nodes_named(), translate_peer_errors("at the start of training"):
+    with name_silent_nodes(), translate_peer_errors("at the start of training"):
         train(run)

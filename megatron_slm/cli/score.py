@@ -19,7 +19,7 @@ from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.log import setup_logging
-from megatron_slm.operations.reach import silent_nodes_named
+from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.launched import planned_world_size
@@ -101,7 +101,7 @@ def score(config: RunConfig, options: ScoringOptions) -> Manifest:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with silent_nodes_named(), translate_peer_errors("the scoring pass"):
+    with name_silent_nodes(), translate_peer_errors("the scoring pass"):
         resume = open_resume(config)
         with raise_on_all_ranks():
             plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank(), resume=resume)

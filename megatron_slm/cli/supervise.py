@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.errors import EXIT_UNUSABLE, SlmError
 from megatron_slm.log import setup_logging
-from megatron_slm.operations.supervisor import Job, Policy, Supervisor
+from megatron_slm.operations.supervisor import Command, RestartPolicy, Supervisor
 
 _FLAGS = {
     "max_restarts": "starts after the first, in all",
@@ -21,7 +21,7 @@ _FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `supervise.py [flags] -- COMMAND`; see `Supervisor.run` for the exit code."""
-    defaults = Policy()
+    defaults = RestartPolicy()
     parser = ToolParser(
         "Start a training, and start it again from its newest checkpoint when it fails.",
         prog="supervise.py",
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = words.index("--") if "--" in words else len(words)
     setup_logging()
     try:
-        policy = Policy(**vars(parser.parse_flags(words[:at])))
-        return Supervisor(Job.of(words[at + 1 :]), policy).run()
+        policy = RestartPolicy(**vars(parser.parse_flags(words[:at])))
+        return Supervisor(Command.parse(words[at + 1 :]), policy).run()
     except SlmError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_UNUSABLE
