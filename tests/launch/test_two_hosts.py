@@ -237,8 +237,7 @@ def test_preflight_without_a_shared_file_system(cluster_without_ssh: Cluster) ->
     wrong = {c["name"]: c["problems"] for c in json.loads(written.read_text())["checks"] if c["status"] == "failed"}
     assert wrong == {
         "files": [
-            f"node1: corpus {own}/corpus{end} is missing or unreadable (others have it)"
-            for end in (".bin", ".idx")
+            f"node1: corpus {own}/corpus{end} is missing or unreadable (others have it)" for end in (".bin", ".idx")
         ],
         "shared checkpoint folder": ["node1: does not see files that node0 writes"],
     }
@@ -251,6 +250,4 @@ def test_preflight_without_a_shared_file_system(cluster_without_ssh: Cluster) ->
     finally:
         cluster.hosts[1].run("umount", "/etc/hosts")
     wrong = {c["name"]: c["problems"] for c in json.loads(written.read_text())["checks"] if c["status"] == "failed"}
-    assert wrong["connections"] == [
-        "node0: cannot connect to node1: its address is 127.0.1.1, which only it can reach"
-    ]
+    assert wrong["connections"] == ["node0: cannot connect to node1: its address is 127.0.1.1, which only it can reach"]
