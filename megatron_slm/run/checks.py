@@ -13,7 +13,7 @@ from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer, ch
 from megatron_slm.errors import CheckpointError, ConfigError, ScoreStoreError, VocabularyError
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.planning.job import architecture_at
+from megatron_slm.planning.planned_run import architecture_at
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.layout import check_layout
 from megatron_slm.run.resume import Resume

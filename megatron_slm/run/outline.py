@@ -7,9 +7,9 @@ from rich.console import Console
 from megatron_slm.config import RunConfig
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.engine.schedule.simulate import Simulation
-from megatron_slm.planning.job import Job, open_job
 from megatron_slm.planning.layouts import configured_layout
 from megatron_slm.planning.memory import stage_memory
+from megatron_slm.planning.planned_run import PlannedRun, plan_run
 from megatron_slm.planning.tables import stage_memory_table
 from megatron_slm.run.dry_run import batch_rows, layout_table, rows_table
 from megatron_slm.run.layout import check_layout
@@ -22,7 +22,7 @@ def print_outline(config: RunConfig, world_size: int) -> None:
     Raises:
         SlmError: as the run itself would, in what needs no file.
     """
-    job = open_job(config)
+    job = plan_run(config)
     layout = configured_layout(job, world_size)
     topology = layout.topology
     check_layout(job.architecture, config, topology, what="model")
@@ -51,7 +51,7 @@ def print_outline(config: RunConfig, world_size: int) -> None:
     console.print("The configuration is sound as far as it goes; nothing was trained.")
 
 
-def _not_looked_at(job: Job) -> dict[str, str]:
+def _not_looked_at(job: PlannedRun) -> dict[str, str]:
     """The files of a run, by the flag that names them."""
     config = job.config
     data, selection = config.data, config.selection

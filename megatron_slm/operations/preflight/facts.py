@@ -26,7 +26,7 @@ from megatron_slm.device import cuda_versions, device_memory, on_gpu
 from megatron_slm.errors import SlmError
 from megatron_slm.operations.preflight.files import fingerprints, source_fingerprint
 from megatron_slm.operations.reach import own_address
-from megatron_slm.planning.job import open_job
+from megatron_slm.planning.planned_run import plan_run
 from megatron_slm.run.corpora import cache_folder
 
 Facts = dict[str, Any]
@@ -116,7 +116,7 @@ def disk(config: RunConfig) -> Facts | None:
         return None
     folder = Path(config.save_folder)
     try:
-        one: int | None = open_job(config).architecture.num_parameters * _BYTES_PER_PARAMETER
+        one: int | None = plan_run(config).architecture.num_parameters * _BYTES_PER_PARAMETER
     except SlmError:  # shapes are unknown; the run's own plan raises this error
         one = None
     written = len(complete_checkpoints(folder)) if folder.is_dir() else 0
