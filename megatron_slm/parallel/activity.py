@@ -1,4 +1,4 @@
-"""The current activity of a rank: written by its training thread, read by its watchdog."""
+"""Current activity of a rank: written by its training thread, read by its watchdog."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def score(config: RunConfig, options: ScoringOptions) -> Manifest:
-    """Score as configured, in the world the launcher made.
+    """Score as configured. Collective over the world.
 
     Raises:
-        SlmError: on every rank alike, before the first forward pass if it can be known by then.
+        SlmError: on every rank, before the first forward pass if it can be known by then.
     """
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
@@ -38,7 +38,7 @@ def score(config: RunConfig, options: ScoringOptions) -> Manifest:
             plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         manifest = score_corpus(plan)
         logger.info("%s is complete: %s", plan.output, _size(manifest))
-        dist.barrier()  # nobody leaves while another still writes
+        dist.barrier()  # no rank leaves while another still writes
     return manifest
 
 
@@ -51,11 +51,14 @@ def print_plan(plan: ScoringPlan) -> None:
     """Print the pass as a table."""
     manifest, topology = plan.manifest(), plan.topology
     tokens = plan.num_samples * plan.config.data.seq_length
-    bytes_per_token = {"float32": 4, "bfloat16": 2, "float16": 2}[manifest.dtype] * (1 + manifest.with_entropy)
+    bytes_per_token = {"float32": 4, "bfloat16": 2, "float16": 2}[manifest.dtype]
+    stored: str = manifest.dtype
+    if manifest.with_entropy:
+        bytes_per_token, stored = 2 * bytes_per_token, f"{manifest.dtype} with entropies"
     rows = {
         "layout": f"{topology.pipeline} stages x {topology.data} data parallel x {topology.tensor} tensor parallel",
         "reference": f"{manifest.reference}, {plan.reference.architecture.num_parameters:,} parameters",
-        "computes in, stores": f"{manifest.computed_in}, {manifest.dtype}{' with entropies' * manifest.with_entropy}",
+        "computes in, stores": f"{manifest.computed_in}, {stored}",
         "samples": f"{plan.num_samples:,} of {plan.config.data.seq_length:,} tokens, {tokens:,} in all",
         "shards": f"{manifest.num_shards:,} of {manifest.samples_per_shard:,} samples",
         "on the disk": f"{tokens * bytes_per_token / 1e6:,.1f} MB in {plan.output}",

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from megatron_slm.checkpoint.format import Manifest
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.cli.score import parse_scoring
-from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
+from megatron_slm.config.run import RunConfig
 from megatron_slm.planning.planned_run import plan_run
 from tests.examples.recipes import EXAMPLES, FOLDERS, ROOT, flags_of_tool
 
@@ -169,7 +170,11 @@ def save_checkpoint(folder: Path, step: int) -> None:
     made.mkdir(parents=True)
     nothing: dict[str, Any] = dict.fromkeys(("tokenizer_fingerprint", "sample_order"))
     Manifest(
-        step=step, consumed_samples=step, adam_step=step, architecture=architecture, layout={}, files={}, **nothing
+        state=RunState(step=step, consumed_samples=step, adam_step=step),
+        architecture=architecture,
+        layout={},
+        files={},
+        **nothing,
     ).write(made)
 
 

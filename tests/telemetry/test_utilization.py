@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.load import parse
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError, TrainingError
 from megatron_slm.operations.watchdog import Watchdog
@@ -165,7 +165,7 @@ def train_with_a_slow_profile(values: dict[str, Any], slow: int) -> list[str]:
 
 def fail_with_a_slow_profile(values: dict[str, Any], slow: int) -> None:
     slow_profile(slow)
-    Health.must_stop = property(lambda self: self._run.position.step == 2)  # type: ignore[assignment, method-assign]
+    Health.must_stop = property(lambda self: self._run.state.step == 2)  # type: ignore[assignment, method-assign]
     Health.error = lambda self: TrainingError("loss", "nan", "be finite", "start again")  # type: ignore[method-assign]
     command(flags(values))
 

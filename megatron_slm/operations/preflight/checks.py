@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_slm.config import PreflightConfig
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.operations.preflight.check import Check, Status
 from megatron_slm.operations.preflight.facts import Facts
 from megatron_slm.operations.preflight.link_checks import check_clocks, check_links

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import megatron_slm
 from megatron_slm.checkpoint.format import find_checkpoint
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError, ConfigError
-from megatron_slm.run.data_paths import corpus_prefixes
+from megatron_slm.run.data_paths import named_corpora
 
 _CORPUS = (".idx", ".bin", ".meta.json", "_loss_mask.idx", "_loss_mask.bin")
 _BLOCK = 1 << 20
@@ -24,7 +24,7 @@ def read_files(config: RunConfig) -> dict[str, list[Path]]:
     data, model, selection = config.data, config.model, config.selection
     prefixes: list[str] = []
     with suppress(ConfigError):  # the file that lists them is missing, which its own fingerprint shows
-        prefixes = [prefix for prefix in corpus_prefixes(data) if "://" not in prefix]
+        prefixes = [corpus.prefix for corpus in named_corpora(data) if "://" not in corpus.prefix]
     named: dict[str, list[str | None]] = {
         "--deepspeed-config": [config.parallel.deepspeed_config],
         "--data-args-path": [data.data_args_path],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import PreflightError
 from megatron_slm.operations.preflight.checks import evaluate
 from megatron_slm.operations.preflight.facts import gather_facts
