@@ -174,12 +174,12 @@ def _nothing_fits(run: PlannedRun, cluster: Cluster, found: int, smallest: int) 
         return LayoutError(
             "--global-batch-size",
             run.config.training.global_batch_size,
-            f"be divisible over {cluster.num_gpus} GPUs in a layout to which the models' shapes can be sharded",
+            f"allow a layout on {cluster.num_gpus} GPUs that divides batch and models evenly",
             "choose a multiple of the number of GPUs, or another number of nodes",
         )
     return LayoutError(
         "--gpu",
         f"{cluster.usable_bytes / 2**30:.1f} GiB usable",
-        f"fit one of {found} layouts on {cluster.num_gpus} GPUs (the smallest needs {smallest / 2**30:.1f} GiB)",
+        f"hold one of {found} layouts on {cluster.num_gpus} GPUs (the smallest needs {smallest / 2**30:.1f} GiB)",
         "plan for more nodes, larger GPUs, or a smaller --micro-batch-size and --loss-head-stash-mib",
     )

@@ -175,9 +175,9 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, text=text)
         elif step % self._interval == 0 or step in (1, self.total) or time.monotonic() - self._printed_at > 30:
             self._printed_at = time.monotonic()
-            self.say(f"{self.title}  step {step}/{self.total}  {text}")
+            self.print(f"{self.title}  step {step}/{self.total}  {text}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line; a console that cannot be written (full disk, lost terminal) does not end the run."""
         with suppress(OSError):
             self.console.print(text, highlight=False, soft_wrap=True)

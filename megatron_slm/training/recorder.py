@@ -134,7 +134,7 @@ class Recorder:
     def log(self, text: str) -> None:
         """Print a line on the console."""
         if self._writer is not None:
-            self._line.say(text)
+            self._line.print(text)
 
     def flush(self) -> None:
         """Flush TensorBoard."""
