@@ -132,8 +132,7 @@ def _pipeline_trainer(
             timers=Timers(plan.config.logging.timing_log_level),
         )
     )
-    searches = schedule.mode in ("skewed", "bubble")
-    measured = plan.config.parallel.reference_schedule_warmup_steps if searches else 0
+    measured = plan.config.parallel.reference_schedule_warmup_steps if schedule.mode.works_ahead else 0
     return PipelineTrainer(engine, num_measured_steps=measured)
 
 

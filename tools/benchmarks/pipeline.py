@@ -184,16 +184,17 @@ def _slept_out(lengths: dict[Any, float]) -> Callable[[Any], AbstractContextMana
 
 def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]:
     """What takes turns, each by what the engine works with: its schedule, and where reference losses come from."""
+    from megatron_slm.engine.schedule.modes import Mode
     from megatron_slm.engine.schedule.search import choose_schedule
     from megatron_slm.reference.manifest import Manifest
     from megatron_slm.reference.store import ScoreReader
     from megatron_slm.reference.stored import StoredScores
     from megatron_slm.selection.selector import Selector
 
-    alone = replace(context, schedule=choose_schedule("clm", costs, job["micro_batches"]))
+    alone = replace(context, schedule=choose_schedule(Mode.CLM, costs, job["micro_batches"]))
     found = {BASELINE: replace(alone, objective=replace(context.objective, selector=Selector()))}
     for mode in MODES:
-        found[mode] = replace(context, schedule=choose_schedule(mode, costs, job["micro_batches"]))
+        found[mode] = replace(context, schedule=choose_schedule(Mode(mode), costs, job["micro_batches"]))
     folder = Path(job["folder"]) / "scores"
     return found | {STORED: replace(alone, scores=StoredScores([ScoreReader(folder, Manifest.read(folder))], "mean"))}
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megatron_slm.engine.schedule.costs import Costs, Work
-
-Mode = Literal["clm", "ride-along", "sequential", "bubble", "skewed"]
 
 
 class Computation(NamedTuple):

@@ -26,9 +26,9 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from megatron_slm.engine.schedule.costs import Costs, Work
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.orders import (
     Computation,
-    Mode,
     Orders,
     model_orders,
     reference_orders,
@@ -191,11 +191,6 @@ class Schedule:
         """Number of pipeline stages."""
         return len(self.orders)
 
-    @property
-    def works_ahead(self) -> bool:
-        """Whether a step leaves work done for the next one."""
-        return self.leads is not None and any(self.leads)
-
     @cached_property
     def events(self) -> list[Event]:
         """A step in the middle of a run, played through."""
@@ -222,19 +217,19 @@ class Schedule:
 
 def clm(costs: Costs, num_micro_batches: int) -> Schedule:
     """The model alone."""
-    return Schedule("clm", costs, num_micro_batches, None, model_orders(costs.num_stages, num_micro_batches))
+    return Schedule(Mode.CLM, costs, num_micro_batches, None, model_orders(costs.num_stages, num_micro_batches))
 
 
 def ride_along(costs: Costs, num_micro_batches: int) -> Schedule:
     """The reference right before the model: the plainest way, which all others are compared with."""
     orders = ride_along_orders(costs.num_stages, num_micro_batches)
-    return Schedule("ride-along", costs, num_micro_batches, (0,) * costs.num_stages, orders)
+    return Schedule(Mode.RIDE_ALONG, costs, num_micro_batches, (0,) * costs.num_stages, orders)
 
 
 def sequential(costs: Costs, num_micro_batches: int) -> Schedule:
     """All of the step's reference, then the model."""
     orders = sequential_orders(costs.num_stages, num_micro_batches)
-    return Schedule("sequential", costs, num_micro_batches, (0,) * costs.num_stages, orders)
+    return Schedule(Mode.SEQUENTIAL, costs, num_micro_batches, (0,) * costs.num_stages, orders)
 
 
 @lru_cache(maxsize=16)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
 from megatron_slm.engine.schedule.costs import Costs
-from megatron_slm.engine.schedule.orders import ListScheduler, Mode, model_orders
+from megatron_slm.engine.schedule.modes import Mode
+from megatron_slm.engine.schedule.orders import ListScheduler, model_orders
 from megatron_slm.engine.schedule.programs import Schedule, clm, makespan, play, ride_along, sequential
 
 Leads = tuple[int, ...]
@@ -15,6 +16,8 @@ CLOSE_ENOUGH = 1.002
 """A schedule within this factor of the lower bound ends the search."""
 MAX_COMPUTATIONS = 400_000
 """Computations that one search may place: two or three seconds of work, whatever the size of the pipeline."""
+_PLAIN = {Mode.CLM: clm, Mode.RIDE_ALONG: ride_along, Mode.SEQUENTIAL: sequential}
+"""Modes whose schedule follows from their definition."""
 _DEADLINES = (1.0, 1.01, 1.03, 1.06, 1.5)
 """Tried as factors of the lower bound: from out of the model's way to whenever a stage is idle."""
 
@@ -48,13 +51,9 @@ def choose_schedule(
     Args:
         max_computations: what a search may place before it takes the best so far.
     """
-    if mode == "clm":
-        return clm(costs, num_micro_batches)
-    if mode == "ride-along":
-        return ride_along(costs, num_micro_batches)
-    if mode == "sequential":
-        return sequential(costs, num_micro_batches)
-    return _Search(mode, costs, num_micro_batches, max_computations).run()
+    if mode.works_ahead:
+        return _Search(mode, costs, num_micro_batches, max_computations).run()
+    return _PLAIN[mode](costs, num_micro_batches)
 
 
 class _Search:
@@ -74,7 +73,7 @@ class _Search:
     def run(self) -> Schedule:
         """The best schedule found."""
         self._try(self.best_leads)
-        if self.mode == "skewed":
+        if self.mode is Mode.SKEWED:
             for leads in self._lines():
                 self._try(leads)
             before = self.best_ticks + 1
