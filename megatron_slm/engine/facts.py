@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_slm.loss.sums import LossSums
+from megatron_slm.loss.sums import LossSums, SumLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,13 @@ class StepFacts:
     """Collects them. Nothing here waits for the device before `read`."""
 
     def __init__(self) -> None:
-        self.vectors: dict[int, Tensor] = {}
-        """Values of `LossSums` by micro-batch, fp64."""
+        self._sums: dict[int, Tensor] = {}
+        """Packed, by micro-batch."""
         self._finite: dict[int, Tensor] = {}
 
-    def add(self, micro_batch: int, vector: Tensor) -> None:
-        """A micro-batch's loss sums."""
-        self.vectors[micro_batch] = vector
+    def add_sums(self, micro_batch: int, vector: Tensor) -> None:
+        """Keep a micro-batch's packed loss sums."""
+        self._sums[micro_batch] = vector
 
     def see_gradient(self, micro_batch: int, gradient: Tensor) -> None:
         """The gradient of a micro-batch at the bottom of this stage."""
@@ -46,12 +46,12 @@ class StepFacts:
     @property
     def in_order(self) -> list[Tensor]:
         """The vectors by micro-batch, so that their sum does not depend on the order of the schedule."""
-        return [self.vectors[i] for i in sorted(self.vectors)]
+        return [self._sums[i] for i in sorted(self._sums)]
 
-    def read(self) -> list[MicroBatchFacts]:
+    def read(self, layout: SumLayout) -> list[MicroBatchFacts]:
         """Everything, on the host."""
-        numbers = sorted({*self.vectors, *self._finite})
-        sums = {i: LossSums.of(vector.tolist()) for i, vector in self.vectors.items()}
+        numbers = sorted({*self._sums, *self._finite})
+        sums = {i: layout.unpack(vector) for i, vector in self._sums.items()}
         finite = torch.stack(list(self._finite.values())).tolist() if self._finite else []
         gradients = dict(zip(self._finite, finite, strict=True))
         return [MicroBatchFacts(micro_batch=i, sums=sums.get(i), gradient_is_finite=gradients.get(i)) for i in numbers]

@@ -16,7 +16,7 @@ from megatron_slm.engine.schedule.programs import Kind
 from megatron_slm.engine.timers import Timers
 from megatron_slm.engine.trainer import BatchSource
 from megatron_slm.loss.objective import Objective, Probed, StepSettings
-from megatron_slm.loss.sums import LossSums, evaluation_sums
+from megatron_slm.loss.sums import EVALUATION, LossSums
 from megatron_slm.model.llama import layer_list
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.layers import ParallelLayers
@@ -47,7 +47,8 @@ class FlatTrainer:
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """See `Trainer`. The reference rides along, so there is no work for a next step."""
         self.engine.train()
-        self._facts, timing, activity, count = StepFacts(), self.timers.timing, self.activity, self.num_micro_batches
+        timing, activity, count = self.timers.timing, self.activity, self.num_micro_batches
+        self._facts = StepFacts()
         for i in range(count):
             activity.at(2 * i, 2 * count + 1, Kind.FORWARD.value, i)
             with timing("batch-generator"):
@@ -62,9 +63,9 @@ class FlatTrainer:
             with timing("backward-compute"):
                 self.engine.backward(loss_sum, scale_wrt_gas=False)
             if self.objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
-                self._facts.add(i, values)
+                self._facts.add_sums(i, values)
         activity.at(2 * count, 2 * count + 1, Kind.OPTIMIZER_STEP.value, -1)
-        sums = sum_over_world(self._facts.in_order, self.engine.device, num_sources=self.objective.num_sources)
+        sums = sum_over_world(self._facts.in_order, self.objective.sum_layout, self.engine.device)
         with (
             timing("optimizer"),
             gradients_scaled(self.engine.optimizer, step_factor(sums, settings, self.topology.data)),
@@ -74,7 +75,7 @@ class FlatTrainer:
 
     def micro_batch_facts(self) -> list[MicroBatchFacts]:
         """See `Trainer`."""
-        return self._facts.read()
+        return self._facts.read(self.objective.sum_layout)
 
     @torch.no_grad()
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
@@ -82,7 +83,8 @@ class FlatTrainer:
         self.engine.eval()
         with self.timers.paused():
             values = [self.engine(self._on_device(source(i)), None, None)[1] for i in range(num_micro_batches)]
-        return sum_over_world(values if self.objective.tp.rank == 0 else [], self.engine.device)
+        counted = values if self.objective.tp.rank == 0 else []
+        return sum_over_world(counted, EVALUATION, self.engine.device)
 
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
         """See `Trainer`."""
@@ -151,5 +153,5 @@ class FlatModule(nn.Module):
         with self.timers.timing("loss-head"):
             if settings is not None:
                 return self.objective.loss(x_sbd, weight, batch, reference, settings)
-            sums = evaluation_sums(self.objective.statistics(x_sbd, weight, batch), batch)
+            sums = self.objective.evaluation_sums(x_sbd, weight, batch)
         return sums[0], sums

@@ -13,21 +13,20 @@ from torch import Tensor
 
 from megatron_slm.engine.refusal import refusal
 from megatron_slm.loss.objective import StepSettings
-from megatron_slm.loss.sums import LossSums, num_sums
+from megatron_slm.loss.sums import LossSums, SumLayout
 
 
-def sum_over_world(vectors: Sequence[Tensor], device: torch.device, *, num_sources: int = 1) -> LossSums:
-    """Add up the statistics of all micro-batches and ranks, the same bits on each. Collective over the world.
+def sum_over_world(vectors: Sequence[Tensor], layout: SumLayout, device: torch.device) -> LossSums:
+    """Add up the sums of all micro-batches and ranks, the same bits on each. Collective over the world.
 
     Args:
-        vectors: values of `LossSums`, fp64 [`num_sums`] each; none on ranks that computed no loss.
-        num_sources: corpora of the run.
+        vectors: packed sums, one a micro-batch; none on ranks that computed no loss.
     """
-    total = torch.zeros(num_sums(num_sources), dtype=torch.float64, device=device)
+    total = torch.zeros(layout.size, dtype=torch.float64, device=device)
     if vectors:
         total += torch.stack(list(vectors)).sum(0)
     dist.all_reduce(total)
-    return LossSums.of(total.tolist())  # a step's one transfer from the device
+    return layout.unpack(total)  # a step's one transfer from the device
 
 
 def step_factor(sums: LossSums, settings: StepSettings, data_parallel_size: int) -> float:

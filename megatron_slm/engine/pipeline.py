@@ -29,7 +29,7 @@ from megatron_slm.engine.timers import Timers
 from megatron_slm.engine.trainer import BatchSource
 from megatron_slm.engine.window import Window
 from megatron_slm.loss.objective import Objective, Probed, StepSettings
-from megatron_slm.loss.sums import LossSums, evaluation_sums
+from megatron_slm.loss.sums import EVALUATION, LossSums
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.collectives import peers_named
 from megatron_slm.parallel.topology import Topology
@@ -116,7 +116,7 @@ class SelectiveEngine(PipelineEngine):
 
     def micro_batch_facts(self) -> list[MicroBatchFacts]:
         """What the last step saw of each micro-batch on this rank."""
-        return self._facts.read()
+        return self._facts.read(self.context.objective.sum_layout)
 
     @torch.no_grad()
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
@@ -127,7 +127,7 @@ class SelectiveEngine(PipelineEngine):
         self.module.eval()
         with self._beside_training():
             self._run(forward_programs(Work.FORWARD, self.num_stages, num_micro_batches), source)
-        return sum_over_world(self._facts.in_order, self.device)
+        return sum_over_world(self._facts.in_order, EVALUATION, self.device)
 
     @torch.no_grad()
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
@@ -264,9 +264,9 @@ class SelectiveEngine(PipelineEngine):
                 reference = self._window.take_reference(i)
                 self._losses[i], sums = objective.loss(x_sbd, weight, batch, reference, self._settings)
             else:
-                sums = evaluation_sums(objective.statistics(x_sbd, weight, batch), batch)
+                sums = objective.evaluation_sums(x_sbd, weight, batch)
         if objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
-            self._facts.add(i, sums)
+            self._facts.add_sums(i, sums)
 
     def _backward(self, i: int) -> None:
         if self.is_last_stage():
@@ -330,8 +330,7 @@ class SelectiveEngine(PipelineEngine):
 
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step; unless the losses say that it must not be."""
-        num_sources = self.context.objective.num_sources
-        self._sums = sum_over_world(self._facts.in_order, self.device, num_sources=num_sources)
+        self._sums = sum_over_world(self._facts.in_order, self.context.objective.sum_layout, self.device)
         factor = step_factor(self._sums, self._settings, self.context.topology.data)
         with self.context.timers.timing("optimizer"), gradients_scaled(self.optimizer, factor):
             PipelineEngine._exec_optimizer_step(self)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_slm.loss.prediction import ThresholdPredictor
 from megatron_slm.loss.selective_ce import selective_cross_entropy, token_statistics
-from megatron_slm.loss.sums import loss_sums
+from megatron_slm.loss.sums import EVALUATION, SumLayout, evaluation_sums, loss_sums
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
 from megatron_slm.parallel.collectives import all_gather_dim0
@@ -74,6 +74,11 @@ class Objective:
     num_sources: int = 1
     """Corpora of the run."""
 
+    @property
+    def sum_layout(self) -> SumLayout:
+        """Layout of the sums that `loss` returns."""
+        return SumLayout(self.num_sources)
+
     def loss(
         self,
         x_sbd: Tensor,
@@ -82,9 +87,9 @@ class Objective:
         reference: TokenStatistics | None,
         settings: StepSettings,
     ) -> tuple[Tensor, Tensor]:
-        """The loss sum of a micro-batch (carrying the gradient of the kept tokens) and the values of its `LossSums`.
+        """Compute a micro-batch's loss sum, which carries the gradient of the kept tokens, and its packed `LossSums`.
 
-        The values, fp64 [`num_sums`], stay on the device: a step adds them up there and brings them over once.
+        The sums, fp64 [`sum_layout.size`], stay on the device: a step adds them up there and reads them once.
 
         Args:
             x_sbd: the head's output, [s, b, d], or [s / size, b, d] under sequence parallelism.
@@ -124,11 +129,20 @@ class Objective:
         reference_loss_N = None if reference is None else reference.loss_N
         if self.observer is not None:
             self.observer(batch, tokens.loss_N, reference_loss_N, selection.kept_K)
-        measured = self.selector.measure(chosen[0], settings.step)
-        sources = (batch.source_b, self.num_sources)
-        return loss_sum, loss_sums(
-            tokens.loss_N, reference_loss_N, chosen[0], batch.valid_bs.flatten(), measured, sources
+        sums = loss_sums(
+            token_loss_N=tokens.loss_N,
+            reference_loss_N=reference_loss_N,
+            choice=chosen[0],
+            valid_N=batch.valid_bs.flatten(),
+            measured_threshold=self.selector.measure(chosen[0], settings.step),
+            source_b=batch.source_b,
+            num_sources=self.num_sources,
         )
+        return loss_sum, self.sum_layout.pack(sums)
+
+    def evaluation_sums(self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch) -> Tensor:
+        """Compute a held-out micro-batch's sums without a gradient, packed by the layout `EVALUATION`."""
+        return EVALUATION.pack(evaluation_sums(self.statistics(x_sbd, output, batch), batch))
 
     def choose(
         self,

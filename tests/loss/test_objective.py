@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_slm.engine.gradients import step_factor
 from megatron_slm.engine.refusal import refusal
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
-from megatron_slm.loss.sums import LossSums
+from megatron_slm.loss.sums import LossSums, SumLayout
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.selection.scores import SCORES
 from megatron_slm.selection.selector import Selector
@@ -42,7 +42,7 @@ def run(selector: Selector, p: Any, reference: Tensor | None) -> tuple[Tensor, L
     objective = Objective(selector=selector, tp=TensorParallel())
     statistics = None if reference is None else TokenStatistics(reference)
     loss, values = objective.loss(x_sbd, OutputWeight(weight, 0, len(weight)), batch, statistics, StepSettings(step=0))
-    return loss.detach(), LossSums.of(values.tolist()), list(torch.autograd.grad(loss, [x_sbd, weight]))
+    return loss.detach(), SumLayout().unpack(values), list(torch.autograd.grad(loss, [x_sbd, weight]))
 
 
 def full_losses(p: Any) -> Tensor:
@@ -148,7 +148,7 @@ def test_the_expected_count_divides_in_quantile_selections() -> None:
     objective = Objective(selector=chosen, tp=TensorParallel())
     settings = StepSettings(step=7, score_threshold=0.0)
     _, values = objective.loss(p[0], OutputWeight(p[1], 0, len(p[1])), p[2], None, settings)
-    sums = LossSums.of(values.tolist())
+    sums = SumLayout().unpack(values)
     assert sums.kept_tokens == 14
     assert sums.divisor == 7
     losses = full_losses(p).detach()[p[2].valid_bs.flatten()].sort(descending=True).values

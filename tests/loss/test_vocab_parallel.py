@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_slm.loss import LossHead, selective_cross_entropy, variants
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
-from megatron_slm.loss.sums import LossSums
+from megatron_slm.loss.sums import SumLayout
 from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
 from megatron_slm.parallel.groups import TensorParallel, init_distributed, tensor_parallel_group
 from megatron_slm.parallel.topology import Topology
@@ -63,7 +63,7 @@ def outcome(tp: TensorParallel, *, ties: bool) -> dict[str, Any]:
         parts = [torch.empty_like(hidden_grad) for _ in range(tp.size)]
         dist.all_gather(parts, hidden_grad, group=tp.group)
         hidden_grad = torch.cat(parts)
-    return {"loss": loss.detach(), "sums": LossSums.of(sums.tolist()), "kept": kept[0], "losses": losses[0], "hidden": hidden_grad,
+    return {"loss": loss.detach(), "sums": SumLayout().unpack(sums), "kept": kept[0], "losses": losses[0], "hidden": hidden_grad,
             "weight": shard.grad}  # fmt: skip
 
 
