@@ -20,9 +20,8 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `plan.py schedule`."""
     parser.add_argument("--stages", type=int, required=True, help="pipeline stages")
     parser.add_argument("--micro-batches", type=int, required=True, help="micro-batches of a step on one rank")
-    parser.add_argument(
-        "--mode", type=Mode, choices=tuple(Mode), default=Mode.SKEWED, help="mode to draw (default: %(default)s)"
-    )
+    names = [mode.value for mode in Mode]
+    parser.add_argument("--mode", choices=names, default=Mode.SKEWED.value, help="mode to draw (default: %(default)s)")
     durations = parser.add_argument_group("durations on one stage, in any one unit")
     for name, default, text in (
         ("forward", 1.0, "the model's forward pass"),
@@ -71,11 +70,11 @@ def plan_schedule(args: argparse.Namespace) -> None:
     )
     console = Console()
     console.print(_modes_table(schedules))
-    console.print(_stages_table(schedules[args.mode], sizes))
+    console.print(_stages_table(schedules[Mode(args.mode)], sizes))
     if args.png is not None:
         from megatron_slm.engine.schedule.picture import draw  # matplotlib: needed only for pictures
 
-        draw(schedules[args.mode], args.png)
+        draw(schedules[Mode(args.mode)], args.png)
         console.print(f"wrote {args.png}", highlight=False)
 
 
