@@ -31,7 +31,7 @@ class OutputWeight(NamedTuple):
     """Rows of the largest part over the tensor-parallel ranks, padding included."""
 
 
-class Probed(NamedTuple):
+class ScoredTokens(NamedTuple):
     """What a model and its selection say of a micro-batch, without a gradient, each [b, s]."""
 
     loss_bs: Tensor
@@ -163,22 +163,22 @@ class Objective:
         )
         return choice.rows(slice(self.dp.rank * num_rows, (self.dp.rank + 1) * num_rows))
 
-    def probe(
+    def scored_tokens(
         self,
         x_sbd: Tensor,
         output: OutputWeight,
         batch: MicroBatch,
         reference: TokenStatistics | None,
         settings: StepSettings | None,
-    ) -> Probed:
+    ) -> ScoredTokens:
         """Losses of a micro-batch's tokens, and which of them would be kept; without settings the losses alone."""
         with_entropy = settings is not None and self.selector.needs("entropy")
         tokens = self.statistics(x_sbd, output, batch, with_entropy=with_entropy)
         loss_bs = tokens.loss_N.view(batch.valid_bs.shape)
         if settings is None:
-            return Probed(loss_bs, None, None)
+            return ScoredTokens(loss_bs, None, None)
         choice = self.choose(tokens, batch, reference, settings)
-        return Probed(loss_bs, choice.score_N.view_as(batch.valid_bs), choice.kept_N.view_as(batch.valid_bs))
+        return ScoredTokens(loss_bs, choice.score_N.view_as(batch.valid_bs), choice.kept_N.view_as(batch.valid_bs))
 
     def statistics(
         self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch, *, with_entropy: bool = False

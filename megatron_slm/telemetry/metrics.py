@@ -54,7 +54,7 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         "nonfinite_tokens": sums.nonfinite_tokens,
         **{name: _mean(getattr(sums, name), sums.ranked_tokens) if has_scores else None for name in SCORE_QUANTILES},
         "grad_norm": _mean(result.grad_norm, 1.0),
-        "skip_reason": result.refused,
+        "skip_reason": result.skip_reason,
     }
 
 

@@ -63,7 +63,7 @@ def train(run: Run) -> None:
                 raise health.error()
             if run.probe is not None and run.probe.due(position.step):
                 recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
-            with run.trainer.timers.timing("batch-generator"):
+            with run.trainer.step_timers.timing("batch-generator"):
                 unreadable = run.train_source.prepare(position.consumed_samples)
             must_stop = unreadable is not None or recorder.unwritten is not None
             stopping = stop.agreed(step_done=None if is_last else position.step, must_stop=must_stop)

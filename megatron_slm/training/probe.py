@@ -55,7 +55,7 @@ class Probe:
     def kept(self, settings: StepSettings) -> Tensor:
         """Which tokens of the batch are kept with the weights of now, bool [samples, s] on every rank. Collective."""
         source = partial(self.source.micro_batch, 0)
-        said = self.trainer.probe(source, self._references, settings)
+        said = self.trainer.scored_tokens(source, self._references, settings)
         length = self.source.samples.sequence_length
         kept_Bs = torch.zeros(self.global_batch_size, length, dtype=torch.uint8, device=local_device())
         if self.topology.coordinate(dist.get_rank()).tensor == 0:  # the others have the same

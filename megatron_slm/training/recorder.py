@@ -117,7 +117,7 @@ class Recorder:
 
     def _used(self) -> dict[str, Any]:
         """Memory and times since this was last asked. Collective."""
-        step, timers = self.run.position.step, self.run.trainer.timers
+        step, timers = self.run.position.step, self.run.trainer.step_timers
         seconds, num_steps = timers.read(), step - self._logged_step
         self._logged_step = step
         times = gather_times(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from megatron_slm.engine.refusal import refusal
+from megatron_slm.engine.skipping import skip_reason
 from megatron_slm.engine.trainer import BatchSource, StepResult, Trainer
 from megatron_slm.loss.objective import StepSettings
 
@@ -22,13 +22,13 @@ def train_step(
         group["lr"] = learning_rate
     skipped_before = engine.skipped_steps
     sums = trainer.train_step(source, settings, is_last=is_last)
-    refused = refusal(sums, settings)
-    if refused is None and engine.skipped_steps > skipped_before:
-        refused = "nonfinite-gradient"
-    assert (refused is not None) == (engine.skipped_steps > skipped_before), "a refused step is not applied"
+    skipped, reason = engine.skipped_steps > skipped_before, skip_reason(sums, settings)
+    assert skipped or reason is None, "a step with a reason to be skipped was applied"
+    if skipped and reason is None:
+        reason = "nonfinite-gradient"
     return StepResult(
         sums=sums,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
-        refused=refused,
+        skip_reason=reason,
         seconds=time.perf_counter() - started,
     )

@@ -81,7 +81,7 @@ class TextProbe:
     def record(self, settings: StepSettings) -> ProbeRecord:
         """Look at the texts. Collective."""
         source = partial(self.source.micro_batch, 0)
-        said = self.trainer.probe(source, self._references, settings if self.selects else None)
+        said = self.trainer.scored_tokens(source, self._references, settings if self.selects else None)
         loss_Ws = self._gather([probed.loss_bs for probed in said])
         record = ProbeRecord(step=settings.step, loss_Ws=loss_Ws)
         if self.selects:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slm.engine.gradients import step_factor
-from megatron_slm.engine.refusal import refusal
+from megatron_slm.engine.gradients import gradient_factor
+from megatron_slm.engine.skipping import skip_reason
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
 from megatron_slm.loss.sums import LossSums, SumLayout
 from megatron_slm.parallel.groups import TensorParallel
@@ -95,7 +95,7 @@ def test_a_token_loss_that_is_not_finite_does_not_touch_its_neighbours(clm: bool
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in gradients)
     assert sums.nonfinite_losses == 1, "the model's own, not a score"
-    assert refusal(sums, StepSettings(step=0)) == "nonfinite-loss"
+    assert skip_reason(sums, StepSettings(step=0)) == "nonfinite-loss"
     assert (sums.nonfinite_tokens, sums.valid_tokens, sums.kept_tokens) == (1, 13, 13 if clm else 7)
     losses, valid = full_losses(p).detach(), p[2].valid_bs.flatten().clone()
     valid[10] = False
@@ -117,21 +117,21 @@ def test_all_masked_is_zero_of_everything() -> None:
         assert float(loss) == 0
         assert sums == LossSums()
         assert not any(g.any() for g in gradients)
-        assert refusal(sums, StepSettings(step=0)) == "nothing-kept", "a gradient of zeros is none"
+        assert skip_reason(sums, StepSettings(step=0)) == "nothing-kept", "a gradient of zeros is none"
 
 
 def test_the_divisor_of_a_step() -> None:
     sums, settings = LossSums(kept_tokens=5, divisor=4.0, ranked_tokens=9), StepSettings(step=0)
-    assert step_factor(sums, settings, 2) == 0.5
+    assert gradient_factor(sums, settings, 2) == 0.5
     for bad in (LossSums(nonfinite_tokens=3), replace(sums, nonfinite_losses=1.0)):
-        assert math.isnan(step_factor(bad, settings, 2))
+        assert gradient_factor(bad, settings, 2) is None
 
 
-def test_why_a_step_is_refused() -> None:
+def test_why_a_step_is_skipped() -> None:
     sums = LossSums(kept_tokens=5, divisor=4.0, ranked_tokens=9, valid_loss=30.0, valid_tokens=10)
 
     def reason(limit: float | None = None, **changes: float) -> str | None:
-        return refusal(replace(sums, **changes), StepSettings(step=0, loss_limit=limit))
+        return skip_reason(replace(sums, **changes), StepSettings(step=0, loss_limit=limit))
 
     assert reason() is None
     assert reason(nonfinite_tokens=3) is None, "scores that are not finite are left out"

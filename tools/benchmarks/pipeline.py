@@ -171,7 +171,7 @@ def _costs(job: dict[str, Any], stepper: _Stepper) -> Any:
 
 
 def _slept_out(lengths: dict[Any, float]) -> Callable[[Any], AbstractContextManager[None]]:
-    """In place of the engine's stopwatch: each computation ends when its length has passed."""
+    """In place of the engine's timers: each computation ends when its length has passed."""
 
     @contextmanager
     def sleeping(work: Any) -> Iterator[None]:
@@ -234,11 +234,14 @@ class _Stepper:
 
     def measured_costs(self) -> Any:
         """What each computation takes on each stage."""
+        from megatron_slm.engine.measure import measured_costs
+
         self.take(is_last=False)  # the first is slower
-        self.engine.start_measuring()
+        context = self.engine.context
+        context.timers.keep_intervals()
         for step in range(MEASURED_STEPS):
             self.take(is_last=step == MEASURED_STEPS - 1)
-        return self.engine.measured_costs()
+        return measured_costs(context.timers.take_intervals(), context.topology, self.engine.device)
 
 
 def _record(job: dict[str, Any], name: str, context: Any, seconds: dict[str, list[float]]) -> dict[str, Any]:
