@@ -14,6 +14,7 @@ from megatron_slm.engine.gradients import gradient_factor
 from megatron_slm.engine.skipping import skip_reason
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
 from megatron_slm.loss.sums import LossSums, SumLayout
+from megatron_slm.loss.variants import LossHead
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.selection.scores import SCORES
 from megatron_slm.selection.selector import Selector
@@ -154,3 +155,27 @@ def test_the_expected_count_divides_in_quantile_selections() -> None:
     losses = full_losses(p).detach()[p[2].valid_bs.flatten()].sort(descending=True).values
     assert sums.threshold / sums.threshold_tokens == pytest.approx(float(losses[6]), abs=2**-16)
     assert sums.score_p50 / sums.ranked_tokens == pytest.approx(float(losses.double().quantile(0.5)), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows_in_budget", [6, 1000])
+def test_the_predictor_learns_from_all_rows_of_a_micro_batch(rows_in_budget: int) -> None:
+    """Also where the stash is full before the last rows are scored; the results are those without a stash."""
+    chosen = Selector(scores=(SCORES["loss"],), keep_ratio=0.25)
+    small = LossHead(variant="predictive", stash_bytes=rows_in_budget * VOCAB * 4)
+    predicting = Objective(selector=chosen, tp=TensorParallel(), head=small)
+    plain = Objective(selector=chosen, tp=TensorParallel(), head=LossHead(variant="recompute"))
+    for seed in range(3):
+        p = problem(seed)
+        found = []
+        for objective in (predicting, plain):
+            output, settings = OutputWeight(p[1], 0, VOCAB), StepSettings(step=0)
+            loss, sums = objective.loss(p[0], output, p[2], None, settings)
+            found.append([loss.detach(), sums, *torch.autograd.grad(loss, [p[0], p[1]])])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+        losses = full_losses(p).detach()
+        ranked = losses[p[2].valid_bs.flatten()].sort(descending=True).values
+        predicted = predicting.predictor.predict(losses)
+        assert predicted is not None
+        # a quarter of 14 is kept, and a band of a twentieth more
+        assert sorted(losses[predicted & p[2].valid_bs.flatten()].tolist()) == sorted(ranked[:5].tolist())
