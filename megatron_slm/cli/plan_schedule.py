@@ -103,7 +103,7 @@ def _stages_table(schedule: Schedule, sizes: Sizes) -> Table:
             str(schedule.leads[stage] if schedule.leads else 0),
             str(simulation.activations(stage)),
             str(simulation.unread(stage)),
-            str(simulation.window(stage)),
+            str(simulation.micro_batches_held(stage)),
             f"{simulation.memory_bytes(stage, sizes) / 2**20:,.1f}",
         )
     return table

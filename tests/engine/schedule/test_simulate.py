@@ -24,7 +24,7 @@ def test_one_forward_one_backward() -> None:
     assert [clm.bubble_fraction(stage) for stage in range(4)] == pytest.approx([3 / 11] * 4)
     assert [clm.activations(stage) for stage in range(4)] == [4, 3, 2, 1]
     assert [clm.unread(stage) for stage in range(4)] == [0] * 4
-    assert [clm.window(stage) for stage in range(4)] == [1, 0, 0, 1]
+    assert [clm.micro_batches_held(stage) for stage in range(4)] == [1, 0, 0, 1]
     assert clm.memory_bytes(1, SIZES) == 30_000
 
 
@@ -32,7 +32,7 @@ def test_sequential() -> None:
     """2 stages, 2 micro-batches, all on the last stage after the first's: R R then 1F1B."""
     simulation = Simulation(choose_schedule(Mode.SEQUENTIAL, Costs.uniform(2), 2))
     assert simulation.step_ticks == 110_000  # 90,000 of the model, 20,000 of the reference before it
-    assert [simulation.window(stage) for stage in range(2)] == [2, 2]
+    assert [simulation.micro_batches_held(stage) for stage in range(2)] == [2, 2]
     assert simulation.unread(1) == 1
     assert simulation.memory_bytes(1, SIZES) == 10_000 + 1000 + 2 * 110
 
