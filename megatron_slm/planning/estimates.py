@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_slm.engine.schedule.costs import training_flops
-from megatron_slm.engine.schedule.orders import Mode
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.search import MAX_COMPUTATIONS, choose_schedule
 from megatron_slm.engine.schedule.simulate import Simulation
 from megatron_slm.errors import LayoutError
@@ -101,10 +101,8 @@ def estimate(
     """
     durations = stage_durations(run, layout, cluster)
     costs = durations.costs
-    mode: Mode = "clm"
-    if run.reference is not None:
-        hides = layout.pipeline > 1 and layout.zero_stage == 1
-        mode = run.config.parallel.reference_schedule if hides else "ride-along"
+    flag = run.config.parallel.reference_schedule
+    mode = Mode.of_run(flag, num_stages=layout.pipeline, has_reference=run.reference is not None)
     simulation = Simulation(choose_schedule(mode, costs, layout.num_micro_batches, max_computations=max_computations))
     seconds = simulation.step_ticks * durations.seconds_per_tick
     time = step_time(run, layout, cluster, schedule_seconds=seconds)

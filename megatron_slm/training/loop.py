@@ -135,7 +135,7 @@ class _Loop:
 
     def _read_ahead(self) -> SlmError | None:
         """Wait until the next two steps' micro-batches are in memory; this rank's read error."""
-        with self._run.trainer.timers.timing("batch-generator"):
+        with self._run.trainer.step_timers.timing("batch-generator"):
             return self._run.train_source.prepare(self._state.consumed_samples)
 
     def _agree_to_stop(self, *, must_stop: bool) -> str | None:
