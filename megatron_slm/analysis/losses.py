@@ -27,7 +27,7 @@ from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage
-from megatron_slm.reference.manifest import Manifest
+from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.reference.store import ScoreReader, check_shards
 from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch
@@ -167,7 +167,7 @@ def sample_of_store(store: str, prefix: str, tokenizer: Any, *, max_tokens: int)
         ScoreStoreError: the store is unfinished or damaged.
         AnalysisError: the corpus is another one.
     """
-    manifest = Manifest.read(Path(store))
+    manifest = StoreManifest.read(Path(store))
     data = manifest.data
     if data.documents != "concatenate":
         raise AnalysisError(
@@ -204,7 +204,7 @@ def store_losses(store: str, sample: Sample) -> Floats:
         ScoreStoreError: the store is unfinished, damaged, or of other samples.
     """
     folder = Path(store)
-    manifest = Manifest.read(folder)
+    manifest = StoreManifest.read(folder)
     check_shards(folder, manifest, checksums=False)
     assert sample.sample_W is not None, "only samples of a store have numbers"
     tokens = torch.from_numpy(sample.tokens_Ws1)

@@ -1,4 +1,4 @@
-"""Context of a pipeline stage: what its engine is given beside the module."""
+"""Context of a pipeline stage: everything its engine works with beside the module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_slm.reference.stored import StoredScores
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """Everything this stage works with beside the module that DeepSpeed trains."""
+    """Context of this stage, beside the module that DeepSpeed trains."""
 
     topology: Topology
     objective: Objective

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slm.reference.manifest import MANIFEST, Manifest, shard_name
+from megatron_slm.reference.manifest import MANIFEST, StoreManifest, shard_name
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.scoring import score_and_die, score_command, score_here, stored
 from tests.support.training import command
@@ -45,7 +45,7 @@ def test_a_killed_pass_goes_on_at_another_layout(
     with pytest.raises(WorldError) as failed:
         run_world(score_and_die, world_size, values(folder, store, **layout), 1, victim, where)
     assert 9 in failed.value.codes
-    done = Manifest.read(store).shards
+    done = StoreManifest.read(store).shards
     assert list(done) == ([shard_name(0)] if world_size < 4 else [])  # two pipelines start with the shards 0 and 1
     before = {name: (store / name).stat().st_mtime_ns for name in done}
 

@@ -186,7 +186,7 @@ def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]
     """What takes turns, each by what the engine works with: its schedule, and where reference losses come from."""
     from megatron_slm.engine.schedule.modes import Mode
     from megatron_slm.engine.schedule.search import choose_schedule
-    from megatron_slm.reference.manifest import Manifest
+    from megatron_slm.reference.manifest import StoreManifest
     from megatron_slm.reference.store import ScoreReader
     from megatron_slm.reference.stored import StoredScores
     from megatron_slm.selection.selector import Selector
@@ -196,7 +196,9 @@ def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]
     for mode in MODES:
         found[mode] = replace(context, schedule=choose_schedule(Mode(mode), costs, job["micro_batches"]))
     folder = Path(job["folder"]) / "scores"
-    return found | {STORED: replace(alone, scores=StoredScores([ScoreReader(folder, Manifest.read(folder))], "mean"))}
+    return found | {
+        STORED: replace(alone, scores=StoredScores([ScoreReader(folder, StoreManifest.read(folder))], "mean"))
+    }
 
 
 class _Stepper:
