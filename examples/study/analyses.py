@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from results import CLEAN
 
+from megatron_slm.analysis.excerpt import excerpt_of_corpus, excerpt_of_texts, load_tokenizer
 from megatron_slm.analysis.kept import select
-from megatron_slm.analysis.losses import model_statistics, open_stage, stages_of
-from megatron_slm.analysis.sample import load_tokenizer, sample_corpus, sample_texts
+from megatron_slm.analysis.losses import checkpoints_in, model_statistics, open_comparable
 from megatron_slm.cli.analyze_tokens import main as analyze
 from megatron_slm.cli.evaluate import main as evaluate
 from megatron_slm.files import write_durably
@@ -22,7 +22,7 @@ from megatron_slm.selection.scores import score_named
 if TYPE_CHECKING:
     from study import Planned
 
-SEQUENCE_LENGTH, WINDOWS_TOGETHER = 128, 16
+SEQUENCE_LENGTH, SPANS_PER_MICRO_BATCH = 128, 16
 """As in training."""
 
 
@@ -44,7 +44,7 @@ def analyse(out: Path, runs: Sequence[Planned]) -> None:
                 selection = (*selection, "--reference-load", folder.parent / "reference" / "checkpoints")
             _call(
                 analyze, "selection", "--load", newest, *selection, "--text-file", text,
-                "--micro-batch-size", WINDOWS_TOGETHER, "--output", folder / "selection.html",
+                "--micro-batch-size", SPANS_PER_MICRO_BATCH, "--output", folder / "selection.html",
             )  # fmt: skip
         if run.answers and not (folder / "answers.json").exists():
             _call(
@@ -66,16 +66,16 @@ def inside(out: Path, run: Path) -> dict[str, list[float]]:
     a model that has taken over the reference's idea of what follows what gains there without being any better at
     arithmetic.
     """
-    stages = [stages_of([str(run.parent / "base")])[-1], *stages_of([str(run)])]
-    first = open_stage(stages[0], None)
+    stages = [checkpoints_in([str(run.parent / "base")])[-1], *checkpoints_in([str(run)])]
+    first = open_comparable(stages[0], None)
     tokenizer = load_tokenizer(first, None)
     corpus = str(out / "corpora" / "curated_heldout_text_document")
-    sample = sample_corpus(corpus, tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
-    end_Ws1 = sample.tokens_Ws1 == tokenizer.eos_token_id
-    ends_N = (end_Ws1[:, 1:] | end_Ws1[:, :-1])[sample.valid_Ws]
+    excerpt = excerpt_of_corpus(corpus, tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
+    end_Ws1 = excerpt.tokens_Ws1 == tokenizer.eos_token_id
+    ends_N = (end_Ws1[:, 1:] | end_Ws1[:, :-1])[excerpt.valid_Ws]
     out_of: dict[str, list[float]] = {"steps": [], "ends": [], "inside": [], "ends_share": [float(ends_N.mean())]}
     for stage in stages:
-        loss_N = model_statistics(open_stage(stage, first), sample).loss_Ws[sample.valid_Ws].astype(float)
+        loss_N = model_statistics(open_comparable(stage, first), excerpt).loss_Ws[excerpt.valid_Ws].astype(float)
         out_of["steps"].append(0 if stage is stages[0] else stage.step or 0)
         out_of["ends"].append(float(loss_N[ends_N].mean()))
         out_of["inside"].append(float(loss_N[~ends_N].mean()))
@@ -103,21 +103,21 @@ def follow(run: Path, text: Path, *, keep_ratio: float = 0.6) -> dict[str, list[
     every run of a seed. Beside them: precision and recall, against the clean tokens, of what the model of each
     checkpoint would keep.
     """
-    stages = [stages_of([str(run.parent / "base")])[-1], *stages_of([str(run)])]
-    first = open_stage(stages[0], None)
+    stages = [checkpoints_in([str(run.parent / "base")])[-1], *checkpoints_in([str(run)])]
+    first = open_comparable(stages[0], None)
     tokenizer = load_tokenizer(first, None)
-    sample = sample_texts([str(text)], tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
-    clean_N = np.array([kind == CLEAN for window in sample.windows for kind in window.kinds[1:]])
-    reference = model_statistics(open_stage(stages_of([str(run.parent / "reference")])[-1], first), sample)
+    excerpt = excerpt_of_texts([str(text)], tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
+    clean_N = np.array([kind == CLEAN for row in excerpt.spans for kind in row.kinds[1:]])
+    reference = model_statistics(open_comparable(checkpoints_in([str(run.parent / "reference")])[-1], first), excerpt)
     out: dict[str, list[float]] = {"steps": [], "kept": [], "other": [], "precision": [], "recall": []}
     fixed_N = None
     for stage in stages:
-        said = model_statistics(open_stage(stage, first), sample)
+        said = model_statistics(open_comparable(stage, first), excerpt)
         chosen = select(
-            stage.label, sample, said, reference, score=score_named("excess"), keep_ratio=keep_ratio,
-            scope="micro-batch", windows_together=WINDOWS_TOGETHER,
+            stage.label, excerpt, said, reference, score=score_named("excess"), keep_ratio=keep_ratio,
+            scope="micro-batch", spans_per_micro_batch=SPANS_PER_MICRO_BATCH,
         )  # fmt: skip
-        kept_N, loss_N = chosen.kept_Ws[sample.valid_Ws], said.loss_Ws[sample.valid_Ws].astype(float)
+        kept_N, loss_N = chosen.kept_Ws[excerpt.valid_Ws], said.loss_Ws[excerpt.valid_Ws].astype(float)
         if fixed_N is None:
             fixed_N = kept_N
         out["steps"].append(0 if stage is stages[0] else stage.step or 0)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_slm.analysis.charts import COLOURS, MARKERS, Line, Panel, png
-from megatron_slm.analysis.runs import Curve, RunMetrics, read_run
+from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png
+from megatron_slm.analysis.runs import RunMetrics, Series, read_run
 from megatron_slm.files import write_durably
 
 CLEAN = "arithmetic"
@@ -27,7 +27,7 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 
 """Student's t for 95 % intervals, by the number of seeds."""
 PAPER_SHARES = {"H->H": 0.11, "L->H": 0.12, "H->L": 0.26, "L->L": 0.51}
 """Of TinyLlama on OpenWebMath (arXiv 2404.07965, figure 3)."""
-COLOUR = {"clm": COLOURS[0], "slm": COLOURS[1], "random": COLOURS[2], "reference": COLOURS[6]}
+COLOR = {"clm": COLORS[0], "slm": COLORS[1], "random": COLORS[2], "reference": COLORS[6]}
 MARKER = {"clm": MARKERS[0], "slm": MARKERS[1], "random": MARKERS[2], "reference": MARKERS[3]}
 
 
@@ -95,7 +95,7 @@ class Results:
         for seed, found in self.inside[name].items():
             clm = self.inside["clm"].get(seed)
             if clm is not None and clm["steps"] == found["steps"]:
-                reached = Curve(tuple(found["steps"]), tuple(found["inside"])).reaches(clm["inside"][-1])
+                reached = Series(tuple(found["steps"]), tuple(found["inside"])).reaches(clm["inside"][-1])
                 out[seed] = math.inf if reached is None else reached / clm["steps"][-1]
         return out
 
@@ -136,11 +136,11 @@ class Results:
 # ---- figures ------------------------------------------------------------------------------------------------
 
 
-def band(name: str, x: Sequence[float], rows: Sequence[Sequence[float]]) -> Line:
+def band(name: str, x: Sequence[float], rows: Sequence[Sequence[float]]) -> Curve:
     """The mean over seeds, with a band from the lowest to the highest seed."""
     values, kind = np.array(rows), name.split("-")[0]
-    return Line(name=name, x=x, y=values.mean(axis=0).tolist(), low=values.min(axis=0).tolist(),
-                high=values.max(axis=0).tolist(), colour=COLOUR[kind], marker=MARKER[kind])  # fmt: skip
+    return Curve(name=name, x=x, y=values.mean(axis=0).tolist(), low=values.min(axis=0).tolist(),
+                high=values.max(axis=0).tolist(), color=COLOR[kind], marker=MARKER[kind])  # fmt: skip
 
 
 def held_out_panel(results: Results, title: str, held_out: str) -> Panel:
@@ -179,19 +179,19 @@ def by_ratio(results: Results, title: str, label: str, kinds: Sequence[str], val
         found = {ratio: column for ratio, column in found.items() if column}
         if found:
             lines.append(
-                Line(
+                Curve(
                     name=kind,
                     x=list(found),
                     y=[fmean(column) for column in found.values()],
                     low=[min(column) for column in found.values()],
                     high=[max(column) for column in found.values()],
-                    colour=COLOUR[kind],
+                    color=COLOR[kind],
                     marker=MARKER[kind],
                 )
             )
     if flat is not None and results.ratios():
         name, value = flat
-        lines.append(Line(name=name, x=[results.ratios()[0], 1.0], y=[value] * 2, colour=COLOUR["clm"], style="--"))
+        lines.append(Curve(name=name, x=[results.ratios()[0], 1.0], y=[value] * 2, color=COLOR["clm"], style="--"))
     return Panel(title=title, x_label="keep ratio", y_label=label, lines=lines)
 
 
@@ -201,8 +201,8 @@ def class_panel(results: Results) -> Panel:
     for i, name in enumerate(first["class_mean_loss"]):
         rows = [d["class_mean_loss"][name] for d in results.dynamics.values() if None not in d["class_mean_loss"][name]]
         if rows:
-            lines.append(Line(name=name.replace("->", "→"), x=first["steps"], y=np.mean(rows, axis=0).tolist(),
-                              colour=COLOURS[i], marker=MARKERS[i]))  # fmt: skip
+            lines.append(Curve(name=name.replace("->", "→"), x=first["steps"], y=np.mean(rows, axis=0).tolist(),
+                              color=COLORS[i], marker=MARKERS[i]))  # fmt: skip
     return Panel(title="CLM: mean loss of each class", x_label="steps", y_label="nats per token", lines=lines)
 
 

@@ -186,7 +186,7 @@ class Recorder:
         if run.text_probe is None:
             with raise_on_all_ranks(), disk_errors(run.plan.config.logging.run_dir):
                 if self.writer is not None:
-                    ProbeFolder(run.plan.config.logging.run_dir).go_on_after(step)
+                    ProbeFolder(run.plan.config.logging.run_dir).discard_after(step)
             return
         self.watchdog.enter(LoopState.PROBE, step)
         self.probed_texts = run.text_probe.begin(resume_step=step)
