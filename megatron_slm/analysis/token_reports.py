@@ -111,7 +111,7 @@ def _computed(args: argparse.Namespace) -> tuple[Excerpt, list[Checkpoint], Floa
     excerpt = _excerpt(args, first)
     loss_CN = np.empty((len(checkpoints), excerpt.num_tokens), np.float32)
     for row, checkpoint in enumerate(checkpoints):
-        logger.info("%s (%d of %d)", checkpoint.path, row + 1, len(checkpoints))
+        logger.info("computing losses of %s (%d of %d)", checkpoint.path, row + 1, len(checkpoints))
         loss_CN[row] = model_statistics(open_comparable(checkpoint, first), excerpt).loss_Ws[excerpt.valid_Ws]
     return excerpt, checkpoints, loss_CN
 
@@ -157,7 +157,7 @@ def selection_report(args: argparse.Namespace) -> None:
     excerpt = _excerpt(args, first)
 
     def statistics_of(checkpoint: Checkpoint, field: str, entropy: str) -> ModelStatistics:
-        logger.info("%s", checkpoint.path)
+        logger.info("computing losses of %s", checkpoint.path)
         model = open_comparable(checkpoint, first, field=field)
         return model_statistics(model, excerpt, with_entropy=entropy in score.needs)
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.weights import Quantity, WeightSource, fill_module
 from megatron_slm.config.architecture import Architecture
@@ -51,7 +52,7 @@ class Report:
 
     def bands(self) -> Iterator[tuple[int, int, float]]:
         """Yield (first, last, max |Δ|) for a few ranges of positions; errors in RoPE or windows grow with position."""
-        width = -(-self.delta_bs.shape[1] // _NUM_BANDS)
+        width = ceil_div(self.delta_bs.shape[1], _NUM_BANDS)
         for start in range(0, self.delta_bs.shape[1], width):
             band_bs = self.delta_bs[:, start : start + width]
             yield start, start + band_bs.shape[1] - 1, float(band_bs.max())
