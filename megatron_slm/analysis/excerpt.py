@@ -184,11 +184,11 @@ def excerpt_of_corpus(prefix: str, tokenizer: Any, *, sequence_length: int, max_
 
 def _records(files: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield every document with its source."""
-    for path in expand_inputs(files):
+    for path in expand_inputs(files, "--text-file"):
         if path.suffix == ".txt":
             yield {"text": path.read_text(encoding="utf-8", errors="replace")}, path.name
             continue
-        for number, line in enumerate(read_lines(path), 1):
+        for number, line in enumerate(read_lines(path, "--text-file"), 1):
             if not line.strip():
                 continue
             record = _parsed(line, f"{path}: line {number}")
