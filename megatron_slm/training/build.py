@@ -23,7 +23,7 @@ from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import write_yaml
-from megatron_slm.convert.carried import ORIGIN
+from megatron_slm.convert.companion_files import ORIGIN
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.device import local_device
