@@ -62,6 +62,8 @@ class Manifest:
     """How many of them were trained on."""
     recent_losses: list[float] = field(default_factory=list)
     """Mean losses of the last steps, in nats, that loss spikes are told by; empty where they are not looked for."""
+    row_shares: list[int] = field(default_factory=list)
+    """Sixteenths of the rows of each block's backward pass; empty where nothing controls them."""
     data: dict[str, Any] = field(default_factory=dict)
     """Where the run stood in each of its corpora (`BlendedSamples.state`); empty where no data was read."""
     versions: dict[str, str] = field(default_factory=dict)

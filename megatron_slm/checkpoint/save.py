@@ -138,6 +138,7 @@ class Writer:
             tokens_seen=progress.tokens_seen,
             tokens_kept=progress.tokens_kept,
             recent_losses=progress.recent_losses,
+            row_shares=progress.row_shares,
             architecture=self.architecture,
             layout={**sizes, "zero_stage": self.zero_stage},
             tokenizer_fingerprint=self.tokenizer_fingerprint,

@@ -27,6 +27,8 @@ class Position:
     """How many of them were trained on."""
     recent_losses: list[float] = field(default_factory=list)
     """Mean losses of the last steps, that spikes are told by."""
+    row_shares: list[int] = field(default_factory=list)
+    """Sixteenths of the rows of each block's backward pass; empty where nothing controls them."""
 
     def count(self, sums: LossSums) -> None:
         """Add the tokens of a step that was applied."""
@@ -52,6 +54,8 @@ class Progress:
     tokens_kept: int | None = 0
     recent_losses: list[float] = field(default_factory=list)
     """Mean losses of the last steps, that spikes are told by."""
+    row_shares: list[int] = field(default_factory=list)
+    """Sixteenths of the rows of each block's backward pass; empty where nothing controls them."""
     probe_kept: Tensor | None = None
     """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
     data: dict[str, Any] = field(default_factory=dict)

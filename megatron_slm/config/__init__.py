@@ -2,6 +2,7 @@
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import BackendConfig
+from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.config.checkpoint import CheckpointConfig
 from megatron_slm.config.data import DataConfig
 from megatron_slm.config.logging import LoggingConfig
@@ -16,6 +17,7 @@ from megatron_slm.config.selection import SelectionConfig
 __all__ = [
     "Architecture",
     "BackendConfig",
+    "BackwardConfig",
     "CheckpointConfig",
     "DataConfig",
     "LoggingConfig",

@@ -12,12 +12,14 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.facts import MicroBatchFacts, StepFacts
 from megatron_slm.engine.gradients import gradients_scaled, step_factor, sum_over_world
 from megatron_slm.engine.module import Watch, output_rows, run_layer, watched
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.programs import Kind
 from megatron_slm.engine.timers import Timers
 from megatron_slm.engine.trainer import BatchSource
 from megatron_slm.loss.objective import Objective, Probed, StepSettings
 from megatron_slm.loss.sums import LossSums, evaluation_sums
 from megatron_slm.model.llama import layer_list
+from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
@@ -37,8 +39,9 @@ class FlatTrainer:
         num_micro_batches: int,
         scores: StoredScores | None,
         timers: Timers,
+        rows: RowSampler | None = None,
     ) -> None:
-        self.timers = timers
+        self.timers, self.rows = timers, rows
         self.engine, self.topology, self.reference, self.scores = engine, topology, reference, scores
         self.num_micro_batches = num_micro_batches
         self.activity = Activity()
@@ -56,15 +59,17 @@ class FlatTrainer:
             with timing("reference-forward-compute"):
                 reference = self._reference_statistics(read, batch)
             self.engine.set_gradient_accumulation_boundary(i == count - 1)
+            rows = None if self.rows is None else self.rows.of_micro_batch(i, settings)
             with timing("forward-compute"):
-                loss_sum, values = self.engine(batch, reference, settings, watch=self._facts.watch(i))
+                loss_sum, values = self.engine(batch, reference, settings, watch=self._facts.watch(i), rows=rows)
             activity.at(2 * i + 1, 2 * count + 1, Kind.BACKWARD.value, i)
             with timing("backward-compute"):
                 self.engine.backward(loss_sum, scale_wrt_gas=False)
             if self.objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
                 self._facts.add(i, values)
         activity.at(2 * count, 2 * count + 1, Kind.OPTIMIZER_STEP.value, -1)
-        sums = sum_over_world(self._facts.in_order, self.engine.device, num_sources=self.objective.num_sources)
+        vectors, num_sources = self._facts.in_order, self.objective.num_sources
+        sums = sum_over_world(vectors, self.engine.device, num_sources=num_sources, rows=self.rows)
         with (
             timing("optimizer"),
             gradients_scaled(self.engine.optimizer, step_factor(sums, settings, self.topology.data)),
@@ -131,6 +136,7 @@ class FlatModule(nn.Module):
         *,
         probing: bool = False,
         watch: Watch | None = None,
+        rows: BackwardRows | None = None,
     ) -> tuple[Tensor | Probed, Tensor]:
         """The loss sum (nats) and the values of its `LossSums`, fp64.
 
@@ -138,11 +144,12 @@ class FlatModule(nn.Module):
             settings: the training step's; None evaluates, over all valid tokens and without a gradient.
             probing: only look; instead of the loss comes what is said of each token.
             watch: sees the gradient of the embedding's output, in the backward pass.
+            rows: choice of the rows that the blocks' backward passes run on; None for all.
         """
         embedding, *_, head = self.layers
         x_sbd = batch.tokens_bs
         for layer in self.layers:
-            x_sbd = run_layer(layer, x_sbd, batch.documents, recomputes=self.recompute and self.training)
+            x_sbd = run_layer(layer, x_sbd, batch.documents, rows, recomputes=self.recompute and self.training)
             x_sbd, watch = watched(x_sbd, watch)
         weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
         if probing:

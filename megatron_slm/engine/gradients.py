@@ -12,22 +12,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.engine.refusal import refusal
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.loss.sums import LossSums, num_sums
 
 
-def sum_over_world(vectors: Sequence[Tensor], device: torch.device, *, num_sources: int = 1) -> LossSums:
+def sum_over_world(
+    vectors: Sequence[Tensor], device: torch.device, *, num_sources: int = 1, rows: RowSampler | None = None
+) -> LossSums:
     """Add up the statistics of all micro-batches and ranks, the same bits on each. Collective over the world.
 
     Args:
         vectors: values of `LossSums`, fp64 [`num_sums`] each; none on ranks that computed no loss.
         num_sources: corpora of the run.
+        rows: collects what the step's backward passes measured, by the same reduction.
     """
     total = torch.zeros(num_sums(num_sources), dtype=torch.float64, device=device)
     if vectors:
         total += torch.stack(list(vectors)).sum(0)
+    num_loss_sums = len(total)
+    if rows is not None:
+        total = torch.cat([total, rows.take_table(device)])
     dist.all_reduce(total)
-    return LossSums.of(total.tolist())  # a step's one transfer from the device
+    values = total.tolist()  # a step's one transfer from the device
+    if rows is not None:
+        rows.read(values[num_loss_sums:])
+    return LossSums.of(values[:num_loss_sums])
 
 
 def step_factor(sums: LossSums, settings: StepSettings, data_parallel_size: int) -> float:

@@ -18,6 +18,7 @@ from megatron_slm.loss.objective import OutputWeight
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
+from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.parallel.layers import ParallelLayers, VocabularyWeight
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents
@@ -55,17 +56,24 @@ class StageModule(PipelineModule):
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def forward(self, x: Tensor, documents: Documents | None = None, watch: Watch | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        documents: Documents | None = None,
+        watch: Watch | None = None,
+        rows: BackwardRows | None = None,
+    ) -> Tensor:
         """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d].
 
         DeepSpeed's own hands one value from layer to layer, with nothing beside it.
 
         Args:
             watch: sees the gradient of the first layer's output, in the backward pass.
+            rows: choice of the rows that the blocks' backward passes run on; None for all.
         """
         recomputes = self.activation_checkpoint_interval > 0 and torch.is_grad_enabled()
         for layer in self.forward_funcs:
-            x, watch = watched(run_layer(layer, x, documents, recomputes=recomputes), watch)
+            x, watch = watched(run_layer(layer, x, documents, rows, recomputes=recomputes), watch)
         return x
 
     def output_weight(self) -> OutputWeight:
@@ -75,15 +83,23 @@ class StageModule(PipelineModule):
 
 
 def run_layer(
-    layer: Callable[..., Tensor], x: Tensor, documents: Documents | None, *, recomputes: bool = False
+    layer: Callable[..., Tensor],
+    x: Tensor,
+    documents: Documents | None,
+    rows: BackwardRows | None = None,
+    *,
+    recomputes: bool = False,
 ) -> Tensor:
     """One layer of the list on a micro-batch; only blocks ask where its documents lie.
 
     Args:
-        recomputes: do not keep a block's activations for its backward pass.
+        rows: choice of the rows that a block's backward pass runs on; None for all.
+        recomputes: do not keep a block's activations for its backward pass (with rows, these decide).
     """
     if not isinstance(layer, Block):
         return layer(x)
+    if rows is not None:
+        return layer(x, documents, rows)
     beside = () if documents is None else (documents,)
     return checkpoint(layer, x, *beside, use_reentrant=False) if recomputes else layer(x, *beside)
 

@@ -21,6 +21,7 @@ from megatron_slm.engine.facts import MicroBatchFacts, StepFacts
 from megatron_slm.engine.gradients import gradients_scaled, step_factor, sum_over_world
 from megatron_slm.engine.measure import Stopwatch
 from megatron_slm.engine.module import StageModule
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.costs import Costs, Work
 from megatron_slm.engine.schedule.programs import Instruction, Kind, Programs, Schedule, forward_programs
 from megatron_slm.engine.schedule.search import choose_schedule
@@ -61,6 +62,8 @@ class StageContext:
     message_shape: tuple[int, int, int]
     """Hidden states between the model's stages: [s or s / size, b, d]."""
     dtype: torch.dtype
+    rows: RowSampler | None = None
+    """Chooses the rows that the blocks' backward passes run on; None for all."""
     keeps_documents_apart: bool = False
     """Whether layers must know where documents lie; every stage reads its micro-batches then."""
     timers: Timers = field(default_factory=Timers)
@@ -244,7 +247,9 @@ class SelectiveEngine(PipelineEngine):
         documents = self._documents(i)
         with self._timing(Work.FORWARD):
             watch = self._facts.watch(i) if self.is_first_stage() and torch.is_grad_enabled() else None
-            out = DeepSpeedEngine.forward(self, x, documents, watch)
+            sampler = self.context.rows if torch.is_grad_enabled() else None
+            rows = None if sampler is None else sampler.of_micro_batch(i, self._settings)
+            out = DeepSpeedEngine.forward(self, x, documents, watch, rows)
             if torch.is_grad_enabled():
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
             if self.is_last_stage():
@@ -330,8 +335,8 @@ class SelectiveEngine(PipelineEngine):
 
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step; unless the losses say that it must not be."""
-        num_sources = self.context.objective.num_sources
-        self._sums = sum_over_world(self._facts.in_order, self.device, num_sources=num_sources)
+        num_sources, rows = self.context.objective.num_sources, self.context.rows
+        self._sums = sum_over_world(self._facts.in_order, self.device, num_sources=num_sources, rows=rows)
         factor = step_factor(self._sums, self._settings, self.context.topology.data)
         with self.context.timers.timing("optimizer"), gradients_scaled(self.optimizer, factor):
             PipelineEngine._exec_optimizer_step(self)
@@ -376,7 +381,7 @@ class PipelineTrainer:
         self.activity = engine.context.activity
         self.evaluate = engine.evaluate
         self.micro_batch_facts = engine.micro_batch_facts
-        self.timers = engine.context.timers
+        self.timers, self.rows = engine.context.timers, engine.context.rows
         self.reference_statistics = engine.reference_statistics
         self.probe = engine.probe
         if num_measured_steps:

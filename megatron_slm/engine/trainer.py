@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from megatron_slm.engine.facts import MicroBatchFacts
 from megatron_slm.engine.refusal import Reason
+from megatron_slm.engine.rows import RowSampler, RowSums
 from megatron_slm.engine.timers import Timers
 from megatron_slm.loss.objective import Probed, StepSettings
 from megatron_slm.loss.sums import LossSums
@@ -26,6 +27,8 @@ class StepResult:
     refused: Reason | None
     """Why nothing was updated; None where the step was applied."""
     seconds: float
+    rows: RowSums | None = None
+    """Measured by its backward passes, over all micro-batches and ranks; None where they run on all rows."""
 
     @property
     def skipped(self) -> bool:
@@ -38,6 +41,8 @@ class Trainer(Protocol):
 
     engine: Any
     timers: Timers
+    rows: RowSampler | None
+    """Chooses the rows of the backward passes; None where they run on all."""
     activity: Activity
     """What this rank is doing; the watchdog's source."""
 

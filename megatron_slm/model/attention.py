@@ -46,7 +46,7 @@ class Attention(nn.Module):
         return self.o_proj(self.mix(*self.qkv(x_sbd), documents=documents))
 
     def mix(self, q_sbf: Tensor, k_sbf: Tensor, v_sbf: Tensor, *, documents: Documents | None) -> Tensor:
-        """Attention itself: queries, keys and values [s, b, heads * k] to what is seen, [s, b, h * k]."""
+        """Attention without its projections: queries, keys and values [s, b, heads * k] to [s, b, h * k]."""
         q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
         k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.num_groups, self.width)))
         v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))

@@ -89,7 +89,7 @@ class Layers(Protocol):
 
     @property
     def sequence_part(self) -> int:
-        """Which part of the residual stream's positions is held here; 0 where all are."""
+        """Number of the part of the residual stream's positions that is held here; 0 where all are."""
         ...
 
     def agreed(self, value_N: Tensor) -> Tensor:

@@ -26,5 +26,5 @@ class MLP(nn.Module):
 
     @staticmethod
     def activate(gate_sbf: Tensor, up_sbf: Tensor) -> Tensor:
-        """What goes down: [..., f] and [..., f] to [..., f]."""
+        """The gated activation: [..., f] and [..., f] to [..., f]."""
         return F.silu(gate_sbf) * up_sbf

@@ -1,4 +1,4 @@
-"""Which gradient rows a block's backward pass runs on: an unbiased sample of them, or those of the kept tokens.
+"""Gradient rows that a block's backward pass runs on: an unbiased sample of them, or those of the kept tokens.
 
 Rows are drawn with a probability proportional to the norm of their gradient and weighted by its inverse, so that the
 weighted rows are on average all of them (importance sampling; what it adds to the gradient's variance is known from
@@ -19,8 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-STEPS = 16
-"""A controlled share is a multiple of 1 / STEPS of the rows."""
+from megatron_slm.config.backward import STEPS
 
 
 class Drawn(NamedTuple):
@@ -30,15 +29,6 @@ class Drawn(NamedTuple):
     """Distinct row numbers, int64 [M]: those drawn ascending, then those that fill up."""
     weight_M: Tensor
     """1 / probability, and 0 for rows that fill up; [M] in the norms' precision, fp64 at most."""
-
-
-class Variance(NamedTuple):
-    """What a draw adds to the gradient's variance, before it is divided: fp64 [] each, summed over rows."""
-
-    added: Tensor
-    """sum((1/p - 1) n^2) over the finite rows."""
-    squares: Tensor
-    """sum(n^2) over the finite rows."""
 
 
 def row_count(share: float, num_rows: int) -> int:
@@ -94,11 +84,15 @@ def nonzero_rows(norm_N: Tensor, count: int) -> Drawn:
     return Drawn(row_M, (~zero_N).to(norm_N.dtype)[row_M])
 
 
-def variance(norm_N: Tensor, probability_N: Tensor) -> Variance:
-    """What a draw with these probabilities adds to the gradient's variance."""
-    square_N = norm_N.double().masked_fill(~norm_N.isfinite(), 0.0).square()
+def added_variance(norm_N: Tensor, probability_N: Tensor) -> Tensor:
+    """The variance that a draw with these probabilities adds to the gradient: `sum((1/p - 1) n^2)`, fp64 []."""
     excess_N = torch.where(probability_N > 0, 1.0 / probability_N.clamp(min=1e-300) - 1.0, 0.0)
-    return Variance((excess_N * square_N).sum(), square_N.sum())
+    return (excess_N * _squares(norm_N)).sum()
+
+
+def _squares(norm_N: Tensor) -> Tensor:
+    """Squares of the finite norms, fp64 [N]."""
+    return norm_N.double().masked_fill(~norm_N.isfinite(), 0.0).square()
 
 
 def uniform_number(*key: int) -> float:
@@ -107,33 +101,51 @@ def uniform_number(*key: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
+class Measured(NamedTuple):
+    """Sums over the finite rows of a block's gradient, fp64 [] each."""
+
+    added: Tensor
+    """Added variance of the draw."""
+    added_if_fewer: Tensor
+    """The same with 1 / STEPS of the rows less."""
+    squares: Tensor
+    """sum(n^2)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackwardRows:
-    """How the blocks' backward passes of one micro-batch choose their rows, and what they measured."""
+    """The choice of rows in the blocks' backward passes of one micro-batch."""
 
     kind: Literal["sampled", "kept"]
     share: Callable[[int], float]
-    """Of the rows, by block (counted through the model)."""
+    """Share of the rows, by block (counted through the model)."""
     key: tuple[int, ...]
-    """What the draws of this micro-batch are a hash of: the run's seed, the step, the micro-batch's number in it."""
+    """Key of the draws of this micro-batch: the run's seed, the step, the micro-batch's number in the step."""
     recomputes: bool = False
-    """Whether blocks keep nothing but their input for the backward pass."""
-    measured: dict[int, tuple[Variance, Variance]] = field(default_factory=dict)
-    """By block: the variance of the draw, and what it would have been with 1 / STEPS of the rows less."""
+    """True if blocks save nothing but their input for the backward pass."""
+    measured: dict[int, tuple[float, Measured | None]] = field(default_factory=dict)
+    """By block: the share of the rows, and the sums of a sampled one."""
 
-    def draw(self, gradient_Nd: Tensor, norm_N: Tensor, *, block: int, group: int) -> Drawn:
-        """The rows of one block's backward pass.
+    def draw(self, norm_N: Tensor, *, block: int, part: int) -> Drawn:
+        """Draw the rows of one block's backward pass.
 
         Args:
-            gradient_Nd: of the block's output.
-            norm_N: of its rows, the same on all ranks that hold the same rows.
-            group: which part of the micro-batch's rows these are.
+            norm_N: norms of the gradient rows of the block's output, the same bits wherever the same rows are held.
+            part: number of these rows' part of the micro-batch.
         """
-        num_rows = len(gradient_Nd)
+        num_rows = len(norm_N)
         count = row_count(self.share(block), num_rows)
         if self.kind == "kept":
+            self.measured[block] = count / num_rows, None
             return nonzero_rows(norm_N, count)
         probability_N = inclusion(norm_N, count)
         fewer = max(1, count - row_count(1 / STEPS, num_rows))
-        self.measured[block] = variance(norm_N, probability_N), variance(norm_N, inclusion(norm_N, fewer))
-        return systematic(probability_N, count, uniform_number(*self.key, block, group))
+        self.measured[block] = (
+            count / num_rows,
+            Measured(
+                added_variance(norm_N, probability_N),
+                added_variance(norm_N, inclusion(norm_N, fewer)),
+                _squares(norm_N).sum(),
+            ),
+        )
+        return systematic(probability_N, count, uniform_number(*self.key, block, part))

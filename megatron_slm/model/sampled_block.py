@@ -40,11 +40,11 @@ class _Attended(NamedTuple):
     qkv: tuple[Tensor, ...]
     """Queries, keys and values before norms and rotation, [s, b, heads * k] each; leaves."""
     mixed_sbf: Tensor
-    """What attention sees."""
+    """Output of attention, before its projection."""
 
 
 class _Inner(NamedTuple):
-    """What a block keeps of its second half."""
+    """Second half of a block, as it is kept for the backward pass."""
 
     y_sbd: Tensor
     """Input of the feed-forward layer."""
@@ -52,7 +52,7 @@ class _Inner(NamedTuple):
 
 
 class SampledBlock(torch.autograd.Function):
-    """See above. Arguments: the block, its documents, the rows, its input, all its parameters."""
+    """The function of (block, documents, rows, input, the block's parameters) described above."""
 
     @staticmethod
     def forward(
@@ -101,8 +101,7 @@ class _Pass:
         """The gradient of the block's input from that of its output."""
         block, dz_Nd = self.block, dz_sbd.flatten(0, 1)
         norm_N = torch.linalg.vector_norm(dz_Nd, dim=1, dtype=_wide(dz_Nd))
-        part = block.layers.sequence_part
-        drawn = rows.draw(dz_Nd, block.layers.agreed(norm_N), block=block.index, group=part)
+        drawn = rows.draw(block.layers.agreed(norm_N), block=block.index, part=block.layers.sequence_part)
         whole_M = block.layers.whole_rows(drawn.row_M, len(dz_Nd))
         dz_Md = dz_Nd[drawn.row_M]
         weighted_Md = (dz_Md.to(_wide(dz_Md)) * drawn.weight_M[:, None].to(_wide(dz_Md))).to(dz_Md.dtype)
@@ -147,7 +146,7 @@ class _Pass:
         return self._differentiate([mixed_sbf], [dmixed_Nf.view_as(mixed_sbf)], self.attended.qkv, norms)
 
     def _projections(self, dqkv: Sequence[Tensor], whole_M: Tensor) -> Tensor:
-        """What queries of the rows, and all keys and values, add to the gradient of the block's input."""
+        """The part of the input's gradient that comes from queries of the rows, and all keys and values."""
         block, attended = self.block, self.attended
         with torch.enable_grad():
             qkv = block.self_attn.qkv.replay(attended.normed_sbd, attended.qkv, whole_M)

@@ -201,7 +201,7 @@ class ParallelLayers:
 
     @property
     def sequence_part(self) -> int:
-        """Which part of the residual stream's positions this rank holds."""
+        """Number of the part of the residual stream's positions that this rank holds."""
         return self.tp.rank if self.tp.sequence_parallel else 0
 
     def agreed(self, value_N: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from megatron_slm.planning.job import Job, open_job
 from megatron_slm.planning.layouts import configured_layout
 from megatron_slm.planning.memory import stage_memory
 from megatron_slm.planning.tables import stage_memory_table
+from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.run.dry_run import batch_rows, layout_table, rows_table
 from megatron_slm.run.layout import check_layout
 from megatron_slm.run.schedule import counted_schedule
@@ -28,6 +29,7 @@ def print_outline(config: RunConfig, world_size: int) -> None:
     check_layout(job.architecture, config, topology, what="model")
     if job.reference is not None:
         check_layout(job.reference, config, topology, what="reference")
+    check_backward_rows(config, job.selector)
     ds_config.resolve(job.deepspeed, config, data_parallel_size=layout.data, num_micro_batches=layout.num_micro_batches)
     schedule = counted_schedule(
         config, job.architecture, job.reference, layout.pipeline, layout.num_micro_batches, keep_ratio=job.keep_ratio

@@ -29,6 +29,7 @@ from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.backends import choose_backends
+from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.run.checks import (
     check_best,
     check_entropies,
@@ -183,6 +184,7 @@ def make_plan(
     )
     num_tokens = min(model.vocab_size for model in models)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
+    check_backward_rows(config, selector)
     num_samples = num_run_samples(config, resume, global_batch_size)
     manifest = resume.manifest if resume else None
     data = open_data(config, tokenizer, num_tokens, num_samples, global_batch_size, manifest, dry=dry)

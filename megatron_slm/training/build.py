@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.utils import set_z3_leaf_modules
 
 from megatron_slm.analysis.probe_records import ProbeFolder
 from megatron_slm.checkpoint.fragments import fill_optimizer
@@ -30,12 +31,13 @@ from megatron_slm.device import local_device
 from megatron_slm.engine.flat import FlatModule, FlatTrainer
 from megatron_slm.engine.module import StageModule, deepspeed_topology
 from megatron_slm.engine.pipeline import PipelineTrainer, StageContext, pipeline_engine
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.simulate import describe
 from megatron_slm.engine.timers import WORK, Timers
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.errors import ConfigError, os_errors_as
 from megatron_slm.loss.objective import Objective, Observer
-from megatron_slm.model.block import compile_blocks
+from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.parallel.collectives import together
 from megatron_slm.parallel.groups import DataParallel, TensorParallel, data_parallel_group, tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
@@ -92,6 +94,8 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
     position = _fill(plan, trainer.engine.optimizer)
+    if trainer.rows is not None:
+        position.row_shares = trainer.rows.first_shares(position.row_shares)
     source = micro_batch_source(plan, plan.train_samples, pads_at_end=False)
     return Run(
         plan=plan,
@@ -130,6 +134,7 @@ def _pipeline_trainer(
             dtype=plan.dtype,
             keeps_documents_apart=boundaries(plan.config, plan.tokenizer).matter_to_layers,
             timers=Timers(plan.config.logging.timing_log_level),
+            rows=_row_sampler(plan, tp),
         )
     )
     searches = schedule.mode in ("skewed", "bubble")
@@ -148,10 +153,31 @@ def _flat_trainer(
         compile_blocks(module)
     updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, updates_on)
+    if plan.zero_stage == 3 and not plan.config.backward.is_exact:
+        set_z3_leaf_modules(module, [Block])  # its backward pass is one function, which needs all of its weights
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
-    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores, timers)
+    rows = _row_sampler(plan, tp)
+    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores, timers, rows)
+
+
+def _row_sampler(plan: Plan, tp: TensorParallel) -> RowSampler | None:
+    config = plan.config
+    if config.backward.is_exact:
+        return None
+    return RowSampler(
+        config=config.backward,
+        selector=plan.selector,
+        seed=config.training.seed,
+        num_blocks=plan.architecture.num_layers,
+        num_samples=config.training.micro_batch_size,
+        length=config.data.seq_length,
+        data_rank=plan.topology.coordinate(dist.get_rank()).data,
+        data_size=plan.topology.data,
+        recomputes=config.parallel.recompute_granularity == "full",
+        counts_here=tp.rank == 0 or tp.sequence_parallel,
+    )
 
 
 def _fill(plan: Plan, optimizer: Any) -> Position:
@@ -165,6 +191,7 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
         position.tokens_seen, position.tokens_kept = manifest.tokens_seen, manifest.tokens_kept
         position.recent_losses = list(manifest.recent_losses)
+        position.row_shares = list(manifest.row_shares)
         if plan.keeps_order:  # else the first batch is another one
             position.probe_kept = read_probe(plan.resume.folder, manifest)
         adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments

@@ -78,7 +78,12 @@ class Health:
         """What the next step's objective depends on."""
         position = self._run.position
         limit = spike_limit(position.recent_losses, self._config) if self._config.skip_loss_spikes else None
-        return StepSettings(step=position.step, score_threshold=position.score_threshold, loss_limit=limit)
+        return StepSettings(
+            step=position.step,
+            score_threshold=position.score_threshold,
+            loss_limit=limit,
+            row_shares=tuple(position.row_shares),
+        )
 
     def examine(self, result: StepResult) -> BadBatch | None:
         """What was wrong with the step at hand, before the run's position moves past it. Collective where it was.

@@ -132,6 +132,8 @@ def _raise_together(error: SlmError | None) -> None:
 def _advance(run: Run, result: StepResult) -> None:
     run.position.step += 1
     run.position.consumed_samples += run.plan.global_batch_size
+    if run.trainer.rows is not None and result.rows is not None:
+        run.position.row_shares = run.trainer.rows.next_shares(run.position.row_shares, result.rows)
     if result.skipped:
         return
     run.position.adam_step += 1

@@ -31,6 +31,9 @@ from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.health import BadBatch
 from megatron_slm.training.probe import Probe, agreement
 
+MOST_ADDED_VARIANCE = 0.1
+"""Mean over blocks, relative to the gradient's squared norm, beyond which a run warns."""
+
 
 def is_due(step: int, interval: int | None, last: int) -> bool:
     """Whether what happens every `interval` steps, and at the end, happens after `step`."""
@@ -48,6 +51,7 @@ def progress_of(run: Run) -> Progress:
         tokens_seen=position.tokens_seen,
         tokens_kept=position.tokens_kept,
         recent_losses=position.recent_losses,
+        row_shares=position.row_shares,
         probe_kept=position.probe_kept,
         data=run.plan.train_samples.state(position.consumed_samples) if dist.get_rank() == 0 else {},
     )
@@ -67,6 +71,9 @@ class Recorder:
         self.unwritten: RunFolderError | ServiceError | None = None
         self.probed_texts: ProbedTexts
         self._utilization = run.plan.utilization
+        self._clipped: list[bool] = []
+        """Of the steps since the last logged line."""
+        self._is_noisy = False
         self._logged_step, self._step_seconds, self._last = run.position.step, 0.0, config.training.train_iters
         with together(), disk_errors(run.plan.config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
@@ -89,6 +96,7 @@ class Recorder:
         """Record a training step. Collective."""
         position, plan = self.run.position, self.run.plan
         self._step_seconds += result.seconds
+        self._clipped.append(0.0 < plan.config.optimizer.clip_grad < result.grad_norm and not result.skipped)
         used = self._used() if is_due(position.step, plan.config.logging.log_interval, self._last) else None
         if self.writer is None:
             return
@@ -106,14 +114,27 @@ class Recorder:
             "tokens_per_second": tokens_per_step / result.seconds,
             **self._utilization.metrics(tokens_per_step / result.seconds),
             "skipped_steps": position.skipped_steps,
+            "clipped_share": sum(self._clipped) / len(self._clipped) if plan.config.optimizer.clip_grad else None,
         }
         sources = plan.train_samples.sources
         if len(sources) > 1:
             names, consumed = [s.name for s in sources], plan.train_samples.consumed(position.consumed_samples)
             values["sources"] = source_metrics(result.sums, names, consumed)
+        self._warn_of_variance(values["backward_added_variance"])
         if used is not None:
             self._write({**values, **used})
+            self._clipped.clear()
         self.line.update(position.step, values)
+
+    def _warn_of_variance(self, variance: float | None) -> None:
+        """Warn when the variance that row sampling adds passes what training bears, once until it is below again."""
+        was, self._is_noisy = self._is_noisy, variance is not None and variance > MOST_ADDED_VARIANCE
+        if self._is_noisy and not was:
+            self.say(
+                f"warning: step {self.run.position.step}: row sampling adds {variance:.2f} of the gradient's squared "
+                f"norm as variance (at most {MOST_ADDED_VARIANCE} is sound); raise --backward-row-share, or use "
+                "--backward-row-variance 0.02"
+            )
 
     def _used(self) -> dict[str, Any]:
         """Memory and times since this was last asked. Collective."""
