@@ -175,18 +175,23 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     return held
 
 
-def block_activations(arch: Architecture, layout: Layout, *, e: int) -> float:
+def block_activations(arch: Architecture, layout: Layout, *, e: int, some_rows: bool = False) -> float:
     """Bytes a token that autograd keeps of one block.
 
     Twice a norm: its input in fp32 and its output before the weight, both cut along the sequence under sequence
     parallelism, and the input of the linear layer, which is not. The queries, keys and values as they are projected,
     queries and keys again after their rotation, the attention's output and its log-sum-exp. The MLP's two inner
     layers, the activation of one and their product.
+
+    A backward pass on some of the rows makes the second norm and what follows it again, for these rows: kept are its
+    input, and the MLP's two inner layers as they are projected.
     """
     d, shards, tensor = arch.hidden_size, layout.sequence_shards, layout.tensor
     q, kv = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
     norms = 2 * (((4 + e) * d + 4) / shards + e * d)
     attention = (e * (3 * q + 3 * kv) + 4 * arch.num_attention_heads) / tensor
+    if some_rows:
+        return norms / 2 + e * d / shards + attention + 2 * e * arch.ffn_hidden_size / tensor
     return norms + attention + 4 * e * arch.ffn_hidden_size / tensor
 
 
@@ -198,7 +203,8 @@ def stage_activations(job: Job, layout: Layout, parameters: StageParameters) -> 
     if layout.recomputes:  # the input of each layer
         per_token += residual * parameters.num_blocks
     else:
-        per_token += parameters.num_blocks * block_activations(arch, layout, e=e)
+        some_rows = not job.config.backward.is_exact
+        per_token += parameters.num_blocks * block_activations(arch, layout, e=e, some_rows=some_rows)
         if e == 2 and not parameters.has_embedding:  # what came in; in fp32 the first norm keeps that very tensor
             per_token += residual
     if parameters.has_head:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.engine.schedule.costs import Costs, forward_flops
+from megatron_slm.config.backward import BackwardConfig, planned_share
+from megatron_slm.engine.schedule.costs import Costs, forward_flops, planned_passes
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.layouts import Layout
@@ -33,11 +34,14 @@ class Durations:
     backward: tuple[float, ...]
     reference: tuple[float, ...]
     """Zeros where no reference runs."""
+    exact_backward: tuple[float, ...]
+    """Of backward passes on all rows of the gradient; `backward` where rows are not sampled."""
 
     @property
     def costs(self) -> Costs:
         """The same in ticks."""
-        return Costs.scaled(self.forward, self.backward, self.reference)
+        exact = None if self.exact_backward == self.backward else self.exact_backward
+        return Costs.scaled(self.forward, self.backward, self.reference, exact)
 
     @property
     def seconds_per_tick(self) -> float:
@@ -76,9 +80,10 @@ class StepTime:
 def stage_durations(job: Job, layout: Layout, cluster: Cluster) -> Durations:
     """How long each stage's passes take.
 
-    A backward pass is two forwards, or three with recomputation. The loss scores all rows (one product), and
-    differentiates the kept ones (two), made again first unless it kept them. Collectives of tensor parallelism
-    wait for computations and are waited for: two all-reduces (or their halves) a block and direction.
+    A backward pass is two forwards, or three with recomputation, and less on some of the rows. The loss scores all
+    rows (one product), and differentiates the kept ones (two), made again first unless it kept them. Collectives of
+    tensor parallelism wait for computations and are waited for: two all-reduces (or their halves) a block and
+    direction.
     """
     rate = cluster.gpu.flops(bf16=job.config.training.bf16) * cluster.efficiency * layout.tensor
     tokens = layout.micro_batch_size * job.config.data.seq_length
@@ -91,17 +96,25 @@ def stage_durations(job: Job, layout: Layout, cluster: Cluster) -> Durations:
 
     compute, talk, head = passes(job.architecture)
     kept_units = 2 if loss_head_plan(job, layout).capacity else 3
-    recompute = float(layout.recomputes)
     forward = [c + t for c, t in zip(compute, talk, strict=True)]
-    backward = [(2 + recompute) * c + (1 + recompute) * t for c, t in zip(compute, talk, strict=True)]
     forward[-1] += head
-    backward[-1] += kept_units * job.keep_ratio * head
+
+    def backward_pass(rows: BackwardConfig) -> tuple[float, ...]:
+        length, share = job.config.data.seq_length, planned_share(rows, job.keep_ratio)
+        passes = planned_passes(job.architecture, length, rows, job.keep_ratio, recomputes=layout.recomputes)
+        # of the two all-reduces of a block, and of the two that recompute it, one is of the rows alone
+        talks = (1 + layout.recomputes) * (1 + share) / 2
+        backward = [passes * c + talks * t for c, t in zip(compute, talk, strict=True)]
+        backward[-1] += kept_units * job.keep_ratio * head
+        return tuple(backward)
+
+    backward, exact = backward_pass(job.config.backward), backward_pass(BackwardConfig())
     reference = [0.0] * layout.pipeline
     if job.reference is not None:
-        compute, talk, head = passes(job.reference)
-        reference = [c + t for c, t in zip(compute, talk, strict=True)]
-        reference[-1] += head
-    return Durations(forward=tuple(forward), backward=tuple(backward), reference=tuple(reference))
+        frozen, frozen_talk, frozen_head = passes(job.reference)
+        reference = [c + t for c, t in zip(frozen, frozen_talk, strict=True)]
+        reference[-1] += frozen_head
+    return Durations(forward=tuple(forward), backward=backward, reference=tuple(reference), exact_backward=exact)
 
 
 def step_time(job: Job, layout: Layout, cluster: Cluster, *, schedule_seconds: float) -> StepTime:

@@ -44,6 +44,7 @@ def counted_schedule(
         seq_length=config.data.seq_length,
         keep_ratio=keep_ratio,
         recomputes=config.parallel.recompute_granularity == "full",
+        rows=config.backward,
     )
     if reference is None:
         return choose_schedule("clm", costs, num_micro_batches)
