@@ -56,6 +56,9 @@ def rank_main(options: dict[str, Any], kind: str, sequence_parallel: bool, recom
     tp = tensor_parallel_group(Topology(tensor=2), sequence_parallel=sequence_parallel)
     arch = architecture(num_layers=2, **options)
     whole, (x, grad) = blocks(arch), problem()
+    with torch.no_grad():  # numbers that fp32 holds, in which weights are read
+        for parameter in (p for block in whole for p in block.parameters()):
+            parameter.copy_(parameter.float())
     source = StateDictSource(logical_tensors(whole, [p.detach() for block in whole for p in block.parameters()]))
     layers = ParallelLayers(tp)
     stack = [Block(arch, layers, index).double() for index in range(arch.num_layers)]
