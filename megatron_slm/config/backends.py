@@ -1,7 +1,7 @@
-"""Which implementations compute: what is asked for, and what this process can run.
+"""Configuration of the compute backends.
 
-`auto` takes the fastest that is installed and falls back to torch's own; whatever is asked for by name is used or
-refused, never replaced.
+`auto` picks the fastest installed backend, else torch; a backend named explicitly is used or raises an error, never
+replaced.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_slm.device import on_gpu
-
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
-    """Implementations of the model's and the optimizer's computations; results agree up to rounding."""
+    """Implementations of attention, norms and the optimizer; results agree up to rounding."""
 
     attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
-    """Attention: torch's scaled_dot_product_attention, or flash-attn (GPU, bf16); auto: flash where it can run."""
+    """Attention. sdpa: torch's scaled_dot_product_attention. flash: flash-attn (GPU, bf16). auto: flash where it can
+    run."""
     norm_backend: Literal["auto", "torch", "apex"] = "auto"
-    """RMSNorm: torch's operations, or apex' fused kernel (GPU); auto: apex where it is installed."""
+    """RMSNorm. torch: torch's operations. apex: the fused kernel of apex (GPU). auto: apex where installed."""
     optimizer_backend: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
-    """AdamW: torch's (fused on a GPU), or the FusedAdam of apex or of DeepSpeed (GPU; DeepSpeed compiles its own);
-    auto: apex where it is installed, else torch."""
+    """AdamW. torch: torch's (fused on a GPU). apex: FusedAdam of apex (GPU). deepspeed: FusedAdam of DeepSpeed (GPU;
+    compiled at start). auto: apex where installed, else torch."""
     compile_blocks: bool = False
-    """Compile each decoder block with torch.compile; the first steps take minutes longer. Not with ZeRO-3."""
+    """Compile each decoder block with torch.compile. The first steps take minutes longer. Not with ZeRO-3."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backends:
-    """What a process computes with."""
+    """Backends selected for a process."""
 
     attention: Literal["sdpa", "flash"] = "sdpa"
     norm: Literal["torch", "apex"] = "torch"
@@ -37,12 +36,14 @@ class Backends:
     compile_blocks: bool = False
 
     def describe(self) -> dict[str, str]:
-        """For people; what is computed, and by what."""
+        """Return the selected implementation of each computation, for logs."""
+        from megatron_slm import device  # imports torch, which `--help` does not need
+
         return {
             "attention": {"sdpa": "torch scaled_dot_product_attention", "flash": "flash-attn"}[self.attention],
             "norm": {"torch": "torch", "apex": "apex FusedRMSNorm"}[self.norm],
             "optimizer": {
-                "torch": "torch AdamW (fused)" if on_gpu() else "torch AdamW",
+                "torch": "torch AdamW (fused)" if device.on_gpu() else "torch AdamW",
                 "apex": "apex FusedAdam",
                 "deepspeed": "DeepSpeed FusedAdam",
             }[self.optimizer],

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_slm.config.rules import require
-from megatron_slm.errors import ConfigError
+from megatron_slm.config.rules import require, require_given
 
 STEPS = 16
 """A controlled share of the rows is a multiple of 1 / STEPS, so that tensors have few shapes."""
@@ -30,37 +29,29 @@ class BackwardConfig:
     """Lowest and highest share that --backward-row-variance may choose; every block starts at the highest."""
 
     def __post_init__(self) -> None:
-        share, variance = self.backward_row_share, self.backward_row_variance
+        share, variance, ends = self.backward_row_share, self.backward_row_variance, self.backward_row_share_range
+        is_sampled = self.backward_rows == "sampled"
         both = share is not None and variance is not None
-        require(not both, "backward_row_share", share, "be left out with --backward-row-variance", "choose one of them")
-        for name, value in (("backward_row_share", share), ("backward_row_variance", variance)):
-            require(
-                value is None or self.backward_rows == "sampled",
-                name,
-                value,
-                f"be left out with --backward-rows {self.backward_rows}",
-                "leave it out, or add --backward-rows sampled",
-            )
-        if self.backward_rows == "sampled" and share is None and variance is None:
-            raise ConfigError.missing(
-                "--backward-row-variance", "--backward-rows sampled", "add --backward-row-variance 0.02"
-            )
-        require(
-            share is None or 0.0 < share <= 1.0, "backward_row_share", share, "lie in (0, 1]", "use a share such as 0.7"
-        )
-        require(
-            variance is None or 0.0 < variance < 1.0,
+        require(not both, self, "backward_row_share", "be left out with --backward-row-variance", "choose one of them")
+        for name in ("backward_row_share", "backward_row_variance"):
+            rule = f"be left out with --backward-rows {self.backward_rows}"
+            fix = "remove it, or add --backward-rows sampled"
+            require(getattr(self, name) is None or is_sampled, self, name, rule, fix)
+        require_given(
+            not is_sampled or share is not None or variance is not None,
             "backward_row_variance",
-            variance,
-            "lie in (0, 1)",
-            "use 0.02, or up to 0.05 for a cheaper step",
+            "--backward-rows sampled",
+            "add --backward-row-variance 0.02",
         )
-        ends = self.backward_row_share_range
+        fix = "use a share such as 0.7"
+        require(share is None or 0.0 < share <= 1.0, self, "backward_row_share", "lie in (0, 1]", fix)
+        fix = "use 0.02, or up to 0.05 for a cheaper step"
+        require(variance is None or 0.0 < variance < 1.0, self, "backward_row_variance", "lie in (0, 1)", fix)
         lowest, highest = self.sixteenths if len(ends) == 2 and all(map(math.isfinite, ends)) else (1, 0)
         require(
             len(ends) == 2 and ends[0] > 0.0 and ends[1] <= 1.0 and lowest <= highest,
+            self,
             "backward_row_share_range",
-            ends,
             "be a lowest and a highest share in (0, 1] with a sixteenth between them",
             "use e.g. 0.25 1.0",
         )

@@ -1,4 +1,4 @@
-"""Attention through torch's `scaled_dot_product_attention`: on any device, in any dtype.
+"""Attention by torch's `scaled_dot_product_attention`, on any device and in any dtype.
 
 Shapes: s sequence, b micro-batch, h query heads, g key/value groups, k width of a head, N = b * s.
 """
@@ -13,10 +13,10 @@ from megatron_slm.types import Documents
 
 
 def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
-    """Attention of every position to itself and those before it, [s, b, h, k].
+    """Attend from every position to itself and the positions before it, [s, b, h, k].
 
     Args:
-        window: positions seen, the own one included; None for all.
+        window: number of positions to attend to, including the current one; None for all.
     """
     length = q_sbhk.shape[0]
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_sbhk, k_sbgk, v_sbgk))
@@ -33,11 +33,11 @@ def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -
 def attend_in_documents(
     q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
 ) -> Tensor:
-    """`attend` inside each document by itself, [N, h, k]; no mask is made of a whole sample.
+    """Attend within each document separately, [N, h, k], without a mask over whole samples.
 
     Args:
-        documents: with `lengths`.
+        documents: boundaries, with `lengths`.
     """
-    assert documents.lengths is not None, "documents that attention keeps apart have lengths"
+    assert documents.lengths is not None, "attention within documents needs their lengths"
     parts = zip(*(x[:, None].split(documents.lengths) for x in (q_Nhk, k_Ngk, v_Ngk)), strict=True)
     return torch.cat([attend(q, k, v, window) for q, k, v in parts]).squeeze(1)

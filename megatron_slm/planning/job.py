@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
-from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.load import parse
 from megatron_slm.config.resolve import resolve_architecture
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, WeightsError

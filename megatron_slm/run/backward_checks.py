@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_slm.config import RunConfig
 from megatron_slm.config.backward import predicted_variance
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError, LayoutError
 from megatron_slm.selection.selector import Selector
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.blends import parse_phases
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.source import Model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.packing import SequentialSamples

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from megatron_slm.checkpoint.format import Manifest
-from megatron_slm.config import RunConfig
 from megatron_slm.config.blends import (
     Blend,
     NamedPrefix,
     check_names,
     parse_phases,
 )
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.best_fit import BestFitSamples
-from megatron_slm.data.blending import BlendedSamples, MakeSamples, OrderedSamples, Phase, Source, needed_samples
+from megatron_slm.data.blending import BlendedSamples, MakeSamples, Phase, Source, needed_samples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import find_loss_mask, read_sidecar_of
 from megatron_slm.data.corpus.staging import staged
@@ -25,6 +25,7 @@ from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
 from megatron_slm.data.packing import PackedSamples, SequentialSamples, has_share, split_bounds
+from megatron_slm.data.samples import OrderedSamples
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError, CorpusError, VocabularyError
 from megatron_slm.run.data_paths import DataPaths, read_paths

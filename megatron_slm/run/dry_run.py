@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import planned_share
+from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.simulate import Simulation
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list

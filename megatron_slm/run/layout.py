@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import LayoutError
 from megatron_slm.model.llama import layer_list
 from megatron_slm.parallel.groups import TensorParallel

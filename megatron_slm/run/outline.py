@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from megatron_slm.config import RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.simulate import Simulation
 from megatron_slm.planning.job import Job, open_job
 from megatron_slm.planning.layouts import configured_layout

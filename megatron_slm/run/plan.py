@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Backends
 from megatron_slm.config.resolve import resolve_architecture
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.source import Model
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.packing import SequentialSamples

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from megatron_slm.checkpoint.format import Manifest
-from megatron_slm.config import RunConfig
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.errors import CheckpointError
 

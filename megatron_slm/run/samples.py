@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.blending import BlendedSamples
-from megatron_slm.data.corpus.inspection import render, sample_parts
+from megatron_slm.data.corpus.inspection import render, sample_spans
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError
@@ -77,10 +76,10 @@ class RunSamples:
             corpus = self.samples.sources[number]
             batch = source.micro_batch(index, 0)
             tokens = [*batch.tokens_bs[0].tolist(), int(batch.labels_bs[0, -1])]
-            parts = sample_parts(corpus.corpus, corpus.pieces(sample), tokens, batch.valid_bs[0].numpy())
+            spans = sample_spans(corpus.corpus, corpus.pieces(sample), tokens, batch.valid_bs[0].numpy())
             step, place = divmod(index, self.global_batch_size)
             title = f"sample {index} of {total}: place {place} of step {step + 1}, sample {sample} of {corpus.name}"
-            yield f"━━ {title}{self._phase(index)}\n{render(parts, self.tokenizer)}"
+            yield f"━━ {title}{self._phase(index)}\n{render(spans, self.tokenizer)}"
 
     def _phase(self, index: int) -> str:
         phases = self.samples.phases
@@ -88,12 +87,3 @@ class RunSamples:
             return ""
         at = max(i for i, phase in enumerate(phases) if phase.first_sample <= index)
         return f", phase {at + 1} of {len(phases)}"
-
-
-def parse_run(words: Sequence[str], num_shown: int) -> RunConfig:
-    """A run's configuration from its flags; a run of which no length is said is as long as what is shown of it.
-
-    Raises:
-        ConfigError: see `parse`.
-    """
-    return parse(words, train_iters=max(1, num_shown))[0]

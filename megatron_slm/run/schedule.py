@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.costs import arithmetic_costs
 from megatron_slm.engine.schedule.programs import Schedule
 from megatron_slm.engine.schedule.search import choose_schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.source import open_model
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.content import content_sha256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
 from megatron_slm.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_slm.config import LoggingConfig
+from megatron_slm.config.logging import LoggingConfig
 from megatron_slm.device import on_gpu
 
 logger = logging.getLogger(__name__)

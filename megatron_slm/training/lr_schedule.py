@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_slm.config import OptimizerConfig
+from megatron_slm.config.optimizer import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
-from megatron_slm.data.packing import Samples
 from megatron_slm.data.prefetch import Prefetcher
+from megatron_slm.data.samples import Samples
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.plan import Plan
 from megatron_slm.training.evaluation import HeldOutSet

@@ -16,8 +16,8 @@ import pytest
 from megatron_slm.checkpoint import format as checkpoint_format
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
 from megatron_slm.checkpoint.load import CheckpointSource, read_probe
-from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError
 from megatron_slm.run.resume import Resume, open_resume
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus

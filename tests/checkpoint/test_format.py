@@ -16,7 +16,7 @@ from megatron_slm.checkpoint.format import (
     step_of,
     verify_files,
 )
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.files import write_durably
 

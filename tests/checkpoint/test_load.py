@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.weights import RandomWeights, read_range, slice_of
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers

@@ -56,7 +56,7 @@ def test_merge_inspect_verify(corpora: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     broken = run("inspect_data", *show, "--verify")
     assert broken.returncode == 1
-    assert broken.stderr.startswith(f"error: SHA-256 of {path} = ")
+    assert broken.stderr.startswith(f"error: {path}: SHA-256 is ")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import Architecture, BackendConfig
-from megatron_slm.config import backends as module
-from megatron_slm.config.backends import Backends
+from megatron_slm import device
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.backends import BackendConfig, Backends
 from megatron_slm.errors import ConfigError
+from megatron_slm.run import backends
 from megatron_slm.run.backends import choose_backends
 
 
@@ -25,7 +26,8 @@ def choose(
     monkeypatch: pytest.MonkeyPatch, installed: set[str], *, gpu: bool = True, bf16: bool = True, width: int = 64,
     zero_stage: int = 1, updates_on_host: bool = False, **asked: Any,
 ) -> Backends:  # fmt: skip
-    monkeypatch.setattr(module, "on_gpu", lambda: gpu)
+    for module in (device, backends):
+        monkeypatch.setattr(module, "on_gpu", lambda: gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name in installed else None)
     return choose_backends(
         BackendConfig(**asked),

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import BackwardConfig
-from megatron_slm.config.backward import planned_share, predicted_variance
+from megatron_slm.config.backward import BackwardConfig, planned_share, predicted_variance
 from megatron_slm.errors import ConfigError
 
 

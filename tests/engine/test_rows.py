@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_slm.config import BackwardConfig
+from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.engine.rows import RowSampler, RowSums
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.selection.selector import Selector

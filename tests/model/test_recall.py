@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import layer_list
 from megatron_slm.model.row_sampling import BackwardRows

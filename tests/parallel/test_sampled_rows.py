@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_slm.checkpoint.weights import fill_module, slice_of
 from megatron_slm.model.block import Block
-from megatron_slm.parallel.groups import init_distributed, tensor_parallel_group
+from megatron_slm.parallel.groups import create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import parts_with_offsets
 from megatron_slm.parallel.topology import Topology
@@ -53,7 +53,7 @@ def logical_tensors(stack: list[Block], values: list[torch.Tensor]) -> dict[str,
 
 def rank_main(options: dict[str, Any], kind: str, sequence_parallel: bool, recomputes: bool) -> dict[str, Any]:
     init_distributed()
-    tp = tensor_parallel_group(Topology(tensor=2), sequence_parallel=sequence_parallel)
+    tp = create_tensor_parallel_group(Topology(tensor=2), sequence_parallel=sequence_parallel)
     arch = architecture(num_layers=2, **options)
     whole, (x, grad) = blocks(arch), problem()
     with torch.no_grad():  # numbers that fp32 holds, in which weights are read

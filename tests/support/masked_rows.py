@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.model.block import Block
 from megatron_slm.model.row_sampling import BackwardRows, Drawn
 from megatron_slm.parallel.layers import ParallelLayers

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_slm.checkpoint.weights import Quantity, fill_module, slice_of
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import Part
 from megatron_slm.reference.frozen import FrozenStage

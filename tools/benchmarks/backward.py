@@ -147,7 +147,8 @@ class Stepper:
     def __init__(self, shape: dict[str, int], contender: Contender) -> None:
         import torch
 
-        from megatron_slm.config import Architecture, BackwardConfig
+        from megatron_slm.config.architecture import Architecture
+        from megatron_slm.config.backward import BackwardConfig
         from megatron_slm.engine.rows import RowSampler
         from megatron_slm.loss.objective import Objective
         from megatron_slm.model.llama import layer_list

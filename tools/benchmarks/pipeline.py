@@ -228,7 +228,7 @@ def _backward_share(job: dict[str, Any]) -> float:
 
 
 def _architecture(job: dict[str, Any]) -> Any:
-    from megatron_slm.config import Architecture
+    from megatron_slm.config.architecture import Architecture
 
     width = WIDTH[job["emulated"]]
     return Architecture(
@@ -243,7 +243,7 @@ def _architecture(job: dict[str, Any]) -> Any:
 
 
 def _row_sampler(context: Any, job: dict[str, Any]) -> Any:
-    from megatron_slm.config import BackwardConfig
+    from megatron_slm.config.backward import BackwardConfig
     from megatron_slm.engine.rows import RowSampler
 
     return RowSampler(

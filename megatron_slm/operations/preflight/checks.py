@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from megatron_slm.config import PreflightConfig
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.operations.preflight.facts import Facts
 from megatron_slm.operations.preflight.link_checks import check_clocks, check_links
 from megatron_slm.operations.preflight.links import Measurements

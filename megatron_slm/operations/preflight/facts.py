@@ -19,8 +19,8 @@ import torch
 
 import megatron_slm
 from megatron_slm.checkpoint.format import complete_checkpoints
-from megatron_slm.config import RunConfig
 from megatron_slm.config.load import to_flat_dict
+from megatron_slm.config.run import RunConfig
 from megatron_slm.device import cuda_versions, device_memory, on_gpu
 from megatron_slm.errors import SlmError
 from megatron_slm.operations.preflight.files import fingerprints, source_fingerprint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import megatron_slm
 from megatron_slm.checkpoint.format import find_checkpoint
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError, ConfigError
 from megatron_slm.run.data_paths import corpus_prefixes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from megatron_slm.config import PreflightConfig
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.operations.preflight.facts import Facts
 from megatron_slm.operations.preflight.links import Link, Measurements
 

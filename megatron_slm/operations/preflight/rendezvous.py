@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import PeerError, PreflightError, SlmError
 from megatron_slm.operations.preflight.facts import Facts, existing, is_first_of_node, name_nodes
 from megatron_slm.operations.reach import Listener

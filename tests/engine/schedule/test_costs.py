@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_slm.config import BackwardConfig
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.engine.schedule.costs import Costs, arithmetic_costs, backward_passes, block_flops, forward_flops
 from megatron_slm.engine.schedule.search import choose_schedule
 from megatron_slm.engine.schedule.simulate import Simulation

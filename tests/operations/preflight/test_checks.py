@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import PreflightConfig
 from megatron_slm.config.load import parse
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.operations.preflight.checks import Check, evaluate
 from megatron_slm.operations.preflight.facts import name_nodes, num_checkpoints, parse_gpus
@@ -141,8 +141,8 @@ def test_how_many_checkpoints_lie_there_at_the_fullest_moment(flags: list[str], 
 
 @pytest.mark.parametrize(
     ("flag", "value", "rule"),
-    [("min-bandwidth-gbps", "0", "greater than 0"), ("slow-link-share", "1.5", r"lies in \[0, 1\]")],
+    [("min-bandwidth-gbps", "0", "must be positive"), ("slow-link-share", "1.5", r"must be in \[0, 1\]")],
 )
 def test_limits_that_make_no_sense(flag: str, value: str, rule: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--{flag} = .*{rule}"):
+    with pytest.raises(ConfigError, match=rf"--{flag} is .*{rule}"):
         parse(["--train-iters", "1", f"--{flag}", value])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import PreflightConfig
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.operations.preflight.link_checks import check_clocks, check_links
 from megatron_slm.operations.preflight.links import Link, Measurements, rounds
 
