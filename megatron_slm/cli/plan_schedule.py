@@ -36,7 +36,7 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
         "--row-share",
         type=float,
         default=1.0,
-        help="share of the backward pass left by sampled rows (--backward-rows); not of plain training's (default: 1.0)",
+        help="share of the backward pass left by sampled rows; plain training takes all of it (default: 1.0)",
     )
     sizes = parser.add_argument_group("sizes of one micro-batch on one rank, in MiB")
     sizes.add_argument(

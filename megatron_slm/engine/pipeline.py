@@ -249,8 +249,9 @@ class SelectiveEngine(PipelineEngine):
         with self._timing(Work.FORWARD):
             watch = self._facts.watch(i) if self.is_first_stage() and torch.is_grad_enabled() else None
             sampler = self.context.rows if torch.is_grad_enabled() else None
-            rows = None if sampler is None else sampler.of_micro_batch(i, self._settings)
-            out = DeepSpeedEngine.forward(self, x, documents, watch, rows)
+            out = DeepSpeedEngine.forward(
+                self, x, documents, watch, sampler and sampler.of_micro_batch(i, self._settings)
+            )
             if torch.is_grad_enabled():
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
             if self.is_last_stage():
@@ -336,8 +337,8 @@ class SelectiveEngine(PipelineEngine):
 
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step; unless the losses say that it must not be."""
-        num_sources, rows = self.context.objective.num_sources, self.context.rows
-        self._sums = sum_over_world(self._facts.in_order, self.device, num_sources=num_sources, rows=rows)
+        sources, rows = self.context.objective.num_sources, self.context.rows
+        self._sums = sum_over_world(self._facts.in_order, self.device, num_sources=sources, rows=rows)
         factor = step_factor(self._sums, self._settings, self.context.topology.data)
         with self.context.timers.timing("optimizer"), gradients_scaled(self.optimizer, factor):
             PipelineEngine._exec_optimizer_step(self)
