@@ -249,9 +249,8 @@ class SelectiveEngine(PipelineEngine):
         with self._timing(Work.FORWARD):
             watch = self._facts.watch(i) if self.is_first_stage() and torch.is_grad_enabled() else None
             sampler = self.context.rows if torch.is_grad_enabled() else None
-            out = DeepSpeedEngine.forward(
-                self, x, documents, watch, sampler and sampler.of_micro_batch(i, self._settings)
-            )
+            rows = sampler and sampler.of_micro_batch(i, self._settings)
+            out = DeepSpeedEngine.forward(self, x, documents, watch, rows)
             if torch.is_grad_enabled():
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
             if self.is_last_stage():
@@ -381,11 +380,10 @@ class PipelineTrainer:
     def __init__(self, engine: SelectiveEngine, *, num_measured_steps: int = 0) -> None:
         self.engine, self._left_to_measure = engine, num_measured_steps
         self.activity = engine.context.activity
-        self.evaluate = engine.evaluate
+        self.evaluate, self.probe = engine.evaluate, engine.probe
         self.micro_batch_facts = engine.micro_batch_facts
         self.timers, self.rows = engine.context.timers, engine.context.rows
         self.reference_statistics = engine.reference_statistics
-        self.probe = engine.probe
         if num_measured_steps:
             engine.start_measuring()
 
