@@ -66,20 +66,24 @@ def test_chosen(
 @pytest.mark.parametrize(
     ("options", "installed", "match"),
     [
-        ({"attention_backend": "flash", "gpu": False}, BOTH, "--attention-backend = 'flash': runs on a GPU"),
-        ({"attention_backend": "flash"}, {"apex"}, "--attention-backend = 'flash': is an installed backend"),
+        ({"attention_backend": "flash", "gpu": False}, BOTH, "--attention-backend is 'flash': must run on a GPU"),
+        ({"attention_backend": "flash"}, {"apex"}, "--attention-backend is 'flash': must be an installed backend"),
         ({"attention_backend": "flash", "bf16": False}, BOTH, "at most 256 in bf16 .*width 64, fp32"),
         ({"attention_backend": "flash", "width": 258}, BOTH, "width 258, bf16"),
-        ({"norm_backend": "apex"}, {"flash_attn"}, "--norm-backend = 'apex': is an installed"),
-        ({"norm_backend": "apex", "gpu": False}, BOTH, "--norm-backend = 'apex': runs on a GPU"),
-        ({"optimizer_backend": "apex"}, set(), "--optimizer-backend = 'apex': is an installed"),
-        ({"optimizer_backend": "deepspeed", "gpu": False}, BOTH, "--optimizer-backend = 'deepspeed': runs on a GPU"),
+        ({"norm_backend": "apex"}, {"flash_attn"}, "--norm-backend is 'apex': must be an installed"),
+        ({"norm_backend": "apex", "gpu": False}, BOTH, "--norm-backend is 'apex': must run on a GPU"),
+        ({"optimizer_backend": "apex"}, set(), "--optimizer-backend is 'apex': must be an installed"),
+        (
+            {"optimizer_backend": "deepspeed", "gpu": False},
+            BOTH,
+            "--optimizer-backend is 'deepspeed': must run on a GPU",
+        ),
         (
             {"optimizer_backend": "apex", "updates_on_host": True},
             BOTH,
-            "--optimizer-backend = 'apex': is left to torch",
+            "--optimizer-backend is 'apex': must be torch or auto",
         ),
-        ({"compile_blocks": True, "zero_stage": 3}, set(), "--compile-blocks = True: is off with ZeRO-3"),
+        ({"compile_blocks": True, "zero_stage": 3}, set(), "--compile-blocks is True: must be off with ZeRO-3"),
     ],
 )
 def test_refused(options: dict[str, Any], installed: set[str], match: str, monkeypatch: pytest.MonkeyPatch) -> None:

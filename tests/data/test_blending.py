@@ -29,7 +29,7 @@ def train_samples(folder: Path, num_samples: int, manifest: Any = None, **change
     values = run_flags(folder, run_dir, **{"vocab_size": 60_000, "seq_length": 16, **changes})
     config, _ = parse(flags(values))
     tokenizer = build_tokenizer("NullTokenizer", None, 60_000)
-    return open_data(config, tokenizer, 60_001, num_samples, 8, manifest).train
+    return open_data(config, tokenizer, 60_001, num_samples, global_batch_size=8, manifest=manifest).train
 
 
 @pytest.fixture(scope="module")

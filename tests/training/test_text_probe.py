@@ -296,7 +296,7 @@ def test_records_of_losses_that_are_not_finite(one_rank: Path, tmp_path: Path) -
     loss_Ws = ProbeFolder(tmp_path).read(4).loss_Ws.copy()
     loss_Ws[0, 0] = np.nan
     ProbeFolder(tmp_path).write(ProbeRecord(step=4, loss_Ws=loss_Ws))
-    with pytest.raises(AnalysisError, match="step 4 = 'a loss that is not finite'"):
+    with pytest.raises(AnalysisError, match="step 4 is 'a loss that is not finite'"):
         recorded_losses(str(tmp_path))
 
 
