@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_slm.checkpoint.weights import fill_module, slice_of
+from megatron_slm.checkpoint.weights import cut_range, fill_module
 from megatron_slm.model.block import Block
 from megatron_slm.parallel.groups import create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.layers import ParallelLayers
@@ -90,7 +90,7 @@ def rank_main(options: dict[str, Any], kind: str, sequence_parallel: bool, recom
         for part, offset in parts_with_offsets(parameter):
             mine[part.name] = (
                 value.flatten()[offset : offset + part.numel].view(part.local_shape),
-                slice_of(wanted[part.name], part, 0, part.numel).view(part.local_shape),
+                cut_range(wanted[part.name], part, 0, part.numel).view(part.local_shape),
             )
     return {
         "output": largest_error([out], [plain]),
