@@ -238,8 +238,7 @@ class SelectiveEngine(PipelineEngine):
         documents = self._documents(i)
         with self._timing(Work.FORWARD):
             hook = self._diagnostics.gradient_hook(i) if self.is_first_stage() and trains else None
-            sampler = self.rows if trains else None
-            rows = sampler and sampler.of_micro_batch(i, self._settings)
+            rows = self.rows.of_micro_batch(i, self._settings) if trains and self.rows is not None else None
             out = DeepSpeedEngine.forward(self, x, documents, hook, rows)
             if trains:
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
