@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from megatron_slm.analysis.charts import COLOURS, MARKERS, Line, Panel, png
+from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png
 from megatron_slm.files import write_durably
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def _panel(found: RowResults, methods: Sequence[str], measure: str, ratios: Mapp
         if x is not None and kept["mean"] is not None:
             low, high = (kept["mean"] if kept[end] is None else kept[end] for end in ("low", "high"))
             # a band needs a width
-            lines.append(Line(name=name, x=[x - 0.002, x + 0.002], y=[kept["mean"]] * 2, low=[low] * 2,
-                              high=[high] * 2, colour=COLOURS[i], marker=MARKERS[i]))  # fmt: skip
+            lines.append(Curve(name=name, x=[x - 0.002, x + 0.002], y=[kept["mean"]] * 2, low=[low] * 2,
+                              high=[high] * 2, color=COLORS[i], marker=MARKERS[i]))  # fmt: skip
     label = "step time / plain training's" if ratios else "share of the rows"
     return Panel(title=f"Gain kept ({measure})", x_label=label, y_label="share of the exact run's gain", lines=lines)
 

@@ -201,20 +201,18 @@ class Stepper:
         """CPU seconds of a step, and of its backward pass."""
         import torch
 
-        from megatron_slm.engine.module import output_rows, run_layer
+        from megatron_slm.engine.module import output_rows, run_layers
         from megatron_slm.loss.objective import StepSettings
 
         batch, settings = self._batch(), StepSettings(step=self.number, row_shares=tuple(self.shares))
         self.number += 1
         started = time.process_time()
         rows = None if self.rows is None else self.rows.of_micro_batch(0, settings)
-        x_sbd = batch.tokens_bs
-        for layer in self.layers:
-            x_sbd = run_layer(layer, x_sbd, None, rows)
+        x_sbd = run_layers(self.layers, batch.tokens_bs, None, recomputes=False, rows=rows)
         weight = output_rows(self.layers[-1].output)
         loss, sums = self.objective.loss(x_sbd, weight, batch, None, settings)
         backward = time.process_time()
-        (loss / float(sums[1])).backward()
+        (loss / self.objective.sum_layout.unpack(sums).kept_tokens).backward()
         backward_seconds = time.process_time() - backward
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()

@@ -176,7 +176,7 @@ def _costs(job: dict[str, Any], stepper: _Stepper) -> Any:
 
 
 def _slept_out(engine: Any, lengths: dict[Any, float]) -> Callable[[Any], AbstractContextManager[None]]:
-    """In place of the engine's stopwatch: each computation ends when its length has passed."""
+    """In place of the engine's timers: each computation ends when its length has passed."""
     from megatron_slm.engine.schedule.costs import Work
 
     @contextmanager
@@ -191,24 +191,25 @@ def _slept_out(engine: Any, lengths: dict[Any, float]) -> Callable[[Any], Abstra
 
 def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]:
     """What takes turns, each by what the engine works with: its schedule, and where reference losses come from."""
+    from megatron_slm.engine.schedule.modes import Mode
     from megatron_slm.engine.schedule.search import choose_schedule
-    from megatron_slm.reference.manifest import Manifest
+    from megatron_slm.reference.manifest import StoreManifest
     from megatron_slm.reference.store import ScoreReader
     from megatron_slm.reference.stored import StoredScores
     from megatron_slm.selection.selector import Selector
 
-    alone = replace(context, schedule=choose_schedule("clm", costs, job["micro_batches"]))
+    alone = replace(context, schedule=choose_schedule(Mode.CLM, costs, job["micro_batches"]))
     found = {BASELINE: replace(alone, objective=replace(context.objective, selector=Selector()))}
     for mode in MODES:
-        found[mode] = replace(context, schedule=choose_schedule(mode, costs, job["micro_batches"]))
+        found[mode] = replace(context, schedule=choose_schedule(Mode(mode), costs, job["micro_batches"]))
     folder = Path(job["folder"]) / "scores"
-    stored = StoredScores([ScoreReader(folder, Manifest.read(folder))], "mean")
+    stored = StoredScores([ScoreReader(folder, StoreManifest.read(folder))], "mean")
     found[STORED] = replace(alone, scores=stored)
     with_rows, rows = _rows_costs(costs, job), _row_sampler(context, job)
     found[SKEWED_ROWS] = replace(
-        context, schedule=choose_schedule("skewed", with_rows, job["micro_batches"]), rows=rows
+        context, schedule=choose_schedule(Mode.SKEWED, with_rows, job["micro_batches"]), rows=rows
     )
-    after = choose_schedule("clm", with_rows, job["micro_batches"])
+    after = choose_schedule(Mode.CLM, with_rows, job["micro_batches"])
     return found | {STORED_ROWS: replace(alone, schedule=after, scores=stored, rows=rows)}
 
 
@@ -295,11 +296,14 @@ class _Stepper:
 
     def measured_costs(self) -> Any:
         """What each computation takes on each stage."""
+        from megatron_slm.engine.measure import measured_costs
+
         self.take(is_last=False)  # the first is slower
-        self.engine.start_measuring()
+        context = self.engine.context
+        context.timers.keep_intervals()
         for step in range(MEASURED_STEPS):
             self.take(is_last=step == MEASURED_STEPS - 1)
-        return self.engine.measured_costs()
+        return measured_costs(context.timers.take_intervals(), context.topology, self.engine.device)
 
 
 def _record(job: dict[str, Any], name: str, context: Any, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.engine.schedule.costs import Costs, arithmetic_costs, backward_passes, block_flops, forward_flops
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.search import choose_schedule
 from megatron_slm.engine.schedule.simulate import Simulation
 
@@ -99,8 +100,8 @@ def test_costs_with_sampled_rows_are_compared_with_plain_training() -> None:
 def test_the_skewed_schedule_with_two_thirds_of_the_rows(stages: int, micro_batches: int, ratio: float) -> None:
     """An equal reference hides in what the smaller backward leaves; plain training is 1."""
     costs = Costs.uniform(stages, row_share=0.68)
-    simulation = Simulation(choose_schedule("skewed", costs, micro_batches))
+    simulation = Simulation(choose_schedule(Mode.SKEWED, costs, micro_batches))
     assert simulation.ratio == pytest.approx(ratio, abs=0.012)
     assert simulation.ratio <= 1.04 * simulation.lower_bound
-    stored = Simulation(choose_schedule("clm", costs, micro_batches))
+    stored = Simulation(choose_schedule(Mode.CLM, costs, micro_batches))
     assert stored.ratio == stored.lower_bound == pytest.approx((1 + 2 * 0.68) / 3, abs=1e-3)
