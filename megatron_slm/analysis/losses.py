@@ -26,7 +26,7 @@ from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage
-from megatron_slm.reference.manifest import Manifest as StoreManifest
+from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.reference.store import ScoreReader, check_shards
 from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch

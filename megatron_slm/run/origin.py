@@ -14,7 +14,7 @@ from megatron_slm.convert.card import read_origin
 from megatron_slm.convert.companion_files import ORIGIN, ORIGIN_FILES, ORIGIN_RECORD, copy_files
 from megatron_slm.convert.source import Model
 from megatron_slm.data.corpus.content import content_sha256
-from megatron_slm.reference.manifest import Manifest as StoreManifest
+from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.run.plan import Plan
 
 
