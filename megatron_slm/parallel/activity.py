@@ -17,9 +17,9 @@ class LoopState(Enum):
     """States of the training loop."""
 
     STARTING = "starting"
-    STEP = "a training step"
-    EVALUATION = "a batch of an evaluation"
-    PROBE = "a probe"
+    STEP = "training"
+    EVALUATION = "evaluating"
+    PROBE = "probing"
     PROFILE = "writing a profile"
     SAVING = "saving"
     ENDING = "ending"

@@ -18,7 +18,7 @@ from megatron_slm.errors import CheckpointError, ConfigError, ScoreStoreError, V
 from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.planning.job import architecture_at
+from megatron_slm.planning.planned_run import architecture_at
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.layout import check_layout

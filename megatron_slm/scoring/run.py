@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.scoring import ScoringOptions
 from megatron_slm.operations.preflight.run import preflight
-from megatron_slm.operations.reach import silent_nodes_named
+from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.reference.manifest import Manifest
@@ -32,7 +32,7 @@ def score(config: RunConfig, options: ScoringOptions) -> Manifest:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with silent_nodes_named(), translate_peer_errors("the scoring pass"):
+    with name_silent_nodes(), translate_peer_errors("the scoring pass"):
         resume = open_resume(config)
         with raise_on_all_ranks():
             plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank(), resume=resume)

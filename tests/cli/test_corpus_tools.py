@@ -94,7 +94,7 @@ add = JoinedCorpus.add
 
 def add_and_be_stopped(self, part):
     add(self, part)
-    assert self._bin_part.exists()
+    assert self._temporary_bin.exists()
     os.kill(os.getpid(), signal.{signal})
 
 JoinedCorpus.add = add_and_be_stopped

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig
 from megatron_slm.cli.pretrain import main
 from megatron_slm.config.load import known_flags, parse
 from megatron_slm.convert.hf_config import architecture_of
-from megatron_slm.planning.job import open_job
+from megatron_slm.planning.planned_run import plan_run
 from tests.data.byte_level import byte_level_folder
 from tests.examples.recipes import CONFIGS, EXAMPLES, FOLDERS, ROOT, name_of
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
@@ -102,12 +102,12 @@ def test_numbers_are_the_papers(config: Path) -> None:
 def test_shapes_are_those_of_the_models(config: Path) -> None:
     """So that --init-from, which is compared with them, is accepted."""
     run, _ = parse(["--config", str(config)])
-    job = open_job(run)
+    job = plan_run(run)
     real = HF_CONFIGS[PAPER[name_of(config)]["model"]]
     assert job.architecture == architecture_of({**real.to_dict(), "architectures": None}, "test")
     if job.reference is not None:
         small = name_of(config).startswith("weak")
-        assert job.reference == (open_job(parse(["--config", "examples/rho1_math_1b/slm.yaml"])[0]).architecture if small else job.architecture)  # fmt: skip
+        assert job.reference == (plan_run(parse(["--config", "examples/rho1_math_1b/slm.yaml"])[0]).architecture if small else job.architecture)  # fmt: skip
 
 
 def test_the_blend_is_six_to_three_to_one() -> None:

@@ -18,7 +18,7 @@ from megatron_slm.checkpoint.format import complete_checkpoints, find_checkpoint
 from megatron_slm.checkpoint.retention import read_evaluations
 from megatron_slm.config.load import parse
 from megatron_slm.config.resilience import STOP_FILE
-from megatron_slm.engine.pipeline import PipelineTrainer
+from megatron_slm.engine.pipeline import SelectiveEngine
 from megatron_slm.operations import stopping
 from megatron_slm.training.pretrain import pretrain
 from tests.parity.test_resume import metrics
@@ -42,16 +42,8 @@ def train_until_killed(values: dict[str, Any], at_micro_batch: int) -> int:
 
 def train_and_signal(values: dict[str, Any], rank: int, where: str, moment: int, number: int) -> int:
     """The step that a run stops after whose `rank` gets a signal when it does `where` for the `moment`th time."""
-    owner: Any = {"evaluate": PipelineTrainer, "write_tensor_file": save, "commit": save.Writer}[where]
+    owner: Any = {"evaluate": SelectiveEngine, "write_tensor_file": save, "commit": save.Writer}[where]
     count = 0
-    if where == "evaluate":  # an attribute of the trainer, given to it by its constructor
-        init = PipelineTrainer.__init__
-
-        def constructed(self: Any, *args: Any, **kwargs: Any) -> None:
-            init(self, *args, **kwargs)
-            self.evaluate = struck(self.evaluate)
-
-        PipelineTrainer.__init__ = constructed  # type: ignore[method-assign]
 
     def struck(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -63,8 +55,7 @@ def train_and_signal(values: dict[str, Any], rank: int, where: str, moment: int,
 
         return call
 
-    if where != "evaluate":
-        setattr(owner, where, struck(getattr(owner, where)))
+    setattr(owner, where, struck(getattr(owner, where)))
     return train(values)
 
 
