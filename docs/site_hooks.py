@@ -1,4 +1,4 @@
-"""Hook of mkdocs: shows links to files of the checkout outside docs/ as plain code, since the site has no such pages."""
+"""Hook of mkdocs: shows links to files outside docs/ as plain code, since the site has no such pages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Selective training with Hugging Face's Trainer, with a reference model or with its stored losses.
 
-    python examples/python/hugging_face_trainer.py --model base --reference ref --text corpus.txt --output out
-    torchrun --nproc-per-node 2 examples/python/hugging_face_trainer.py ...   # DistributedDataParallel
+python examples/python/hugging_face_trainer.py --model base --reference ref --text corpus.txt --output out
+torchrun --nproc-per-node 2 examples/python/hugging_face_trainer.py ...   # DistributedDataParallel
 """
 
 import argparse

@@ -22,6 +22,8 @@ from megatron_slm.types import MicroBatch, Selection, TokenStatistics
 IGNORED_LABEL = -100
 """Label of tokens without a loss, as in transformers."""
 
+DEFAULT_HEAD = LossHead()
+
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Fields of configurations whose logits are more than a product of hidden states and weight."""
 
@@ -154,7 +156,7 @@ def check_plain_head(model: Any) -> None:
 
 @torch.no_grad()
 def token_losses(
-    model: nn.Module, batch: MicroBatch, *, with_entropy: bool = False, head: LossHead = LossHead(), **inputs: Any
+    model: nn.Module, batch: MicroBatch, *, with_entropy: bool = False, head: LossHead = DEFAULT_HEAD, **inputs: Any
 ) -> TokenStatistics:
     """Return a model's loss of every token of a micro-batch, without a gradient; call it on the reference.
 
@@ -181,7 +183,7 @@ def selective_loss(
     reference: TokenStatistics | None = None,
     step: int = 0,
     threshold: float | None = None,
-    head: LossHead = LossHead(),
+    head: LossHead = DEFAULT_HEAD,
     **inputs: Any,
 ) -> CausalLMLoss:
     """Return the loss of the kept tokens of a micro-batch, with its gradient (Rho-1, equation 5, as a sum).

@@ -57,9 +57,9 @@ class SlmTrainerMixin(_Base):
         self.selector = make_selector() if selector is None else selector
         if self.selector.policy == "quantile" or self.selector.scope == "data-parallel":
             raise ConfigError(
-                "selector",
+                "selector of SlmTrainer",
                 self.selector.describe(),
-                "use neither the policy quantile nor the scope data-parallel with SlmTrainer",
+                "use neither the policy quantile nor the scope data-parallel together with it",
                 "choose another policy or scope, or train with slm-pretrain",
             )
         check_plain_head(self.model)
@@ -115,7 +115,7 @@ class SlmTrainerMixin(_Base):
             return TokenStatistics(stored_bs.flatten().float().masked_fill(~batch.valid_bs.flatten(), 0.0))
         if self.selector.needs_reference:
             raise ConfigError.missing(
-                "reference_model",
+                "reference_model of SlmTrainer",
                 f"score {self.selector.scores[0].name}",
                 f"pass a model, or add the column {REFERENCE_LOSS} with with_reference_losses",
             )
@@ -124,7 +124,7 @@ class SlmTrainerMixin(_Base):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """Return the kept tokens of an optimizer step over all processes, expected where scores decide their number."""
         if not batch_samples or not self.model.training:
-            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[no-any-return]
+            return super()._get_num_items_in_batch(batch_samples, device)
         kept = sum(self._expected_kept(one) for one in batch_samples)
         total = torch.tensor(float(kept), device=device)
         if self.args.world_size > 1:
@@ -155,8 +155,9 @@ class SlmTrainerMixin(_Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if REFERENCE_LOSS not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, REFERENCE_LOSS]
+        columns: list[str] = list(self._signature_columns or [])
+        if REFERENCE_LOSS not in columns:
+            self._signature_columns = [*columns, REFERENCE_LOSS]
 
 
 class ReferenceLossCollator:

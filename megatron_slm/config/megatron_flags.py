@@ -96,11 +96,11 @@ _NOT_NEEDED = {
     ),
     "no dropout is applied": "attention-dropout hidden-dropout lora-dropout",
     "the engine sizes its buffers itself": "variable-seq-lengths initial-loss-scale-window",
-    "nothing is built lazily": "lazy-mpu-init no-initialization use-cpu-initialization create-attention-mask-in-dataloader",
+    "nothing is built lazily": "lazy-mpu-init no-initialization use-cpu-initialization",
     "clean-up is automatic": "manual-gc manual-gc-interval no-manual-gc-eval",
-    "data loading has no choice of kind": "dataloader-type data-cache-dir-per-node no-create-attention-mask-in-dataloader",
-    "reports come from slm-report": "log-params-norm log-num-zeros-in-grad log-straggler log-energy one-logger-project",
-    "checkpoints say it": "ckpt-format dist-ckpt-strictness no-save-optim no-save-rng non-persistent-save-interval",
+    "data loading has no choice of kind": "dataloader-type no-create-attention-mask-in-dataloader",
+    "reports come from slm-report": "log-params-norm log-num-zeros-in-grad log-straggler log-energy",
+    "checkpoints record it": "ckpt-format dist-ckpt-strictness no-save-optim no-save-rng",
 }
 _NOT_SUPPORTED = {
     "fp16 training (use --bf16 or fp32)": (
@@ -125,7 +125,7 @@ _NOT_SUPPORTED = {
         "moe-token-dispatcher-type moe-ffn-hidden-size moe-shared-expert-intermediate-size moe-layer-freq "
         "moe-z-loss-coeff moe-permute-fusion moe-router-dtype expert-model-parallel-size expert-tensor-parallel-size"
     ),
-    "multi-latent attention": "multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim",
+    "multi-latent attention": "multi-latent-attention q-lora-rank kv-lora-rank qk-pos-emb-head-dim",
     "multi-token prediction": "mtp-num-layers mtp-loss-scaling-factor",
     "partial recomputation (use --recompute-granularity full)": (
         "recompute-method recompute-num-layers recompute-modules distribute-saved-activations cpu-offloading-num-layers"

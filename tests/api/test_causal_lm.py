@@ -17,7 +17,12 @@ from tests.support.hub_models import save_model_and_tokenizer, write_text
 from tests.support.models import random_hf_model
 
 SHAPE = dict(
-    vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=53,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 
 
@@ -78,15 +83,15 @@ def test_padding_is_not_kept() -> None:
 
 
 def test_wrong_options_name_the_flag() -> None:
-    with pytest.raises(ConfigError, match="--slm-keep-ratio is 2: must be in"):
+    with pytest.raises(ConfigError, match=r"--slm-keep-ratio is 2: must be in"):
         make_selector(keep_ratio=2)
-    with pytest.raises(ConfigError, match="--slm-score is 'exces'.*did you mean excess"):
+    with pytest.raises(ConfigError, match=r"--slm-score is 'exces'.*did you mean excess"):
         make_selector("exces")
 
 
 def test_scaled_logits_are_refused() -> None:
     model = random_hf_model("Gemma2", 0, head_dim=6, **SHAPE)
-    with pytest.raises(LayoutError, match="final_logit_softcapping is 30.0: must be unset"):
+    with pytest.raises(LayoutError, match=r"final_logit_softcapping is 30\.0: must be unset"):
         selective_loss(model, micro_batch(_ids()), selector=Selector())
 
 
@@ -118,5 +123,7 @@ def test_every_public_name_resolves() -> None:
     for name in megatron_slm.__all__:
         if name != "SlmTrainer" or "accelerate" in sys.modules:
             assert getattr(megatron_slm, name) is not None
+    typed = {line.split()[-1] for line in Path("megatron_slm/__init__.pyi").read_text().splitlines() if " as " in line}
+    assert typed == set(megatron_slm.__all__) - {"__version__"}
     with pytest.raises(AttributeError, match="no attribute 'selctor'"):
         megatron_slm.selctor  # noqa: B018

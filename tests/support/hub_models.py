@@ -23,9 +23,7 @@ def save_tokenizer(folder: Path) -> int:
     table = {word: i for i, word in enumerate(["<unk>", "<pad>", "</s>", *WORDS])}
     inner = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
     return len(table)
 
