@@ -56,8 +56,8 @@ def flags_page() -> str:
         "# All flags\n\n",
         NOTE,
         "Flags of `slm-pretrain` (`tools/pretrain_slm.py`), and of the tools that take a run's configuration. In a "
-        "YAML file (`--config run.yaml`) the same names without dashes in front, with `-` or `_`; the command line wins. A "
-        "switch has `--no-...` too. Also `--config FILE`, `--dry-run` and `--without-files` "
+        "YAML file (`--config run.yaml`) the same names without dashes in front, with `-` or `_`; the command line "
+        "wins. A switch has `--no-...` too. Also `--config FILE`, `--dry-run` and `--without-files` "
         "([planning](../planning.md)).\n",
     ]
     for name, section in SECTIONS.items():

@@ -155,9 +155,8 @@ class SlmTrainerMixin(_Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: list[str] = list(self._signature_columns or [])
-        if REFERENCE_LOSS not in columns:
-            self._signature_columns = [*columns, REFERENCE_LOSS]
+        columns = set(vars(self)["_signature_columns"] or ())
+        self._signature_columns = sorted({*columns, REFERENCE_LOSS})
 
 
 class ReferenceLossCollator:
