@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/build"
 "$work/build/bin/pip" install -q build
 git archive --format=tar HEAD | (mkdir "$work/source" && tar -x -C "$work/source")   # committed files only
-"$work/build/bin/python" -m build --outdir "$work/dist" "$work/source" >"$work/build.log" || { tail -30 "$work/build.log"; exit 1; }
+"$work/build/bin/python" -m build --outdir "$work/dist" "$work/source" >"$work/build.log" 2>&1 || { tail -30 "$work/build.log"; exit 1; }
 
 python3 -m venv "$work/fresh"
 if [ -n "${1:-}" ]; then
@@ -27,7 +27,7 @@ cd "$work/empty"
 unset PYTHONPATH
 export PATH="$work/fresh/bin:$PATH" OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 scripts=$("$work/fresh/bin/python" -c 'from importlib.metadata import distribution
-print(*(e.name for e in distribution("megatron_slm").entry_points))')
+print(*(e.name for e in distribution("megatron_slm").entry_points if e.group == "console_scripts"))')
 for script in $scripts; do
   "$work/fresh/bin/$script" --help >/dev/null || { echo "$script --help failed"; exit 1; }
 done

@@ -132,3 +132,24 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "reference/python/index.html").read_text().count("doc-heading") > 10
+
+
+@pytest.mark.slow
+def test_the_notebook_runs() -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples/notebooks/selective_tokens.ipynb", 4)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    texts = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    sums, others = map(int, re.findall(r"(\d+)% of the (?:tokens of sums|others)", "".join(texts)))
+    assert sums > others
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_and_trains_outside_of_the_checkout() -> None:
+    site = next(path for path in sys.path if (Path(path) / "torch").is_dir())
+    done = subprocess.run(
+        ["bash", "tools/check_package.sh", site], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "built, installed and used" in done.stdout
