@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = {
+    "backward": ("backward", "training on sampled rows of the gradient against plain training"),
     "checkpoint": ("checkpoint", "how long training stands still for a save, synchronous and asynchronous"),
     "data": ("data", "preprocessing against Hugging Face and Megatron's way of sharing work"),
     "data-loading": ("data_loading", "indices, blends' orders and micro-batches of large corpora"),

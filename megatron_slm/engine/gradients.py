@@ -11,22 +11,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.skipping import skip_reason
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.loss.sums import LossSums, SumLayout
 
 
-def sum_over_world(vectors: Sequence[Tensor], layout: SumLayout, device: torch.device) -> LossSums:
+def sum_over_world(
+    vectors: Sequence[Tensor], layout: SumLayout, device: torch.device, *, rows: RowSampler | None = None
+) -> LossSums:
     """Add up the sums of all micro-batches and ranks, the same bits on each. Collective over the world.
 
     Args:
         vectors: packed sums, one a micro-batch; none on ranks that computed no loss.
+        rows: collects what the step's backward passes measured, by the same reduction.
     """
     total = torch.zeros(layout.size, dtype=torch.float64, device=device)
     if vectors:
         total += torch.stack(list(vectors)).sum(0)
+    if rows is not None:
+        total = torch.cat([total, rows.take_table(device)])
+    if rows is not None:
+        total = torch.cat([total, rows.take_table(device)])
     dist.all_reduce(total)
-    return layout.unpack(total)  # a step's one transfer from the device
+    total = total.cpu()  # a step's one transfer from the device
+    if rows is not None:
+        rows.read(total[layout.size :].tolist())
+    return layout.unpack(total[: layout.size])
 
 
 def gradient_factor(sums: LossSums, settings: StepSettings, data_parallel_size: int) -> float | None:

@@ -23,6 +23,7 @@ from megatron_slm.engine.gradients import gradient_factor, scaled_gradients, sum
 from megatron_slm.engine.lookahead import Lookahead
 from megatron_slm.engine.measure import TIMER_OF, measured_costs
 from megatron_slm.engine.module import StageModule
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.costs import Work
 from megatron_slm.engine.schedule.programs import Instruction, Kind, Programs, Schedule, forward_programs
 from megatron_slm.engine.schedule.search import choose_schedule
@@ -79,6 +80,11 @@ class SelectiveEngine(PipelineEngine):
     def step_timers(self) -> Timers:
         """Timers of the training steps; `timers` are DeepSpeed's own."""
         return self.context.timers
+
+    @property
+    def rows(self) -> RowSampler | None:
+        """Chooser of the rows of the backward passes; None where they run on all."""
+        return self.context.rows
 
     @property
     def activity(self) -> Activity:
@@ -193,10 +199,8 @@ class SelectiveEngine(PipelineEngine):
         for index, (kind, micro_batch) in enumerate(program):
             self.activity.at(index, length, kind.value, micro_batch)
             which = f" of micro-batch {micro_batch}" if micro_batch >= 0 else ""
-            with (
-                translate_peer_errors(f"stage {self.stage_id}, {kind.value}{which}"),
-                record_function(f"slm::{kind.value}"),
-            ):
+            doing = f"stage {self.stage_id}, {kind.value}{which}"
+            with translate_peer_errors(doing), record_function(f"slm::{kind.value}"):
                 self._HANDLERS[kind](self, micro_batch)
 
     def _timing(self, work: Work) -> AbstractContextManager[None]:
@@ -234,7 +238,9 @@ class SelectiveEngine(PipelineEngine):
         documents = self._documents(i)
         with self._timing(Work.FORWARD):
             hook = self._diagnostics.gradient_hook(i) if self.is_first_stage() and trains else None
-            out = DeepSpeedEngine.forward(self, x, documents, hook)
+            sampler = self.rows if trains else None
+            rows = sampler and sampler.of_micro_batch(i, self._settings)
+            out = DeepSpeedEngine.forward(self, x, documents, hook, rows)
             if trains:
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
             if not self.is_last_stage():
@@ -331,7 +337,8 @@ class SelectiveEngine(PipelineEngine):
 
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step; or skip the step, as its losses ask."""
-        self._sums = sum_over_world(self._diagnostics.sums_in_order, self.context.objective.sum_layout, self.device)
+        vectors, layout = self._diagnostics.sums_in_order, self.context.objective.sum_layout
+        self._sums = sum_over_world(vectors, layout, self.device, rows=self.rows)
         factor = gradient_factor(self._sums, self._settings, self.context.topology.data)
         with self.step_timers.timing("optimizer"), scaled_gradients(self.optimizer, factor):
             PipelineEngine._exec_optimizer_step(self)

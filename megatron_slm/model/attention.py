@@ -43,12 +43,15 @@ class Attention(nn.Module):
         Args:
             documents: document boundaries; None to attend to whole samples.
         """
-        q_sbf, k_sbf, v_sbf = self.qkv(x_sbd)
+        return self.o_proj(self.mix(*self.qkv(x_sbd), documents=documents))
+
+    def mix(self, q_sbf: Tensor, k_sbf: Tensor, v_sbf: Tensor, *, documents: Documents | None) -> Tensor:
+        """Attention without its projections: queries, keys and values [s, b, heads * k] to [s, b, h * k]."""
         q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
         k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.num_groups, self.width)))
         v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
 
-        cos, sin = rotation(q_sbhk.shape[0], *self.rope, x_sbd.device)
+        cos, sin = rotation(q_sbhk.shape[0], *self.rope, q_sbf.device)
         if documents is not None and documents.position_bs is not None:
             position_sb = documents.position_bs.t()
             cos, sin = cos[position_sb, 0], sin[position_sb, 0]
@@ -61,4 +64,4 @@ class Attention(nn.Module):
             q_Nhk, k_Ngk, v_Ngk = (x.transpose(0, 1).flatten(0, 1) for x in (q_sbhk, k_sbgk, v_sbgk))
             out_Nhk = self.kernels.attend_in_documents(q_Nhk, k_Ngk, v_Ngk, self.window, documents)
             out_sbhk = out_Nhk.unflatten(0, (num_samples, length)).transpose(0, 1)
-        return self.o_proj(out_sbhk.flatten(-2))
+        return out_sbhk.flatten(-2)

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 def _normalize(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
     """Normalize; multiplies by the weight after the cast back to the input's dtype, as Hugging Face does."""
-    x_fp32 = x_sbd.float()
+    x_fp32 = x_sbd.to(torch.promote_types(x_sbd.dtype, torch.float32))  # fp64 keeps its own
     scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + epsilon)
     return weight_d * (x_fp32 * scale).to(x_sbd.dtype)
 

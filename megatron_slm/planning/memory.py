@@ -177,17 +177,22 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     return held
 
 
-def block_activations(arch: Architecture, layout: Layout, *, e: int) -> float:
+def block_activations(arch: Architecture, layout: Layout, *, e: int, some_rows: bool = False) -> float:
     """Return the bytes per token that autograd saves in one block.
 
     Two norms: input in fp32 and output before the weight, both sharded along the sequence under sequence parallelism,
     and the input of the linear layer, which is not. Attention: projected queries, keys and values, rotated queries and
     keys, output and log-sum-exp. MLP: two inner layers, the activation of one, and their product.
+
+    A backward pass on some of the rows recomputes the second norm and everything after it for these rows: saved are
+    its input and the MLP's two inner layers.
     """
     d, shards, tensor = arch.hidden_size, layout.sequence_shards, layout.tensor
     q, kv = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
     norms = 2 * (((4 + e) * d + 4) / shards + e * d)
     attention = (e * (3 * q + 3 * kv) + 4 * arch.num_attention_heads) / tensor
+    if some_rows:
+        return norms / 2 + e * d / shards + attention + 2 * e * arch.ffn_hidden_size / tensor
     return norms + attention + 4 * e * arch.ffn_hidden_size / tensor
 
 
@@ -199,7 +204,8 @@ def stage_activations(run: PlannedRun, layout: Layout, parameters: StageParamete
     if layout.recomputes:  # the input of each layer
         per_token += residual * parameters.num_blocks
     else:
-        per_token += parameters.num_blocks * block_activations(arch, layout, e=e)
+        some_rows = not run.config.backward.is_exact
+        per_token += parameters.num_blocks * block_activations(arch, layout, e=e, some_rows=some_rows)
         if e == 2 and not parameters.has_embedding:  # the stage's input; in fp32 the first norm saves the same tensor
             per_token += residual
     if parameters.has_head:

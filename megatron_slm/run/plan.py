@@ -22,6 +22,7 @@ from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.backends import run_backends
+from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.run.checks import (
     check_documents,
     check_entropies,
@@ -140,6 +141,7 @@ def make_plan(
     backends = run_backends(config, user_deepspeed, models.architectures)
     check_documents(config, models.tokenizer, backends)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=models.num_tokens)
+    check_backward_rows(config, selector)
     data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry)
     check_ranks_and_sets(config, topology, data.valid)
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)

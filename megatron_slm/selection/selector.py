@@ -26,6 +26,7 @@ from megatron_slm.selection.policies import (
 from megatron_slm.selection.schedule import KeepSchedule
 from megatron_slm.selection.scope import Scope, in_scope, select_in_scope
 from megatron_slm.selection.scores import Score, ScoreInputs
+from megatron_slm.selection.select import num_kept
 from megatron_slm.types import MicroBatch, TokenStatistics
 
 Policy = Literal["top-k", "threshold", "quantile", "sample", "weights"]
@@ -137,6 +138,22 @@ class Selector:
         if self.combine == "union":
             return min(1.0, sum(self.schedule.ratio(step, own) for own in self.combine_ratios))
         return self.schedule.ratio(step, self.keep_ratio)
+
+    def most_kept(self, step: int, num_sequences: int, length: int) -> int:
+        """An upper bound of the tokens of a micro-batch that a step keeps; all of them where no share bounds it."""
+        total = num_sequences * length
+        if not self.keeps_a_share or self.schedule.warming_up(step):
+            return total
+        own = self.combine_ratios if self.combine in ("intersection", "union") else (self.keep_ratio,)
+        sets, size = (num_sequences, length) if self.scope == "sequence" else (1, total)
+        counts = [sets * num_kept(size, self.schedule.ratio(step, ratio)) for ratio in own]
+        return min(total, sum(counts) if self.combine == "union" else min(counts))
+
+    @property
+    def keeps_a_share(self) -> bool:
+        """True if the tokens that a micro-batch keeps are at most a share of its own."""
+        fits = self.policy in ("top-k", "sample") and self.scope != "data-parallel"
+        return fits and bool(self.scores) and not self.always_keep
 
     # ---- each token by itself -----------------------------------------------------------------------------
 

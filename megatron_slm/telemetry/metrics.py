@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_slm.engine.rows import RowSums
 from megatron_slm.engine.trainer import StepResult
 from megatron_slm.loss.sums import SCORE_QUANTILES, LossSums, SourceSums
 from megatron_slm.telemetry.history import History
@@ -50,7 +51,19 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         "nonfinite_tokens": sums.nonfinite_tokens,
         **{name: _mean(getattr(sums, name), sums.ranked_tokens) if has_scores else None for name in SCORE_QUANTILES},
         "grad_norm": _mean(result.grad_norm, 1.0),
+        **row_metrics(result.rows),
         "skip_reason": result.skip_reason,
+    }
+
+
+def row_metrics(rows: RowSums | None) -> dict[str, float | None]:
+    """Rows of a step's backward passes: their share, and the variance that drawing them added to the gradient, relative
+    to its squared norm; means over blocks, and of the variance the largest. None where nothing was drawn."""
+    shares, variances = ([], []) if rows is None else (list(rows.rows), rows.variances)
+    return {
+        "backward_row_share": _mean(sum(shares), len(shares)),
+        "backward_added_variance": _mean(sum(variances), len(variances)),
+        "backward_added_variance_max": _mean(max(variances, default=math.nan), 1.0),
     }
 
 

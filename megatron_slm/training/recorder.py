@@ -27,6 +27,9 @@ from megatron_slm.training.intervals import is_due
 from megatron_slm.training.selection_probe import SelectionChange
 from megatron_slm.training.text_probe import TextProbe
 
+MOST_ADDED_VARIANCE = 0.1
+"""Mean over blocks, relative to the squared norm of the gradient, above which a run warns."""
+
 
 class Recorder:
     """Writes metrics.jsonl, TensorBoard, the monitors and the console, on rank 0.
@@ -42,6 +45,9 @@ class Recorder:
         self._writer: MetricsWriter | None = None
         self._utilization = run.plan.utilization
         self._logged_step, self._step_seconds = run.state.step, 0.0
+        self._clipped: list[bool] = []
+        """True for each clipped step since the last logged line."""
+        self._is_noisy = False
         with raise_on_all_ranks(), disk_errors(config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
@@ -61,6 +67,7 @@ class Recorder:
         """Record a training step. Collective."""
         state, plan = self._run.state, self._run.plan
         self._step_seconds += result.seconds
+        self._clipped.append(0.0 < plan.config.optimizer.clip_grad < result.grad_norm and not result.skipped)
         is_logged = is_due(state.step, plan.config.logging.log_interval, plan.config.training.train_iters)
         used = self._take_resources() if is_logged else None
         if self._writer is None:
@@ -69,8 +76,10 @@ class Recorder:
             count = f"{result.sums.nonfinite_tokens:,.0f}"
             self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score", always=True)
         values = self._training_line(result, learning_rate)
+        self._warn_of_variance(values["backward_added_variance"])
         if used is not None:
             self._write({**values, **used})
+            self._clipped.clear()
         self._line.update(state.step, values)
 
     def _training_line(self, result: StepResult, learning_rate: float) -> dict[str, Any]:
@@ -86,12 +95,23 @@ class Recorder:
             "tokens_per_second": tokens_per_second,
             **self._utilization.metrics(tokens_per_second),
             "skipped_steps": state.skipped_steps,
+            "clipped_share": sum(self._clipped) / len(self._clipped) if plan.config.optimizer.clip_grad else None,
         }
         samples = plan.data.train
         if len(samples.sources) > 1:
             names, consumed = [source.name for source in samples.sources], samples.consumed(state.consumed_samples)
             values["sources"] = source_metrics(result.sums, names, consumed)
         return values
+
+    def _warn_of_variance(self, variance: float | None) -> None:
+        """Warn when the variance added by row sampling rises above `MOST_ADDED_VARIANCE`."""
+        was, self._is_noisy = self._is_noisy, variance is not None and variance > MOST_ADDED_VARIANCE
+        if self._is_noisy and not was:
+            self.log(
+                f"warning: step {self._run.state.step}: row sampling adds {variance:.2f} of the gradient's squared "
+                f"norm as variance (recommended: below {MOST_ADDED_VARIANCE}); raise --backward-row-share, or use "
+                "--backward-row-variance 0.02"
+            )
 
     def _take_resources(self) -> dict[str, Any]:
         """Memory and times since the last logged step. Collective."""

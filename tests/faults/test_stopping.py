@@ -1,4 +1,4 @@
-"""Whatever asks a run to stop: all ranks stop after the same step, with a checkpoint of it, and go on from there."""
+"""Requests to stop: all ranks stop after the same step, save it, and resume from it."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ assert not launcher.is_gone()
 Path("{tmp_path}/ready").touch()
 while os.getppid() == {{parent}}:
     time.sleep(0.05)
-Path("{tmp_path}/said").write_text(str(launcher.is_gone()))
+Path("{tmp_path}/answer").write_text(str(launcher.is_gone()))
 """
     # a parent whose command line has the module's name in it, as a launcher's has
     code = f"""
@@ -219,7 +219,7 @@ while not Path("{tmp_path}/ready").exists():
     script.write_text(code)
     os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-X", module, str(script)])
     deadline = time.monotonic() + 60
-    while not (tmp_path / "said").exists() or not (tmp_path / "said").read_text():
+    while not (tmp_path / "answer").exists() or not (tmp_path / "answer").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert (tmp_path / "said").read_text() == str(ends)
+    assert (tmp_path / "answer").read_text() == str(ends)

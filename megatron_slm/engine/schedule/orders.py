@@ -64,7 +64,7 @@ def sequential_orders(num_stages: int, num_micro_batches: int) -> Orders:
 
 def without_next_step(orders: Orders, num_micro_batches: int) -> Orders:
     """Leave out the reference work for the next step: the orders of a step that none follows."""
-    return [[item for item in order if item.micro_batch < num_micro_batches] for order in orders]
+    return [[computation for computation in order if computation.micro_batch < num_micro_batches] for order in orders]
 
 
 class ListScheduler:
@@ -149,8 +149,8 @@ class ListScheduler:
         work, i = self.model[stage][at]
         return work is Work.FORWARD and self.references_done[stage] <= i
 
-    def _model_ready(self, stage: int, item: Computation) -> bool:
-        work, i = item
+    def _model_ready(self, stage: int, computation: Computation) -> bool:
+        work, i = computation
         if work is Work.BACKWARD:
             return stage == self.num_stages - 1 or self.backwards_done[stage + 1] > i
         if stage == self.num_stages - 1 and self.references_done[stage] <= i:
@@ -166,16 +166,16 @@ class ListScheduler:
         return stage == 0 or self.references_done[stage - 1] > begun
 
     def _begin_reference(self, stage: int, now: int) -> None:
-        item = Computation(Work.REFERENCE, self.references_begun[stage])
+        computation = Computation(Work.REFERENCE, self.references_begun[stage])
         self.references_begun[stage] += 1
-        self._begin(stage, now, item)
+        self._begin(stage, now, computation)
         if stage and self.running[stage - 1] is None:
             self._start(stage - 1, now)  # it may have waited for this one to be read
 
-    def _begin(self, stage: int, now: int, item: Computation) -> None:
-        self.running[stage] = item.work
-        self.orders[stage].append(item)
-        heapq.heappush(self._heap, (now + self.costs.of(item.work)[stage], stage))
+    def _begin(self, stage: int, now: int, computation: Computation) -> None:
+        self.running[stage] = computation.work
+        self.orders[stage].append(computation)
+        heapq.heappush(self._heap, (now + self.costs.of(computation.work)[stage], stage))
 
     def _finish(self, stage: int) -> None:
         done = {

@@ -57,7 +57,7 @@ def choose_schedule(
 
 
 class _Search:
-    """Tries leads with the rules of `ListScheduler`: first straight lines, then neighbours of the best.
+    """Tries leads with the rules of `ListScheduler`: first straight lines, then neighbors of the best.
 
     For `bubble` there is one vector of leads: all stages are a whole step ahead.
     """
@@ -79,7 +79,7 @@ class _Search:
             before = self.best_ticks + 1
             while self.best_ticks < before and not self._done():
                 before = self.best_ticks
-                for leads in list(self._neighbours()):
+                for leads in list(self._neighbors()):
                     self._try(leads)
         return self.best
 
@@ -93,7 +93,7 @@ class _Search:
             postponed = [quarters * wait // (4 * r) for wait, r in zip(waits, self.costs.reference, strict=True)]
             yield tuple(self.m - min(self.m, most) for most in accumulate(postponed, max))
 
-    def _neighbours(self) -> Iterator[Leads]:
+    def _neighbors(self) -> Iterator[Leads]:
         """The best leads with one more or less on a stage, or from a stage on."""
         leads, num_stages = self.best_leads, self.costs.num_stages
         spans = [(stage, num_stages) for stage in range(num_stages)]
