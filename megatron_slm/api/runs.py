@@ -14,7 +14,7 @@ from megatron_slm.config.load import parse
 from megatron_slm.config.rules import flag
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.scoring import ScoreDtype, ScoringOptions
-from megatron_slm.reference.manifest import Manifest
+from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.reference.store import ScoreReader
 
 
@@ -82,7 +82,7 @@ def score(
     score_dtype: ScoreDtype = "float32",
     with_entropy: bool = False,
     **flags: Any,
-) -> Manifest:
+) -> StoreManifest:
     """Store a reference's losses as `slm-score` does. Collective over the world.
 
     Args:
@@ -109,4 +109,4 @@ def open_scores(folder: str | Path) -> ScoreReader:
     Raises:
         ScoreStoreError: no store, or a damaged manifest.
     """
-    return ScoreReader(Path(folder), Manifest.read(Path(folder)))
+    return ScoreReader(Path(folder), StoreManifest.read(Path(folder)))
