@@ -58,6 +58,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if on_gpu() else "cpu"
 
 
+def compute_capability() -> tuple[int, int]:
+    """Generation of the GPU, such as (9, 0) for Hopper; (0, 0) on the CPU."""
+    return torch.cuda.get_device_capability() if on_gpu() else (0, 0)
+
+
 def device_memory() -> tuple[int, int] | None:
     """Free and total bytes of this process's device, or None where it is the CPU."""
     return torch.cuda.mem_get_info(local_device()) if on_gpu() else None

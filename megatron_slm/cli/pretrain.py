@@ -20,6 +20,7 @@ from megatron_slm.operations.reach import silent_nodes_named
 from megatron_slm.parallel.collectives import peers_named, together
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.launched import planned_world_size
+from megatron_slm.run.backends import check_same_on_all_ranks
 from megatron_slm.run.dry_run import print_dry_run
 from megatron_slm.run.outline import print_outline
 from megatron_slm.run.plan import make_plan
@@ -83,6 +84,7 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
         resume = open_resume(config)
         with together():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
+        check_same_on_all_ranks(plan.backends, plan.loss_head_kernels)
         logger.info("computing with: %s", "; ".join(f"{what}: {by}" for what, by in plan.describe_backends().items()))
         for line in describe_sources(plan.train_samples):
             logger.info("%s", line)

@@ -23,7 +23,7 @@ from megatron_slm.data.texts import TextSamples, read_texts
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.device import communication_backend, device_name, on_gpu
 from megatron_slm.errors import ConfigError
-from megatron_slm.loss.kernels import choose_kernels
+from megatron_slm.loss.kernels import choose_kernels, triton_problem
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
@@ -120,8 +120,14 @@ class Plan:
         share = self.selector.expected_share(self.config.training.train_iters)
         chosen = self.loss_head.plan(num_tokens, num_columns, share, self.dtype)
         mib = chosen.capacity * num_columns * chosen.dtype.itemsize / 2**20
-        kernels = choose_kernels(self.loss_head.backend, on_gpu=on_gpu()).name
-        return f"{chosen.variant} ({mib:,.0f} MiB kept of {chosen.capacity} of {num_tokens} tokens), {kernels} kernels"
+        text = f"{chosen.variant} ({mib:,.0f} MiB kept of {chosen.capacity} of {num_tokens} tokens)"
+        problem = triton_problem() if on_gpu() and self.loss_head.backend == "auto" else None
+        return f"{text}, {self.loss_head_kernels} kernels" + (f" (triton: {problem})" if problem else "")
+
+    @property
+    def loss_head_kernels(self) -> str:
+        """Name of the loss head's kernels in this process."""
+        return choose_kernels(self.loss_head.backend, on_gpu=on_gpu()).name
 
     def describe_backends(self) -> dict[str, str]:
         """What this process computes and communicates with, for people."""
@@ -180,6 +186,7 @@ def make_plan(
         zero_stage=ds_config.zero_stage(user_deepspeed),
         architectures=models,
         updates_on_host=ds_config.offloads_optimizer(user_deepspeed),
+        keeps_documents_apart=boundaries(config, tokenizer).matter_to_layers,
     )
     num_tokens = min(model.vocab_size for model in models)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
