@@ -10,28 +10,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
+from typing_extensions import Self
+
 EXIT_UNUSABLE = 2
 """Exit code of a run that would end in the same way if it were started again as it is."""
 
 
 class SlmError(Exception):
-    """Something the user gave cannot be used.
+    """Raised for an input that cannot be used; renders as `{field} is {value!r}: must {rule}. Fix: {fix}`.
 
     Args:
-        field: what was given, by the name the user knows (a flag, a file, a field of a file).
-        value: the value found there.
-        rule: what a usable value satisfies, and how this one does not.
-        fix: what the user can do about it.
+        field: name of the input as the user typed it: a flag (`--lr`), a file, a field of a file.
+        value: the value found there; None renders as `{field} is missing: {rule}. Fix: {fix}`.
+        rule: what a usable value must do, as a bare infinitive ("be positive"); for a missing value usually
+            "required by ..." (see `missing`).
+        fix: what the user can do about it, as an imperative.
     """
 
     exit_code: ClassVar[int] = 1
-    """Of a process that this error ends after its first step."""
+    """Exit code of a process that this error ends after its first step."""
     exit_code_at_start: ClassVar[int] = EXIT_UNUSABLE
-    """Of one that it ends before."""
+    """Exit code of a process that this error ends before its first step."""
 
     def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
-        super().__init__(f"{field} = {value!r}: {rule}. Fix: {fix}")
+        found = "missing" if value is None else repr(value)
+        must = rule if rule.startswith("required ") else f"must {rule.removeprefix('must ')}"
+        super().__init__(f"{field} is {found}: {must}. Fix: {fix}")
+
+    @classmethod
+    def missing(cls, field: str, required_by: str, fix: str) -> Self:
+        """Build the error for an input that was not given.
+
+        Args:
+            required_by: the flags or the purpose that require it, as in "--objective slm".
+        """
+        return cls(field, None, f"required by {required_by}", fix)
 
     def __reduce__(self) -> tuple[type[SlmError], tuple[str, object, str, str]]:
         return type(self), (self.field, self.value, self.rule, self.fix)

@@ -35,7 +35,7 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import local_device
 from megatron_slm.errors import CheckpointError, os_errors_as
 from megatron_slm.files import sync_folder, write_durably
-from megatron_slm.parallel.collectives import gather_objects, together
+from megatron_slm.parallel.collectives import all_gather_objects, raise_on_all_ranks
 from megatron_slm.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class Saver:
         started = time.perf_counter()
         rank = dist.get_rank()
         temporary = self.writer.folder / f".{folder_name(progress.step)}.tmp"
-        with together(), _write_errors():
+        with raise_on_all_ranks(), _write_errors():
             if rank == 0:
                 clear_leftovers(self.writer.folder)
                 temporary.mkdir(parents=True)
@@ -272,7 +272,7 @@ class Saver:
             if saving.committing is None:
                 self._start_commit(saving)
             assert saving.committing is not None, "it was started"
-            with together():
+            with raise_on_all_ranks():
                 saving.committing.wait()
         except CheckpointError:
             if dist.get_rank() == 0:
@@ -286,9 +286,9 @@ class Saver:
 
     def _start_commit(self, saving: _Saving) -> None:
         entries: Entries = {}
-        with together():
+        with raise_on_all_ranks():
             entries = saving.writing.wait()
-        files = {name: entry for one in gather_objects(entries) for name, entry in one.items()}
+        files = {name: entry for one in all_gather_objects(entries) for name, entry in one.items()}
         saving.num_bytes = sum(entry["size"] for entry in files.values())
 
         def commit() -> Entries:

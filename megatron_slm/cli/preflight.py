@@ -19,7 +19,7 @@ from megatron_slm.operations.preflight.facts import gather_facts
 from megatron_slm.operations.preflight.links import Measurements, measure
 from megatron_slm.operations.preflight.rendezvous import Meeting, meet
 from megatron_slm.operations.preflight.report import print_report, verdict, write_report
-from megatron_slm.parallel.collectives import peers_named
+from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.launched import complete_environment
 
@@ -74,7 +74,7 @@ def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: boo
     measured: Measurements | None = None
     if reachable:  # else a process group could not be made
         init_distributed(meeting.timeout)
-        with peers_named("measuring links"):
+        with translate_peer_errors("measuring links"):
             measured = measure(nodes, seconds=config.preflight.preflight_link_seconds)
 
     def judge(_: list[None]) -> tuple[bool, str]:

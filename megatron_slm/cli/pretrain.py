@@ -17,7 +17,7 @@ from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.loss.objective import Observer
 from megatron_slm.operations.reach import silent_nodes_named
-from megatron_slm.parallel.collectives import peers_named, together
+from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.launched import planned_world_size
 from megatron_slm.run.backends import check_same_on_all_ranks
@@ -80,9 +80,9 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with silent_nodes_named(), peers_named("outside of the pipeline's schedule"):
+    with silent_nodes_named(), translate_peer_errors("outside of the pipeline's schedule"):
         resume = open_resume(config)
-        with together():
+        with raise_on_all_ranks():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         check_same_on_all_ranks(plan.backends, plan.loss_head_kernels)
         logger.info("computing with: %s", "; ".join(f"{what}: {by}" for what, by in plan.describe_backends().items()))
@@ -93,5 +93,5 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
 
 def train_to_the_end(run: Run) -> None:
     """Train, and leave together with all ranks."""
-    with silent_nodes_named(), peers_named("at the start of training"):
+    with silent_nodes_named(), translate_peer_errors("at the start of training"):
         train(run)

@@ -23,7 +23,7 @@ from megatron_slm.errors import SlmError
 from megatron_slm.files import write_json
 from megatron_slm.log import setup_logging
 from megatron_slm.operations.reach import silent_nodes_named
-from megatron_slm.parallel.collectives import peers_named, together
+from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.health import BadBatch
 from megatron_slm.training.replay import (
@@ -84,9 +84,9 @@ def replay(
     """
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     found: list[dict[str, Any]] = []
-    with silent_nodes_named(), peers_named("the replay"), tempfile.TemporaryDirectory() as scratch:
+    with silent_nodes_named(), translate_peer_errors("the replay"), tempfile.TemporaryDirectory() as scratch:
         resume = open_weights(config)
-        with together():
+        with raise_on_all_ranks():
             if output is not None and dist.get_rank() == 0:
                 write_json(output, found, flag="--output")  # that it can be, is known before the work
         replayed = Replay(config, resume, Path(scratch))
@@ -95,7 +95,7 @@ def replay(
         for record in records:
             micro_batches = replayed.batch(record)
             found.append(as_json(record, micro_batches))
-            with together():
+            with raise_on_all_ranks():
                 if dist.get_rank() == 0:
                     _print(record, micro_batches, replayed, worst_samples(micro_batches, worst), context)
                     if output is not None:

@@ -20,7 +20,7 @@ from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.log import setup_logging
 from megatron_slm.operations.reach import silent_nodes_named
-from megatron_slm.parallel.collectives import peers_named, together
+from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.launched import planned_world_size
 from megatron_slm.reference.manifest import Manifest, ScoreDtype
@@ -101,9 +101,9 @@ def score(config: RunConfig, options: ScoringOptions) -> Manifest:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with silent_nodes_named(), peers_named("the scoring pass"):
+    with silent_nodes_named(), translate_peer_errors("the scoring pass"):
         resume = open_resume(config)
-        with together():
+        with raise_on_all_ranks():
             plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         manifest = score_corpus(plan)
         logger.info("%s is complete: %s", plan.output, _size(manifest))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.parallel.activity import Activity
-from megatron_slm.parallel.collectives import peers_named
+from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.topology import Topology
 
 
@@ -77,7 +77,7 @@ class Channel:
     def _peer_named(self, doing: str) -> Iterator[None]:
         preposition = "to" if doing == "sending" else "from"
         channel = f"{doing} {preposition} rank {self.peer}, {self.lane.value} lane"
-        with peers_named(channel), self.activity.waiting(channel):
+        with translate_peer_errors(channel), self.activity.waiting(channel):
             yield
 
 

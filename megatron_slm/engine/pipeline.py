@@ -31,7 +31,7 @@ from megatron_slm.engine.window import Window
 from megatron_slm.loss.objective import Objective, Probed, StepSettings
 from megatron_slm.loss.sums import LossSums, evaluation_sums
 from megatron_slm.parallel.activity import Activity
-from megatron_slm.parallel.collectives import peers_named
+from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.reference.stored import StoredScores
@@ -201,7 +201,10 @@ class SelectiveEngine(PipelineEngine):
         for index, (kind, micro_batch) in enumerate(program):
             activity.at(index, length, kind.value, micro_batch)
             which = f" of micro-batch {micro_batch}" if micro_batch >= 0 else ""
-            with peers_named(f"stage {self.stage_id}, {kind.value}{which}"), record_function(f"slm::{kind.value}"):
+            with (
+                translate_peer_errors(f"stage {self.stage_id}, {kind.value}{which}"),
+                record_function(f"slm::{kind.value}"),
+            ):
                 self._HANDLERS[kind](self, micro_batch)
 
     @contextmanager

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_slm.errors import PeerError
-from megatron_slm.parallel.collectives import from_rank_0, together
+from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
 
 _ANSWER_SECONDS = 5.0
 _LEAVE = timedelta(seconds=15)
@@ -42,11 +42,11 @@ class Heartbeats:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._line = _Line()
         host = os.environ["MASTER_ADDR"]
-        with together():
+        with raise_on_all_ranks():
             if self.rank == 0:
                 self._store = _open(host, 0, is_master=True)
-        port = from_rank_0(self._store.port if self.rank == 0 else 0)
-        with together():
+        port = broadcast_from_rank_0(self._store.port if self.rank == 0 else 0)
+        with raise_on_all_ranks():
             if self.rank != 0:
                 self._store = _open(host, port, is_master=False)
             self.say(record)

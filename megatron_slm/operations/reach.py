@@ -19,7 +19,7 @@ import psutil
 
 from megatron_slm.device import communication_backend
 from megatron_slm.errors import PeerError
-from megatron_slm.parallel.collectives import gather_objects, peers_named
+from megatron_slm.parallel.collectives import all_gather_objects, translate_peer_errors
 
 _ANSWER_SECONDS = 3.0
 
@@ -107,8 +107,8 @@ def silent_nodes_named() -> Iterator[None]:
     """
     with Listener() as listener:
         own = Place(host=socket.gethostname(), address=own_address(), port=listener.port)
-        with peers_named("telling the others how to reach this node"):
-            places = gather_objects(own)
+        with translate_peer_errors("telling the others how to reach this node"):
+            places = all_gather_objects(own)
         try:
             yield
         except PeerError as error:

@@ -30,7 +30,7 @@ from megatron_slm.config.resilience import ResilienceConfig
 from megatron_slm.errors import PeerError, SlmError
 from megatron_slm.operations.hang_report import Record, Verdict, is_in_collective, main_stack, table, verdict
 from megatron_slm.operations.heartbeats import Heartbeats, StoreLostError, StoreSilentError
-from megatron_slm.parallel.activity import Activity, Moment, Phase
+from megatron_slm.parallel.activity import Activity, LoopState, Moment
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +71,17 @@ class Watchdog:
 
     # ---- what the training thread calls ----------------------------------------------------------------
 
-    def enter(self, phase: Phase, step: int) -> None:
+    def enter(self, state: LoopState, step: int) -> None:
         """The loop goes on to this phase."""
         before = self.activity.moment
         if before is self._reported:
-            logger.warning("%s of step %d went on after %.0f s", before.phase.value, before.step, _since(before))
-        self.activity.enter(phase, step)
+            logger.warning("%s of step %d went on after %.0f s", before.state.value, before.step, _since(before))
+        self.activity.enter(state, step)
         if not self.enabled:
             return
-        config, seconds = self._config, self.activity.durations[phase]
+        config, seconds = self._config, self.activity.durations[state]
         limit = 60 * config.watchdog_allowance_minutes
-        if phase in (Phase.STEP, Phase.EVALUATION) and len(seconds) >= _HAS_MEDIAN:
+        if state in (LoopState.STEP, LoopState.EVALUATION) and len(seconds) >= _HAS_MEDIAN:
             limit = max(config.watchdog_min_seconds, config.watchdog_factor * median(seconds))
         self._watched = self.activity.moment, limit
         # a thread in C that needs no interpreter: for a call that hangs and holds the interpreter's lock
@@ -167,7 +167,7 @@ class Watchdog:
 
     def _alarm(self, kind: _Alarm) -> dict[str, Any]:
         moment, limit = self._watched
-        what, rule = f"{moment.phase.value} of step {moment.step}", f"is reported after {limit:.0f} s"
+        what, rule = f"{moment.state.value} of step {moment.step}", f"is reported after {limit:.0f} s"
         return {"kind": kind, "rank": self._rank, "what": what, "rule": rule}
 
     def _raise_alarm(self, kind: _Alarm) -> None:
@@ -257,7 +257,7 @@ class Watchdog:
 
     def _record(self) -> Record:
         self._beat += 1
-        moment, place, waiting_for = self.activity.moment, self.activity.place, self.activity.waiting_for
+        moment, place, waiting_for = self.activity.moment, self.activity.location, self.activity.waiting_for
         if waiting_for is None and is_in_collective():
             waiting_for = "in a collective operation"
         values: dict[str, Any] = {}
@@ -269,7 +269,7 @@ class Watchdog:
             host=self._host,
             pid=os.getpid(),
             beat=self._beat,
-            phase=moment.phase.value,
+            phase=moment.state.value,
             step=moment.step,
             phase_seconds=_since(moment),
             waiting_for=waiting_for,

@@ -1,4 +1,4 @@
-"""What a rank is doing right now: written by its training thread, read by its watchdog."""
+"""The current activity of a rank: written by its training thread, read by its watchdog."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from enum import Enum
 from typing import NamedTuple
 
 _REMEMBERED = 50
-"""Durations of a phase that its median is taken over."""
+"""Number of latest durations of a state that its median is taken over."""
 
 
-class Phase(Enum):
-    """What the training loop is at."""
+class LoopState(Enum):
+    """States of the training loop."""
 
     STARTING = "starting"
     STEP = "a training step"
@@ -26,53 +26,53 @@ class Phase(Enum):
 
 
 class Moment(NamedTuple):
-    """A phase of the loop; times are of `time.monotonic`."""
+    """The loop's current state, since `since` (`time.monotonic`, seconds)."""
 
-    phase: Phase
+    state: LoopState
     step: int
     since: float
 
 
-class Place(NamedTuple):
-    """An instruction of the schedule that is being run."""
+class Location(NamedTuple):
+    """The instruction of the schedule being executed, since `since` (`time.monotonic`, seconds)."""
 
     number: int
-    """In the stage's program, from 0."""
+    """Index in the stage's program, from 0."""
     length: int
-    """Of the program."""
+    """Number of instructions in the program."""
     name: str
     micro_batch: int
-    """-1 where it has no meaning."""
+    """Index of the micro-batch; -1 for instructions without one."""
     since: float
 
 
 class Activity:
-    """Where this rank is.
+    """The loop state, schedule location and awaited channel of this rank.
 
-    Each field is replaced as a whole, so another thread reads a consistent one without a lock.
+    Each field is replaced as a whole, so other threads read consistent values without a lock.
     """
 
     def __init__(self) -> None:
-        self.moment = Moment(Phase.STARTING, 0, time.monotonic())
-        self.place: Place | None = None
-        """None outside of a schedule."""
+        self.moment = Moment(LoopState.STARTING, 0, time.monotonic())
+        self.location: Location | None = None
+        """None outside a schedule."""
         self.waiting_for: str | None = None
-        """The channel that is waited for."""
-        self.durations: dict[Phase, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+        """Channel on which this rank waits for another rank."""
+        self.durations: dict[LoopState, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
 
-    def enter(self, phase: Phase, step: int) -> None:
-        """The loop is through with the phase before, and starts this one of (after) `step`."""
+    def enter(self, state: LoopState, step: int) -> None:
+        """Record the end of the current state and the start of `state` at (or after) `step`."""
         now = time.monotonic()
-        self.durations[self.moment.phase].append(now - self.moment.since)
-        self.moment, self.place = Moment(phase, step, now), None
+        self.durations[self.moment.state].append(now - self.moment.since)
+        self.moment, self.location = Moment(state, step, now), None
 
     def at(self, number: int, length: int, name: str, micro_batch: int) -> None:
-        """An instruction of the schedule starts."""
-        self.place = Place(number, length, name, micro_batch, time.monotonic())
+        """Record the start of an instruction of the schedule."""
+        self.location = Location(number, length, name, micro_batch, time.monotonic())
 
     @contextmanager
     def waiting(self, channel: str) -> Iterator[None]:
-        """Inside, another rank is waited for."""
+        """Record `channel` as waited for, inside the context."""
         self.waiting_for = channel
         try:
             yield

@@ -1,4 +1,4 @@
-"""The conjugate collectives of tensor and sequence parallelism, as autograd functions.
+"""Conjugate collectives of tensor and sequence parallelism as autograd functions, and collectives of Python objects.
 
 Each pair is the other's transpose (Megatron-LM, `core/tensor_parallel/mappings.py`):
 
@@ -27,21 +27,21 @@ _T = TypeVar("_T")
 
 
 def all_reduce_sum(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Sum of `x` over the tensor-parallel ranks, in a new tensor."""
+    """Return the sum of `x` over the tensor-parallel ranks, in a new tensor."""
     x = x.contiguous().clone()
     dist.all_reduce(x, group=tp.group)
     return x
 
 
 def all_gather_dim0(x: Tensor, ranks: TensorParallel | DataParallel) -> Tensor:
-    """The ranks' `x`, one after the other along dim 0: [n, ...] to [size * n, ...]."""
+    """Concatenate the ranks' `x` along dim 0, by rank: [n, ...] to [size * n, ...]."""
     out = x.new_empty((x.shape[0] * ranks.size, *x.shape[1:]))
     dist.all_gather_into_tensor(out, x.contiguous(), group=ranks.group)
     return out
 
 
 def reduce_scatter_dim0(x: Tensor, tp: TensorParallel) -> Tensor:
-    """This rank's part of the sum over ranks, cut along dim 0: [size * n, ...] to [n, ...]."""
+    """Return this rank's slice, along dim 0, of the sum over ranks: [size * n, ...] to [n, ...]."""
     out = x.new_empty((x.shape[0] // tp.size, *x.shape[1:]))
     dist.reduce_scatter_tensor(out, x.contiguous(), group=tp.group)
     return out
@@ -91,99 +91,99 @@ class _ScatterSum(torch.autograd.Function):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _between_parts(communicate: Callable[..., Tensor], x: Tensor, tp: TensorParallel) -> Tensor:
-    """Communication stays outside of what --compile-blocks compiles."""
+def _outside_compiled_blocks(communicate: Callable[..., Tensor], x: Tensor, tp: TensorParallel) -> Tensor:
+    """Keep communication out of the blocks that --compile-blocks compiles."""
     return communicate(x, tp)
 
 
 def copy_to_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Hand a replicated tensor to sharded work; its gradient is summed over the ranks."""
-    return x if tp.size == 1 else _between_parts(_Copy.apply, x, tp)
+    """Pass a replicated tensor to sharded layers; its gradient is summed over the ranks."""
+    return x if tp.size == 1 else _outside_compiled_blocks(_Copy.apply, x, tp)
 
 
 def reduce_from_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sum the ranks' partial results into a replicated tensor."""
-    return x if tp.size == 1 else _between_parts(_Reduce.apply, x, tp)
+    return x if tp.size == 1 else _outside_compiled_blocks(_Reduce.apply, x, tp)
 
 
 def gather_sequence(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
-    """The whole sequence from its parts: [s / size, b, d] to [s, b, d]."""
+    """Gather the whole sequence: [s / size, b, d] to [s, b, d]."""
     return x_sbd if tp.size == 1 else _Gather.apply(x_sbd, tp)
 
 
 def scatter_sequence_sum(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
-    """This rank's part of the summed sequence: [s, b, d] to [s / size, b, d]."""
+    """Sum over the ranks and return this rank's positions: [s, b, d] to [s / size, b, d]."""
     return x_sbd if tp.size == 1 else _ScatterSum.apply(x_sbd, tp)
 
 
-def enter_parallel(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
-    """From the residual stream into sharded work, in the form that sequence parallelism asks for."""
+def enter_parallel_region(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
+    """Bring the residual stream into sharded layers, gathered under sequence parallelism."""
     return gather_sequence(x_sbd, tp) if tp.sequence_parallel else copy_to_tensor_parallel(x_sbd, tp)
 
 
-def leave_parallel(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
-    """From sharded work back into the residual stream."""
+def leave_parallel_region(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum sharded results back into the residual stream, scattered under sequence parallelism."""
     return scatter_sequence_sum(x_sbd, tp) if tp.sequence_parallel else reduce_from_tensor_parallel(x_sbd, tp)
 
 
-_SIGNS_OF_A_LOST_PEER = ("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
+_LOST_PEER_MESSAGES = ("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
 
 
 @contextmanager
-def peers_named(doing: str) -> Iterator[None]:
-    """What a communication library raises inside becomes a `PeerError` that says what this rank was doing.
+def translate_peer_errors(doing: str) -> Iterator[None]:
+    """Translate errors of the communication library, inside the context, into a `PeerError` naming `doing`.
 
-    Gloo raises a bare RuntimeError when a peer's connection closes and when a time-out is over; NCCL's errors
-    have a class of their own.
+    Gloo raises a bare RuntimeError when a peer closes its connection or a time-out expires; NCCL's errors have a
+    class of their own.
 
     Raises:
-        PeerError: a rank that this one communicates with is gone, or was silent for too long.
+        PeerError: another rank is gone, or did not answer in time.
     """
     try:
         yield
     except RuntimeError as error:
         text = str(error)
-        if not isinstance(error, dist.DistError) and not any(sign in text for sign in _SIGNS_OF_A_LOST_PEER):
+        if not isinstance(error, dist.DistError) and not any(message in text for message in _LOST_PEER_MESSAGES):
             raise
         raise PeerError(
             f"rank {dist.get_rank()}: {doing}",
             text.splitlines()[0].rpartition("] ")[2] if "gloo" in text else text.splitlines()[0],
-            "has the answer of every other rank it needs within --distributed-timeout-minutes",
-            "find the rank that failed first (its own error, or killed, or out of memory) and resume with --load",
+            "receive answers from all its peers within --distributed-timeout-minutes",
+            "find the rank that failed first (its own error, killed, or out of memory) and resume with --load",
         ) from error
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """What any rank raises inside is raised on every rank, so that none waits for one that is gone.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise on every rank an `SlmError` that any rank raises inside the context, so that no rank waits for a dead one.
 
-    Collective over the world at its end; nothing inside may communicate. A rank without an error of its own
-    raises the first one of the others. Where there is no world (a dry run) an error is simply raised.
+    Collective over the world on exit; nothing inside may communicate. A rank without an error of its own raises
+    the first one of the others. Without a process group (a dry run) only the own error is raised.
     """
     if not dist.is_initialized():
         yield
         return
-    mine: SlmError | None = None
+    own: SlmError | None = None
     try:
         yield
     except SlmError as error:
-        mine = error
-    for found in [mine, *gather_objects(mine)]:
-        if found is not None:
-            raise found
+        own = error
+    for error_of_rank in [own, *all_gather_objects(own)]:
+        if error_of_rank is not None:
+            raise error_of_rank
 
 
-def gather_objects(value: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
-    """Every rank's value, by rank, on every rank. Collective over the group, or the world."""
-    held: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(held, value, group=group)
-    return held
+def all_gather_objects(value: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
+    """Return every rank's value, by rank. Collective over the group, or the world."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
-def from_rank_0(value: _T) -> _T:
-    """Rank 0's value, on every rank. Collective over the world, where there is one."""
+def broadcast_from_rank_0(value: _T) -> _T:
+    """Return rank 0's value on every rank. Collective over the world; without a process group, return `value`."""
     if not dist.is_initialized():
         return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,4 +1,4 @@
-"""Process groups made from a topology, and the start of the process group itself."""
+"""Initializes torch.distributed and creates the process groups of a topology."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from megatron_slm.parallel.topology import Topology
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Join the world that the launcher described in the environment; a world of one where it did not.
+    """Join the world described by the launcher's environment variables; without them, a world of one process.
 
-    `timeout` bounds every wait for another rank, in groups that are made later too: by DeepSpeed, for one, which
-    passes none of its own.
+    Args:
+        timeout: longest wait for another rank, also in groups created later (DeepSpeed's pass no timeout).
 
-    DeepSpeed would first compile a shared-memory collective for the CPU: a minute of work that needs a
-    compiler, and that waits for ever on the lock of a killed build. Its only user is one collective that
-    is not used here, so the build is switched off.
+    DeepSpeed would first compile a shared-memory collective for the CPU: it takes a minute, needs a compiler, and
+    waits forever on the lock of a killed build. Nothing here calls that collective, so the build is disabled.
 
     Raises:
-        ConfigError: see `complete_environment`.
+        ConfigError: the environment is incomplete (`complete_environment`).
     """
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
-    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of gloo, and of NCCL
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # gloo, NCCL
         setattr(distributed_c10d, default, timeout)
     complete_environment()
     select_device()
@@ -39,10 +38,9 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorParallel:
-    """One rank's place among the ranks that share every layer.
+    """The tensor-parallel group of a rank: the ranks that share every layer.
 
-    `group` is None where there is nothing to communicate with: a single rank, or a layout that is only
-    being planned (meta device).
+    `group` is None for a single rank and for layouts that are only planned (meta device).
     """
 
     size: int = 1
@@ -53,36 +51,37 @@ class TensorParallel:
 
 @dataclass(frozen=True, kw_only=True)
 class DataParallel:
-    """One rank's place among the ranks that train the same parameters on different micro-batches."""
+    """The data-parallel group of a rank: the ranks that train the same parameters on different micro-batches."""
 
     size: int = 1
     rank: int = 0
     group: ProcessGroup | None = None
 
 
-def tensor_parallel_group(topology: Topology, *, sequence_parallel: bool) -> TensorParallel:
-    """This rank's tensor-parallel group. Collective: every rank of the world calls it together."""
+def create_tensor_parallel_group(topology: Topology, *, sequence_parallel: bool) -> TensorParallel:
+    """Create the tensor-parallel groups and return this rank's. Collective over the world."""
     rank = dist.get_rank()
-    mine = _group_of(rank, topology.tensor_groups()) if topology.tensor > 1 else None
+    group = _create_groups(topology.tensor_groups(), rank) if topology.tensor > 1 else None
     return TensorParallel(
         size=topology.tensor,
         rank=topology.coordinate(rank).tensor,
         sequence_parallel=sequence_parallel and topology.tensor > 1,
-        group=mine,
+        group=group,
     )
 
 
-def data_parallel_group(topology: Topology) -> DataParallel:
-    """This rank's data-parallel group. Collective: every rank of the world calls it together."""
+def create_data_parallel_group(topology: Topology) -> DataParallel:
+    """Create the data-parallel groups and return this rank's. Collective over the world."""
     rank = dist.get_rank()
-    mine = _group_of(rank, topology.data_groups()) if topology.data > 1 else None
-    return DataParallel(size=topology.data, rank=topology.coordinate(rank).data, group=mine)
+    group = _create_groups(topology.data_groups(), rank) if topology.data > 1 else None
+    return DataParallel(size=topology.data, rank=topology.coordinate(rank).data, group=group)
 
 
-def _group_of(rank: int, all_ranks: list[list[int]]) -> ProcessGroup | None:
-    mine: ProcessGroup | None = None
-    for ranks in all_ranks:  # every rank takes part in making every group
+def _create_groups(all_ranks: list[list[int]], rank: int) -> ProcessGroup | None:
+    """Create every group, in order, on every rank of the world; return the one that contains `rank`."""
+    own_group: ProcessGroup | None = None
+    for ranks in all_ranks:
         group = dist.new_group(ranks)
         if rank in ranks:
-            mine = group
-    return mine
+            own_group = group
+    return own_group

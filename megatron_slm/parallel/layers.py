@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_slm.config.backends import Backends
 from megatron_slm.errors import LayoutError
-from megatron_slm.parallel.collectives import copy_to_tensor_parallel, enter_parallel, leave_parallel
+from megatron_slm.parallel.collectives import copy_to_tensor_parallel, enter_parallel_region, leave_parallel_region
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.shards import Part, new_parameter
 
@@ -65,7 +65,7 @@ class LinearIn(nn.Module):
 
     def forward(self, x_sbd: Tensor) -> tuple[Tensor, ...]:
         """[s, b, in] to one [s, b, width / size] per output; under sequence parallelism from [s / size, b, in]."""
-        out = F.linear(enter_parallel(x_sbd, self.tp), self.weight, self.bias)
+        out = F.linear(enter_parallel_region(x_sbd, self.tp), self.weight, self.bias)
         return out.split(self.widths, dim=-1)
 
 
@@ -83,7 +83,7 @@ class LinearOut(nn.Module):
 
     def forward(self, x_sbf: Tensor) -> Tensor:
         """[s, b, in / size] to [s, b, out]; under sequence parallelism to [s / size, b, out]."""
-        out = leave_parallel(F.linear(x_sbf, self.weight), self.tp)
+        out = leave_parallel_region(F.linear(x_sbf, self.weight), self.tp)
         if self.bias is None:
             return out
         return out + (copy_to_tensor_parallel(self.bias, self.tp) if self.tp.sequence_parallel else self.bias)
@@ -128,7 +128,7 @@ class VocabularyEmbedding(VocabularyWeight):
         local_sb = ids_sb - self.start
         elsewhere_sb = (local_sb < 0) | (local_sb >= self.length)
         embedded_sbd = F.embedding(local_sb.masked_fill(elsewhere_sb, 0), self.weight)
-        return leave_parallel(embedded_sbd.masked_fill(elsewhere_sb[..., None], 0.0), self.tp)
+        return leave_parallel_region(embedded_sbd.masked_fill(elsewhere_sb[..., None], 0.0), self.tp)
 
 
 class ParallelLayers:

@@ -16,7 +16,7 @@ from megatron_slm.loss.objective import Objective, OutputWeight
 from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
-from megatron_slm.parallel.collectives import together
+from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents, MicroBatch, TokenStatistics
@@ -75,7 +75,7 @@ def build_reference(
     stage = topology.coordinate(dist.get_rank()).pipeline
     with _parameters_in(dtype), local_device():  # at once in its final dtype and place
         reference = FrozenStage(arch, layers, stage=stage, num_stages=topology.pipeline)
-    with together():
+    with raise_on_all_ranks():
         fill_module(reference, source)
     if layers.backends.compile_blocks:
         compile_blocks(reference)

@@ -19,7 +19,7 @@ from megatron_slm.checkpoint.format import (
 )
 from megatron_slm.config import RunConfig
 from megatron_slm.errors import CheckpointError
-from megatron_slm.parallel.collectives import from_rank_0, together
+from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +49,14 @@ def open_resume(config: RunConfig) -> Resume | None:
         return None
     candidates: list[Path] = []
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    with together():
+    with raise_on_all_ranks():
         if rank == 0:
             candidates = _candidates(config)
-    candidates = from_rank_0(candidates)
+    candidates = broadcast_from_rank_0(candidates)
     for number, folder in enumerate(candidates):
         before = candidates[number + 1] if number + 1 < len(candidates) else None
         try:
-            with together():
+            with raise_on_all_ranks():
                 manifest = _verified(folder, config.checkpoint.load_checksums, (rank, num_ranks))
         except CheckpointError as error:
             if before is None or not config.checkpoint.load_fallback:

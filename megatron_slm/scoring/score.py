@@ -18,8 +18,8 @@ from megatron_slm.engine.channels import Channel, Channels, Lane
 from megatron_slm.loss.objective import Objective
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.parallel.activity import Activity
-from megatron_slm.parallel.collectives import from_rank_0, gather_objects, together
-from megatron_slm.parallel.groups import tensor_parallel_group
+from megatron_slm.parallel.collectives import all_gather_objects, broadcast_from_rank_0, raise_on_all_ranks
+from megatron_slm.parallel.groups import create_tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import build_reference
 from megatron_slm.reference.manifest import Manifest, shard_name
@@ -59,7 +59,7 @@ def score_corpus(plan: ScoringPlan) -> Manifest:
         mine = turn[scorer.place.data] if scorer.place.data < len(turn) else None
         scores = scorer.score(manifest, mine)
         written: dict[str, dict[str, Any]] = {}
-        with together():
+        with raise_on_all_ranks():
             if mine is not None and scores is not None:
                 written[shard_name(mine)] = write_shard(plan.output, manifest, mine, *scores)
         manifest = _commit(plan, manifest, written)
@@ -70,19 +70,19 @@ def score_corpus(plan: ScoringPlan) -> Manifest:
 def _agreed_manifest(plan: ScoringPlan) -> Manifest:
     """The store's manifest, made or taken up by rank 0, on every rank."""
     found: Manifest | None = None
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             found = begin(plan.output, plan.manifest())
-    found = from_rank_0(found)
+    found = broadcast_from_rank_0(found)
     assert found is not None, "rank 0 sends a manifest"
     return found
 
 
 def _commit(plan: ScoringPlan, manifest: Manifest, written: dict[str, dict[str, Any]]) -> Manifest:
     """Enter what every rank has written; rank 0 replaces the file."""
-    entries = {name: entry for one in gather_objects(written) for name, entry in one.items()}
+    entries = {name: entry for one in all_gather_objects(written) for name, entry in one.items()}
     manifest = manifest.with_shards({**manifest.shards, **entries})
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             manifest.write(plan.output)
     return manifest
@@ -95,7 +95,7 @@ class _Scorer:
         parallel, data = plan.config.parallel, plan.config.data
         self.place = plan.topology.coordinate(dist.get_rank())
         self.is_first, self.is_last = self.place.pipeline == 0, self.place.pipeline == plan.topology.pipeline - 1
-        tp = tensor_parallel_group(plan.topology, sequence_parallel=parallel.sequence_parallel)
+        tp = create_tensor_parallel_group(plan.topology, sequence_parallel=parallel.sequence_parallel)
         divisible = plan.config.model.make_vocab_size_divisible_by
         layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
         head = LossHead(backend=plan.config.loss_head.loss_head_backend)
@@ -130,7 +130,7 @@ class _Scorer:
         samples = range(0) if shard is None else manifest.samples_of(shard)
         num_micro_batches = -(-len(samples) // self.b)
         batches: list[MicroBatch] = []
-        with together():
+        with raise_on_all_ranks():
             if self.is_first or self.is_last or self.source.boundaries.matter_to_layers:
                 batches = [self.source.micro_batch(start, 0) for start in samples[:: self.b]]
         parts = self._forward(num_micro_batches, batches)

@@ -36,8 +36,13 @@ from megatron_slm.engine.trainer import Trainer
 from megatron_slm.errors import ConfigError, os_errors_as
 from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.model.block import compile_blocks
-from megatron_slm.parallel.collectives import together
-from megatron_slm.parallel.groups import DataParallel, TensorParallel, data_parallel_group, tensor_parallel_group
+from megatron_slm.parallel.collectives import raise_on_all_ranks
+from megatron_slm.parallel.groups import (
+    DataParallel,
+    TensorParallel,
+    create_data_parallel_group,
+    create_tensor_parallel_group,
+)
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage, build_reference
 from megatron_slm.run.corpora import boundaries
@@ -71,11 +76,11 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     """Build everything a run needs on this rank. Collective over the world."""
     saver = _saver(plan)
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
-    tp = tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
+    tp = create_tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     divisible = plan.config.model.make_vocab_size_divisible_by
     layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
     ranks_together = plan.selector.scope == "data-parallel"
-    dp = data_parallel_group(plan.topology) if ranks_together else DataParallel()
+    dp = create_data_parallel_group(plan.topology) if ranks_together else DataParallel()
     objective = Objective(
         selector=plan.selector,
         tp=tp,
@@ -171,7 +176,7 @@ def _fill(plan: Plan, optimizer: Any) -> Position:
         logger.info("resuming after step %d (saved at %s)", manifest.step, manifest.describe_layout())
     elif plan.init is not None:
         source = plan.init.source
-    with together():
+    with raise_on_all_ranks():
         fill_optimizer(optimizer, source, adam_step=adam_step)
         if plan.resume is not None:
             restore_rng(plan.resume.folder, plan.resume.manifest, dist.get_rank())
@@ -225,7 +230,7 @@ def _saver(plan: Plan) -> Saver:
         extras=tuple(folder for folder in (tokenizer, run_dir / ORIGIN) if folder is not None),
         write_config=lambda path: write_yaml(plan.config, path),
     )
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             _prepare_run_dir(run_dir)
             if tokenizer is not None:  # now, and not at the first save: it may have no Hugging Face form

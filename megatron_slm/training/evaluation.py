@@ -9,7 +9,7 @@ from functools import partial
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.loss.sums import LossSums
-from megatron_slm.parallel.collectives import together
+from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.telemetry.metrics import evaluation_loss
 
 
@@ -48,7 +48,7 @@ def evaluate(
     for batch in range(held_out.num_global_batches):
         before_batch()
         read = partial(held_out.source.micro_batch, batch * global_batch_size)
-        with together():  # before anything is sent, so that no rank waits for one that cannot read
+        with raise_on_all_ranks():  # before anything is sent, so that no rank waits for one that cannot read
             micro_batches = [read(i) for i in range(num_micro_batches)] if held_out.reads else []
         sums = sums + trainer.evaluate(micro_batches.__getitem__, num_micro_batches)
     return evaluation_loss(sums)

@@ -18,7 +18,7 @@ from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import TrainingError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.loss.sums import LossSums
-from megatron_slm.parallel.collectives import gather_objects
+from megatron_slm.parallel.collectives import all_gather_objects
 from megatron_slm.telemetry.metrics import BAD_BATCHES
 from megatron_slm.training.build import Run
 
@@ -102,7 +102,7 @@ class Health:
         coordinate = plan.topology.coordinate(rank)
         mine = (coordinate.pipeline, coordinate.data, run.trainer.micro_batch_facts())
         found: dict[tuple[int, int], dict[str, Any]] = {}
-        for stage, data_rank, facts in gather_objects(mine):
+        for stage, data_rank, facts in all_gather_objects(mine):
             for fact in facts:
                 key = (fact.micro_batch, data_rank)
                 _merge(found.setdefault(key, self._micro_batch(*key)), fact, stage)

@@ -14,8 +14,8 @@ from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import CorpusError, SlmError, VocabularyError
 from megatron_slm.operations.stopping import StopRequest
 from megatron_slm.operations.watchdog import Watchdog
-from megatron_slm.parallel.activity import Phase
-from megatron_slm.parallel.collectives import peers_named, together
+from megatron_slm.parallel.activity import LoopState
+from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.telemetry.profiling import StepProfiler
 from megatron_slm.training.build import Run
 from megatron_slm.training.health import Health
@@ -33,7 +33,7 @@ def train(run: Run) -> None:
     health = Health(run)
     with (
         watchdog,
-        peers_named(_OUTSIDE),
+        translate_peer_errors(_OUTSIDE),
         _leaving_together(),
         closing(run.train_source),
         closing(StepProfiler(config.logging)) as profiler,
@@ -45,7 +45,7 @@ def train(run: Run) -> None:
         stopping = stop.agreed() or recorder.evaluations(recorder.evaluations_cut_off())
         recorder.texts_begin()
         while position.step < last and not stopping:
-            watchdog.enter(Phase.STEP, position.step + 1)
+            watchdog.enter(LoopState.STEP, position.step + 1)
             rate, is_last = learning_rate(position.step, config.optimizer, last), position.step + 1 == last
             source = partial(run.train_source.micro_batch, position.consumed_samples)
             profiler.before(position.step + 1)
@@ -53,7 +53,7 @@ def train(run: Run) -> None:
             bad = health.examine(result)
             _advance(run, result)
             if profiler.ends_with(position.step):  # on some ranks; all of them wait
-                watchdog.enter(Phase.PROFILE, position.step)
+                watchdog.enter(LoopState.PROFILE, position.step)
                 profiler.close()
             recorder.step(result, rate)
             recorder.bad_batch(bad)
@@ -77,9 +77,9 @@ def train(run: Run) -> None:
             else:  # what is under way is committed before anything that can fail
                 recorder.saved(run.saver.finish())
                 _raise_together(unreadable or recorder.unwritten)
-        watchdog.enter(Phase.SAVING, position.step)
+        watchdog.enter(LoopState.SAVING, position.step)
         recorder.saved(run.saver.finish())
-        watchdog.enter(Phase.ENDING, position.step)
+        watchdog.enter(LoopState.ENDING, position.step)
         recorder.flush()
         _raise_together(recorder.unwritten)
         if stopping is not None:
@@ -124,7 +124,7 @@ def _evaluate(run: Run, recorder: Recorder, stop: StopRequest, *, is_saved: bool
 
 def _raise_together(error: SlmError | None) -> None:
     """What any rank has is raised on every rank. Collective."""
-    with together():
+    with raise_on_all_ranks():
         if error is not None:
             raise error
 

@@ -19,8 +19,8 @@ from megatron_slm.errors import RunFolderError, ServiceError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.operations.stopping import StopAskedError, StopRequest
 from megatron_slm.operations.watchdog import Watchdog
-from megatron_slm.parallel.activity import Phase
-from megatron_slm.parallel.collectives import from_rank_0, together
+from megatron_slm.parallel.activity import LoopState
+from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
 from megatron_slm.telemetry.history import disk_errors
 from megatron_slm.telemetry.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
 from megatron_slm.telemetry.probe_board import show_record
@@ -68,7 +68,7 @@ class Recorder:
         self.probed_texts: ProbedTexts
         self._utilization = run.plan.utilization
         self._logged_step, self._step_seconds, self._last = run.position.step, 0.0, config.training.train_iters
-        with together(), disk_errors(run.plan.config.logging.run_dir):  # a monitor may not open
+        with raise_on_all_ranks(), disk_errors(run.plan.config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
                 self.writer = MetricsWriter(run_dir, resume_step=run.position.step, monitors=run.plan.monitors)
@@ -137,7 +137,7 @@ class Recorder:
         return None
 
     def _before_batch(self) -> None:
-        self.watchdog.enter(Phase.EVALUATION, self.run.position.step)
+        self.watchdog.enter(LoopState.EVALUATION, self.run.position.step)
         if (reason := self.stop.agreed()) is not None:
             raise StopAskedError(reason)
 
@@ -178,17 +178,17 @@ class Recorder:
             step = self.run.position.step
             done = {line["set"] for line in lines if line["step"] == step and line.get("event") == "eval"}
             missing = [name for name in self.evaluations_due() if name not in done]
-        return from_rank_0(missing)
+        return broadcast_from_rank_0(missing)
 
     def texts_begin(self) -> None:
         """Make ready for the texts of --probe-file, and for the record that a kill cut off. Collective."""
         run, step = self.run, self.run.position.step
         if run.text_probe is None:
-            with together(), disk_errors(run.plan.config.logging.run_dir):
+            with raise_on_all_ranks(), disk_errors(run.plan.config.logging.run_dir):
                 if self.writer is not None:
                     ProbeFolder(run.plan.config.logging.run_dir).go_on_after(step)
             return
-        self.watchdog.enter(Phase.PROBE, step)
+        self.watchdog.enter(LoopState.PROBE, step)
         self.probed_texts = run.text_probe.begin(resume_step=step)
         if step and not run.text_probe.is_recorded(step):
             self.texts()
@@ -198,7 +198,7 @@ class Recorder:
         run, position = self.run, self.run.position
         if run.text_probe is None or not is_due(position.step, run.plan.config.logging.eval_interval, self._last):
             return
-        self.watchdog.enter(Phase.PROBE, position.step)
+        self.watchdog.enter(LoopState.PROBE, position.step)
         record = run.text_probe.record(StepSettings(step=position.step, score_threshold=position.score_threshold))
         if self.writer is not None:
             with self._recording():
@@ -208,7 +208,7 @@ class Recorder:
     def probe(self, probe: Probe) -> None:
         """Select on the fixed batch and record how much of the last probe's selection is still kept. Collective."""
         position = self.run.position
-        self.watchdog.enter(Phase.PROBE, position.step)
+        self.watchdog.enter(LoopState.PROBE, position.step)
         kept = probe.kept(StepSettings(step=position.step, score_threshold=position.score_threshold))
         if self.writer is not None:
             tokens = position.consumed_samples * self.run.plan.config.data.seq_length
@@ -220,7 +220,7 @@ class Recorder:
     def save(self) -> None:
         """Save where the run saves at all. Collective."""
         if self.run.plan.config.checkpoint.enabled:
-            self.watchdog.enter(Phase.SAVING, self.run.position.step)
+            self.watchdog.enter(LoopState.SAVING, self.run.position.step)
             self.saved(self.run.saver.save(self.run.trainer.engine.optimizer, progress_of(self.run)))
 
     def saved(self, saved: Saved | None) -> None:

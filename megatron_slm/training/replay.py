@@ -23,7 +23,7 @@ from megatron_slm.data.corpus.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.errors import ConfigError, TrainingError
 from megatron_slm.loss.objective import StepSettings
-from megatron_slm.parallel.collectives import gather_objects
+from megatron_slm.parallel.collectives import all_gather_objects
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.plan import Plan, make_plan
 from megatron_slm.run.resume import Resume, open_resume
@@ -169,7 +169,7 @@ class Replay:
         below = any(fact.gradient_is_finite is False for fact in self.run.trainer.micro_batch_facts())
         sources = self.plan.train_samples.sources
         mine = [_samples(*seen, names=[source.name for source in sources]) for seen in self._seen]
-        everyones = gather_objects((coordinate.pipeline if below else None, mine))
+        everyones = all_gather_objects((coordinate.pipeline if below else None, mine))
         samples = next(found[0] for _, found in everyones if found)
         sums, copies = result.sums, self.plan.topology.data
         return MicroBatchReplay(

@@ -20,7 +20,7 @@ from megatron_slm.data.texts import TextSamples
 from megatron_slm.device import local_device
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.loss.objective import StepSettings
-from megatron_slm.parallel.collectives import from_rank_0, together
+from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.telemetry.history import disk_errors
 from megatron_slm.types import TokenStatistics
@@ -69,14 +69,14 @@ class TextProbe:
             shape = (-1, self.samples.sequence_length)
             reference_loss_Ws = self._gather([x.loss_N.view(shape) for x in self._references if x is not None])
         texts = self._texts(reference_loss_Ws)
-        with together(), disk_errors(self.folder.path.parent):
+        with raise_on_all_ranks(), disk_errors(self.folder.path.parent):
             if dist.get_rank() == 0:
                 self.folder.begin(texts, resume_step=resume_step)
         return texts
 
     def is_recorded(self, step: int) -> bool:
         """Whether a step has its record, on every rank alike. Collective."""
-        return from_rank_0(dist.get_rank() == 0 and step in self.folder.steps())
+        return broadcast_from_rank_0(dist.get_rank() == 0 and step in self.folder.steps())
 
     def record(self, settings: StepSettings) -> ProbeRecord:
         """Look at the texts. Collective."""

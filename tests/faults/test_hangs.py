@@ -178,4 +178,4 @@ def test_without_a_watchdog_time_outs_remain(tmp_path: Path) -> None:
     codes, outputs = run(tmp_path, 3, sleep, watchdog_factor=0, distributed_timeout_minutes=0.1)
     assert codes[:3] == [1] * 3
     assert reports(tmp_path) == {}
-    assert all("has the answer of every other rank" in errors(outputs[r])[0] for r in range(3))
+    assert all("receive answers from all its peers" in errors(outputs[r])[0] for r in range(3))

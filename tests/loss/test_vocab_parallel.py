@@ -12,7 +12,7 @@ from megatron_slm.loss import LossHead, selective_cross_entropy, variants
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
 from megatron_slm.loss.sums import LossSums
 from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
-from megatron_slm.parallel.groups import TensorParallel, init_distributed, tensor_parallel_group
+from megatron_slm.parallel.groups import TensorParallel, create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.selection import scope
 from megatron_slm.selection.scores import SCORES
@@ -69,7 +69,7 @@ def outcome(tp: TensorParallel, *, ties: bool) -> dict[str, Any]:
 
 def rank_main(size: int, sequence_parallel: bool, ties: bool) -> dict[str, Any]:
     init_distributed()
-    return outcome(tensor_parallel_group(Topology(tensor=size), sequence_parallel=sequence_parallel), ties=ties)
+    return outcome(create_tensor_parallel_group(Topology(tensor=size), sequence_parallel=sequence_parallel), ties=ties)
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["scores", "ties"])
@@ -91,7 +91,7 @@ def cut_head_main(size: int, variant: Any, vocab: int) -> dict[str, Any]:
     """Any variant over a cut vocabulary, in chunks of a few rows, with entropies, labels on every rank."""
     variants.CHUNK_ROWS = 5
     init_distributed()
-    tp = tensor_parallel_group(Topology(tensor=size), sequence_parallel=False) if size > 1 else TensorParallel()
+    tp = create_tensor_parallel_group(Topology(tensor=size), sequence_parallel=False) if size > 1 else TensorParallel()
     p = Problem.random(40, vocab, dtype=torch.float64)
     rows = -(-vocab // size)  # the last rank holds fewer, and with 9 tokens on 4 ranks none at all
     start = min(tp.rank * rows, vocab)

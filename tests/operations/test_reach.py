@@ -70,7 +70,7 @@ def test_a_rank_that_is_lost_at_the_start_is_one_error(monkeypatch: pytest.Monke
     def lost(value: object) -> list[object]:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234")
 
-    monkeypatch.setattr(reach, "gather_objects", lost)
+    monkeypatch.setattr(reach, "all_gather_objects", lost)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     with pytest.raises(PeerError, match="rank 0: telling the others how to reach this node"), silent_nodes_named():
         pass

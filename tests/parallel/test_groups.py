@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_slm.errors import ConfigError
-from megatron_slm.parallel.collectives import together
+from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.groups import init_distributed
 from tests.support.world import run_world
 
@@ -40,9 +40,9 @@ def test_processes_of_a_scheduler_do_not_each_train_alone() -> None:
 def fail_on(rank: int) -> str:
     init_distributed()
     try:
-        with together():
+        with raise_on_all_ranks():
             if dist.get_rank() == rank:
-                raise ConfigError("--x", rank, "is right", "mend it")
+                raise ConfigError("--x", rank, "be right", "fix it")
     except ConfigError as error:
         return str(error)
     return "no error"
@@ -50,7 +50,7 @@ def fail_on(rank: int) -> str:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_every_rank_raises_the_error_of_one(rank: int) -> None:
-    assert run_world(fail_on, 3, rank) == [f"--x = {rank}: is right. Fix: mend it"] * 3
+    assert run_world(fail_on, 3, rank) == [f"--x is {rank}: must be right. Fix: fix it"] * 3
 
 
 def test_no_error_raises_nothing() -> None:

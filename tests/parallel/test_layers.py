@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_slm.checkpoint.weights import RandomWeights, fill_module
 from megatron_slm.config import Architecture
 from megatron_slm.errors import LayoutError
-from megatron_slm.parallel.groups import TensorParallel, init_distributed, tensor_parallel_group
+from megatron_slm.parallel.groups import TensorParallel, create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.random import normal_, tensor_seed
 from megatron_slm.parallel.shards import parts_of
@@ -57,7 +57,7 @@ def outcome(tp: TensorParallel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 def rank_main(sequence_parallel: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     init_distributed()
-    tp = tensor_parallel_group(Topology(tensor=2), sequence_parallel=sequence_parallel)
+    tp = create_tensor_parallel_group(Topology(tensor=2), sequence_parallel=sequence_parallel)
     return *outcome(tp), tp.rank
 
 

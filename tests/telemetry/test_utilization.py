@@ -17,7 +17,7 @@ from megatron_slm.config import Architecture
 from megatron_slm.config.load import parse
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError, TrainingError
 from megatron_slm.operations.watchdog import Watchdog
-from megatron_slm.parallel.activity import Phase
+from megatron_slm.parallel.activity import LoopState
 from megatron_slm.planning.gpus import GPUS, named_gpu
 from megatron_slm.telemetry import utilization
 from megatron_slm.telemetry.profiling import StepProfiler
@@ -142,9 +142,9 @@ def slow_profile(slow: int) -> list[str]:
     """Writing takes rank `slow` longer; the phases that this rank will write (or wait for) its profile in."""
     phases, real_enter, real_close = [], Watchdog.enter, StepProfiler.close
 
-    def enter(self: Watchdog, phase: Phase, step: int) -> None:
-        phases.append(phase.name)
-        real_enter(self, phase, step)
+    def enter(self: Watchdog, state: LoopState, step: int) -> None:
+        phases.append(state.name)
+        real_enter(self, state, step)
 
     def close(self: StepProfiler) -> None:
         seen.append(phases[-1])

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.device import local_device, synchronize
-from megatron_slm.parallel.collectives import gather_objects
+from megatron_slm.parallel.collectives import all_gather_objects
 
 Pair = tuple[int, int]
 
@@ -93,7 +93,7 @@ def measure(nodes: Sequence[Sequence[int]], *, seconds: float) -> Measurements:
                     elif rank == target:
                         _answer(_End(source, group))
             dist.barrier(group)  # rounds do not disturb each other
-        links = [link for of_rank in gather_objects(mine, group) for link in of_rank]
+        links = [link for of_rank in all_gather_objects(mine, group) for link in of_rank]
         return Measurements(links=links, all_reduce_bytes_per_second=_all_reduce_rate(group, seconds))
     finally:
         dist.destroy_process_group(group)
