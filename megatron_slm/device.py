@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,35 @@ def synchronize() -> None:
 def timing_event() -> Any | None:
     """An event that takes the time at which the GPU's stream reaches it; None on the CPU, which needs none."""
     return torch.cuda.Event(enable_timing=True) if on_gpu() else None
+
+
+class SideStream:
+    """A stream beside the computing one, for work that need not wait for all that was computed; no-op on the CPU."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream() if on_gpu() else None
+        self._mark: Any | None = None
+
+    def mark(self) -> None:
+        """Remember how far the computing stream has come: what is issued here next waits for that much of it."""
+        if self._stream is not None:
+            self._mark = torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def after_mark(self) -> Iterator[None]:
+        """Inside, memory is allocated and work is issued on this stream, after what `mark` remembered."""
+        if self._stream is None:
+            yield
+            return
+        if self._mark is not None:
+            self._stream.wait_event(self._mark)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def hand_over(self, x: torch.Tensor) -> None:
+        """Let the computing stream use a tensor of this stream's memory, which is then free only after that."""
+        if self._stream is not None:
+            x.record_stream(torch.cuda.current_stream())
 
 
 def device_rng_state() -> torch.Tensor | None:

@@ -37,7 +37,7 @@ class Backends:
     optimizer: Optimizer = "torch"
     compile_blocks: bool = False
     notes: dict[str, str] = field(default_factory=dict, compare=False)
-    """Why `auto` could not take something faster, by what is computed."""
+    """Reasons that `auto` could not take something faster, by what is computed."""
 
     def describe(self) -> dict[str, str]:
         """What is computed, and by what; for people."""

@@ -210,6 +210,7 @@ class SelectiveEngine(PipelineEngine):
     @contextmanager
     def _timing(self, work: Work) -> Iterator[None]:
         stopwatch, timers = self._stopwatch, self.context.timers
+        self._channels.before_computation()
         with (
             timers.timing(_TIMER[work]),
             nullcontext() if stopwatch is None else stopwatch.timing(work),

@@ -63,10 +63,10 @@ def choose_kernels(backend: BackendName, *, on_gpu: bool) -> Kernels:
 
         return TorchKernels()
     if not on_gpu and not interpreted:
-        raise ConfigError("--loss-head-backend", backend, "runs on a GPU", "use torch (or auto) on a CPU")
+        raise ConfigError("--loss-head-backend", backend, "run on a GPU", "use torch (or auto) on a CPU")
     problem = triton_problem()
     if problem is not None:
-        rule = f"is a backend that works here (triton: {problem})"
+        rule = f"be a backend that works here (triton: {problem})"
         raise ConfigError("--loss-head-backend", backend, rule, "pip install triton and a C compiler, or use torch")
     from megatron_slm.loss.triton_backend import TritonKernels
 
@@ -75,7 +75,7 @@ def choose_kernels(backend: BackendName, *, on_gpu: bool) -> Kernels:
 
 @cache
 def triton_problem() -> str | None:
-    """Why Triton's kernels cannot be used in this process, tried once; None where they can.
+    """Try Triton's kernels once in this process; the reason they cannot be used, None where they can.
 
     Triton compiles at the first call, with a C compiler that a container may lack.
     """

@@ -12,7 +12,7 @@ from megatron_slm.types import Documents
 
 
 def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
-    """See `sdpa.attend`."""
+    """Like `sdpa.attend`."""
     from flash_attn_interface import flash_attn_func
 
     q, k, v = (t.transpose(0, 1) for t in (q_sbhk, k_sbgk, v_sbgk))
@@ -22,7 +22,7 @@ def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -
 def attend_in_documents(
     q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
 ) -> Tensor:
-    """See `sdpa.attend_in_documents`; all documents in one call."""
+    """Like `sdpa.attend_in_documents`; all documents in one call."""
     from flash_attn_interface import flash_attn_varlen_func
 
     assert documents.lengths is not None, "documents that attention keeps apart have lengths"

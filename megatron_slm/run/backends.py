@@ -15,7 +15,7 @@ from megatron_slm.config.backends import Attention, BackendConfig, Backends, Nor
 from megatron_slm.device import compute_capability, on_gpu
 from megatron_slm.errors import ConfigError
 from megatron_slm.model import sdpa
-from megatron_slm.parallel.collectives import gather_objects
+from megatron_slm.parallel.collectives import all_gather_objects
 from megatron_slm.run import packages
 from megatron_slm.run.packages import Finding, Package, find
 
@@ -50,7 +50,7 @@ def choose_backends(
         raise ConfigError(
             "--compile-blocks",
             True,
-            "is off with ZeRO-3, whose hooks gather a block's weights while it runs",
+            "be off with ZeRO-3, whose hooks gather a block's weights while it runs",
             "leave it out, or use ZeRO-1 or ZeRO-2",
         )
     notes: dict[str, str] = {}
@@ -70,7 +70,7 @@ def check_same_on_all_ranks(backends: Backends, loss_head: str) -> None:
         ConfigError: on every rank alike.
     """
     mine = (backends.attention, backends.norm, backends.optimizer, backends.compile_blocks, loss_head)
-    held = gather_objects(mine)
+    held = all_gather_objects(mine)
     for rank, theirs in enumerate(held):
         for what, first, other in zip(
             ("attention", "norm", "optimizer", "blocks", "loss head"), held[0], theirs, strict=True
@@ -79,7 +79,7 @@ def check_same_on_all_ranks(backends: Backends, loss_head: str) -> None:
                 raise ConfigError(
                     f"{what} backend of rank {rank}",
                     other,
-                    f"is that of rank 0, {first!r}, so that all ranks round alike",
+                    f"be that of rank 0, {first!r}, so that all ranks round alike",
                     "install the same packages on all nodes, or choose a backend by name",
                 )
 
@@ -94,7 +94,7 @@ def _attention(
             _require("--attention-backend", name, package, otherwise="sdpa")
             if not fits:
                 found = f"heads of width {widest}, {'bf16' if bf16 else 'fp32'}"
-                rule = f"has heads of at most {FLASH_ATTENTION_WIDEST_HEAD} in bf16 (here: {found})"
+                rule = f"have heads of at most {FLASH_ATTENTION_WIDEST_HEAD} in bf16 (here: {found})"
                 raise ConfigError("--attention-backend", name, rule, "add --bf16, or use sdpa")
             return name  # type: ignore[return-value]
     if not on_gpu():
@@ -124,7 +124,7 @@ def _check_sdpa(models: list[Architecture], bf16: bool) -> None:
                 raise ConfigError(
                     "--attention-backend",
                     "sdpa",
-                    f"has a fused kernel for heads of width {arch.kv_channels} in {dtype} ({error})",
+                    f"have a fused kernel for heads of width {arch.kv_channels} in {dtype} ({error})",
                     "choose another width or precision (or --attention-backend flash)",
                 ) from error
 
@@ -140,11 +140,11 @@ def _norm(asked: str, notes: dict[str, str]) -> Norm:
 
 def _optimizer(asked: str, updates_on_host: bool, notes: dict[str, str]) -> Optimizer:
     if asked == "deepspeed" and not on_gpu():
-        raise ConfigError("--optimizer-backend", "deepspeed", "runs on a GPU", "use torch (or auto) on a CPU")
+        raise ConfigError("--optimizer-backend", "deepspeed", "run on a GPU", "use torch (or auto) on a CPU")
     if asked == "apex":
         _require("--optimizer-backend", "apex", packages.APEX_ADAM, otherwise="torch")
     if asked in ("apex", "deepspeed") and updates_on_host:
-        rule = "is left to torch where zero_optimization.offload_optimizer updates on the host"
+        rule = "be left to torch where zero_optimization.offload_optimizer updates on the host"
         raise ConfigError("--optimizer-backend", asked, rule, "use torch (or auto), or do not offload")
     if asked != "auto":
         return asked  # type: ignore[return-value]
@@ -161,8 +161,8 @@ def _noted(found: Finding, what: str, notes: dict[str, str]) -> bool:
 
 def _require(flag: str, name: str, package: Package, *, otherwise: str) -> None:
     if not on_gpu():
-        raise ConfigError(flag, name, "runs on a GPU", f"use {otherwise} (or auto) on a CPU")
+        raise ConfigError(flag, name, "run on a GPU", f"use {otherwise} (or auto) on a CPU")
     found = find(package)
     if not found.works:
-        rule = f"is a backend that works here ({found.name}: {found.problem})"
+        rule = f"be a backend that works here ({found.name}: {found.problem})"
         raise ConfigError(flag, name, rule, f"{package.fix}; or use {otherwise} (or auto)")

@@ -32,11 +32,11 @@ class Finding:
     name: str
     """Package and version, such as `flash-attn 2.8.3`."""
     problem: str | None = None
-    """Why it cannot be used; None where it can."""
+    """The reason it cannot be used; None where it can."""
 
     @property
     def works(self) -> bool:
-        """Whether it can be used here."""
+        """True where it can be used in this process."""
         return self.problem is None
 
 

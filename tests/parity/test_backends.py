@@ -158,9 +158,9 @@ def test_compiled_blocks_train_alike_through_inductor(layout: str, folder: Path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compile_blocks": True, "deepspeed_config": zero_config(3)}, "is off with ZeRO-3"),
+        ({"compile_blocks": True, "deepspeed_config": zero_config(3)}, "must be off with ZeRO-3"),
         ({"compile_blocks": True, "reset_attention_mask": True}, "is off where documents are kept apart"),
-        ({"attention_backend": "flash"}, "--attention-backend = 'flash'"),
+        ({"attention_backend": "flash"}, "--attention-backend is 'flash'"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(

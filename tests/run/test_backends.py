@@ -141,20 +141,24 @@ def test_what_only_looks_installed_is_not_taken(choose: Any, files: dict[str, st
 @pytest.mark.parametrize(
     ("options", "files", "match"),
     [
-        ({"attention_backend": "flash", "gpu": False}, BOTH, "--attention-backend = 'flash': runs on a GPU"),
+        ({"attention_backend": "flash", "gpu": False}, BOTH, "--attention-backend is 'flash': must run on a GPU"),
         ({"attention_backend": "flash"}, files_of("apex"), "flash-attn: not installed.*--no-build-isolation"),
         ({"attention_backend": "flash"}, NOT_A_PACKAGE, "flash_attn has no flash_attn_func"),
         ({"attention_backend": "flash"}, NO_KERNEL, "no kernel image"),
         ({"attention_backend": "flash3"}, files_of("flash"), "flash-attn-3: not installed.*hopper"),
         ({"attention_backend": "flash", "bf16": False}, BOTH, "at most 256 in bf16 .*width 64, fp32"),
         ({"attention_backend": "flash", "width": 258}, BOTH, "width 258, bf16"),
-        ({"norm_backend": "apex"}, files_of("flash"), "--norm-backend = 'apex': .*not installed"),
+        ({"norm_backend": "apex"}, files_of("flash"), "--norm-backend is 'apex': .*not installed"),
         ({"norm_backend": "apex"}, PYPI_APEX, "No module named 'apex.normalization'.*PyPI is another project"),
-        ({"norm_backend": "apex", "gpu": False}, BOTH, "--norm-backend = 'apex': runs on a GPU"),
+        ({"norm_backend": "apex", "gpu": False}, BOTH, "--norm-backend is 'apex': must run on a GPU"),
         ({"optimizer_backend": "apex"}, PYTHON_ONLY_APEX, "importing amp_C fails.*APEX_CUDA_EXT=1"),
-        ({"optimizer_backend": "deepspeed", "gpu": False}, BOTH, "--optimizer-backend = 'deepspeed': runs on a GPU"),
-        ({"optimizer_backend": "apex", "updates_on_host": True}, BOTH, "is left to torch"),
-        ({"compile_blocks": True, "zero_stage": 3}, {}, "--compile-blocks = True: is off with ZeRO-3"),
+        (
+            {"optimizer_backend": "deepspeed", "gpu": False},
+            BOTH,
+            "--optimizer-backend is 'deepspeed': must run on a GPU",
+        ),
+        ({"optimizer_backend": "apex", "updates_on_host": True}, BOTH, "be left to torch"),
+        ({"compile_blocks": True, "zero_stage": 3}, {}, "--compile-blocks is True: must be off with ZeRO-3"),
     ],
 )
 def test_refused(choose: Any, options: dict[str, Any], files: dict[str, str], match: str) -> None:
@@ -169,7 +173,7 @@ def test_an_attention_without_a_fused_kernel_is_refused(choose: Any, monkeypatch
         raise RuntimeError("No available kernel. Aborting execution.")
 
     monkeypatch.setattr(sdpa, "attend", attend)
-    with pytest.raises(ConfigError, match=r"--attention-backend = 'sdpa'.*width 64 in torch.bfloat16 \(No available"):
+    with pytest.raises(ConfigError, match=r"--attention-backend is 'sdpa'.*width 64 in torch.bfloat16 \(No available"):
         choose({}, attention_backend="sdpa")
 
 
@@ -196,7 +200,7 @@ def test_ranks_that_choose_differently_are_refused() -> None:
     with pytest.raises(WorldError) as failed:
         run_world(chosen_by_ranks, 2)
     assert failed.value.codes == [7, 7]
-    assert all("norm backend of rank 1 = 'apex'" in output for output in failed.value.outputs)
+    assert all("norm backend of rank 1 is 'apex'" in output for output in failed.value.outputs)
 
 
 def test_math_is_no_fused_kernel() -> None:

@@ -50,7 +50,7 @@ class Sync(NamedTuple):
 
 @dataclass
 class Values:
-    """What data-dependent operations find on a device without values."""
+    """Results of data-dependent operations on a device without values."""
 
     rows_of: Callable[[str, int], int] = lambda place, length: math.ceil(0.6 * length)
     """Rows that a mask of a length selects, by the place that asks."""
@@ -60,7 +60,7 @@ class Values:
 
 @dataclass
 class Counts:
-    """What was counted."""
+    """Launches and synchronizations."""
 
     launches: list[Launch] = field(default_factory=list)
     syncs: list[Sync] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Counter(TorchDispatchMode):
         self._place_of: dict[tuple[int, int], str] = {}
 
     def take(self) -> Counts:
-        """What was counted since the last call."""
+        """Return what was counted since the last call."""
         taken, self.counts = self.counts, Counts()
         return taken
 

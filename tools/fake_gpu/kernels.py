@@ -100,7 +100,7 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Any = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As flash-attn 2 declares it."""
+    """The function that flash-attn 2 declares."""
     return _flash(q, k, v, causal)
 
 
@@ -109,7 +109,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
     window_size: tuple[int, int] = (-1, -1), **options: Any,
 ) -> Tensor:  # fmt: skip
-    """As flash-attn 2 declares it."""
+    """The function that flash-attn 2 declares."""
     for ends in (cu_seqlens_q, cu_seqlens_k):
         assert ends.dtype == torch.int32, f"cu_seqlens must have dtype int32, not {ends.dtype}"
         assert ends.is_cuda, "cu_seqlens must be on CUDA"
@@ -178,7 +178,7 @@ class TritonKernels:
         self.counter = counter
 
     def fold(self, logits_NB: Tensor, rows: Any, column_N: Tensor, exponentials_NB: Tensor | None) -> None:
-        """See `Kernels`."""
+        """Implement `Kernels`."""
         assert logits_NB.stride(1) == 1
         assert column_N.dtype == torch.int64
         statistics = [rows.max_N, rows.sum_N, rows.target_N, rows.moment_N]
@@ -188,7 +188,7 @@ class TritonKernels:
         self, x_KB: Tensor, factor_K: Tensor, column_K: Tensor, target_K: Tensor, *, max_K: Tensor | None,
         out_KB: Tensor,
     ) -> None:  # fmt: skip
-        """See `Kernels`."""
+        """Implement `Kernels`."""
         assert x_KB.stride(1) == out_KB.stride(1) == 1
         assert factor_K.dtype == target_K.dtype == torch.float32
         self.counter.launch("triton gradient", [x_KB, factor_K, column_K, target_K, max_K, out_KB])
