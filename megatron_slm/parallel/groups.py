@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
@@ -95,9 +96,11 @@ def _create_groups(all_ranks: list[list[int]], rank: int) -> ProcessGroup | None
 
 def message_group(low: int, high: int) -> ProcessGroup:
     """Make the group of two ranks that send each other hidden states. Collective over the world."""
-    options = None
+    options: Any | None = None
     if dist.get_backend() == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = MESSAGE_BLOCKS
-        options._timeout = distributed_c10d.default_pg_nccl_timeout
-    return dist.new_group([low, high], pg_options=options)  # type: ignore[return-value]
+        timeout = distributed_c10d.default_pg_nccl_timeout
+        assert timeout is not None, "torch has NCCL"
+        options._timeout = timeout
+    return dist.new_group([low, high], pg_options=options)

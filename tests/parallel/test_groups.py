@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,7 @@ def test_messages_between_stages_take_few_blocks_on_nccl(monkeypatch: pytest.Mon
     made: list[Any] = []
     options = SimpleNamespace(config=SimpleNamespace(max_ctas=32))
     monkeypatch.setattr(groups.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(groups.distributed_c10d, "default_pg_nccl_timeout", timedelta(minutes=7))
     monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), raising=False)
     monkeypatch.setattr(groups.dist, "new_group", lambda ranks, pg_options: made.append((ranks, pg_options)))
     groups.message_group(2, 4)
