@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""What checkpoints there are, and whether they are whole: `python tools/checkpoint.py {list,verify} FOLDER`."""
+"""List and verify checkpoints: `python tools/checkpoint.py {list,verify} FOLDER`."""
 
-import sys
-
-from megatron_slm.cli.checkpoint import main
+from megatron_slm.cli.commands import checkpoint
 
 if __name__ == "__main__":
-    sys.exit(main())
+    checkpoint()

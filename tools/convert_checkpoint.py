@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Between our checkpoints and Hugging Face folders: import, export, verify, inspect."""
+"""Convert between checkpoints and Hugging Face folders.
 
-import sys
+`python tools/convert_checkpoint.py {import,export,verify,inspect}`.
+"""
 
-from megatron_slm.cli.convert import main
+from megatron_slm.cli.commands import convert
 
 if __name__ == "__main__":
-    sys.exit(main())
+    convert()

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""Show corpora and the samples that a run makes of them: counts, documents, samples as training reads them; hashes."""
+"""Print corpora and training samples: `python tools/inspect_data.py --data-path PREFIX ...`."""
 
-import sys
-
-from megatron_slm.cli.inspect_data import main
+from megatron_slm.cli.commands import inspect_data
 
 if __name__ == "__main__":
-    sys.exit(main())
+    inspect_data()

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""Put corpora end to end into one, with their loss masks and sidecars."""
+"""Concatenate corpora: `python tools/merge_corpora.py --input PREFIX ... --output-prefix PREFIX`."""
 
-import sys
-
-from megatron_slm.cli.merge_corpora import main
+from megatron_slm.cli.commands import merge_corpora
 
 if __name__ == "__main__":
-    sys.exit(main())
+    merge_corpora()

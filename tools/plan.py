@@ -1,12 +1,7 @@
 #!/usr/bin/env python3
-"""Plan a run before it is rented: `python tools/plan.py layout --config run.yaml --nodes 2 --gpu h100`.
+"""Plan a run before renting GPUs: `python tools/plan.py {layout,search,schedule} ...`."""
 
-`search` proposes layouts that fit, `schedule` shows what the pipeline's schedules cost.
-"""
-
-import sys
-
-from megatron_slm.cli.plan import main
+from megatron_slm.cli.commands import plan
 
 if __name__ == "__main__":
-    sys.exit(main())
+    plan()

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""Report runs side by side, as a page and a picture: `python tools/report.py RUN [RUN ...]`."""
+"""Compare runs in a page and a picture: `python tools/report.py RUN [RUN ...]`."""
 
-import sys
-
-from megatron_slm.cli.report import main
+from megatron_slm.cli.commands import report
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report()

@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""Start a training again when it fails: `python tools/supervise.py -- deepspeed ... tools/pretrain_slm.py ...`."""
+"""Restart a training when it fails: `python tools/supervise.py -- deepspeed ... tools/pretrain_slm.py ...`."""
 
-import sys
-
-from megatron_slm.cli.supervise import main
+from megatron_slm.cli.commands import supervise
 
 if __name__ == "__main__":
-    sys.exit(main())
+    supervise()

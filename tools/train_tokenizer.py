@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
-"""Train a SentencePiece BPE tokenizer of Llama's kind from JSON lines."""
+"""Train a SentencePiece tokenizer: `python tools/train_tokenizer.py --input FILE ... --output FOLDER/`."""
 
-import sys
-
-from megatron_slm.cli.train_tokenizer import main
+from megatron_slm.cli.commands import train_tokenizer
 
 if __name__ == "__main__":
-    sys.exit(main())
+    train_tokenizer()

@@ -1,76 +1,62 @@
-"""The command `analyze_tokens.py`: which tokens are kept, and how tokens are learnt."""
+"""`slm-analyze`: shows which tokens are kept, and how tokens are learned."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from megatron_slm.analysis.dynamics import LEAST_CHECKPOINTS, THRESHOLD_NATS, Dynamics, check_order, classify
-from megatron_slm.analysis.dynamics_page import Looked, most_fluctuating_rows, write_dynamics
-from megatron_slm.analysis.kept import Kept, select
-from megatron_slm.analysis.losses import (
-    Stage,
-    Statistics,
-    model_statistics,
-    open_stage,
-    sample_of_store,
-    stages_of,
-    store_losses,
-)
-from megatron_slm.analysis.probe_records import recorded_losses
-from megatron_slm.analysis.sample import Sample, load_tokenizer, sample_corpus, sample_texts
-from megatron_slm.analysis.selection_page import SelectionView, to_json, write_selection
-from megatron_slm.convert.source import Model
-from megatron_slm.errors import AnalysisError, SlmError
-from megatron_slm.files import write_durably
-from megatron_slm.log import setup_logging
-from megatron_slm.selection.scores import SCORES, score_named
-
-logger = logging.getLogger(__name__)
+from megatron_slm.analysis.dynamics import THRESHOLD_NATS
+from megatron_slm.cli.arguments import ToolParser
+from megatron_slm.cli.command import choose_accelerator, run_command
+from megatron_slm.errors import AnalysisError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 after an error that the user can mend."""
-    setup_logging()
-    args = _parser().parse_args(argv)
-    try:
-        _check(args)
-        args.run(args)
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    """Run the command; return 0 on success, 1 after an error the user can fix."""
+    return run_command(_run, argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="analyze_tokens.py", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    selection = commands.add_parser("selection", help="which tokens a model and a reference keep")
+def _run(words: Sequence[str]) -> None:
+    args = _parser().parse_args(words)
+    _check(args)
+    choose_accelerator()
+    from megatron_slm.analysis.token_reports import dynamics_report, selection_report
+
+    {"selection": selection_report, "dynamics": dynamics_report}[args.command](args)
+
+
+def _parser() -> ToolParser:
+    parser = ToolParser("Show which tokens are kept, and how their losses change over a run.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    selection = commands.add_parser("selection", help="show the tokens that a model and a reference keep")
     _add_common(selection, max_tokens=50_000)
     selection.add_argument("--reference-load", nargs="+", default=[], metavar="MODEL", help="one reference, or several")
-    selection.add_argument("--slm-score", default="excess", choices=list(SCORES), help="what tokens are ranked by")
-    selection.add_argument("--slm-keep-ratio", type=float, default=0.6, help="share that is kept, in (0, 1]")
+    selection.add_argument(
+        "--slm-score",
+        default="excess",
+        metavar="SCORE",
+        help="score that ranks tokens, see docs/selection.md (default: excess)",
+    )
+    selection.add_argument(
+        "--slm-keep-ratio", type=float, default=0.6, help="share of tokens kept, in (0, 1] (default: %(default)s)"
+    )
     selection.add_argument("--slm-scope", choices=["sequence", "micro-batch"], default="micro-batch")
-    selection.add_argument("--micro-batch-size", type=int, default=0, help="windows ranked together (default: all)")
-    selection.add_argument("--seed", type=int, default=1234, help="of --slm-score random")
-    selection.set_defaults(run=selection_report)
-    dynamics = commands.add_parser("dynamics", help="how each token's loss changes over a run's checkpoints")
+    selection.add_argument("--micro-batch-size", type=int, default=0, help="sequences ranked together (default: all)")
+    selection.add_argument("--seed", type=int, default=1234, help="seed of --slm-score random (default: %(default)s)")
+    dynamics = commands.add_parser("dynamics", help="show how each token's loss changes over a run's checkpoints")
     _add_common(dynamics, max_tokens=320_000)
     dynamics.add_argument("--scores", nargs="+", default=[], metavar="STORE", help="stores of the checkpoints' losses, "
                           "oldest first, written by tools/score_corpus.py; instead of --load")  # fmt: skip
     dynamics.add_argument("--probe", metavar="RUN", help="a run's folder with records of --probe-file; instead of "
                           "--load, and of a sample")  # fmt: skip
-    dynamics.add_argument("--threshold", type=float, default=THRESHOLD_NATS, help="rise or fall that counts, in nats")
-    dynamics.add_argument("--most", type=int, default=25, help="fluctuating tokens that are listed")
-    dynamics.set_defaults(run=dynamics_report)
+    dynamics.add_argument(
+        "--threshold",
+        type=float,
+        default=THRESHOLD_NATS,
+        help="smallest change of a loss that counts as one, in nats (default: %(default)s)",
+    )
+    dynamics.add_argument("--most", type=int, default=25, help="fluctuating tokens to list (default: %(default)s)")
     return parser
 
 
@@ -80,187 +66,47 @@ def _add_common(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     parser.add_argument("--text-file", nargs="+", default=[], help="JSON lines (.gz, .zst) or .txt")
     parser.add_argument("--data-path", help="prefix of a Megatron corpus, instead of --text-file")
     parser.add_argument("--tokenizer-model", help="tokenizer folder (default: the model's)")
-    parser.add_argument("--seq-length", type=int, help="tokens of a window (default: what the model reads)")
-    parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"of the sample (default {max_tokens:,})")
-    parser.add_argument("--documents", type=int, default=20, help="windows that the page shows")
-    parser.add_argument("--output", type=Path, required=True, help="the page, .html; a .json beside it")
+    parser.add_argument(
+        "--seq-length", type=int, help="tokens of a sequence (default: the model's context, at most 2048)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        help=f"largest number of tokens to analyze (default: {max_tokens:,})",
+    )
+    parser.add_argument("--documents", type=int, default=20, help="sequences shown in the page (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="page to write (.html); a .json is written beside it"
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
     for name in ("max_tokens", "seq_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise AnalysisError(f"--{name.replace('_', '-')}", value, "is at least 1", "give a larger one")
+            raise AnalysisError(f"--{name.replace('_', '-')}", value, "be at least 1", "raise it")
     ratio = getattr(args, "slm_keep_ratio", 1.0)
     if not 0.0 < ratio <= 1.0:
-        raise AnalysisError("--slm-keep-ratio", ratio, "lies in (0, 1]", "use e.g. 0.6")
+        raise AnalysisError("--slm-keep-ratio", ratio, "be in (0, 1]", "use e.g. 0.6")
     probe, stores = getattr(args, "probe", None), getattr(args, "scores", [])
     if sum(map(bool, (args.load, stores, probe))) != 1:
         raise AnalysisError(
             "--load",
             args.load,
-            "names models (or --scores stores, or --probe a run with records, one of the three)",
-            "name a run's folder",
+            "be the only source of losses, of --load, --scores and --probe",
+            "name a run's folder with --load alone",
         )
     if probe and (args.text_file or args.data_path):
-        raise AnalysisError("--probe", probe, "comes with its texts", "leave --text-file and --data-path out")
-    if not probe and bool(args.text_file) == bool(args.data_path):
-        raise AnalysisError("--text-file", args.text_file, "or --data-path is given, and not both", "name a sample")
-    if args.output.suffix != ".html":
-        raise AnalysisError("--output", str(args.output), "ends in .html", "add it")
-
-
-def _sample(args: argparse.Namespace, model: Model) -> Sample:
-    tokenizer = load_tokenizer(model, args.tokenizer_model) if args.text_file or args.tokenizer_model else None
-    if tokenizer is None and model.tokenizer_folder is not None:
-        tokenizer = load_tokenizer(model, None)
-    context = model.architecture.max_position_embeddings
-    if args.seq_length is not None and args.seq_length > context:
-        raise AnalysisError("--seq-length", args.seq_length, f"is at most what the model reads, {context}", "lower it")
-    length = args.seq_length or min(context, 2048)
-    if args.data_path:
-        return sample_corpus(args.data_path, tokenizer, sequence_length=length, max_tokens=args.max_tokens)
-    return sample_texts(args.text_file, tokenizer, sequence_length=length, max_tokens=args.max_tokens)
-
-
-def _first(stages: Sequence[Stage]) -> Model:
-    """The first model, after a look at all of them: what cannot be compared is refused before anything is computed."""
-    first = open_stage(stages[0], None)
-    for stage in stages[1:]:
-        open_stage(stage, first)
-    return first
-
-
-def _write_json(output: Path, numbers: dict[str, Any]) -> None:
-    write_durably(output.with_suffix(".json"), (json.dumps(numbers, indent=1) + "\n").encode())
-    sys.stdout.write(f"wrote {output} and {output.with_suffix('.json').name}\n")
-
-
-# ---- dynamics -----------------------------------------------------------------------------------------------
-
-
-def dynamics_report(args: argparse.Namespace) -> None:
-    """Losses of one sample at every checkpoint, their classes, the page.
-
-    Raises:
-        SlmError: too few checkpoints, or what cannot be read or compared.
-    """
-    source = _recorded if args.probe else _stored if args.scores else _computed
-    sample, stages, loss_CN = source(args)
-    steps = [stage.step for stage in stages]
-    position_C = None if None in steps else np.array(steps, np.float64)
-    dynamics = classify(loss_CN, position_C, threshold_nats=args.threshold)
-    looked = Looked(sample=sample, stages=stages, loss_CN=loss_CN, dynamics=dynamics)
-    write_dynamics(looked, args.output, documents=args.documents, most=args.most)
-    _print_shares(dynamics)
-    numbers = {
-        "checkpoints": [stage.path for stage in stages],
-        "steps": steps,
-        "threshold_nats": args.threshold,
-        **dynamics.to_json(),
-        "most_fluctuating": most_fluctuating_rows(looked, args.most),
-    }
-    _write_json(args.output, numbers)
-
-
-def _print_shares(dynamics: Dynamics) -> None:
-    for name, share in dynamics.shares.items():
-        sys.stdout.write(f"{name}  {share:6.1%}\n")
-
-
-def _computed(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
-    stages = stages_of(args.load)
-    if len(stages) < 3:
-        raise AnalysisError(
-            "--load",
-            [stage.path for stage in stages],
-            "names three checkpoints or more: a trend and its fluctuation need that many",
-            "name a run's folder, and train with a smaller --save-interval",
-        )
-    steps = [stage.step for stage in stages]
-    check_order([step for step in steps if step is not None] if None not in steps else [])
-    first = _first(stages)
-    sample = _sample(args, first)
-    loss_CN = np.empty((len(stages), sample.num_tokens), np.float32)
-    for row, stage in enumerate(stages):
-        logger.info("%s (%d of %d)", stage.path, row + 1, len(stages))
-        loss_CN[row] = model_statistics(open_stage(stage, first), sample).loss_Ws[sample.valid_Ws]
-    return sample, stages, loss_CN
-
-
-def _recorded(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
-    sample, stages, loss_CN = recorded_losses(args.probe)
-    if len(stages) < LEAST_CHECKPOINTS:
         raise AnalysisError(
             "--probe",
-            args.probe,
-            f"has records of {LEAST_CHECKPOINTS} steps or more, not {len(stages)}: a trend needs that many",
-            "train with a smaller --eval-interval",
+            probe,
+            "be used without --text-file and --data-path: the record holds its texts",
+            "leave them out",
         )
-    return sample, stages, loss_CN
-
-
-def _stored(args: argparse.Namespace) -> tuple[Sample, list[Stage], Any]:
-    if args.data_path is None:
-        raise AnalysisError("--data-path", None, "is the corpus that the stores were written for", "name its prefix")
-    tokenizer = load_tokenizer(None, args.tokenizer_model) if args.tokenizer_model else None
-    sample = sample_of_store(args.scores[0], args.data_path, tokenizer, max_tokens=args.max_tokens)
-    loss_CN = np.stack([store_losses(store, sample)[sample.valid_Ws] for store in args.scores])
-    return sample, [Stage(label=Path(store).name, path=store) for store in args.scores], loss_CN
-
-
-# ---- selection ----------------------------------------------------------------------------------------------
-
-
-def selection_report(args: argparse.Namespace) -> None:
-    """What the models of `--load` keep with the reference, what the last one keeps with others, the page.
-
-    Raises:
-        SlmError: a reference is missing, or what cannot be read or compared.
-    """
-    score = score_named(args.slm_score)
-    if score.needs_reference and not args.reference_load:
+    if not probe and bool(args.text_file) == bool(args.data_path):
         raise AnalysisError(
-            "--reference-load", None, f"is given for --slm-score {score.name}", "name the reference's folder"
+            "--text-file", args.text_file, "be set, or --data-path, but not both", "name texts or a corpus"
         )
-    stages = stages_of(args.load)
-    first = _first(stages)
-    reference_stages = [stages_of([path], field="--reference-load")[-1] for path in args.reference_load]
-    for stage in reference_stages:
-        open_stage(stage, first, field="--reference-load")
-    sample = _sample(args, first)
-    needs = score.needs
-    references = [
-        (stage.label, _said(stage, first, sample, "--reference-load", "reference-entropy" in needs))
-        for stage in reference_stages
-    ]
-    reference = references[0][1] if references else None
-
-    def keep(name: str, said: Statistics, of: Statistics | None, step: int | None = None) -> Kept:
-        kept = select(
-            name, sample, said, of, score=score, keep_ratio=args.slm_keep_ratio, scope=args.slm_scope,
-            windows_together=args.micro_batch_size, seed=args.seed,
-        )  # fmt: skip
-        return replace(kept, step=step)
-
-    kept = []
-    for stage in stages:
-        said = _said(stage, first, sample, "--load", "entropy" in needs)
-        kept.append(keep(f"{Path(stage.path).name}", said, reference, stage.step))
-    others = [keep(f"{kept[-1].name}, reference {name}", said, other) for name, other in references[1:]]
-    view = SelectionView(
-        sample=sample,
-        model=said,
-        reference=reference,
-        kept=kept,
-        by_reference=others,
-        score=f"{score.name}: {score.formula}",
-        keep_ratio=args.slm_keep_ratio,
-    )
-    write_selection(view, args.output, documents=args.documents)
-    _write_json(args.output, to_json(view))
-
-
-def _said(stage: Stage, first: Model, sample: Sample, field: str, with_entropy: bool) -> Statistics:
-    logger.info("%s", stage.path)
-    return model_statistics(open_stage(stage, first, field=field), sample, with_entropy=with_entropy)
+    if args.output.suffix != ".html":
+        raise AnalysisError("--output", str(args.output), "end in .html", "add the suffix")

@@ -1,28 +1,31 @@
-"""The command lines of the tools: errors of the user end as one line, unknown flags with the nearest."""
+"""Command lines of the tools: no abbreviations, unknown flags refused with the nearest known one."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import signal
+import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from megatron_slm.errors import ConfigError, SlmError
+from megatron_slm.errors import ConfigError
+
+_REASONS = {
+    r"invalid choice: '?(?P<value>.*?)'? \(choose from (.*)\)": "be one of {1}",
+    r"invalid (.*) value: '(?P<value>.*)'": "be of type {0}",
+    r"'(?P<value>.*)' must (.*)": "{1}",
+    r"(?P<value>)(expected .*)": "have a value ({1})",
+}
+"""argparse's reasons as patterns, and the rule each of them states."""
 
 
 class ToolParser(argparse.ArgumentParser):
     """An argument parser without abbreviations that raises ConfigError for what it cannot use."""
 
-    def __init__(self, description: str, *, prog: str | None = None, usage: str | None = None) -> None:
-        super().__init__(
-            prog=prog,
-            usage=usage,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **options)
 
     def parse_flags(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line (or `arguments`).
@@ -35,16 +38,26 @@ class ToolParser(argparse.ArgumentParser):
             flag = unknown[0].split("=", 1)[0]
             near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
             fix = f"did you mean {near[0]}?" if near else "see --help for the flags"
-            raise ConfigError("command line", flag, "is not a flag of this tool", fix)
+            raise ConfigError("command line", flag, f"be a flag of {self.prog}", fix)
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting.
+        """Raise instead of printing the usage and exiting.
 
         Raises:
-            ConfigError: always.
+            ConfigError: always; names the flag, its value and the rule that argparse reports.
         """
-        raise ConfigError("command line", self.prog, message, "see --help for the flags")
+        if named := re.fullmatch(r"the following arguments are required: (.+)", message):
+            raise ConfigError.missing(named[1], self.prog, "add it; see --help")
+        if named := re.fullmatch(r"unrecognized arguments: (.+)", message):
+            raise ConfigError("command line", named[1], "be known flags and their values", "see --help")
+        if (named := re.fullmatch(r"argument ([^:]+): (.+)", message)) is None:
+            raise ConfigError("command line", message, "follow the usage", "see --help")
+        flag, reason = named[1].split("/")[-1].split()[0], named[2]
+        for pattern, rule in _REASONS.items():
+            if found := re.fullmatch(pattern, reason, re.DOTALL):
+                raise ConfigError(flag, found["value"], rule.format(*found.groups()), f"see {flag} in --help")
+        raise ConfigError(flag, reason, "follow the usage", f"see {flag} in --help")
 
     def _is_unknown(self, word: str) -> bool:
         return word.startswith("--") and word.split("=", 1)[0] not in self._option_string_actions
@@ -59,16 +72,3 @@ def positive_int(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
-
-
-def exit_code(run: Callable[[], None]) -> int:
-    """Run a tool: 0, or after one line on standard error 1 for an error the user can mend, 130 for Ctrl-C."""
-    try:
-        run()
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n".replace("\n", " ").rstrip() + "\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 128 + signal.SIGINT
-    return 0

@@ -1,8 +1,7 @@
-"""The command `checkpoint.py`: what checkpoints a folder holds, and whether they are whole."""
+"""`slm-checkpoint`: lists checkpoints and verifies that they are complete."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,24 +11,26 @@ from rich.table import Table
 
 from megatron_slm.checkpoint.format import MANIFEST, Manifest, checkpoint_folders, step_of, verify_files
 from megatron_slm.checkpoint.retention import read_evaluations
-from megatron_slm.errors import CheckpointError, SlmError
+from megatron_slm.cli.arguments import ToolParser
+from megatron_slm.cli.command import run_command
+from megatron_slm.errors import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 on damage or an error that the user can mend."""
-    parser = argparse.ArgumentParser(prog="checkpoint.py", description=__doc__)
+    """Run the command; return 0 on success, 1 on damage or an error the user can fix."""
+    return run_command(_run, argv)
+
+
+def _run(words: Sequence[str]) -> int:
+    parser = ToolParser("List checkpoints, and verify that they are complete.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shown = commands.add_parser("list", help="a table of the checkpoints in a folder")
+    shown = commands.add_parser("list", help="list the checkpoints in a folder")
     shown.add_argument("folder", type=Path, help="a run's checkpoints folder")
     checked = commands.add_parser("verify", help="compare every byte with the manifests")
     checked.add_argument("folder", type=Path, help="a run's checkpoints folder, or one checkpoint in it")
-    args = parser.parse_args(argv)
-    try:
-        folders = _folders(args.folder)
-        return _list(args.folder, folders) if args.command == "list" else _verify(folders)
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    args = parser.parse_args(words)
+    folders = _folders(args.folder)
+    return _list(args.folder, folders) if args.command == "list" else _verify(folders)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -37,7 +38,7 @@ def _folders(folder: Path) -> list[Path]:
         return [folder]
     found = checkpoint_folders(folder)
     if not found:
-        raise CheckpointError("folder", str(folder), "holds checkpoints (step_... folders)", "check the path")
+        raise CheckpointError("FOLDER", str(folder), "hold checkpoints (step_... folders)", "check the path")
     return found
 
 
@@ -56,7 +57,7 @@ def _list(folder: Path, checkpoints: list[Path]) -> int:
             verify_files(path, manifest, checksums=False)
         except CheckpointError as error:
             damaged = True
-            table.add_row(path.name, "", "", "", *shown, f"{error.value}: {error.rule} does not hold")
+            table.add_row(path.name, "", "", "", *shown, f"{error.field} is {error.value!r}: must {error.rule}")
             continue
         samples, size = f"{manifest.consumed_samples:,}", f"{manifest.num_bytes / 2**20:,.1f}"
         table.add_row(path.name, samples, size, manifest.describe_layout(), *shown, "complete")

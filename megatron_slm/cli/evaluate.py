@@ -1,74 +1,73 @@
-"""The command `evaluate.py`: a model in, a table and a JSON file out."""
+"""`slm-evaluate`: measures perplexity and few-shot accuracy of a model; prints tables and writes JSON."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-from rich.console import Console
-from rich.table import Table
+from typing import get_args
 
 from megatron_slm.analysis.evaluation.answers import Rules
-from megatron_slm.analysis.evaluation.evaluate import evaluate_task, hugging_face_folder, named_sets, perplexity
-from megatron_slm.analysis.evaluation.generation import load_generator
-from megatron_slm.analysis.evaluation.prompts import read_prompt
-from megatron_slm.analysis.evaluation.tasks import FORMS, read_task
-from megatron_slm.convert.source import open_model
-from megatron_slm.device import local_device
-from megatron_slm.errors import ConfigError, SlmError
-from megatron_slm.files import write_durably
-from megatron_slm.log import setup_logging
-
-logger = logging.getLogger(__name__)
+from megatron_slm.analysis.evaluation.tasks import FORMS
+from megatron_slm.cli.arguments import ToolParser
+from megatron_slm.cli.command import choose_accelerator, run_command
+from megatron_slm.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 after an error that the user can mend."""
-    setup_logging()
-    args = _parser().parse_args(argv)
-    try:
-        _check(args)
-        results = evaluate(args)
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    _print(results)
-    return 0
+    """Run the command; return 0 on success, 1 after an error the user can fix."""
+    return run_command(_run, argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Perplexity, few-shot accuracy, lm-eval.")
+def _run(words: Sequence[str]) -> None:
+    args = _parser().parse_args(words)
+    _check(args)
+    choose_accelerator()
+    from megatron_slm.analysis.evaluation.run import evaluate, print_results
+
+    print_results(evaluate(args))
+
+
+def _parser() -> ToolParser:
+    parser = ToolParser("Measure perplexity, few-shot accuracy and lm-eval tasks of a model.")
     parser.add_argument("--model", required=True, help="a Hugging Face folder, a checkpoint or a run's folder")
-    parser.add_argument(
-        "--output", type=Path, help="JSON with the results; what was written goes to .TASK.jsonl beside"
-    )
+    parser.add_argument("--output", type=Path, help="JSON file of results; answers go to .TASK.jsonl files beside it")
     sets = parser.add_argument_group("perplexity")
     sets.add_argument(
         "--perplexity", nargs="+", default=[], metavar="NAME=FILE", help="texts (.jsonl, .txt) or corpora"
     )
-    sets.add_argument("--seq-length", type=int, help="tokens of a window (default: what the model reads)")
-    sets.add_argument("--max-tokens", type=int, default=2_000_000, help="of each set (default 2,000,000)")
+    sets.add_argument("--seq-length", type=int, help="tokens of a window (default: the model's context)")
+    sets.add_argument(
+        "--max-tokens", type=int, default=2_000_000, help="largest number of tokens a set (default: 2,000,000)"
+    )
     sets.add_argument("--tokenizer-model", help="tokenizer folder (default: the model's)")
     tasks = parser.add_argument_group("questions")
     tasks.add_argument(
         "--task", nargs="+", default=[], metavar="FORM=FILE", help=f"JSON lines; forms: {', '.join(FORMS)}"
     )
-    tasks.add_argument("--shots", type=int, help="worked problems before each question (default: 8, or 4 of math)")
-    tasks.add_argument("--prompt-file", help="own prompt: shots with two empty lines between, then {question}")
-    tasks.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer (default 1024)")
-    tasks.add_argument("--batch-size", type=int, default=16, help="questions at a time (default 16)")
-    tasks.add_argument("--limit", type=int, help="first questions of each task only")
-    tasks.add_argument("--rules", choices=get_args(Rules), default="strict", help="what counts as the same number")
-    tasks.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    tasks.add_argument("--shots", type=int, help="worked problems before each question (default: 8; 4 for math)")
+    tasks.add_argument(
+        "--prompt-file", help="prompt of your own: examples separated by two empty lines, then {question}"
+    )
+    tasks.add_argument(
+        "--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: %(default)s)"
+    )
+    tasks.add_argument("--batch-size", type=int, default=16, help="questions per batch (default: %(default)s)")
+    tasks.add_argument("--limit", type=int, help="use only the first questions of each task")
+    tasks.add_argument(
+        "--rules", choices=get_args(Rules), default="strict", help="how numbers are compared (default: %(default)s)"
+    )
+    tasks.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="data type of the weights (default: %(default)s)",
+    )
     harness = parser.add_argument_group("lm-eval")
-    harness.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of EleutherAI's harness")
-    harness.add_argument("--lm-eval-include", metavar="FOLDER", help="folder with task files (YAML) of your own")
+    harness.add_argument(
+        "--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of EleutherAI's lm-evaluation-harness"
+    )
+    harness.add_argument("--lm-eval-include", metavar="FOLDER", help="folder of your own task files (YAML)")
     harness.add_argument("--lm-eval-shots", type=int, help="few-shot examples (default: the task's)")
     return parser
 
@@ -77,148 +76,10 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("seq_length", "max_tokens", "max_new_tokens", "batch_size", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "is at least 1", "give a larger one")
+            raise ConfigError(f"--{name.replace('_', '-')}", value, "be at least 1", "raise it")
     if args.shots is not None and args.shots < 0:
-        raise ConfigError("--shots", args.shots, "is 0 or more", "give 0 for none")
+        raise ConfigError("--shots", args.shots, "be at least 0", "use 0 for no examples")
     if not (args.perplexity or args.task or args.lm_eval):
-        raise ConfigError("evaluate.py", None, "is given --perplexity, --task or --lm-eval", "say what to evaluate")
+        raise ConfigError.missing("--perplexity, --task or --lm-eval", "an evaluation", "name at least one")
     if args.output is not None and args.output.suffix != ".json":
-        raise ConfigError("--output", str(args.output), "ends in .json", "add it")
-
-
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for; results are written as they come, so that a killed evaluation keeps them.
-
-    Raises:
-        SlmError: before the first forward pass, if it can be known by then.
-    """
-    tasks = [read_task(text, limit=args.limit) for text in args.task]
-    prompt = read_prompt(args.prompt_file) if args.prompt_file else None
-    sets = named_sets(args.perplexity)
-    results: dict[str, Any] = {"model": args.model, "perplexity": {}, "tasks": {}}
-    model = open_model(_inside(args.model), field="--model", checksums=False) if sets else None
-    for name, path in sets.items():
-        assert model is not None, "opened where there are sets"
-        results["perplexity"][name] = perplexity(
-            model,
-            path,
-            tokenizer_model=args.tokenizer_model,
-            sequence_length=args.seq_length,
-            max_tokens=args.max_tokens,
-        )
-        _write(args.output, results)
-    if not (tasks or args.lm_eval):
-        return results
-    with hugging_face_folder(args.model) as folder:
-        generator = load_generator(folder, dtype=args.dtype) if tasks else None
-        for task in tasks:
-            assert generator is not None, "loaded where there are tasks"
-            results["tasks"][task.name], records = evaluate_task(
-                generator,
-                task,
-                prompt=prompt,
-                num_shots=args.shots,
-                max_new_tokens=args.max_new_tokens,
-                batch_size=args.batch_size,
-                rules=args.rules,
-                progress=_Progress(task.name, len(task.questions)),
-            )
-            if args.output is not None:
-                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-                write_durably(args.output.with_suffix(f".{task.name}.jsonl"), lines.encode())
-            _write(args.output, results)
-        if args.lm_eval:
-            results["lm_eval"] = lm_eval(folder, args)
-            _write(args.output, results)
-    return results
-
-
-def _inside(path: str) -> str:
-    inside = Path(path) / "checkpoints"
-    return str(inside) if inside.is_dir() else path
-
-
-def lm_eval(folder: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The same model through EleutherAI's harness.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models import huggingface  # noqa: F401 (a model that lm-eval would load later)
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(
-            "--lm-eval", args.lm_eval, f"needs the package lm-eval[hf] ({error})", "pip install -e '.[eval]'"
-        ) from error
-    tasks = TaskManager(include_path=args.lm_eval_include)
-    unknown = [name for name in args.lm_eval if not tasks.match_tasks([name])]
-    if unknown:
-        raise ConfigError(
-            "--lm-eval", unknown[0], "is a task of the harness or of --lm-eval-include", "see lm-eval ls tasks"
-        )
-    out = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": folder, "dtype": args.dtype},
-        tasks=args.lm_eval,
-        num_fewshot=args.lm_eval_shots,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        device=str(local_device()),
-        task_manager=tasks,
-        log_samples=False,
-    )
-    results: dict[str, Any] = json.loads(json.dumps(out["results"], default=str))
-    return results
-
-
-def _write(output: Path | None, results: dict[str, Any]) -> None:
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(output, (json.dumps(results, indent=1) + "\n").encode())
-
-
-class _Progress:
-    """A line now and then while answers are written."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.said_at = name, total, time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        if time.monotonic() - self.said_at > 10 or done == self.total:
-            self.said_at = time.monotonic()
-            logger.info("%s: %d of %d questions", self.name, done, self.total)
-
-
-def _print(results: dict[str, Any]) -> None:
-    console = Console()
-    if results["perplexity"]:
-        table = Table(title="Perplexity")
-        for column in ("set", "loss, nats", "95 % interval", "perplexity", "bits/byte", "tokens"):
-            table.add_column(column, justify="left" if column == "set" else "right")
-        for name, row in results["perplexity"].items():
-            low, high = row["loss_interval"]
-            bits = "–" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-            cells = (f"{row['loss']:.4f}", f"{low:.4f} to {high:.4f}", f"{row['perplexity']:,.3f}", bits)
-            table.add_row(name, *cells, f"{row['tokens']:,}")
-        console.print(table)
-    if results["tasks"]:
-        table = Table(title="Accuracy")
-        for column in ("task", "accuracy", "95 % interval", "questions", "no answer read"):
-            table.add_column(column, justify="left" if column == "task" else "right")
-        for name, row in results["tasks"].items():
-            low, high = row["interval"]
-            cells = (
-                f"{row['accuracy']:.1%}",
-                f"{low:.1%} to {high:.1%}",
-                f"{row['questions']:,}",
-                f"{row['unread']:,}",
-            )
-            table.add_row(name, *cells)
-        mean = sum(row["accuracy"] for row in results["tasks"].values()) / len(results["tasks"])
-        if len(results["tasks"]) > 1:
-            table.add_row("mean", f"{mean:.1%}", "", "", "")
-        console.print(table)
-    for name, row in results.get("lm_eval", {}).items():
-        console.print(f"lm-eval {name}: {row}", highlight=False)
+        raise ConfigError("--output", str(args.output), "end in .json", "add the suffix")

@@ -1,94 +1,91 @@
-"""The commands of `plan.py`: `layout` and `search`, and `schedule` from `pipeline/`."""
+"""`slm-plan`: plans a run's memory, speed and layout (`layout`, `search`) and its pipeline schedule (`schedule`)."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from megatron_slm.cli.arguments import ToolParser
+from megatron_slm.cli.command import choose_accelerator, run_command
 from megatron_slm.cli.plan_schedule import add_schedule
 from megatron_slm.config.load import parse
-from megatron_slm.errors import LayoutError, SlmError
+from megatron_slm.errors import LayoutError
 from megatron_slm.files import write_json
-from megatron_slm.planning.estimates import Estimate, estimate, search
 from megatron_slm.planning.gpus import GPUS, Cluster
-from megatron_slm.planning.job import Job, open_job
-from megatron_slm.planning.layouts import configured_layout
-from megatron_slm.planning.tables import memory_table, search_table, speed_table
+
+if TYPE_CHECKING:
+    from megatron_slm.planning.job import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 after an error that the user can mend (a layout that does not fit is one)."""
-    parser = argparse.ArgumentParser(
-        prog="plan.py",
-        description="Plan a run before it is started. Needs no GPU, no weights and no corpus.",
-        allow_abbrev=False,
-    )
+    """Run the command; return 0 on success, 1 after an error the user can fix (a layout that does not fit is one)."""
+    return run_command(_run, argv)
+
+
+def _run(words: Sequence[str]) -> None:
+    parser = ToolParser("Plan a run before it is started. Needs no GPU, no weights and no corpus.")
     commands = parser.add_subparsers(required=True, metavar="command")
     add_schedule(commands.add_parser("schedule", help="time, idle time and memory of the pipeline's schedules"))
     _add_layout(commands)
     _add_search(commands)
-    args, run_flags = parser.parse_known_args(argv)
+    args, run_flags = parser.parse_known_args(words)
     if run_flags and args.run not in (plan_layout, plan_search):
         parser.error(f"unrecognized arguments: {' '.join(run_flags)}")
     args.run_flags = run_flags
-    try:
-        args.run(args)
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    choose_accelerator()
+    args.run(args)
 
 
-def _add_layout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_layout(commands: argparse._SubParsersAction[ToolParser]) -> None:
     parser = commands.add_parser(
         "layout",
-        help="memory by part, step time and length of a run as it is configured",
-        description="Memory a rank by part, step time, tokens a second, days and GPU-hours of the layout that the "
-        "configuration asks for. Further flags are the run's own (see pretrain_slm.py --help) and win over the file.",
-        allow_abbrev=False,
+        help="memory by part, step time and duration of the configured layout",
+        description="Print memory per rank by part, step time, tokens per second, days and GPU-hours of the configured "
+        "layout. Further flags are the run's own (see pretrain_slm.py --help) and override the file.",
     )
     _add_common(parser)
     parser.set_defaults(run=plan_layout)
 
 
-def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_search(commands: argparse._SubParsersAction[ToolParser]) -> None:
     parser = commands.add_parser(
         "search",
         help="the fastest layouts that fit",
-        description="Tries every tensor x pipeline x data parallel layout, micro-batch size, ZeRO stage, and "
-        "recomputation, at the configuration's global batch. Further flags are the run's own.",
-        allow_abbrev=False,
+        description="Try every layout, micro-batch size, ZeRO stage and recomputation at the configured global batch "
+        "size, and print the fastest that fit. Further flags are the run's own.",
     )
     _add_common(parser)
-    parser.add_argument("--top", type=int, default=8, help="layouts to show (default 8)")
+    parser.add_argument("--top", type=int, default=8, help="layouts to show (default: %(default)s)")
     parser.set_defaults(run=plan_search)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="the run's YAML file")
-    parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (default 8)")
-    parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="their kind")
-    models = parser.add_argument_group("shapes of models whose folders are not here")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default: %(default)s)")
+    parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="GPU model")
+    models = parser.add_argument_group("models whose folders are not on this machine")
     what = "a config.json, a folder with one, or one of our checkpoints"
     models.add_argument("--model-config", metavar="PATH", help=f"{what}; default: --init-from, or the model's flags")
     models.add_argument("--reference-config", metavar="PATH", help=f"{what}; default: --reference-load")
-    assumed = parser.add_argument_group("what is assumed (see docs/planning.md)")
+    assumed = parser.add_argument_group("assumptions (see docs/planning.md)")
     for name, text in (
-        ("efficiency", "share of the GPU's peak that forward and backward passes reach"),
-        ("link-efficiency", "share of a link's bandwidth that collectives reach"),
-        ("memory-share", "share of the memory that tensors may take"),
+        ("efficiency", "share of the GPU's peak FLOP/s reached in forward and backward passes"),
+        ("link-efficiency", "share of the link bandwidth reached by collectives"),
+        ("memory-share", "share of GPU memory available to tensors"),
     ):
         default = getattr(Cluster, name.replace("-", "_"))
-        parser_default = f"{text} (default {default})"
+        parser_default = f"{text} (default: {default})"
         assumed.add_argument(f"--{name}", type=float, default=default, help=parser_default)
-    parser.add_argument("--json", metavar="FILE", help="write the plan there as well; - for standard output alone")
+    parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - prints JSON only")
 
 
 def _open(args: argparse.Namespace) -> tuple[Job, Cluster]:
+    from megatron_slm.planning.job import open_job
+
     cluster = Cluster(
         gpu=GPUS[args.gpu],
         num_nodes=args.nodes,
@@ -102,7 +99,7 @@ def _open(args: argparse.Namespace) -> tuple[Job, Cluster]:
 
 
 def _console() -> Console:
-    """Wide enough for the tables where the output is a file or a narrow pipe."""
+    """Build a console wide enough for the tables even if the output is a file."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
 
@@ -111,8 +108,12 @@ def plan_layout(args: argparse.Namespace) -> None:
     """Print the plan of the configured layout.
 
     Raises:
-        LayoutError: it does not fit; after the tables, which show what is too large.
+        LayoutError: it does not fit; raised after the tables, which show the memory by part.
     """
+    from megatron_slm.planning.estimates import estimate
+    from megatron_slm.planning.layouts import configured_layout
+    from megatron_slm.planning.tables import memory_table, speed_table
+
     job, cluster = _open(args)
     planned = estimate(job, configured_layout(job, cluster.num_gpus), cluster)
     if args.json != "-":
@@ -124,7 +125,7 @@ def plan_layout(args: argparse.Namespace) -> None:
         raise LayoutError(
             "memory a rank",
             f"{planned.peak_bytes / 2**30:.1f} GiB",
-            f"is at most {cluster.usable_bytes / 2**30:.1f} GiB ({cluster.memory_share:.0%} of {args.gpu})",
+            f"be at most {cluster.usable_bytes / 2**30:.1f} GiB ({cluster.memory_share:.0%} of {args.gpu})",
             "see `plan.py search` for layouts that fit",
         )
 
@@ -133,12 +134,15 @@ def plan_search(args: argparse.Namespace) -> None:
     """Print the best layouts.
 
     Raises:
-        LayoutError: none fits.
+        LayoutError: no layout fits.
     """
+    from megatron_slm.planning.estimates import search
+    from megatron_slm.planning.tables import search_table
+
     if args.top < 1:
-        raise LayoutError("--top", args.top, "is at least 1", "give a positive number")
+        raise LayoutError("--top", args.top, "be at least 1", "raise it")
     job, cluster = _open(args)
-    found: list[Estimate] = search(job, cluster, num_results=args.top)
+    found = search(job, cluster, num_results=args.top)
     if args.json != "-":
         _console().print(search_table(found, args.gpu))
     _write_json(args.json, {"layouts": [planned.to_dict() for planned in found]}, args)

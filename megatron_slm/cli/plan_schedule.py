@@ -1,4 +1,4 @@
-"""The command `plan.py schedule`: a table and a picture of a schedule for given costs."""
+"""`slm-plan schedule`: prints and draws a pipeline schedule for given costs."""
 
 from __future__ import annotations
 
@@ -21,33 +21,37 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `plan.py schedule`."""
     parser.add_argument("--stages", type=int, required=True, help="pipeline stages")
     parser.add_argument("--micro-batches", type=int, required=True, help="micro-batches of a step on one rank")
-    parser.add_argument("--mode", choices=get_args(Mode), default="skewed", help="the one that is drawn")
+    parser.add_argument("--mode", choices=get_args(Mode), default="skewed", help="mode to draw (default: %(default)s)")
     durations = parser.add_argument_group("durations on one stage, in any one unit")
     for name, default, text in (
         ("forward", 1.0, "the model's forward pass"),
         ("backward", 2.0, "its backward pass"),
         ("reference", 1.0, "the reference's forward pass"),
-        ("head-forward", 0.0, "what the loss head adds to the forward pass on the last stage"),
-        ("head-backward", 0.0, "what it adds to the backward pass"),
-        ("head-reference", 0.0, "what it adds to the reference's forward pass"),
+        ("head-forward", 0.0, "the loss head's share of the forward pass, on the last stage"),
+        ("head-backward", 0.0, "its share of the backward pass"),
+        ("head-reference", 0.0, "its share of the reference's forward pass"),
     ):
-        durations.add_argument(f"--{name}", type=float, default=default, help=f"{text} (default {default})")
+        durations.add_argument(f"--{name}", type=float, default=default, help=f"{text} (default: {default})")
     sizes = parser.add_argument_group("sizes of one micro-batch on one rank, in MiB")
-    sizes.add_argument("--activations-mib", type=float, default=0.0, help="what a stage keeps for the backward pass")
-    sizes.add_argument("--message-mib", type=float, default=0.0, help="the reference's hidden states between stages")
-    parser.add_argument("--png", type=Path, help="write the schedule's picture to this file")
+    sizes.add_argument(
+        "--activations-mib", type=float, default=0.0, help="activations a stage keeps for the backward pass"
+    )
+    sizes.add_argument(
+        "--message-mib", type=float, default=0.0, help="message of the reference's hidden states between stages"
+    )
+    parser.add_argument("--png", type=Path, help="draw the schedule into this file")
     parser.set_defaults(run=plan_schedule)
 
 
 def plan_schedule(args: argparse.Namespace) -> None:
-    """Print every mode's time, the drawn one's stages, and draw it.
+    """Print the time of every mode and the stages of one mode, and draw that mode.
 
     Raises:
         ConfigError: a number is out of range.
     """
     for name in ("stages", "micro_batches", "forward", "backward", "reference"):
         if getattr(args, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", getattr(args, name), "is greater than 0", "give more")
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(args, name), "be positive", "raise it")
     costs = Costs.uniform(
         args.stages,
         forward=args.forward,
@@ -68,7 +72,7 @@ def plan_schedule(args: argparse.Namespace) -> None:
     console.print(_modes_table(schedules))
     console.print(_stages_table(schedules[args.mode], sizes))
     if args.png is not None:
-        from megatron_slm.engine.schedule.picture import draw  # matplotlib, which nothing else here needs
+        from megatron_slm.engine.schedule.picture import draw  # matplotlib: needed only for pictures
 
         draw(schedules[args.mode], args.png)
         console.print(f"wrote {args.png}", highlight=False)

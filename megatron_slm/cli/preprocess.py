@@ -1,9 +1,11 @@
-"""Tokenize text into Megatron's .bin/.idx corpora: JSON lines (plain, .gz, .zst, or - for standard input) or Parquet.
+"""`slm-preprocess`: tokenizes text into Megatron's .bin/.idx corpora.
+
+Reads JSON lines (plain, .gz, .zst, or - for standard input) and Parquet:
 
     python tools/preprocess_data.py --input docs.jsonl.zst --output-prefix corpus \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/folder --append-eod --workers 8
 
-A killed run goes on with the same command.
+Repeat the command to resume a killed run.
 """
 
 from __future__ import annotations
@@ -13,21 +15,21 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_slm.cli.arguments import ToolParser, exit_code, positive_int
+from megatron_slm.cli.arguments import ToolParser, positive_int
+from megatron_slm.cli.command import run_command
 from megatron_slm.data.preprocessing.documents import DocumentKeys
 from megatron_slm.data.preprocessing.preprocess import PreprocessConfig, PreprocessReport, preprocess
 from megatron_slm.data.tokenizers.registry import TOKENIZER_TYPES, build_tokenizer
 from megatron_slm.data.tokenizers.tiktoken import NUM_SPECIAL_TOKENS, PATTERNS
-from megatron_slm.log import setup_logging
 
 _LOG_SECONDS = 10.0
 
 
 def build_parser() -> ToolParser:
-    """The flags, under Megatron's names."""
+    """Build the parser; flags have Megatron's names."""
     parser = ToolParser("Tokenize JSON lines or Parquet into Megatron's .bin/.idx corpora.")
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -37,7 +39,12 @@ def build_parser() -> ToolParser:
     text.add_argument("--loss-mask-key", help="key of a list of 0 and 1, for the list of texts under the JSON key")
     text.add_argument("--prompt-key", help="key of a text that is not trained on; the corpus is PREFIX_sft_document")
     text.add_argument("--response-key", help="key of the text that follows the prompt and is trained on")
-    text.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="at lines that are no document")
+    text.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="on lines that hold no document (default: %(default)s)",
+    )
     output = parser.add_argument_group("corpora")
     output.add_argument("--output-prefix", required=True, help="corpora are PREFIX_KEY_document.bin and .idx")
     output.add_argument("--append-eod", action="store_true", help="end documents with the end-of-document token")
@@ -66,7 +73,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def rates(report: PreprocessReport) -> str:
-    """Documents and megabytes so far, per second, and the time left."""
+    """Format documents and megabytes so far, their rate, and the time left."""
     megabytes, rate = report.num_bytes / 1e6, report.bytes_per_second
     text = f"{report.num_documents} documents, {megabytes:.1f} MB, {rate / 1e6:.2f} MB/s"
     fresh = report.num_bytes - report.num_resumed_bytes
@@ -99,7 +106,7 @@ def plain_progress(log_interval: int | None) -> Callable[[PreprocessReport], Non
 
 @contextlib.contextmanager
 def progress(log_interval: int | None) -> Iterator[Callable[[PreprocessReport], None]]:
-    """A live line on a terminal (where `rich` is installed), plain lines elsewhere."""
+    """Show a live line on a terminal, plain lines elsewhere."""
     try:
         from rich.console import Console
         from rich.live import Live
@@ -116,7 +123,7 @@ def progress(log_interval: int | None) -> Iterator[Callable[[PreprocessReport], 
 
 
 def summary(config: PreprocessConfig, report: PreprocessReport) -> str:
-    """The closing table, a row a corpus, and the lines that were left out."""
+    """Format the closing table, a row a corpus, and the skipped lines."""
     header = ["corpus", "documents", "tokens", "empty", "invalid", "longest", "MB/s"]
     rows = [[*header, "trained on"] if config.keys.is_masked else header]
     for key, counts in report.corpora.items():
@@ -141,9 +148,9 @@ def summary(config: PreprocessConfig, report: PreprocessReport) -> str:
     return "\n".join(lines)
 
 
-def run() -> None:
+def run(words: Sequence[str]) -> None:
     """Parse, preprocess, and print the table."""
-    flags = build_parser().parse_flags()
+    flags = build_parser().parse_flags(words)
     keys = DocumentKeys(
         json_keys=tuple(flags.json_keys),
         loss_mask_key=flags.loss_mask_key,
@@ -161,8 +168,9 @@ def run() -> None:
         on_error=flags.on_error,
         command=shlex.join(sys.argv),
     )
-    setup_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers end, parts stay
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that workers end and finished parts are kept
     tokenizer = build_tokenizer(
         flags.tokenizer_type,
         flags.tokenizer_model,
@@ -178,6 +186,6 @@ def run() -> None:
     print(summary(config, report))
 
 
-def main() -> int:
-    """Run the command; the exit code."""
-    return exit_code(run)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 on success, 1 after an error the user can fix, 130 after Ctrl-C."""
+    return run_command(run, argv)

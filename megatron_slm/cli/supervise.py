@@ -1,30 +1,32 @@
-"""The command `supervise.py`: starts a training and restarts it from its newest checkpoint when it fails."""
+"""`slm-supervise`: starts a training and restarts it from its newest checkpoint when it fails."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from megatron_slm.cli.arguments import ToolParser
-from megatron_slm.errors import EXIT_UNUSABLE, SlmError
-from megatron_slm.log import setup_logging
+from megatron_slm.cli.command import run_command
+from megatron_slm.errors import EXIT_UNUSABLE
 from megatron_slm.operations.supervisor import Job, Policy, Supervisor
 
 _FLAGS = {
-    "max_restarts": "starts after the first, in all",
-    "max_without_progress": "lives in a row without a newer checkpoint, after which it gives up",
-    "backoff_seconds": "wait before a start; doubled for each life without progress",
-    "max_backoff_seconds": "the longest such wait",
-    "grace_seconds": "time to save for a run that was asked to stop, or outlives its launcher, before it is killed",
+    "max_restarts": "restarts over the whole life of the supervisor",
+    "max_without_progress": "give up after this many restarts in a row without a newer checkpoint",
+    "backoff_seconds": "wait before a restart; doubled after each one without progress",
+    "max_backoff_seconds": "longest wait before a restart",
+    "grace_seconds": "time a stopping run has to save before it is killed",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `supervise.py [flags] -- COMMAND`; see `Supervisor.run` for the exit code."""
+    """Run the command `supervise.py [flags] -- COMMAND`; see `Supervisor.run` for the exit code."""
+    return run_command(_run, argv, exit_code=lambda error: EXIT_UNUSABLE)
+
+
+def _run(words: Sequence[str]) -> int:
     defaults = Policy()
     parser = ToolParser(
-        "Start a training, and start it again from its newest checkpoint when it fails.",
-        prog="supervise.py",
+        "Start a training, and restart it from its newest checkpoint when it fails.",
         usage="%(prog)s [flags] -- deepspeed ... tools/pretrain_slm.py ...",
     )
     for name, meaning in _FLAGS.items():
@@ -32,12 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(
             "--" + name.replace("_", "-"), type=type(default), default=default, help=f"{meaning} (default: {default})"
         )
-    words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)
-    setup_logging()
-    try:
-        policy = Policy(**vars(parser.parse_flags(words[:at])))
-        return Supervisor(Job.of(words[at + 1 :]), policy).run()
-    except SlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_UNUSABLE
+    policy = Policy(**vars(parser.parse_flags(words[:at])))
+    return Supervisor(Job.of(words[at + 1 :]), policy).run()

@@ -18,16 +18,15 @@ from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.tensor_file import Entry
 from megatron_slm.convert.card import model_card
 from megatron_slm.convert.carried import ORIGIN_FILES, TOKENIZER_FILES, copy_files
+from megatron_slm.convert.defaults import SHARD_BYTES, TOLERANCE_NATS
 from megatron_slm.convert.hf_config import CONFIG, exported_config, is_hf_folder, read_config
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import DTYPES, check_tensors, expected_tensors, row_blocks
-from megatron_slm.convert.verify import TOLERANCE_NATS, Report, enough_memory, verify
+from megatron_slm.convert.verify import Report, enough_memory, verify
 from megatron_slm.convert.writer import write_shards
 from megatron_slm.errors import CheckpointError, WeightsError
 from megatron_slm.files import sync_folder
 
-SHARD_BYTES = 4 * 2**30
-"""A new file is begun when one would grow beyond this."""
 VERIFIED_TOKENS = 256
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.convert.defaults import DTYPE_NAMES
 from megatron_slm.errors import WeightsError
 from megatron_slm.model.llama import EMBEDDING_NAME, OUTPUT_NAME, layer_list
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import parts_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 """What weights may be stored in: all are numbers that fp32 holds exactly."""
 EMBEDDING, OUTPUT = f"{EMBEDDING_NAME}.weight", f"{OUTPUT_NAME}.weight"
 BLOCK_BYTES = 32 * 2**20

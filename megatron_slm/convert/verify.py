@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.weights import Quantity, WeightSource, fill_module
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.convert.defaults import NUM_TOKENS
 from megatron_slm.convert.hf_config import is_hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
 from megatron_slm.convert.source import open_model
@@ -23,9 +24,6 @@ from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import Part
 from megatron_slm.reference.frozen import FrozenStage
 
-TOLERANCE_NATS = 1e-4
-"""Largest difference of a log-probability, both sides in fp32."""
-NUM_TOKENS = 512
 _ROWS = 64
 """Positions whose probabilities are compared at once."""
 _NUM_BANDS = 8

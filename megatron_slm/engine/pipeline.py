@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from megatron_slm.engine.channels import Channel, Channels, Lane
 from megatron_slm.engine.facts import MicroBatchFacts, StepFacts
-from megatron_slm.engine.gradients import gradients_scaled, step_factor, sum_over_world
+from megatron_slm.engine.gradients import accumulate_in_place, gradients_scaled, step_factor, sum_over_world
 from megatron_slm.engine.measure import Stopwatch
 from megatron_slm.engine.module import StageModule
 from megatron_slm.engine.schedule.costs import Costs, Work
@@ -82,7 +82,7 @@ class SelectiveEngine(PipelineEngine):
         """
         self.context = context
         if self.using_bf16_optimizer:
-            self.optimizer.backward_prologue = lambda: None  # `_backward` clears the bf16 gradients, in time
+            accumulate_in_place(self.optimizer)
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes, context.activity)
         self._window = Window()
@@ -274,10 +274,6 @@ class SelectiveEngine(PipelineEngine):
 
     def _backward(self, i: int) -> None:
         if self.is_last_stage():
-            if self.using_bf16_optimizer:
-                # DeepSpeed would do this when the gradient reaches the module's output. By then the loss, which is no
-                # part of the module, has given the output weight its gradient, and that would be lost.
-                self.optimizer.clear_lp_grads()
             with self._timing(Work.BACKWARD):
                 DeepSpeedEngine.backward(self, self._losses.pop(i), scale_wrt_gas=False)
         else:

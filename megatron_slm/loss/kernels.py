@@ -27,7 +27,7 @@ class Kernels(Protocol):
 
         Args:
             logits_NB: fp32 (or fp64).
-            column_N: the label's column, int64; -1 where it is not in this block.
+            column_N: the label's column, int64; outside [0, B) where it is not in this block.
             exponentials_NB: receives exp(logit - the new maximum) in its own dtype, where given.
         """
         ...

@@ -127,7 +127,7 @@ class Objective:
         measured = self.selector.measure(chosen[0], settings.step)
         sources = (batch.source_b, self.num_sources)
         return loss_sum, loss_sums(
-            tokens.loss_N, reference_loss_N, chosen[0], batch.valid_bs.flatten(), measured, sources
+            tokens.loss_N, reference_loss_N, chosen[0], selection.kept_K, batch.valid_bs.flatten(), measured, sources
         )
 
     def choose(

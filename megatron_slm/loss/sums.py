@@ -78,6 +78,7 @@ def loss_sums(
     token_loss_N: Tensor,
     reference_loss_N: Tensor | None,
     choice: Choice,
+    kept_K: Tensor,
     valid_N: Tensor,
     measured_threshold: tuple[Tensor, Tensor],
     sources: tuple[Tensor | None, int],
@@ -90,13 +91,13 @@ def loss_sums(
         reference_N = torch.where(finite_N, reference_loss_N.double(), 0.0)
     kept_N, num_ranked = choice.kept_N, choice.ranked_N.sum()
     sums = [
-        loss_N[kept_N].sum(),
+        loss_N[kept_K].sum(),
         kept_N.sum(),
         loss_N.sum(),
         finite_N.sum(),
         reference_N.sum(),
-        (loss_N - reference_N)[kept_N].sum(),
-        (loss_N if choice.weight_N is None else loss_N * choice.weight_N)[kept_N].sum(),
+        (loss_N - reference_N)[kept_K].sum(),
+        (loss_N if choice.weight_N is None else loss_N * choice.weight_N)[kept_K].sum(),
         choice.divisor(),
         (valid_N & ~finite_N).sum(),
         (valid_N & ~token_loss_N.isfinite()).sum(),

@@ -100,7 +100,6 @@ def message_group(low: int, high: int) -> ProcessGroup:
     if dist.get_backend() == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = MESSAGE_BLOCKS
-        timeout = distributed_c10d.default_pg_nccl_timeout
-        assert timeout is not None, "torch has NCCL"
+        timeout = distributed_c10d._get_default_timeout(dist.Backend("nccl"))
         options._timeout = timeout
     return dist.new_group([low, high], pg_options=options)

@@ -17,7 +17,7 @@ from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.channels import Channel
 from megatron_slm.engine.schedule.simulate import Sizes
-from megatron_slm.loss.blocks import BLOCK_SIZE, block_sizes
+from megatron_slm.loss.blocks import block_size, block_sizes
 from megatron_slm.loss.variants import StashPlan
 from megatron_slm.planning.job import Job
 from megatron_slm.planning.layouts import Layout
@@ -254,14 +254,14 @@ def stash_bytes(job: Job, layout: Layout) -> int:
     plan = loss_head_plan(job, layout)
     if plan.capacity == 0:
         return 0
-    return plan.capacity * columns * plan.dtype.itemsize + rows * (8 + 4 * len(block_sizes(columns)))
+    return plan.capacity * columns * plan.dtype.itemsize + rows * (8 + 4 * len(block_sizes(columns, on_gpu=True)))
 
 
 def loss_head_bytes(job: Job, layout: Layout) -> int:
     """Bytes of the loss of one micro-batch: what it keeps between its passes, and the larger one's own memory."""
     arch, e, rows = job.architecture, job.dtype_bytes, _tokens(job, layout)
     columns = job.padded_vocabulary(arch) // layout.tensor
-    plan, kept, block = loss_head_plan(job, layout), round(job.keep_ratio * rows), min(BLOCK_SIZE, columns)
+    plan, kept, block = loss_head_plan(job, layout), round(job.keep_ratio * rows), min(block_size(on_gpu=True), columns)
     forward = 4 * plan.chunk_rows * block
     if 0 < plan.capacity < rows:  # a chunk's exponentials, before the likely rows are picked
         forward += plan.chunk_rows * columns * plan.dtype.itemsize

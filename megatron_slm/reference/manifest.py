@@ -14,9 +14,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_slm.checkpoint.format import versions
+from megatron_slm.config.scoring import ScoreDtype
 from megatron_slm.errors import ScoreStoreError
 from megatron_slm.files import write_durably
 
@@ -28,7 +29,6 @@ the slowest pipeline must not take longer over one than the others wait for it."
 LEAST_SHARDS = 64
 """A small store is cut into about this many shards, so that data-parallel ranks have something to share."""
 
-ScoreDtype = Literal["float32", "bfloat16", "float16"]
 AGAIN = (
     "score the run's samples with tools/score_corpus.py and the run's own flags (its --load too, where it was "
     "extended), or train with the scored ones"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.inspection import render, sample_parts
@@ -88,12 +87,3 @@ class RunSamples:
             return ""
         at = max(i for i, phase in enumerate(phases) if phase.first_sample <= index)
         return f", phase {at + 1} of {len(phases)}"
-
-
-def parse_run(words: Sequence[str], num_shown: int) -> RunConfig:
-    """A run's configuration from its flags; a run of which no length is said is as long as what is shown of it.
-
-    Raises:
-        ConfigError: see `parse`.
-    """
-    return parse(words, train_iters=max(1, num_shown))[0]

@@ -9,13 +9,14 @@ import torch
 
 from megatron_slm.config import RunConfig
 from megatron_slm.config.backends import Backends
+from megatron_slm.config.scoring import ScoringOptions
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.reference.manifest import Manifest, ScoreDtype, samples_per_shard
+from megatron_slm.reference.manifest import Manifest, samples_per_shard
 from megatron_slm.run.backends import choose_backends
 from megatron_slm.run.checks import check_model_vocabulary
 from megatron_slm.run.corpora import open_data
@@ -24,18 +25,6 @@ from megatron_slm.run.resume import Resume, num_run_samples
 from megatron_slm.run.sample_order import check_order
 from megatron_slm.run.stores import scored_data
 from megatron_slm.run.tokenizer import open_run_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringOptions:
-    """What a scoring pass is asked for beside the run's configuration."""
-
-    output: str
-    """The store's folder."""
-    score_dtype: ScoreDtype = "float32"
-    """What scores are stored in."""
-    with_entropy: bool = False
-    """Store the entropy of the reference's prediction too."""
 
 
 @dataclass(frozen=True, kw_only=True)

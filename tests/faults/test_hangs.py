@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.cli.pretrain import main, pretrain
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.load import parse
 from megatron_slm.loss.objective import Objective
 from megatron_slm.operations import watchdog
+from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.world import WorldError, run_world
 

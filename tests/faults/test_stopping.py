@@ -16,11 +16,11 @@ import pytest
 from megatron_slm.checkpoint import save
 from megatron_slm.checkpoint.format import complete_checkpoints, find_checkpoint
 from megatron_slm.checkpoint.retention import read_evaluations
-from megatron_slm.cli.pretrain import pretrain
 from megatron_slm.config.load import parse
 from megatron_slm.config.resilience import STOP_FILE
 from megatron_slm.engine.pipeline import PipelineTrainer
 from megatron_slm.operations import stopping
+from megatron_slm.training.pretrain import pretrain
 from tests.parity.test_resume import metrics
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.world import run_world

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_slm.cli.pretrain import pretrain
 from megatron_slm.config.load import parse
 from megatron_slm.engine.channels import Channels, Lane
 from megatron_slm.errors import PeerError
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import run_world
 

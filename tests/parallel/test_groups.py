@@ -71,7 +71,7 @@ def test_messages_between_stages_take_few_blocks_on_nccl(monkeypatch: pytest.Mon
     groups.message_group(2, 4)
     assert made == [([2, 4], options)]
     assert options.config.max_ctas == groups.MESSAGE_BLOCKS <= 4
-    assert options._timeout == groups.distributed_c10d.default_pg_nccl_timeout
+    assert options._timeout == timedelta(minutes=7)
     monkeypatch.setattr(groups.dist, "get_backend", lambda: "gloo")
     groups.message_group(0, 1)
     assert made[1] == ([0, 1], None)

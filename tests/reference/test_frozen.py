@@ -12,13 +12,13 @@ import torch
 
 from megatron_slm.checkpoint.fragments import trained_parameters
 from megatron_slm.checkpoint.load import CheckpointSource
-from megatron_slm.cli.pretrain import pretrain
 from megatron_slm.config.load import parse
 from megatron_slm.convert.export import export_checkpoint
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.run.plan import make_plan
 from megatron_slm.training.build import build_run
 from megatron_slm.training.loop import train
+from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.world import run_world
 

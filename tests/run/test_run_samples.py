@@ -12,7 +12,7 @@ import pytest
 from megatron_slm.config.load import parse
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.errors import CheckpointError, ConfigError
-from megatron_slm.run.samples import RunSamples, parse_run
+from megatron_slm.run.samples import RunSamples
 from megatron_slm.run.tokenizer import open_run_tokenizer
 from tests.support.documents import token_losses
 from tests.support.runs import flags, run_flags, write_corpus
@@ -110,7 +110,7 @@ def test_an_extended_run_is_shown_in_the_order_it_has_begun(folder: Path, tmp_pa
 def test_a_run_of_no_said_length_is_as_long_as_what_is_shown(folder: Path, tmp_path: Path) -> None:
     values = values_of(folder, tmp_path / "run", data_path=["web"])
     del values["train-iters"], values["global-batch-size"]
-    config = parse_run(flags(values), 5)
+    config = parse(flags(values), train_iters=5)[0]
     samples = RunSamples.open(config, open_run_tokenizer(config), 5)
     assert "a run of 5 samples of 16 tokens, documents: concatenate" in samples.describe()
     straight = {**values, "train-iters": 5, "global-batch-size": 1, "micro-batch-size": 1}

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.cli.pretrain import pretrain
 from megatron_slm.config.load import parse
+from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags
 
 

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_slm.cli.pretrain import main, pretrain
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.load import parse
 from megatron_slm.loss.objective import Objective
 from megatron_slm.model.llama import Embedding
 from megatron_slm.training import loop, replay
 from megatron_slm.training.build import Run
+from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags
 from tests.support.training import owned_numbers
 

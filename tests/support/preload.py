@@ -15,4 +15,5 @@ import torch._dynamo  # noqa: E402
 import torch._inductor  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
 
-import megatron_slm.cli.pretrain  # noqa: E402, F401
+import megatron_slm.scoring.run  # noqa: E402
+import megatron_slm.training.pretrain  # noqa: E402, F401

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from megatron_slm.cli.pretrain import pretrain
-from megatron_slm.cli.score import main, parse_scoring, score
+from megatron_slm.cli.score import main, parse_scoring
 from megatron_slm.config.load import parse
 from megatron_slm.reference import manifest, store
 from megatron_slm.scoring import score as scoring
+from megatron_slm.scoring.run import score
+from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags
 from tests.support.training import train_and_report
 

@@ -148,9 +148,9 @@ def _train_and_time(job: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    from megatron_slm.cli.pretrain import pretrain
     from megatron_slm.config.load import parse
     from megatron_slm.data.prefetch import Prefetcher
+    from megatron_slm.training.pretrain import pretrain
 
     moments: list[float] = []
     waited = [0.0]

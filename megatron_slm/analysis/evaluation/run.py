@@ -1,0 +1,163 @@
+"""Evaluates a model: perplexity, few-shot questions, lm-eval; results are written as they come."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_slm.analysis.evaluation.evaluate import evaluate_task, hugging_face_folder, named_sets, perplexity
+from megatron_slm.analysis.evaluation.generation import load_generator
+from megatron_slm.analysis.evaluation.prompts import read_prompt
+from megatron_slm.analysis.evaluation.tasks import read_task
+from megatron_slm.convert.source import open_model
+from megatron_slm.device import local_device
+from megatron_slm.errors import ConfigError
+from megatron_slm.files import write_durably
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked for; results are written as they come, so that a killed evaluation keeps them.
+
+    Raises:
+        SlmError: before the first forward pass, if it can be known by then.
+    """
+    tasks = [read_task(text, limit=args.limit) for text in args.task]
+    prompt = read_prompt(args.prompt_file) if args.prompt_file else None
+    sets = named_sets(args.perplexity)
+    results: dict[str, Any] = {"model": args.model, "perplexity": {}, "tasks": {}}
+    model = open_model(_inside(args.model), field="--model", checksums=False) if sets else None
+    for name, path in sets.items():
+        assert model is not None, "opened where there are sets"
+        results["perplexity"][name] = perplexity(
+            model,
+            path,
+            tokenizer_model=args.tokenizer_model,
+            sequence_length=args.seq_length,
+            max_tokens=args.max_tokens,
+        )
+        _write(args.output, results)
+    if not (tasks or args.lm_eval):
+        return results
+    with hugging_face_folder(args.model) as folder:
+        generator = load_generator(folder, dtype=args.dtype) if tasks else None
+        for task in tasks:
+            assert generator is not None, "loaded where there are tasks"
+            results["tasks"][task.name], records = evaluate_task(
+                generator,
+                task,
+                prompt=prompt,
+                num_shots=args.shots,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.batch_size,
+                rules=args.rules,
+                progress=_Progress(task.name, len(task.questions)),
+            )
+            if args.output is not None:
+                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                write_durably(args.output.with_suffix(f".{task.name}.jsonl"), lines.encode())
+            _write(args.output, results)
+        if args.lm_eval:
+            results["lm_eval"] = lm_eval(folder, args)
+            _write(args.output, results)
+    return results
+
+
+def _inside(path: str) -> str:
+    inside = Path(path) / "checkpoints"
+    return str(inside) if inside.is_dir() else path
+
+
+def lm_eval(folder: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The same model through EleutherAI's harness.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models import huggingface  # noqa: F401 (a model that lm-eval would load later)
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            "--lm-eval", args.lm_eval, f"needs the package lm-eval[hf] ({error})", "pip install -e '.[eval]'"
+        ) from error
+    tasks = TaskManager(include_path=args.lm_eval_include)
+    unknown = [name for name in args.lm_eval if not tasks.match_tasks([name])]
+    if unknown:
+        raise ConfigError(
+            "--lm-eval", unknown[0], "is a task of the harness or of --lm-eval-include", "see lm-eval ls tasks"
+        )
+    out = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": folder, "dtype": args.dtype},
+        tasks=args.lm_eval,
+        num_fewshot=args.lm_eval_shots,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        device=str(local_device()),
+        task_manager=tasks,
+        log_samples=False,
+    )
+    results: dict[str, Any] = json.loads(json.dumps(out["results"], default=str))
+    return results
+
+
+def _write(output: Path | None, results: dict[str, Any]) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(output, (json.dumps(results, indent=1) + "\n").encode())
+
+
+class _Progress:
+    """A line now and then while answers are written."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.said_at = name, total, time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() - self.said_at > 10 or done == self.total:
+            self.said_at = time.monotonic()
+            logger.info("%s: %d of %d questions", self.name, done, self.total)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print perplexities and accuracies as tables."""
+    console = Console()
+    if results["perplexity"]:
+        table = Table(title="Perplexity")
+        for column in ("set", "loss, nats", "95 % interval", "perplexity", "bits/byte", "tokens"):
+            table.add_column(column, justify="left" if column == "set" else "right")
+        for name, row in results["perplexity"].items():
+            low, high = row["loss_interval"]
+            bits = "–" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+            cells = (f"{row['loss']:.4f}", f"{low:.4f} to {high:.4f}", f"{row['perplexity']:,.3f}", bits)
+            table.add_row(name, *cells, f"{row['tokens']:,}")
+        console.print(table)
+    if results["tasks"]:
+        table = Table(title="Accuracy")
+        for column in ("task", "accuracy", "95 % interval", "questions", "no answer read"):
+            table.add_column(column, justify="left" if column == "task" else "right")
+        for name, row in results["tasks"].items():
+            low, high = row["interval"]
+            cells = (
+                f"{row['accuracy']:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{row['questions']:,}",
+                f"{row['unread']:,}",
+            )
+            table.add_row(name, *cells)
+        mean = sum(row["accuracy"] for row in results["tasks"].values()) / len(results["tasks"])
+        if len(results["tasks"]) > 1:
+            table.add_row("mean", f"{mean:.1%}", "", "", "")
+        console.print(table)
+    for name, row in results.get("lm_eval", {}).items():
+        console.print(f"lm-eval {name}: {row}", highlight=False)

@@ -1,0 +1,83 @@
+"""Runs one command: logging, named errors, exit codes and teardown, the same for every tool.
+
+A command module is imported before its flags are parsed, so it imports what only its work needs (torch, DeepSpeed,
+transformers) inside functions: `--help` and a refused flag then cost a second and not ten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from megatron_slm.errors import SlmError
+from megatron_slm.log import setup_logging
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def run_command(
+    run: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    exit_code: Callable[[SlmError], int] = lambda error: 1,
+) -> int:
+    """Run a command with its words; return its exit code.
+
+    Args:
+        run: takes the command line without the program's name; returns an exit code, or None for success.
+        argv: the command line; by default this process's.
+        exit_code: of an error the user can fix, which is printed as one line on standard error.
+    """
+    setup_logging(int(os.environ.get("RANK", "0")))
+    try:
+        return run(sys.argv[1:] if argv is None else argv) or 0
+    except SlmError as error:
+        line = " ".join(str(error).split("\n"))
+        sys.stderr.write(f"error: {line}\n")
+        return exit_code(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    if (dist := sys.modules.get("torch.distributed")) is not None and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_accelerator() -> None:
+    """Have DeepSpeed use the CPU where torch finds no accelerator; call it before anything imports DeepSpeed.
+
+    DeepSpeed would make the same choice, with a warning that it guessed.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def execute(module: str, *, is_rank: bool = False) -> NoReturn:
+    """Run the command in `megatron_slm.cli.MODULE` as this process and exit with its code.
+
+    Args:
+        is_rank: the command joins a process group. Skip the interpreter's teardown then: now and then a communication
+            library's thread is still alive there, which ends a finished run with "terminate called without an active
+            exception" and a wrong exit code.
+    """
+    try:
+        code = importlib.import_module(f"megatron_slm.cli.{module}").main()
+    except SystemExit as stop:  # argparse, after --help or a usage error
+        code = int(stop.code or 0)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk under the log does not make the command a failed one
+            stream.flush()
+    if is_rank:
+        os._exit(code)
+    sys.exit(code)

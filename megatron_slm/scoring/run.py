@@ -1,0 +1,68 @@
+"""Runs the scoring pass from a configuration, in the world the launcher made."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_slm.config.run import RunConfig
+from megatron_slm.config.scoring import ScoringOptions
+from megatron_slm.operations.preflight.run import preflight
+from megatron_slm.operations.reach import silent_nodes_named
+from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
+from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.reference.manifest import Manifest
+from megatron_slm.run.resume import open_resume
+from megatron_slm.scoring.plan import ScoringPlan, make_scoring_plan
+from megatron_slm.scoring.score import score_corpus
+
+logger = logging.getLogger(__name__)
+
+
+def score(config: RunConfig, options: ScoringOptions) -> Manifest:
+    """Score as configured, in the world the launcher made.
+
+    Raises:
+        SlmError: on every rank alike, before the first forward pass if it can be known by then.
+    """
+    if config.preflight.preflight:
+        preflight(config, to_stderr=True)
+    init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    with silent_nodes_named(), translate_peer_errors("the scoring pass"):
+        resume = open_resume(config)
+        with raise_on_all_ranks():
+            plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
+        manifest = score_corpus(plan)
+        logger.info("%s is complete: %s", plan.output, _size(manifest))
+        dist.barrier()  # nobody leaves while another still writes
+    return manifest
+
+
+def _size(manifest: Manifest) -> str:
+    megabytes = sum(entry["size"] for entry in manifest.shards.values()) / 1e6
+    return f"{manifest.data.num_samples:,} samples in {manifest.num_shards:,} shards, {megabytes:,.1f} MB"
+
+
+def print_plan(plan: ScoringPlan) -> None:
+    """Print the pass as a table."""
+    manifest, topology = plan.manifest(), plan.topology
+    tokens = plan.num_samples * plan.config.data.seq_length
+    bytes_per_token = {"float32": 4, "bfloat16": 2, "float16": 2}[manifest.dtype] * (1 + manifest.with_entropy)
+    rows = {
+        "layout": f"{topology.pipeline} stages x {topology.data} data parallel x {topology.tensor} tensor parallel",
+        "reference": f"{manifest.reference}, {plan.reference.architecture.num_parameters:,} parameters",
+        "computes in, stores": f"{manifest.computed_in}, {manifest.dtype}{' with entropies' * manifest.with_entropy}",
+        "samples": f"{plan.num_samples:,} of {plan.config.data.seq_length:,} tokens, {tokens:,} in all",
+        "shards": f"{manifest.num_shards:,} of {manifest.samples_per_shard:,} samples",
+        "on the disk": f"{tokens * bytes_per_token / 1e6:,.1f} MB in {plan.output}",
+    }
+    table = Table(title="Scoring pass", show_header=False)
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console = Console()
+    console.print(table)
+    console.print("The configuration is sound; nothing was scored.")
