@@ -52,6 +52,6 @@ class TorchKernels:
 
 
 def _labels(column_N: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Tell which labels are in a block, bool [N], and a column to read for each, int64 [N, 1]; nothing is waited for."""
+    """Tell which labels are in a block, bool [N], and a column to read for each, int64 [N, 1]; no wait."""
     inside_N = (column_N >= 0) & (column_N < num_columns)
     return inside_N, torch.where(inside_N, column_N, 0)[:, None]

@@ -48,8 +48,8 @@ def share_threshold(score_N: Tensor, ranked_N: Tensor, keep_ratio: float) -> Ten
     Keeping `score >= threshold` keeps `num_kept` tokens, and more only where the last place is shared.
     """
     descending_N = score_N.masked_fill(~ranked_N, -torch.inf).sort(descending=True).values
-    count = kept_counts(score_N.numel(), keep_ratio, score_N.device)[ranked_N.sum()]
-    return torch.where(count > 0, descending_N[(count - 1).clamp(min=0)], torch.inf)
+    count = kept_counts(score_N.numel(), keep_ratio, score_N.device).take(ranked_N.sum())
+    return torch.where(count > 0, descending_N.take((count - 1).clamp(min=0)), torch.inf)
 
 
 def measured_threshold(score_N: Tensor, ranked_N: Tensor, keep_ratio: float) -> Tensor:
@@ -83,6 +83,6 @@ def score_quantiles(score_N: Tensor, ranked_N: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _levels(device: torch.device) -> Tensor:
-    levels = move(torch.tensor(SCORE_LEVELS, dtype=torch.float64), device)
+    levels = move(torch.tensor(SCORE_LEVELS, dtype=torch.float64, device="cpu"), device)
     assert levels is not None, "a tensor was moved"
     return levels

@@ -60,7 +60,7 @@ def top_mask(score_N: Tensor, valid_N: Tensor, keep_ratio: float, always_N: Tens
     """
     valid_N = valid_N & ~score_N.isnan()
     key_N = _ordered(score_N.float())
-    count = kept_counts(score_N.numel(), keep_ratio, score_N.device)[valid_N.sum()]
+    count = kept_counts(score_N.numel(), keep_ratio, score_N.device).take(valid_N.sum())
     if always_N is not None:
         always_N = always_N & valid_N
         key_N = torch.where(always_N, _ABOVE_ALL, key_N)

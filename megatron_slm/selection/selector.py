@@ -281,7 +281,7 @@ class Selector:
 @lru_cache(maxsize=16)
 def _ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Token ids on the device, int64; copied once."""
-    found = move(torch.tensor(ids, dtype=torch.int64), device)
+    found = move(torch.tensor(ids, dtype=torch.int64, device="cpu"), device)
     assert found is not None, "a tensor was moved"
     return found
 

@@ -20,11 +20,12 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Backends
 from megatron_slm.engine.flat import FlatModule
 from megatron_slm.engine.timers import Timers
-from megatron_slm.loss import selective_ce
+from megatron_slm.loss import blocks, selective_ce
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
 from megatron_slm.loss.torch_backend import TorchKernels
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.model import rope
+from megatron_slm.model.block import Block
 from megatron_slm.parallel.groups import DataParallel, TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage
@@ -79,6 +80,11 @@ def device(*, kernels: str = "triton", num_kept: int = 100, hopper: bool = True)
         real, selective_ce.choose_kernels = selective_ce.choose_kernels, lambda *_, **__: chosen
         stack.callback(setattr, selective_ce, "choose_kernels", real)
         stack.enter_context(FakeTensorMode())
+        with counter, DEVICE:  # what a process does once
+            once = torch.empty(1).device
+            rope.rotation(128, SMALL["kv_channels"], 10000.0, (), once)
+            blocks._multiplies_into_fp32(once, torch.bfloat16)
+            counter.take()
         yield counter, taken
 
 
@@ -205,3 +211,22 @@ def loss_head(
         assert x_sbd.grad is not None
         assert weight.grad is not None
     return Found(forward, backward, taken)
+
+
+def transfer() -> dict[str, int]:
+    """Waits of a micro-batch with documents on its way to a stage that is neither first nor last, and its blocks."""
+    arch = Architecture(**SMALL)
+    with device() as (counter, _):
+        ends = torch.zeros(5, dtype=torch.int32)
+        layers = ParallelLayers(TensorParallel(), backends=Backends(attention="flash"))
+        with DEVICE:
+            torch.set_default_dtype(torch.bfloat16)
+            block = Block(arch, layers, 0)
+            torch.set_default_dtype(torch.float32)
+            x_sbd = torch.empty(128, 2, arch.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            rope.rotation(128, *block.self_attn.rope, x_sbd.device)
+        where = Documents((60, 68, 100, 28), ends, torch.zeros(2, 128, dtype=torch.int64))
+        with counter:
+            batch = micro_batch(2, 128, where).to(DEVICE)
+            block(x_sbd, batch.documents).sum().backward()
+            return dict(Tally(f"{sync.place}: {sync.why}" for sync in counter.take().syncs))

@@ -129,7 +129,7 @@ class Counter(TorchDispatchMode):
             found = self._data_dependent(name, args, inputs)
             if found is not NotImplemented:
                 return found
-        _check_dtypes(name, inputs)
+        _check_dtypes(name, args, inputs)
         out = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if name in ("_to_copy", "copy_") and len({x.device.type for x in (*inputs, *outputs)}) > 1:
@@ -217,14 +217,16 @@ _PRODUCTS = frozenset(("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"))
 _SAME_DTYPE = frozenset(("index_put", "index_put_", "index_add_", "index_copy_", "scatter", "scatter_", "dot", "mv"))
 
 
-def _check_dtypes(name: str, inputs: list[Tensor]) -> None:
+def _check_dtypes(name: str, args: Any, inputs: list[Tensor]) -> None:
     """Raise what a GPU's kernels raise and meta kernels let through: factors, or places and values, of two dtypes."""
     if not any(x.is_cuda for x in inputs):
         return
-    factors = inputs[-2:] if name.startswith(("addmm", "baddbmm")) else inputs[:2]
-    if name in _SAME_DTYPE:
+    factors = []
+    if name in _PRODUCTS:
+        factors = args[1:3] if name.startswith(("addmm", "baddbmm")) else args[:2]
+    elif name in _SAME_DTYPE:
         factors = [x for x in inputs if x.dtype not in (torch.int64, torch.bool)]
-    if name in _PRODUCTS | _SAME_DTYPE and len({x.dtype for x in factors}) > 1:
+    if len({x.dtype for x in factors}) > 1:
         raise RuntimeError(f"{name}: expected tensors of the same dtype, but got {[x.dtype for x in factors]}")
 
 
