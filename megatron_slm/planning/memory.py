@@ -145,7 +145,7 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
 
     | engine | parameters | gradients | optimizer | buffers |
     |---|---|---|---|---|
-    | ZeRO-1 bf16 (`BF16_Optimizer`) | 2n | 4n summed + 2n of one micro-batch | 12n/D | flattened copies at the step |
+    | ZeRO-1 bf16 (`BF16_Optimizer`) | 2n | 4n, summed as they come | 12n/D | flattened copies at the step |
     | ZeRO-1 fp32 | 4n | 4n | 12n/D | one bucket; another and a partition at the step |
     | ZeRO-2 | en | 4n/D | 12n/D | one bucket |
     | ZeRO-3 | en/D, small ones whole, and those gathered | 4n/D | 12n/D | one bucket |
@@ -161,7 +161,7 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     held |= {"buckets": 0, "step_buckets": 0, "host": 0}
     if layout.zero_stage == 1 and e == 2:
         copies = 4 * n * (n <= bucket)  # tensors beyond a bucket are reduced one by one, without a fp32 copy
-        return held | {"gradients": 6 * n, "step_buckets": copies + 2 * n * (c == 2)}
+        return held | {"gradients": 4 * n, "step_buckets": copies + 2 * n * (c == 2)}
     if layout.zero_stage == 1:  # the engine makes a bucket at the first backward pass, and another to reduce with
         return held | {"gradients": 4 * n, "buckets": 4 * bucket, "step_buckets": 4 * bucket + 4 * share}
     if layout.zero_stage == 2:
@@ -224,6 +224,7 @@ def working_bytes(job: Job, layout: Layout, parameters: StageParameters, referen
         return 4 * e * arch.ffn_hidden_size / layout.tensor + (8 + 2 * e) * arch.hidden_size / layout.sequence_shards
 
     model = inner(job.architecture) if parameters.num_blocks else 0.0
+    model += e * max(parameters.sizes, default=0) / tokens  # a gradient until it is added to its fp32 sum
     if layout.recomputes and parameters.num_blocks:
         model += block_activations(job.architecture, layout, e=e)
     frozen = 0.0
