@@ -1,4 +1,4 @@
-"""The one place that knows which device this process computes on."""
+"""Device of this process. The only module that calls `torch.cuda`."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ import torch
 
 
 def on_gpu() -> bool:
-    """Whether this process computes on a GPU; DS_ACCELERATOR=cpu, DeepSpeed's switch, says no for both."""
+    """Return True if this process computes on a GPU; DS_ACCELERATOR=cpu disables it here and in DeepSpeed."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def local_device() -> torch.device:
-    """This process's device: the GPU numbered LOCAL_RANK where there is one, else the CPU."""
+    """Return the GPU with index LOCAL_RANK if this process computes on a GPU, else the CPU."""
     if on_gpu():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def select_device() -> None:
-    """Make this process's device the current one, before anything communicates: NCCL takes the current device."""
+    """Make `local_device` current; call it before any communication, since NCCL uses the current device."""
     if on_gpu():
         torch.cuda.set_device(local_device())
 
 
 def communication_backend() -> str:
-    """`nccl` on GPUs, `gloo` on the CPU."""
+    """Return `nccl` on GPUs, `gloo` on the CPU."""
     return "nccl" if on_gpu() else "gloo"
 
 
 def synchronize() -> None:
-    """Wait until the device has done all it was told; without effect where there is no GPU."""
+    """Wait for all work queued on the GPU; do nothing on the CPU."""
     if on_gpu():
         torch.cuda.synchronize()
 
 
 def timing_event() -> Any | None:
-    """An event that takes the time at which the GPU's stream reaches it; None on the CPU, which needs none."""
+    """Return a CUDA event that records its time on the stream; None on the CPU."""
     return torch.cuda.Event(enable_timing=True) if on_gpu() else None
 
 
@@ -74,18 +74,18 @@ class SideStream:
 
 
 def device_rng_state() -> torch.Tensor | None:
-    """State of the device's random generator (uint8), or None where the device is the CPU."""
+    """Return the state of the GPU's random generator (uint8), or None on the CPU."""
     return torch.cuda.get_rng_state() if on_gpu() else None
 
 
 def set_device_rng_state(state: torch.Tensor) -> None:
-    """Put back a state from `device_rng_state`; without effect where there is no GPU."""
+    """Restore a state from `device_rng_state`; do nothing on the CPU."""
     if on_gpu():
         torch.cuda.set_rng_state(state)
 
 
 def device_name() -> str:
-    """The GPU's name as its driver says it, or `cpu`."""
+    """Return the GPU's name as its driver reports it, or `cpu`."""
     return torch.cuda.get_device_name() if on_gpu() else "cpu"
 
 
@@ -95,12 +95,12 @@ def compute_capability() -> tuple[int, int]:
 
 
 def device_memory() -> tuple[int, int] | None:
-    """Free and total bytes of this process's device, or None where it is the CPU."""
+    """Return the free and total bytes of this process's GPU, or None on the CPU."""
     return torch.cuda.mem_get_info(local_device()) if on_gpu() else None
 
 
 def cuda_versions() -> dict[str, str]:
-    """Versions of CUDA and NCCL that torch was built with, and the device's name; empty on the CPU."""
+    """Return the versions of CUDA and NCCL of this torch build and the GPU's name; empty on the CPU."""
     if not on_gpu():
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version()))

@@ -1,30 +1,31 @@
-"""The errors a user can cause, each naming the field, the value, the rule and the fix.
+"""Errors that a user can cause, each with the field, the value, the rule and the fix.
 
-Every one derives from `SlmError`, so that a tool catches one class, prints one line and exits
-with a code other than zero. A bug in the program is never an `SlmError`.
+All derive from `SlmError`, so that a command catches one class, prints one line and exits with a nonzero code.
+A bug in the program is never an `SlmError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
 from typing_extensions import Self
 
 EXIT_UNUSABLE = 2
-"""Exit code of a run that would end in the same way if it were started again as it is."""
+"""Exit code of a run that would fail again if restarted unchanged."""
 
 
 class SlmError(Exception):
-    """Raised for an input that cannot be used; renders as `{field} is {value!r}: must {rule}. Fix: {fix}`.
+    """Raised for unusable input; renders as `{field} is {value!r}: must {rule}. Fix: {fix}`.
 
     Args:
         field: name of the input as the user typed it: a flag (`--lr`), a file, a field of a file.
         value: the value found there; None renders as `{field} is missing: {rule}. Fix: {fix}`.
-        rule: what a usable value must do, as a bare infinitive ("be positive"); for a missing value usually
-            "required by ..." (see `missing`).
-        fix: what the user can do about it, as an imperative.
+        rule: the rule for a usable value, as a bare infinitive ("be positive"); for a missing value usually
+            "required by ..." (`missing`).
+        fix: the remedy, as an imperative.
     """
 
     exit_code: ClassVar[int] = 1
@@ -40,7 +41,7 @@ class SlmError(Exception):
 
     @classmethod
     def missing(cls, field: str, required_by: str, fix: str) -> Self:
-        """Build the error for an input that was not given.
+        """Build the error for an absent input.
 
         Args:
             required_by: the flags or the purpose that require it, as in "--objective slm".
@@ -52,77 +53,88 @@ class SlmError(Exception):
 
 
 class ConfigError(SlmError):
-    """A flag, a YAML field or a DeepSpeed JSON field is wrong or contradicts another."""
+    """Raised for a flag, a YAML field or a DeepSpeed JSON field that is wrong or contradicts another."""
 
 
 class LayoutError(ConfigError):
-    """The model or the batch cannot be cut over the ranks as asked."""
+    """Raised for a model or a batch that cannot be partitioned over the ranks as configured."""
 
 
 class CorpusError(SlmError):
-    """A corpus (.bin/.idx), or text on its way into one, cannot be used."""
+    """Raised for an unusable corpus (.bin/.idx), or unusable text while preprocessing."""
 
 
 class VocabularyError(SlmError):
-    """Two parts of a run do not agree on what a token id means."""
+    """Raised where two parts of a run disagree on the meaning of token ids."""
 
 
 class WeightsError(SlmError):
-    """A Hugging Face folder does not hold the weights that are needed."""
+    """Raised for a Hugging Face folder without the required weights."""
 
 
 class CheckpointError(SlmError):
-    """A checkpoint is missing, incomplete, damaged, or of another run."""
+    """Raised for a checkpoint that is missing, incomplete, damaged, or of another run."""
 
 
 class RunFolderError(SlmError):
-    """What a run records (metrics, TensorBoard, probed texts) cannot be written."""
+    """Raised where a run's records (metrics, TensorBoard, probed texts) cannot be written."""
 
 
 class PeerError(SlmError):
-    """Another rank, or the way to it, is gone or silent."""
+    """Raised for another rank, or the connection to it, that is lost or silent."""
 
     exit_code_at_start = 1
 
 
 class ServiceError(SlmError):
-    """A service outside of the run (Weights & Biases, Comet) does not do as asked."""
+    """Raised for a failure of an external service (Weights & Biases, Comet)."""
 
     exit_code_at_start = 1
 
 
 class PreflightError(SlmError):
-    """The machines are not as the run needs them."""
+    """Raised for machines that fail the preflight checks."""
 
 
 class ScoreStoreError(SlmError):
-    """A store of reference scores is missing, incomplete, damaged, or holds other scores than the run needs."""
+    """Raised for a store of reference scores that is missing, incomplete, damaged, or does not match the run."""
 
 
 class AnalysisError(SlmError):
-    """Runs, checkpoints or texts cannot be looked at as asked."""
+    """Raised for runs, checkpoints or texts that cannot be analyzed as requested."""
 
 
 class TaskError(SlmError):
-    """A file of questions, or a prompt for them, cannot be used."""
+    """Raised for an unusable file of questions, or an unusable prompt."""
 
 
 class TrainingError(SlmError):
-    """Training cannot go on (for example: losses are no longer finite)."""
+    """Raised for training that cannot continue (for example: losses are no longer finite)."""
 
     exit_code = EXIT_UNUSABLE
 
 
 @contextmanager
 def os_errors_as(kind: type[SlmError], field: str, value: object, rule: str, fix: str) -> Iterator[None]:
-    """What the operating system says inside becomes an error of this kind.
+    """Translate every `OSError` raised inside the context into an error of class `kind`.
 
     Args:
-        kind: of the error.
-        field, value, rule, fix: see `SlmError`; the rule is followed by what the system said, and of which file.
+        kind: class of the error.
+        field, value, rule, fix: arguments of `SlmError`; the operating system's message, and the file if it is
+            another one than `value`, are appended to the rule.
     """
     try:
         yield
     except OSError as error:
         of_file = f": {error.filename}" if error.filename and str(error.filename) != str(value) else ""
         raise kind(field, value, f"{rule} ({error.strerror or error}{of_file})", fix) from error
+
+
+def suggest_name(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 0.5) -> str:
+    """Return the fix for an unknown name: the nearest known one, or `otherwise` where none is near.
+
+    Args:
+        cutoff: least similarity of a suggestion, in [0, 1] (`difflib.get_close_matches`).
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise

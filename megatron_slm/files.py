@@ -1,4 +1,4 @@
-"""Durable writes, hashes and JSON: files that are whole or absent."""
+"""Durable writes, checksums and JSON output: files are complete or absent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_slm.errors import ConfigError, os_errors_as
 
 
 def file_sha256(path: Path, num_bytes: int | None = None) -> str:
-    """Checksum of a file or of its first bytes, hexadecimal."""
+    """Return the hexadecimal SHA-256 of a file, or of its first `num_bytes` bytes."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         if num_bytes is not None:
@@ -25,7 +25,7 @@ def file_sha256(path: Path, num_bytes: int | None = None) -> str:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a small file so that it is whole or absent, and on the disk, when this returns."""
+    """Write a small file atomically and flush it to disk before returning."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -36,7 +36,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
+    """Flush a folder to disk, so that renames inside it are durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,7 +45,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: str, values: Any, *, flag: str = "--json") -> None:
-    """Write what a tool found where `flag` says; `-` is standard output.
+    """Write `values` as JSON to the file named by `flag`; `-` writes to standard output.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -55,5 +55,5 @@ def write_json(path: str, values: Any, *, flag: str = "--json") -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    with os_errors_as(ConfigError, flag, path, "is a file that can be written", "choose another"):
+    with os_errors_as(ConfigError, flag, path, "be a writable file", "choose another path"):
         Path(path).write_text(text)

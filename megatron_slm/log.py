@@ -1,4 +1,4 @@
-"""Logging, set up once by a tool: the package's own loggers only, never the root logger."""
+"""Logging setup of the command-line tools: configures the package's own loggers, never the root logger."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import warnings
 
 
 def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
-    """Show this package's messages on standard error: rank 0 from `level` on, others errors only.
+    """Log this package's messages to standard error: from `level` on rank 0, errors only on other ranks.
 
-    Libraries that talk a lot at start (DeepSpeed, torch's deprecation notices) are turned down to warnings.
+    DeepSpeed, transformers and torch.distributed log errors only.
     """
     logger = logging.getLogger("megatron_slm")
     logger.handlers.clear()
@@ -21,6 +21,6 @@ def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
     logger.propagate = False
     for library in ("DeepSpeed", "transformers", "torch.distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    # gloo's all_gather_into_tensor and reduce_scatter_tensor work, yet announce at every call that they are new
+    # gloo's all_gather_into_tensor and reduce_scatter_tensor work, yet warn at every call that they are new
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")

@@ -1,4 +1,4 @@
-"""Values that several packages hand to each other."""
+"""Data types shared by several packages."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ def move(x: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 class Documents(NamedTuple):
-    """Where documents lie in a micro-batch whose samples hold several, for attention that keeps them apart.
+    """Document boundaries in a micro-batch whose samples hold several documents, for attention within documents.
 
-    Positions are counted through the micro-batch sample by sample, N = b * s of them; no document goes beyond its
-    sample.
+    The N = b * s positions of the micro-batch are numbered sample by sample; no document crosses a sample.
     """
 
     lengths: tuple[int, ...] | None
-    """Tokens of each document, in order, adding up to N; None where attention crosses documents."""
+    """Number of tokens of each document, in order, summing to N; None where attention crosses documents."""
 
     cumulative: Tensor | None
-    """Where each document starts, and N: int32 [documents + 1]; None where `lengths` is."""
+    """Start of each document, then N: int32 [documents + 1]; None where `lengths` is None."""
 
     position_bs: Tensor | None
-    """Positions that start at 0 in every document, int64 [b, s]; None where they go on through the sample."""
+    """Positions that restart at 0 in every document, int64 [b, s]; None where they count through the sample."""
 
     def to(self, device: torch.device) -> Documents:
-        """The same on another device."""
+        """Return a copy on another device."""
         return Documents(self.lengths, *(move(x, device) for x in (self.cumulative, self.position_bs)))
 
 
@@ -58,36 +57,36 @@ class MicroBatch(NamedTuple):
     """Each sample's number in the order of the run (or of the held-out set), int64 [b]; the same at any layout."""
 
     source_b: Tensor | None = None
-    """Which of the run's corpora each sample is from, int64 [b]; None where there is one."""
+    """Index of the corpus each sample is from, int64 [b]; None for runs with a single corpus."""
 
     documents: Documents | None = None
-    """Where documents lie; None where attention and positions go through whole samples."""
+    """Document boundaries; None where attention and positions cover whole samples."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device."""
+        """Return a copy on another device."""
         documents = None if self.documents is None else self.documents.to(device)
         return MicroBatch(*(move(x, device) for x in self[:-1]), documents)  # type: ignore[arg-type, call-arg]
 
 
 class TokenStatistics(NamedTuple):
-    """What one model says of each token of a micro-batch, in (sequence, position) order."""
+    """Statistics of one model for each token of a micro-batch, in (sequence, position) order."""
 
     loss_N: Tensor
     """-log P(label), in nats, fp32 [N]; 0 where not valid."""
 
     entropy_N: Tensor | None = None
-    """Entropy of the predicted distribution, in nats, fp32 [N]; None where nothing asks for it."""
+    """Entropy of the predicted distribution, in nats, fp32 [N]; None where unused."""
 
     def to(self, device: torch.device) -> TokenStatistics:
-        """The same on another device."""
+        """Return a copy on another device."""
         return TokenStatistics(*(move(x, device) for x in self))  # type: ignore[arg-type]
 
 
 class Selection(NamedTuple):
-    """Which tokens of a micro-batch are trained on, and how much each of them counts."""
+    """Kept tokens of a micro-batch and their weights."""
 
     kept_K: Tensor
-    """Rows kept, ascending int64 [K]."""
+    """Rows of the kept tokens, ascending, int64 [K]."""
 
     weight_K: Tensor | None = None
-    """What each kept loss is multiplied by, fp32 [K]; None stands for ones."""
+    """Factor of each kept loss, fp32 [K]; None means 1 for all."""

@@ -181,11 +181,11 @@ def sample_corpus(prefix: str, tokenizer: Any, *, sequence_length: int, max_toke
 
 
 def _records(files: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    for path in expand_inputs(files):
+    for path in expand_inputs(files, "--text-file"):
         if path.suffix == ".txt":
             yield {"text": path.read_text(encoding="utf-8", errors="replace")}, path.name
             continue
-        for number, line in enumerate(read_lines(path), 1):
+        for number, line in enumerate(read_lines(path, "--text-file"), 1):
             if not line.strip():
                 continue
             try:

@@ -1,1 +1,1 @@
-"""Checkpoints by logical tensor: written once by whoever owns a piece, read at any layout."""
+"""Checkpoints by logical tensor: every rank saves the slices it owns; any layout loads them."""

@@ -1,4 +1,4 @@
-"""What one rank's ZeRO optimizer owns of each parameter: the one place that looks inside DeepSpeed's optimizers.
+"""The ranges of parameters that one rank's ZeRO optimizer owns; the one module that reads DeepSpeed's optimizers.
 
 ZeRO keeps, on each data-parallel rank, a flat fp32 partition that holds ranges of the rank's parameters. A
 `Fragment` is one such range, with the master weights and Adam's moments behind it as views.
@@ -29,13 +29,13 @@ class Fragment:
     """The base optimizer's state of `flat`."""
 
     def view(self, quantity: Quantity) -> Tensor:
-        """The fragment's values as a 1-D view into the optimizer's memory."""
+        """Return the fragment's values as a 1-D view into the optimizer's memory."""
         held = self.flat if quantity == "weight" else self.state[quantity]
         return held.detach().narrow(0, self.offset, self.end - self.begin)
 
 
 def fragments(optimizer: Any) -> Iterator[Fragment]:
-    """Every fragment this rank owns, in the optimizer's order."""
+    """Yield every fragment that this rank owns, in the optimizer's order."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _stage_3(optimizer)
     return _stages_1_and_2(optimizer)
@@ -82,7 +82,7 @@ def fill_optimizer(optimizer: Any, source: WeightSource, *, adam_step: int | Non
     """Set the trained parameters, the fp32 master weights behind them and, on a resume, Adam's moments.
 
     Args:
-        adam_step: optimizer steps that the moments have seen; None starts with fresh moments.
+        adam_step: number of optimizer steps in the moments; None starts with fresh moments.
     """
     owned = list(fragments(optimizer))
     for fragment in owned:
@@ -103,7 +103,7 @@ def fill_optimizer(optimizer: Any, source: WeightSource, *, adam_step: int | Non
 
 
 def trained_parameters(optimizer: Any) -> list[nn.Parameter]:
-    """The parameters that the optimizer trains, whole or partitioned."""
+    """List the parameters that the optimizer trains, whole or partitioned."""
     for name in ("fp16_groups", "bf16_groups", "bit16_groups"):
         if hasattr(optimizer, name):
             return [parameter for group in getattr(optimizer, name) for parameter in group]
@@ -115,7 +115,7 @@ def _read(fragment: Fragment, source: WeightSource, quantity: Quantity) -> Tenso
 
 
 def _prepare_state(fragment: Fragment, optimizer: Any, adam_step: int) -> None:
-    """Make the moments where the base optimizer has not yet made them, and set its step count."""
+    """Create missing moments of the base optimizer and set its step count."""
     for quantity in ("exp_avg", "exp_avg_sq"):
         if quantity not in fragment.state:
             fragment.state[quantity] = torch.zeros_like(fragment.flat.detach())
@@ -126,4 +126,4 @@ def _prepare_state(fragment: Fragment, optimizer: Any, adam_step: int) -> None:
         return
     fragment.state["step"] = adam_step  # DeepSpeed's FusedAdam counts for each parameter
     for group in base.param_groups:
-        group["step"] = adam_step  # apex' for each group, and from 1 where the group does not say
+        group["step"] = adam_step  # apex's counts for each group, from 1 where the group has no count

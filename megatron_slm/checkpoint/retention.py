@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the last ones, those of every n-th step, and the best by a held-out set."""
+"""Retention of checkpoints: the last ones, those of every n-th step, and the best by a held-out set."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from megatron_slm.files import sync_folder, write_durably
 logger = logging.getLogger(__name__)
 
 _DELETED = ".deleted.tmp"
-"""End of the names of checkpoints on their way out."""
+"""Suffix of checkpoints that are being deleted."""
 
 EVALUATIONS = "evaluations.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What is kept. Without `keep_last`, everything."""
+    """Rules by which checkpoints are kept. Without `keep_last`, all are."""
 
     keep_last: int | None = None
-    """This many newest ones."""
+    """Number of newest checkpoints to keep."""
     retain_interval: int | None = None
-    """Those of every step that this divides."""
+    """Keep the checkpoints of steps that this divides."""
     keep_best: str | None = None
-    """The one with the lowest loss of this held-out set (the newest of equals)."""
+    """Keep the checkpoint with the lowest loss of this held-out set, the newest of equals."""
 
     def kept(self, steps: Collection[int], losses: Mapping[int, float]) -> set[int]:
-        """The steps whose checkpoints stay, of those there are.
+        """Return the steps whose checkpoints are kept.
 
         Args:
             losses: of `keep_best`'s set, by step; a step without one is not among the best.
@@ -50,9 +50,9 @@ class Retention:
 
 
 def prune(folder: Path, retention: Retention) -> None:
-    """Delete what a run need not keep; called when a newer checkpoint has been committed.
+    """Delete the checkpoints that need not be kept; called after a newer one was committed.
 
-    What cannot be deleted stays, with a warning: it is no reason to stop training.
+    A failed deletion is logged and does not stop training.
     """
     paths = {step_of(path) or 0: path for path in complete_checkpoints(folder)}
     losses = read_evaluations(folder).get(retention.keep_best, {}) if retention.keep_best else {}
@@ -60,13 +60,13 @@ def prune(folder: Path, retention: Retention) -> None:
         try:
             remove_checkpoint(paths[step])
         except OSError as error:
-            logger.warning("%s cannot be deleted (%s)", paths[step], error.strerror)
+            logger.warning("cannot delete %s (%s)", paths[step], error.strerror)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever seen under its name."""
+    """Delete a checkpoint under a temporary name, so that no partial one has its name."""
     doomed = path.with_name(f".{path.name}{_DELETED}")
-    if doomed.exists():  # of an earlier checkpoint of this step, whose deletion could not be ended
+    if doomed.exists():  # of an earlier checkpoint of this step, whose deletion failed
         shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     sync_folder(path.parent)
@@ -74,12 +74,12 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what saves and deletions that were killed have left.
+    """Delete what killed saves and deletions left.
 
-    A deletion that cannot be ended (somebody reads the files on NFS) stays, with a warning.
+    A deletion that fails again (somebody reads the files on NFS) is logged.
 
     Raises:
-        OSError: what a save has left cannot be deleted.
+        OSError: the rest of a save cannot be deleted.
     """
     for leftover in folder.glob(".step_*.tmp"):
         try:
@@ -87,31 +87,31 @@ def clear_leftovers(folder: Path) -> None:
         except OSError as error:
             if not leftover.name.endswith(_DELETED):
                 raise
-            logger.warning("%s cannot be deleted yet (%s)", leftover, error.strerror)
+            logger.warning("cannot delete %s yet (%s)", leftover, error.strerror)
 
 
 def read_evaluations(folder: Path) -> dict[str, dict[int, float]]:
-    """Held-out losses in nats, by set and step, as `record_evaluation` wrote them; empty where it wrote none."""
+    """Read the held-out losses in nats, by set and step, that `record_evaluation` wrote; empty without a file."""
     try:
         raw = json.loads((folder / EVALUATIONS).read_bytes())
         return {name: {int(step): float(loss) for step, loss in losses.items()} for name, losses in raw.items()}
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, TypeError) as error:
-        logger.warning("%s cannot be read (%s): earlier losses are not known", folder / EVALUATIONS, error)
+        logger.warning("cannot read %s (%s): ignoring earlier held-out losses", folder / EVALUATIONS, error)
         return {}
 
 
 def record_evaluation(
     folder: Path, step: int, losses: Mapping[str, float | None], *, pending: Collection[int] = ()
 ) -> None:
-    """Add the losses of a step. Those of steps that have no checkpoint, or lie beyond this one, are dropped.
+    """Add the losses of a step and drop those of later steps and of steps without a checkpoint.
 
     Args:
         pending: steps whose checkpoints are still being written.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     steps = {step_of(path) for path in complete_checkpoints(folder)} | set(pending)
     found = read_evaluations(folder)

@@ -1,4 +1,4 @@
-"""Saving: every rank writes its own pieces, then comes a manifest, then one rename."""
+"""Saves checkpoints: every rank writes its own files, then rank 0 a manifest, then renames the folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,7 +30,7 @@ from megatron_slm.checkpoint.format import (
 )
 from megatron_slm.checkpoint.retention import Retention, clear_leftovers, prune, record_evaluation
 from megatron_slm.checkpoint.snapshot import SnapshotMemory, TensorFile, rank_files
-from megatron_slm.checkpoint.state import Progress
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.tensor_file import write_tensor_file
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import local_device
@@ -41,22 +42,22 @@ from megatron_slm.parallel.topology import Topology
 logger = logging.getLogger(__name__)
 
 Entries = dict[str, dict[str, Any]]
-"""Lines of a manifest: size and sha256, by file name."""
+"""Entries of a manifest: size and sha256, by file name."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was committed."""
+    """A committed checkpoint."""
 
     folder: Path
     num_bytes: int
     blocked_seconds: float
-    """How long training stood still for it on this rank."""
+    """Time that this rank spent in the saver instead of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Writer:
-    """Writes the files of one run's checkpoints; it communicates with nobody."""
+    """Writes the files of one run's checkpoints, without communication."""
 
     folder: Path
     topology: Topology
@@ -64,23 +65,24 @@ class Writer:
     architecture: Architecture
     tokenizer_fingerprint: str | None
     sample_order: str
-    """Fingerprint of the order in which the run reads its corpus."""
+    """Fingerprint of the order of the training samples."""
     extras: tuple[Path, ...]
-    """Folders that are copied into every checkpoint (the tokenizer, the model's origin), under their names."""
+    """Folders copied into every checkpoint under their names: the tokenizer, the model's origin."""
     write_config: Callable[[Path], None]
     """Writes the run's configuration to a path; rank 0 calls it."""
+    describe_data: Callable[[int], dict[str, Any]]
+    """Describes the corpora's read positions after a number of samples, for the manifest; rank 0 calls it."""
 
     def check(self, start: int, damaged: tuple[Path, ...] = ()) -> None:
-        """Make sure, before the first step, that this run can write here and will not mix with another one's.
+        """Check before the first step that the folder is writable and holds no other run's checkpoints.
 
-        What killed saves and deletions left is cleared; checkpoints beyond `start` that are damaged or not complete
-        are put aside under another name.
+        Clears what killed saves and deletions left. Renames checkpoints beyond `start` that are damaged or incomplete.
 
         Args:
-            damaged: complete by name, but found not to be what their manifests say.
+            damaged: checkpoints that have a manifest and do not match it.
 
         Raises:
-            CheckpointError: the folder cannot be written, or holds checkpoints of steps beyond `start`.
+            CheckpointError: the folder cannot be written, or holds sound checkpoints of steps beyond `start`.
         """
         with _write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,27 +94,27 @@ class Writer:
             raise CheckpointError(
                 "--save",
                 str(self.folder),
-                f"holds no checkpoint beyond the step the run starts from ({start}), but {sound[-1]} is there",
+                f"contain no checkpoint beyond the step that the run starts from ({start}), but has {sound[-1]}",
                 "resume from it with --load, choose another folder, or remove it",
             )
         with _write_errors():
             clear_leftovers(self.folder)
             for path in beyond:
-                aside = next(p for n in count() if not (p := _aside(path, n)).exists())
+                aside = next(p for n in count() if not (p := _renamed(path, n)).exists())
                 os.rename(path, aside)
-                logger.warning("%s is not whole and in the way of this run's; it is now %s", path, aside.name)
+                logger.warning("%s is damaged or incomplete; renamed to %s", path, aside.name)
 
-    def write(self, folder: Path, files: list[TensorFile], progress: Progress, rank: int) -> Entries:
-        """Write this rank's files, and on rank 0 those that all ranks share."""
+    def write(self, folder: Path, files: list[TensorFile], state: RunState, rank: int) -> Entries:
+        """Write this rank's files, and on rank 0 also the files of the whole run."""
         entries = {file.name: write_tensor_file(folder / file.name, file.tensors, file.metadata) for file in files}
         if rank == 0:
-            entries |= self._write_shared(folder, progress)
+            entries |= self._write_shared(folder, state)
         return entries
 
-    def _write_shared(self, folder: Path, progress: Progress) -> Entries:
+    def _write_shared(self, folder: Path, state: RunState) -> Entries:
         entries: Entries = {}
-        if progress.probe_kept is not None:
-            entries[PROBE] = write_tensor_file(folder / PROBE, {"kept": progress.probe_kept}, {})
+        if state.probe_kept is not None:
+            entries[PROBE] = write_tensor_file(folder / PROBE, {"kept": state.probe_kept}, {})
         self.write_config(folder / "config.yaml")
         written = [folder / "config.yaml"]
         for extra in self.extras:
@@ -127,34 +129,28 @@ class Writer:
             sync_folder(path)
         return entries
 
-    def commit(self, temporary: Path, files: Entries, progress: Progress) -> Path:
-        """Write the manifest and give the folder its name; on rank 0, when every rank has written its files."""
+    def commit(self, temporary: Path, files: Entries, state: RunState, data: dict[str, Any]) -> Path:
+        """Write the manifest and rename the folder; on rank 0, once every rank has written its files."""
         sizes = {"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor}
         manifest = Manifest(
-            step=progress.step,
-            consumed_samples=progress.consumed_samples,
-            adam_step=progress.adam_step,
-            score_threshold=progress.score_threshold,
-            tokens_seen=progress.tokens_seen,
-            tokens_kept=progress.tokens_kept,
-            recent_losses=progress.recent_losses,
+            state=state,
             architecture=self.architecture,
             layout={**sizes, "zero_stage": self.zero_stage},
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             sample_order=self.sample_order,
-            data=progress.data,
+            data=data,
             files=dict(sorted(files.items())),
             versions=dict(versions()),
         )
         manifest.write(temporary)
-        target = self.folder / folder_name(progress.step)
+        target = self.folder / folder_name(state.step)
         os.rename(temporary, target)
         sync_folder(self.folder)
         write_durably(self.folder / "latest", target.name.encode())
         return target
 
 
-class _Job:
+class _Task:
     """Work of this rank, done at once or by a thread."""
 
     def __init__(self, work: Callable[[], Entries], *, in_thread: bool) -> None:
@@ -176,11 +172,11 @@ class _Job:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """True once the work has ended, with or without an error."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> Entries:
-        """Wait until it has ended; what it returned, or raise what it raised."""
+        """Wait for the end; return the work's result or raise its error."""
         if self._thread is not None:
             self._thread.join()
         if self.error is not None:
@@ -190,12 +186,15 @@ class _Job:
 
 @dataclass
 class _Saving:
-    """A save on its way: first every rank writes its files, then rank 0 commits them all."""
+    """A save under way: first every rank writes its files, then rank 0 commits them."""
 
-    progress: Progress
+    state: RunState
+    """A copy: training changes its own."""
+    data: dict[str, Any]
+    """The corpora's read positions, on rank 0."""
     temporary: Path
-    writing: _Job
-    committing: _Job | None = None
+    writing: _Task
+    committing: _Task | None = None
     num_bytes: int = 0
     blocked_seconds: float = 0.0
 
@@ -203,12 +202,11 @@ class _Saving:
 class Saver:
     """Saves a run's checkpoints. Every rank calls the same methods after the same steps.
 
-    Asynchronous: a save copies what it will write and returns; a thread of each rank writes the copies, and the
-    first `poll` after all of them are done has rank 0's thread commit. At most one save is on its way; a second one
-    waits for it.
+    Asynchronous: a save copies the tensors and returns; a thread of each rank writes the copies, and the first `poll`
+    after all of them are done starts rank 0's commit. At most one save is under way; a second one waits for it.
 
-    Methods raise `CheckpointError`, on every rank, if any rank could not write; earlier checkpoints are then as
-    they were, and nothing is left of the failed one.
+    Methods raise `CheckpointError` on every rank if any rank could not write. Earlier checkpoints are unharmed then,
+    and the failed one is removed.
     """
 
     def __init__(self, writer: Writer, *, asynchronous: bool = False, retention: Retention | None = None) -> None:
@@ -218,41 +216,43 @@ class Saver:
         self._saving: _Saving | None = None
         self._device = local_device()
 
-    def save(self, optimizer: Any, progress: Progress) -> Saved | None:
+    def save(self, optimizer: Any, state: RunState) -> Saved | None:
         """Save the state after a step. Collective.
 
         Returns:
-            what was committed: this checkpoint, or (asynchronous) the one before where it was still on its way.
+            the committed checkpoint: this one, or (asynchronous) the one before if it was still under way.
         """
         finished = self.finish()
         started = time.perf_counter()
         rank = dist.get_rank()
-        temporary = self.writer.folder / f".{folder_name(progress.step)}.tmp"
+        temporary = self.writer.folder / f".{folder_name(state.step)}.tmp"
         with raise_on_all_ranks(), _write_errors():
             if rank == 0:
                 clear_leftovers(self.writer.folder)
                 temporary.mkdir(parents=True)
         tensor_rank = self.writer.topology.coordinate(rank).tensor
-        files = rank_files(optimizer, rank, tensor_rank=tensor_rank, with_moments=progress.adam_step > 0)
+        files = rank_files(optimizer, rank, tensor_rank=tensor_rank, with_moments=state.adam_step > 0)
         if self.asynchronous:
             files = self._memory.copy(files)
-        writing = _Job(lambda: self.writer.write(temporary, files, progress, rank), in_thread=self.asynchronous)
-        self._saving = _Saving(progress, temporary, writing, blocked_seconds=time.perf_counter() - started)
+        state = deepcopy(state)
+        data = self.writer.describe_data(state.consumed_samples) if rank == 0 else {}
+        writing = _Task(lambda: self.writer.write(temporary, files, state, rank), in_thread=self.asynchronous)
+        self._saving = _Saving(state, data, temporary, writing, blocked_seconds=time.perf_counter() - started)
         return finished if self.asynchronous else self.finish()
 
     def poll(self) -> Saved | None:
-        """Take the save that is on its way further, where all ranks are ready for it. Collective.
+        """Advance the save under way if all ranks are ready for its next phase. Collective.
 
         Returns:
-            what was committed since.
+            the checkpoint if it is committed now.
         """
         saving = self._saving
         if saving is None:
             return None
         started = time.perf_counter()
-        job = saving.committing or saving.writing
-        done = job.done
-        counts = torch.tensor([float(done), float(done and job.error is not None)], device=self._device)
+        task = saving.committing or saving.writing
+        done = task.done
+        counts = torch.tensor([float(done), float(done and task.error is not None)], device=self._device)
         dist.all_reduce(counts)
         num_done, num_failed = counts.tolist()
         all_done = num_done == dist.get_world_size()
@@ -263,7 +263,7 @@ class Saver:
         return self.finish() if all_done or num_failed else None
 
     def finish(self) -> Saved | None:
-        """Wait for the save that is on its way, if there is one, until it is committed. Collective."""
+        """Wait until the save under way, if any, is committed. Collective."""
         saving, self._saving = self._saving, None
         if saving is None:
             return None
@@ -271,7 +271,7 @@ class Saver:
         try:
             if saving.committing is None:
                 self._start_commit(saving)
-            assert saving.committing is not None, "it was started"
+            assert saving.committing is not None, "the commit was started"
             with raise_on_all_ranks():
                 saving.committing.wait()
         except CheckpointError:
@@ -279,7 +279,7 @@ class Saver:
                 shutil.rmtree(saving.temporary, ignore_errors=True)
             raise
         return Saved(
-            folder=self.writer.folder / folder_name(saving.progress.step),
+            folder=self.writer.folder / folder_name(saving.state.step),
             num_bytes=saving.num_bytes,
             blocked_seconds=saving.blocked_seconds + time.perf_counter() - started,
         )
@@ -292,26 +292,28 @@ class Saver:
         saving.num_bytes = sum(entry["size"] for entry in files.values())
 
         def commit() -> Entries:
-            self.writer.commit(saving.temporary, files, saving.progress)
-            prune(self.writer.folder, self.retention)
+            if dist.get_rank() == 0:
+                self.writer.commit(saving.temporary, files, saving.state, saving.data)
+                prune(self.writer.folder, self.retention)
             return {}
 
-        is_ours = dist.get_rank() == 0
-        saving.committing = _Job(commit if is_ours else dict, in_thread=is_ours and self.asynchronous)
+        saving.committing = _Task(commit, in_thread=self.asynchronous)
 
     def evaluated(self, step: int, losses: dict[str, float | None]) -> None:
-        """Note the held-out losses of a step, for the choice of the best; on rank 0."""
+        """Record the held-out losses of a step for --keep-best; on rank 0."""
         try:
-            pending = set() if self._saving is None else {self._saving.progress.step}
+            pending = set() if self._saving is None else {self._saving.state.step}
             record_evaluation(self.writer.folder, step, losses, pending=pending)
         except OSError as error:
-            logger.warning("the losses of step %d cannot be noted beside the checkpoints (%s)", step, error.strerror)
+            logger.warning(
+                "cannot record the held-out losses of step %d beside the checkpoints (%s)", step, error.strerror
+            )
 
 
 def _write_errors() -> AbstractContextManager[None]:
     fix = "free or choose another disk; earlier checkpoints are unharmed"
-    return os_errors_as(CheckpointError, "--save", "checkpoint", "can be written", fix)
+    return os_errors_as(CheckpointError, "--save", "checkpoint", "be writable", fix)
 
 
-def _aside(path: Path, number: int) -> Path:
+def _renamed(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.damaged" + (f".{number}" if number else ""))

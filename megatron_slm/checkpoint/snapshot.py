@@ -1,4 +1,4 @@
-"""What one rank writes into a checkpoint: views into the optimizer's memory, or copies that training cannot change."""
+"""The tensors that one rank saves: views into the optimizer's memory, or copies that training cannot change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_slm.parallel.shards import Part, parts_with_offsets
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One file to be: its name, its tensors by name, and the words in its header."""
+    """A file to write: its name, its tensors by name, and its header's metadata."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -25,12 +25,12 @@ class TensorFile:
 
 
 def rank_files(optimizer: Any, rank: int, *, tensor_rank: int, with_moments: bool) -> list[TensorFile]:
-    """This rank's files: the pieces of logical tensors that are its to write, and its random state.
+    """List this rank's files: the slices of logical tensors that it writes, and its random state.
 
     The tensors of weights and moments are views: they change with the next optimizer step.
 
     Args:
-        with_moments: Adam has made its moments (it does at its first step).
+        with_moments: Adam has moments, which it creates at its first step.
     """
     owned = [fragment for fragment in fragments(optimizer) if _is_ours_to_write(fragment, tensor_rank)]
     files = [_fragment_file(f"weights_{rank:05d}.safetensors", owned, ("weight",))]
@@ -44,13 +44,13 @@ def rank_files(optimizer: Any, rank: int, *, tensor_rank: int, with_moments: boo
 
 
 class SnapshotMemory:
-    """Host memory for copies. It is kept from save to save: fresh pages cost more than the copy itself."""
+    """Host memory for copies, reused from save to save: fresh pages cost more than the copy itself."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, str], Tensor] = {}
 
     def copy(self, files: list[TensorFile]) -> list[TensorFile]:
-        """The files with their tensors copied to the host; valid until the next call."""
+        """Copy the files' tensors to the host; valid until the next call."""
         copies = [
             TensorFile(
                 file.name, {key: self._copy((file.name, key), x) for key, x in file.tensors.items()}, file.metadata
@@ -70,7 +70,7 @@ class SnapshotMemory:
 
 
 def _is_ours_to_write(fragment: Fragment, tensor_rank: int) -> bool:
-    """Copies are written once: tensor rank 0's of replicated weights, the first stage's of a tied one."""
+    """True for tensor rank 0's copy of replicated weights, and the first stage's of a tied one."""
     parameter = fragment.parameter
     if getattr(parameter, "ds_pipe_replicated", False):
         return False
@@ -78,9 +78,9 @@ def _is_ours_to_write(fragment: Fragment, tensor_rank: int) -> bool:
 
 
 def _fragment_file(name: str, owned: list[Fragment], quantities: tuple[Quantity, ...]) -> TensorFile:
-    """One file: 1-D tensors keyed `number.quantity`, and in its header which piece of what each number is."""
+    """Describe one file: 1-D tensors keyed `number.quantity`, and in its header the slice of each number."""
     tensors: dict[str, Tensor] = {}
-    pieces: list[dict[str, Any]] = []
+    slices: list[dict[str, Any]] = []
     for fragment in owned:
         for part, offset in parts_with_offsets(fragment.parameter):
             low, high = max(fragment.begin, offset), min(fragment.end, offset + part.numel)
@@ -88,9 +88,9 @@ def _fragment_file(name: str, owned: list[Fragment], quantities: tuple[Quantity,
                 continue
             for quantity in quantities:
                 held = fragment.view(quantity)[low - fragment.begin : high - fragment.begin]
-                tensors[f"{len(pieces)}.{quantity}"] = held
-            pieces.append(_describe(part, low - offset, high - offset))
-    return TensorFile(name, tensors, {"pieces": json.dumps(pieces)})
+                tensors[f"{len(slices)}.{quantity}"] = held
+            slices.append(_describe(part, low - offset, high - offset))
+    return TensorFile(name, tensors, {"pieces": json.dumps(slices)})
 
 
 def _describe(part: Part, begin: int, end: int) -> dict[str, Any]:

@@ -1,58 +1,73 @@
-"""The state of a run that changes from step to step."""
+"""The state of a run: everything that changes from step to step and that a resumed run continues from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from megatron_slm.loss.sums import LossSums
 
+_TENSOR = {"in_manifest": False}
+"""Metadata of a field that is too large for JSON and is saved in a file of its own."""
 
-@dataclass
-class Position:
-    """Where a run stands; the only part of it that changes from step to step."""
+
+@dataclass(kw_only=True)
+class RunState:
+    """Progress of a run, the same on every rank; `Saver` saves it, `load_state` loads it.
+
+    A new field of JSON values needs a default and nothing else: it is saved under its own name in the manifest and
+    restored from there; checkpoints without it restore the default.
+    """
 
     step: int = 0
+    """Finished steps, skipped ones included."""
     consumed_samples: int = 0
     adam_step: int = 0
+    """Optimizer steps applied: finished steps less the skipped ones."""
     score_threshold: float | None = None
-    """The running threshold of --slm-policy quantile; None before there is one."""
-    probe_kept: Tensor | None = None
-    """What the last probe kept, bool [samples, s]; None before the first."""
+    """Running threshold of --slm-policy quantile; None before the first step and with other policies."""
     tokens_seen: int | None = 0
-    """Valid tokens so far; None if the run goes on from a checkpoint that does not say."""
+    """Valid tokens of all applied steps; None after resuming from a checkpoint without a count."""
     tokens_kept: int | None = 0
-    """How many of them were trained on."""
+    """Tokens of these that were trained on."""
     recent_losses: list[float] = field(default_factory=list)
-    """Mean losses of the last steps, that spikes are told by."""
-
-    def count(self, sums: LossSums) -> None:
-        """Add the tokens of a step that was applied."""
-        if self.tokens_seen is not None and self.tokens_kept is not None:
-            self.tokens_seen += round(sums.valid_tokens)
-            self.tokens_kept += round(sums.kept_tokens)
+    """Mean losses of the last steps in nats, for the detection of loss spikes; empty where it is off."""
+    probe_kept: Tensor | None = field(default=None, compare=False, metadata=_TENSOR)
+    """Tokens that the last selection probe kept, bool [samples, s]; None before the first probe."""
 
     @property
     def skipped_steps(self) -> int:
         """Steps so far that were not applied."""
         return self.step - self.adam_step
 
+    def advance(self, num_samples: int, applied: LossSums | None) -> None:
+        """Move past a step.
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a run stands after a step."""
+        Args:
+            num_samples: samples of its global batch.
+            applied: its sums over all ranks; None where the step was skipped.
+        """
+        self.step += 1
+        self.consumed_samples += num_samples
+        if applied is None:
+            return
+        self.adam_step += 1
+        if self.tokens_seen is not None and self.tokens_kept is not None:
+            self.tokens_seen += round(applied.valid_tokens)
+            self.tokens_kept += round(applied.kept_tokens)
 
-    step: int
-    consumed_samples: int
-    adam_step: int
-    score_threshold: float | None = None
-    tokens_seen: int | None = 0
-    tokens_kept: int | None = 0
-    recent_losses: list[float] = field(default_factory=list)
-    """Mean losses of the last steps, that spikes are told by."""
-    probe_kept: Tensor | None = None
-    """Which tokens the last probe kept, bool [samples, s]; the same on every rank."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Where the run stands in each of its corpora (`BlendedSamples.state`)."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that the manifest holds, by name."""
+        return {name: getattr(self, name) for name in _manifest_fields(type(self))}
+
+    @classmethod
+    def take_from(cls, values: dict[str, Any]) -> Self:
+        """Build the state from a manifest's values and remove its fields from them."""
+        return cls(**{name: values.pop(name) for name in _manifest_fields(cls) if name in values})
+
+
+def _manifest_fields(kind: type[RunState]) -> list[str]:
+    return [f.name for f in fields(kind) if f.metadata.get("in_manifest", True)]

@@ -1,8 +1,7 @@
-"""Writing a safetensors file in one pass: to the disk, and through a checksum, block by block.
+"""Writes safetensors files and their checksums in one pass, block by block.
 
-The library's `save_file` would do, but for four things: a tensor need not be whole in memory; the checksum would need
-every file read again; its files are readable by their owner only; and what the disk says of a failure would be words
-instead of an error number.
+Unlike the library's `save_file`, it does not need whole tensors in memory or a second read for the checksum, creates
+files with the usual permissions, and raises disk errors with their error numbers.
 
 The format (github.com/huggingface/safetensors): the length of a JSON header in 8 bytes, the header with each tensor's
 dtype, shape and place, then the tensors one after another.
@@ -36,7 +35,7 @@ _BLOCK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A tensor that is to be written."""
+    """A tensor to write."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,30 +43,32 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in a file."""
+        """Size of its data in a file."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 Blocks = Callable[[Entry], Iterable[Tensor]]
-"""The tensors that, flattened and one after another, are the entry's values, in its dtype, on any device."""
+"""Yields tensors in the entry's dtype, on any device; flattened and concatenated they are its values."""
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """`write_entries` of tensors that are whole."""
+    """Write whole tensors (see `write_entries`)."""
     entries = [Entry(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in tensors.items()]
     return write_entries(path, entries, lambda entry: (tensors[entry.name],), metadata)
 
 
 def write_entries(path: Path, entries: Sequence[Entry], blocks: Blocks, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Write a safetensors file that is on the disk when this returns.
+    """Write a safetensors file; durable on return.
 
     Returns:
-        the file's line in a manifest: `size` in bytes and `sha256`, and the same of its header under `header`.
+        the file's entry in a manifest: `size` in bytes and `sha256`, and the same of its header under `header`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # so that each begins at a multiple of its own
+    ordered = sorted(
+        entries, key=lambda entry: -entry.dtype.itemsize
+    )  # so that each starts at a multiple of its itemsize
     header, digest = _header(ordered, metadata), hashlib.sha256()
     try:
         with path.open("wb") as file:

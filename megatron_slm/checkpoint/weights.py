@@ -1,4 +1,4 @@
-"""Where weights come from: a common face for checkpoints, Hugging Face folders and random initial values."""
+"""Sources of weights: one protocol for checkpoints, Hugging Face folders and random initial values."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Quantity = Literal["weight", "exp_avg", "exp_avg_sq"]
 
 
 class WeightSource(Protocol):
-    """Something that logical tensors can be read from, a slice at a time."""
+    """Reads logical tensors, a range at a time."""
 
     def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) of the flattened slice `part`, 1-D, fp32 or the stored dtype.
+        """Read elements [begin, end) of the flattened `part`, 1-D, fp32 or the stored dtype.
 
         Raises:
             SlmError: the tensor is missing or has another shape.
@@ -40,10 +40,10 @@ class RandomWeights:
         self._last: tuple[str, Tensor] | None = None
 
     def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
-        """See `WeightSource.read`; moments are zero."""
+        """Make elements [begin, end) of the flattened `part`; moments are zero."""
         if quantity != "weight":
             return torch.zeros(end - begin)
-        return slice_of(self._whole(part), part, begin, end)
+        return cut_range(self._whole(part), part, begin, end)
 
     def _whole(self, part: Part) -> Tensor:
         if self._last is None or self._last[0] != part.name:
@@ -61,14 +61,14 @@ class RandomWeights:
         return normal_(part.name, part.shape, std=std, seed=self.seed)
 
 
-def slice_of(whole: Tensor, part: Part, begin: int, end: int) -> Tensor:
-    """Elements [begin, end) of the flattened slice that `part` takes of a whole logical tensor."""
+def cut_range(whole: Tensor, part: Part, begin: int, end: int) -> Tensor:
+    """Cut elements [begin, end) of the flattened `part` from a whole logical tensor."""
     held = whole if part.dim is None else whole.narrow(part.dim, part.start, part.length)
     return held.reshape(-1)[begin:end]
 
 
 def read_range(parameter: nn.Parameter, source: WeightSource, quantity: Quantity, begin: int, end: int) -> Tensor:
-    """Elements [begin, end) of the flattened parameter, fp32 on the CPU; padding reads as zero."""
+    """Read elements [begin, end) of the flattened parameter, fp32 on the CPU; padding reads as zero."""
     out = torch.zeros(end - begin)
     for part, offset in parts_with_offsets(parameter):
         low, high = max(begin, offset), min(end, offset + part.numel)
@@ -78,7 +78,7 @@ def read_range(parameter: nn.Parameter, source: WeightSource, quantity: Quantity
 
 
 def fill_module(module: nn.Module, source: WeightSource) -> None:
-    """Give a module that no optimizer owns (the reference, a dense model) its weights."""
+    """Load the weights of a module that no optimizer owns (the reference, a dense model)."""
     for parameter in module.parameters():
         numel = prod(parameter.shape)
         parameter.data.copy_(read_range(parameter, source, "weight", 0, numel).view(parameter.shape))

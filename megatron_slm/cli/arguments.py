@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megatron_slm.errors import ConfigError
+from megatron_slm.errors import ConfigError, suggest_name
 
 _REASONS = {
     r"invalid choice: '?(?P<value>.*?)'? \(choose from (.*)\)": "be one of {1}",
@@ -36,8 +35,7 @@ class ToolParser(argparse.ArgumentParser):
         unknown = [word for word in (sys.argv[1:] if arguments is None else arguments) if self._is_unknown(word)]
         if unknown:
             flag = unknown[0].split("=", 1)[0]
-            near = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
-            fix = f"did you mean {near[0]}?" if near else "see --help for the flags"
+            fix = suggest_name(flag, self._option_string_actions, "see --help for the flags", cutoff=0.6)
             raise ConfigError("command line", flag, f"be a flag of {self.prog}", fix)
         return self.parse_args(arguments)
 

@@ -59,7 +59,7 @@ def _list(folder: Path, checkpoints: list[Path]) -> int:
             damaged = True
             table.add_row(path.name, "", "", "", *shown, f"{error.field} is {error.value!r}: must {error.rule}")
             continue
-        samples, size = f"{manifest.consumed_samples:,}", f"{manifest.num_bytes / 2**20:,.1f}"
+        samples, size = f"{manifest.state.consumed_samples:,}", f"{manifest.num_bytes / 2**20:,.1f}"
         table.add_row(path.name, samples, size, manifest.describe_layout(), *shown, "complete")
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     return int(damaged)

@@ -11,14 +11,13 @@ Takes the flags of tools/pretrain_slm.py as well, with the same meaning.
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 
 from megatron_slm.cli.arguments import ToolParser, positive_int
 from megatron_slm.cli.command import run_command
-from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
-from megatron_slm.errors import ConfigError
+from megatron_slm.config.run import RunConfig
+from megatron_slm.errors import ConfigError, suggest_name
 
 
 def build_parser() -> ToolParser:
@@ -47,8 +46,9 @@ def parse_flags(words: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
     try:
         return flags, parse(rest, train_iters=max(1, flags.first_sample + flags.samples))[0]
     except ConfigError as error:
-        near = difflib.get_close_matches(f"--{error.value}", list(parser._option_string_actions), n=1, cutoff=0.8)
-        fix = f"did you mean {near[0]}?" if near and error.field == "flag" else error.fix
+        if error.field != "flag":
+            raise
+        fix = suggest_name(str(error.value), parser._option_string_actions, error.fix, cutoff=0.8)
         raise ConfigError(error.field, error.value, error.rule, fix) from error
 
 

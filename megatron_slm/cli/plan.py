@@ -17,7 +17,7 @@ from megatron_slm.files import write_json
 from megatron_slm.planning.gpus import GPUS, Cluster
 
 if TYPE_CHECKING:
-    from megatron_slm.planning.job import Job
+    from megatron_slm.planning.planned_run import PlannedRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,8 +83,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - prints JSON only")
 
 
-def _open(args: argparse.Namespace) -> tuple[Job, Cluster]:
-    from megatron_slm.planning.job import open_job
+def _open(args: argparse.Namespace) -> tuple[PlannedRun, Cluster]:
+    from megatron_slm.planning.planned_run import plan_run
 
     cluster = Cluster(
         gpu=GPUS[args.gpu],
@@ -95,7 +95,7 @@ def _open(args: argparse.Namespace) -> tuple[Job, Cluster]:
         memory_share=args.memory_share,
     )
     config, _ = parse(["--config", args.config, *args.run_flags])
-    return open_job(config, model_config=args.model_config, reference_config=args.reference_config), cluster
+    return plan_run(config, model_config=args.model_config, reference_config=args.reference_config), cluster
 
 
 def _console() -> Console:
@@ -114,8 +114,8 @@ def plan_layout(args: argparse.Namespace) -> None:
     from megatron_slm.planning.layouts import configured_layout
     from megatron_slm.planning.tables import memory_table, speed_table
 
-    job, cluster = _open(args)
-    planned = estimate(job, configured_layout(job, cluster.num_gpus), cluster)
+    run, cluster = _open(args)
+    planned = estimate(run, configured_layout(run, cluster.num_gpus), cluster)
     if args.json != "-":
         console = _console()
         console.print(memory_table(planned, args.gpu))
@@ -141,8 +141,8 @@ def plan_search(args: argparse.Namespace) -> None:
 
     if args.top < 1:
         raise LayoutError("--top", args.top, "be at least 1", "raise it")
-    job, cluster = _open(args)
-    found = search(job, cluster, num_results=args.top)
+    run, cluster = _open(args)
+    found = search(run, cluster, num_results=args.top)
     if args.json != "-":
         _console().print(search_table(found, args.gpu))
     _write_json(args.json, {"layouts": [planned.to_dict() for planned in found]}, args)

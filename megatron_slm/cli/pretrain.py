@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_slm.training.pretrain import prepare, train_prepared
 
         run = prepare(config)
-        first_step = run.position.step
+        first_step = run.state.step
         train_prepared(run)
 
     def exit_code(error: SlmError) -> int:
-        has_stepped = run is not None and run.position.step > first_step
+        has_stepped = run is not None and run.state.step > first_step
         return error.exit_code if has_stepped else error.exit_code_at_start
 
     return run_command(execute, argv, exit_code=exit_code)

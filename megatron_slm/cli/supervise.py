@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import run_command
 from megatron_slm.errors import EXIT_UNUSABLE
-from megatron_slm.operations.supervisor import Job, Policy, Supervisor
+from megatron_slm.operations.supervisor import Command, RestartPolicy, Supervisor
 
 _FLAGS = {
     "max_restarts": "restarts over the whole life of the supervisor",
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    defaults = Policy()
+    defaults = RestartPolicy()
     parser = ToolParser(
         "Start a training, and restart it from its newest checkpoint when it fails.",
         usage="%(prog)s [flags] -- deepspeed ... tools/pretrain_slm.py ...",
@@ -35,5 +35,5 @@ def _run(words: Sequence[str]) -> int:
             "--" + name.replace("_", "-"), type=type(default), default=default, help=f"{meaning} (default: {default})"
         )
     at = words.index("--") if "--" in words else len(words)
-    policy = Policy(**vars(parser.parse_flags(words[:at])))
-    return Supervisor(Job.of(words[at + 1 :]), policy).run()
+    policy = RestartPolicy(**vars(parser.parse_flags(words[:at])))
+    return Supervisor(Command.parse(words[at + 1 :]), policy).run()

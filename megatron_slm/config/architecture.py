@@ -1,4 +1,4 @@
-"""The shape of one model, complete: every number that its mathematics needs."""
+"""The complete architecture of one model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""The scalings of RoPE that are known, and the numbers each needs."""
+"""Supported RoPE scalings and the numbers each requires."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A Llama-type decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention), with the options its kin need."""
+    """A Llama-type decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention) with the options of related families.
+
+    Errors name the fields as here; whoever reads them from flags or files renames them as typed.
+    """
 
     num_layers: int
     """Number of decoder blocks."""
@@ -26,21 +29,21 @@ class Architecture:
     ffn_hidden_size: int
     """Width of the SwiGLU's inner layer."""
     num_attention_heads: int
-    """Query heads."""
+    """Number of query heads."""
     num_query_groups: int
-    """Key and value heads; each serves heads / groups query heads."""
+    """Number of key/value heads; each serves heads / groups query heads."""
     kv_channels: int
     """Width of one head."""
     vocab_size: int
-    """True number of tokens, without padding."""
+    """Number of tokens, without padding."""
     max_position_embeddings: int = 2048
-    """Longest sequence the model was made for; written into exported configurations."""
+    """Longest supported sequence; written into exported configurations."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMSNorm."""
     rotary_base: float = 10000.0
-    """RoPE's theta."""
+    """Base (theta) of RoPE."""
     rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """RoPE scaling by Hugging Face's names: empty, or rope_type `linear` or `llama3` and its numbers."""
+    """RoPE scaling with Hugging Face's field names: empty, or rope_type `linear` or `llama3` with its numbers."""
     tied: bool = False
     """The output weight is the embedding."""
     qkv_bias: bool = False
@@ -50,16 +53,16 @@ class Architecture:
     mlp_bias: bool = False
     """Biases in the MLP."""
     qk_norm: bool = False
-    """RMSNorm over the width of each query and key head, before RoPE; one weight for all heads of a block."""
+    """RMSNorm over each query and key head, before RoPE; one weight for all heads of a block."""
     sliding_window: int | None = None
-    """Each position sees this many positions, itself included; None for all before it."""
+    """Number of positions each position attends to, itself included; None for all before it."""
     full_attention_layers: int = 0
-    """With a sliding window: the first blocks that see everything all the same."""
+    """With a sliding window: number of first blocks with full attention."""
     initializer_range: float = 0.02
     """Standard deviation of initial weights."""
 
     def __post_init__(self) -> None:
-        positive = (
+        positive = [
             "num_layers",
             "hidden_size",
             "ffn_hidden_size",
@@ -67,29 +70,29 @@ class Architecture:
             "num_query_groups",
             "kv_channels",
             "vocab_size",
-        )
+        ]
+        if self.sliding_window is not None:
+            positive.append("sliding_window")
         for name in positive:
-            if getattr(self, name) < 1:
-                raise LayoutError(name, getattr(self, name), "is at least 1", "give a positive number")
-        if self.num_attention_heads % self.num_query_groups:
-            raise LayoutError(
-                "num_attention_heads",
-                self.num_attention_heads,
-                f"is divisible by num_query_groups ({self.num_query_groups})",
-                "choose a number of query groups that divides the heads",
-            )
-        if self.kv_channels % 2:
-            raise LayoutError("kv_channels", self.kv_channels, "is even (RoPE turns pairs)", "use an even head width")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise LayoutError("sliding_window", self.sliding_window, "is at least 1, or None", "give a positive number")
+            _require(self, getattr(self, name) >= 1, name, "be positive", "use a number above 0")
+        _require(
+            self,
+            self.num_attention_heads % self.num_query_groups == 0,
+            "num_attention_heads",
+            f"be divisible by the number of query groups ({self.num_query_groups})",
+            "choose a number of query groups that divides the number of heads",
+        )
+        _require(
+            self, self.kv_channels % 2 == 0, "kv_channels", "be even (RoPE rotates pairs)", "use an even head width"
+        )
         windowed = self.num_layers if self.sliding_window is not None else 1
-        if not 0 <= self.full_attention_layers < windowed:
-            raise LayoutError(
-                "full_attention_layers",
-                self.full_attention_layers,
-                "leaves at least one block to the sliding window, and is 0 without one",
-                "give fewer, or no sliding window",
-            )
+        _require(
+            self,
+            0 <= self.full_attention_layers < windowed,
+            "full_attention_layers",
+            f"be below {windowed}, the number of blocks" if windowed > 1 else "be 0 without a sliding window",
+            "use fewer blocks with full attention, or no sliding window",
+        )
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -98,34 +101,46 @@ class Architecture:
             raise LayoutError(
                 "rope_scaling.rope_type",
                 rope_type,
-                f"is one of {', '.join(ROPE_FIELDS)}",
-                "use a checkpoint with one of these",
+                f"be one of {', '.join(ROPE_FIELDS)}",
+                "use a model with one of these scalings",
             )
-        unknown = sorted(set(self.rope_scaling) - {"rope_type", *ROPE_FIELDS[rope_type]})
-        if unknown:
+        fields = ROPE_FIELDS[rope_type]
+        for name in sorted(set(self.rope_scaling) - {"rope_type", *fields}):
             raise LayoutError(
-                f"rope_scaling.{unknown[0]}",
-                self.rope_scaling[unknown[0]],
-                f"is a field of rope_type {rope_type} (which has {', '.join(ROPE_FIELDS[rope_type]) or 'none'})",
-                "leave it out, or use a checkpoint without it",
+                f"rope_scaling.{name}",
+                self.rope_scaling[name],
+                f"be absent: rope_type {rope_type} has {'the fields ' + ', '.join(fields) if fields else 'no fields'}",
+                "remove it, or use a model without it",
             )
-        for name in ROPE_FIELDS[rope_type]:
+        for name in fields:
             value = self.rope_scaling.get(name)
             if not isinstance(value, int | float) or value <= 0:
                 raise LayoutError(
-                    f"rope_scaling.{name}", value, f"is a positive number with rope_type {rope_type}", "give it"
+                    f"rope_scaling.{name}", value, f"be a positive number with rope_type {rope_type}", "set it"
                 )
 
     def window_of(self, block: int) -> int | None:
-        """The sliding window of one block; None where it sees everything before it."""
+        """Return the sliding window of one block; None for full attention."""
         return None if block < self.full_attention_layers else self.sliding_window
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model, the tied output counted once."""
+        """Number of weights, tied weights counted once."""
         d, f = self.hidden_size, self.ffn_hidden_size
         q, kv = self.num_attention_heads * self.kv_channels, self.num_query_groups * self.kv_channels
         block = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
-        block += (q + 2 * kv) * self.qkv_bias + d * self.attention_output_bias + (2 * f + d) * self.mlp_bias
-        block += 2 * self.kv_channels * self.qk_norm
-        return self.num_layers * block + d + self.vocab_size * d * (1 if self.tied else 2)
+        if self.qkv_bias:
+            block += q + 2 * kv
+        if self.attention_output_bias:
+            block += d
+        if self.mlp_bias:
+            block += 2 * f + d
+        if self.qk_norm:
+            block += 2 * self.kv_channels
+        vocabulary = self.vocab_size * d
+        return self.num_layers * block + d + (vocabulary if self.tied else 2 * vocabulary)
+
+
+def _require(architecture: Architecture, condition: bool, name: str, rule: str, fix: str) -> None:
+    if not condition:
+        raise LayoutError(name, getattr(architecture, name), rule, fix)

@@ -1,11 +1,13 @@
-"""Implementations that compute: what is asked for, and what was chosen."""
+"""Configuration of the compute backends.
+
+`auto` picks the fastest backend that works, else torch; a backend named explicitly is used or raises an error, never
+replaced.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
-
-from megatron_slm.device import on_gpu
 
 Attention = Literal["sdpa", "flash", "flash3"]
 Norm = Literal["torch", "apex"]
@@ -14,23 +16,23 @@ Optimizer = Literal["torch", "apex", "deepspeed"]
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
-    """Implementations of the model's and the optimizer's computations; results agree up to rounding."""
+    """Implementations of attention, norms and the optimizer; results agree up to rounding."""
 
     attention_backend: Literal["auto", "sdpa", "flash", "flash3"] = "auto"
-    """Attention: torch's scaled_dot_product_attention, flash-attn 2, or flash-attn 3 (GPU, bf16; 3 on Hopper); auto:
-    the fastest that works."""
+    """Attention. sdpa: torch's scaled_dot_product_attention. flash, flash3: flash-attn 2 and 3 (GPU, bf16; 3 on
+    Hopper). auto: the fastest that works."""
     norm_backend: Literal["auto", "torch", "apex"] = "auto"
-    """RMSNorm: torch's operations, or apex' fused kernel (GPU); auto: apex where it works."""
+    """RMSNorm. torch: torch's operations. apex: the fused kernel of apex (GPU). auto: apex where it works."""
     optimizer_backend: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
-    """AdamW: torch's (fused on a GPU), or the FusedAdam of apex or of DeepSpeed (GPU; DeepSpeed compiles its own);
-    auto: apex where it works, else torch."""
+    """AdamW. torch: torch's (fused on a GPU). apex: FusedAdam of apex (GPU). deepspeed: FusedAdam of DeepSpeed (GPU;
+    compiled at start). auto: apex where it works, else torch."""
     compile_blocks: bool = False
-    """Compile each decoder block with torch.compile; the first steps take minutes longer. Not with ZeRO-3."""
+    """Compile each decoder block with torch.compile. The first steps take minutes longer. Not with ZeRO-3."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backends:
-    """What a process computes with."""
+    """Backends selected for a process."""
 
     attention: Attention = "sdpa"
     norm: Norm = "torch"
@@ -40,7 +42,9 @@ class Backends:
     """Reasons that `auto` could not take something faster, by what is computed."""
 
     def describe(self) -> dict[str, str]:
-        """What is computed, and by what; for people."""
+        """Return the selected implementation of each computation, for logs."""
+        from megatron_slm import device  # imports torch, which `--help` does not need
+
         chosen = {
             "attention": {
                 "sdpa": "torch scaled_dot_product_attention",
@@ -49,7 +53,7 @@ class Backends:
             }[self.attention],
             "norm": {"torch": "torch", "apex": "apex FusedRMSNorm"}[self.norm],
             "optimizer": {
-                "torch": "torch AdamW (fused)" if on_gpu() else "torch AdamW",
+                "torch": "torch AdamW (fused)" if device.on_gpu() else "torch AdamW",
                 "apex": "apex FusedAdam",
                 "deepspeed": "DeepSpeed FusedAdam",
             }[self.optimizer],

@@ -1,4 +1,4 @@
-"""Blends of corpora as they are written on the command line: Megatron's three syntaxes, and phases of them."""
+"""Parses blends of corpora (Megatron-LM's three syntaxes) and phases of blends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn
 
 from megatron_slm.errors import ConfigError
 
@@ -16,7 +15,7 @@ _NAMED = re.compile(r"([\w.+-]+)=(.+)")
 
 @dataclass(frozen=True)
 class NamedPrefix:
-    """A corpus and what it is called in metrics and messages."""
+    """A corpus and its name in metrics and messages."""
 
     name: str
     prefix: str
@@ -25,24 +24,24 @@ class NamedPrefix:
 
 @dataclass(frozen=True)
 class Blend:
-    """Corpora that are read together."""
+    """Corpora sampled together."""
 
     corpora: tuple[NamedPrefix, ...]
     weights: tuple[float, ...] | None
-    """How often each is drawn, not normalised; None: in proportion to their sizes."""
+    """Sampling weights, not normalized; None: in proportion to the corpora's sizes."""
 
 
 @dataclass(frozen=True)
 class BlendPhase:
-    """A blend that holds from a step on."""
+    """A blend used from a step on."""
 
     first_step: int
-    """Steps done before it."""
+    """Number of steps before it."""
     blend: Blend
 
 
 def named_prefix(text: str) -> NamedPrefix:
-    """`NAME=PREFIX` or `PREFIX`, whose name is its last part.
+    """Parse `NAME=PREFIX`, or `PREFIX`, whose name is the last component of its path.
 
     A name has no slash, so a prefix such as `/data/date=2024/web` stays a prefix.
     """
@@ -53,10 +52,10 @@ def named_prefix(text: str) -> NamedPrefix:
 
 
 def parse_blend(words: Sequence[str], flag: str) -> Blend:
-    """`PREFIX`, `PREFIX PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`, as Megatron reads them.
+    """Parse `PREFIX`, `PREFIX PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`, as Megatron-LM does.
 
     Raises:
-        ConfigError: there is no corpus, one is named twice, a weight is not a number above 0, or their sum is none.
+        ConfigError: no corpus, a corpus named twice, or weights that are not finite and positive with a finite sum.
     """
     words = [word.strip() for word in words]
     numbers = [_number(word) for word in words[::2]]
@@ -65,62 +64,69 @@ def parse_blend(words: Sequence[str], flag: str) -> Blend:
     if words and len(words) % 2 == 0 and all(number is not None for number in numbers):
         weights, prefixes = tuple(number for number in numbers if number is not None), words[1::2]
     elif len(words) > 1 and any(number is not None for number in numbers):
-        _refuse(flag, " ".join(words), "gives a weight to every corpus or to none", "write WEIGHT PREFIX pairs")
+        raise ConfigError(
+            flag, " ".join(words), "have a weight for every corpus or for none", "write WEIGHT PREFIX pairs"
+        )
     corpora = tuple(named_prefix(word) for word in prefixes)
     if not corpora:
-        _refuse(flag, list(words), "names a corpus", "give the PREFIX of PREFIX.bin and PREFIX.idx")
+        raise ConfigError(flag, list(words), "name a corpus", "use the PREFIX of PREFIX.bin and PREFIX.idx")
     for weight, corpus in zip(weights or [1.0] * len(corpora), corpora, strict=True):
         if not (math.isfinite(weight) and weight > 0):
-            rule = f"is a finite number above 0 (the weight of {corpus.prefix})"
-            _refuse(flag, weight, rule, "leave the corpus out, or give it a share")
+            rule = f"be a finite number above 0 (weight of {corpus.prefix})"
+            raise ConfigError(flag, weight, rule, "remove the corpus, or use a positive weight")
     if weights is not None and not math.isfinite(sum(weights)):
-        _refuse(flag, list(weights), "has weights with a finite sum", "divide them all by one number")
+        raise ConfigError(flag, list(weights), "have a finite sum", "use smaller weights")
     check_names(corpora, flag)
     return Blend(corpora, weights)
 
 
 def parse_phase(text: str) -> BlendPhase:
-    """`STEP: BLEND`, with the blend's words between spaces.
+    """Parse `STEP: BLEND`, the blend's arguments separated by spaces.
 
     Raises:
-        ConfigError: it is not that.
+        ConfigError: malformed text.
     """
     found = re.fullmatch(r"\s*(\d+)\s*:(.*)", text, re.DOTALL)
     if found is None or int(found[1]) == 0:
-        _refuse("--data-phases", text, "is STEP: BLEND with a step above 0", "for example '2000: 0.3 web 0.7 books'")
+        raise ConfigError(
+            "--data-phases",
+            text,
+            "have the form STEP: BLEND with a step above 0",
+            "write e.g. '2000: 0.3 web 0.7 books'",
+        )
     return BlendPhase(int(found[1]), parse_blend(found[2].split(), f"--data-phases at step {found[1]}"))
 
 
 def parse_phases(texts: Iterable[str]) -> tuple[BlendPhase, ...]:
-    """All of --data-phases.
+    """Parse --data-phases.
 
     Raises:
-        ConfigError: one cannot be read, or the steps do not rise.
+        ConfigError: a phase is malformed, or the steps do not increase.
     """
     phases = tuple(parse_phase(text) for text in texts)
     steps = [phase.first_step for phase in phases]
     if any(later <= earlier for earlier, later in pairwise(steps)):
-        _refuse("--data-phases", steps, "have steps that rise", "write the phases in the order they come")
+        raise ConfigError("--data-phases", steps, "have increasing steps", "write the phases in order of their steps")
     return phases
 
 
 def check_names(corpora: Iterable[NamedPrefix], flag: str) -> None:
-    """Refuse a corpus that is named twice, and two corpora of one name.
+    """Check that every corpus is listed once and has its own name.
 
     Raises:
-        ConfigError: there is such a pair.
+        ConfigError: duplicate corpus or name.
     """
     by_name: dict[str, str] = {}
     for corpus in corpora:
         if corpus.name in by_name:
             same = by_name[corpus.name] == corpus.prefix
-            rule = "names each corpus once" if same else f"has a name of its own ({corpus.name} is taken)"
-            _refuse(flag, corpus.prefix, rule, "raise its weight instead" if same else "write NAME=PREFIX")
+            rule = "be listed once" if same else f"have its own name ({corpus.name} is taken)"
+            raise ConfigError(flag, corpus.prefix, rule, "raise its weight instead" if same else "write NAME=PREFIX")
         by_name[corpus.name] = corpus.prefix
 
 
 def is_number(word: str) -> bool:
-    """Whether a word of a blend is a weight."""
+    """Return True if an argument of a blend is a weight."""
     return _number(word) is not None
 
 
@@ -129,7 +135,3 @@ def _number(word: str) -> float | None:
         return float(word)
     except ValueError:
         return None
-
-
-def _refuse(flag: str, value: object, rule: str, fix: str) -> NoReturn:
-    raise ConfigError(flag, value, rule, fix)

@@ -1,11 +1,11 @@
-"""Saving, loading and resuming."""
+"""Configuration of saving and resuming."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_slm.config.rules import require, require_positive
+from megatron_slm.config.rules import flag, require_given, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,45 +13,45 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     save: str | None = None
-    """Folder for checkpoints (default with --save-interval: RUN_DIR/checkpoints); one is written at the end."""
+    """Folder for checkpoints; with it, the run also saves at its end. Default: RUN_DIR/checkpoints with
+    --save-interval, else no checkpoints."""
     save_interval: int | None = None
     """Save every this many steps, and at the end."""
     async_save: bool = False
-    """Go on training while a copy of the state is written; it takes as much host memory as the rank's files."""
+    """Write checkpoints in the background from a copy of the state, which takes as much host memory as the rank's
+    files."""
     keep_last: int | None = None
-    """Delete checkpoints but for this many newest ones, once a newer one is committed; default: delete none."""
+    """Number of newest checkpoints to keep; older ones are deleted after each save. Default: keep all."""
     save_retain_interval: int | None = None
-    """With --keep-last: keep those of every this many steps too."""
+    """With --keep-last: also keep checkpoints at multiples of this many steps."""
     keep_best: str | None = None
-    """With --keep-last: keep the one with the lowest loss of this held-out set too; --save-interval must be a
-    multiple of --eval-interval, so that each has a loss."""
+    """With --keep-last: also keep the checkpoint with the lowest loss on this held-out set. --save-interval must be
+    a multiple of --eval-interval."""
     load: str | None = None
-    """Resume from the newest complete checkpoint in this folder (or from this checkpoint), of any layout. The folder
-    that the run saves to may hold none yet: the run then starts afresh, so that one command starts and resumes."""
+    """Resume from the newest complete checkpoint in this folder, or from this checkpoint, saved at any layout. If the
+    folder is also the save folder and has no checkpoint yet, the run starts from scratch, so that one command both
+    starts and resumes."""
     exit_on_missing_checkpoint: bool = False
-    """End the run if --load finds no checkpoint, also in the folder that the run saves to."""
+    """With --load: exit if there is no checkpoint, even in the run's own save folder."""
     load_fallback: bool = False
-    """Where the newest checkpoint in --load is damaged, take the newest one that is not."""
+    """With --load: if the newest checkpoint is damaged, resume from the newest intact one."""
     load_checksums: Literal["small", "all", "none"] = "small"
-    """Files of --load whose checksums are compared: those up to 256 MiB, all, or none; sizes always are."""
+    """Files of the loaded checkpoint to verify by checksum: small (up to 256 MiB), all or none. Sizes are always
+    verified."""
     accept_new_sample_order: bool = False
-    """Resume although the samples so far would be others (other corpus, --seed, --split or --seq-length); orders that
-    were begun are then laid out anew, and samples may repeat or be left out."""
+    """Resume even if the order of samples changed (another corpus, --seed, --split or --seq-length). Samples may then
+    repeat or be skipped."""
 
     def __post_init__(self) -> None:
         require_positive(self, "save_interval", "keep_last", "save_retain_interval")
         for name in ("save_retain_interval", "keep_best"):
-            require(
-                getattr(self, name) is None or self.keep_last is not None,
-                name,
-                getattr(self, name),
-                "is an exception from --keep-last, without which nothing is deleted",
-                "add --keep-last, or leave it out",
-            )
+            if getattr(self, name) is not None:
+                require_given(self.keep_last is not None, "keep_last", flag(name), f"add it, or remove {flag(name)}")
         for name in ("exit_on_missing_checkpoint", "load_fallback"):
-            require(self.load is not None or not getattr(self, name), name, True, "goes with --load", "add --load")
+            if getattr(self, name):
+                require_given(self.load is not None, "load", flag(name), f"add it, or remove {flag(name)}")
 
     @property
     def enabled(self) -> bool:
-        """Whether the run writes checkpoints at all."""
+        """True if the run writes checkpoints."""
         return self.save is not None or self.save_interval is not None

@@ -1,4 +1,4 @@
-"""The section of a run's configuration that says which corpora are read, and how."""
+"""Configuration of corpora, samples and the tokenizer."""
 
 from __future__ import annotations
 
@@ -6,88 +6,86 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_slm.config.blends import parse_blend, parse_phases
-from megatron_slm.errors import ConfigError
+from megatron_slm.config.rules import flag, require, require_not_negative, require_positive
+
+_DEFAULT_SPLIT = "1,0,0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Corpora and the tokenizer they were made with."""
+    """Corpora, packing of documents into samples, and the tokenizer."""
 
     data_path: list[str] = field(default_factory=list)
-    """Training corpora, each the prefix of PREFIX.bin and PREFIX.idx: `PREFIX`, `PREFIX PREFIX ...` (drawn in
-    proportion to their sizes) or `WEIGHT PREFIX WEIGHT PREFIX ...`; NAME=PREFIX gives one another name in
-    the metrics."""
-    split: str = "1,0,0"
-    """Shares of --data-path for training, validation and test (held-out sets named valid and test), as Megatron cuts
-    them (969,30,1)."""
+    """Training corpora, each the PREFIX of PREFIX.bin and PREFIX.idx: one PREFIX, several (sampled in proportion to
+    their sizes), or WEIGHT PREFIX pairs. NAME=PREFIX sets a corpus's name in the metrics."""
+    split: str = _DEFAULT_SPLIT
+    """Shares of --data-path for training, validation and test, as in Megatron-LM (969,30,1). The held-out sets are
+    named valid and test."""
     train_data_path: list[str] = field(default_factory=list)
-    """The training corpora, as for --data-path, which is left out then; they are not split."""
+    """Training corpora as for --data-path, but not split. Replaces --data-path."""
     valid_data_path: list[str] = field(default_factory=list)
-    """Held-out corpora, each PREFIX or NAME=PREFIX; each is evaluated whole under its name. Weights are not used."""
+    """Held-out corpora, each PREFIX or NAME=PREFIX, evaluated separately under their names. Weights are ignored."""
     test_data_path: list[str] = field(default_factory=list)
-    """As --valid-data-path, but evaluated at the end of the run only."""
+    """Like --valid-data-path, but evaluated only at the end of the run."""
     data_args_path: str | None = None
-    """File with the words of --data-path, for blends too long for a command line."""
+    """File with the arguments of --data-path, for long blends."""
     per_split_data_args_path: str | None = None
-    """JSON file with the words of --train-data-path, --valid-data-path and --test-data-path under the keys train,
+    """JSON file with the arguments of --train-data-path, --valid-data-path and --test-data-path under the keys train,
     valid and test."""
     data_phases: list[str] = field(default_factory=list)
-    """Other blends from a step on, each `STEP: BLEND` ('2000: 0.3 web 0.7 books'). A corpus that goes on in another
-    phase goes on where it was."""
+    """Blends that replace the first one from a step on, each 'STEP: BLEND', such as '2000: 0.3 web 0.7 books'. A
+    corpus used in several phases continues from its read position."""
     data_cache_path: str | None = None
-    """Folder for the index of the samples, and for copies of corpora that are named by an address that fsspec opens
-    (s3://...); shared by the ranks of a node. Default: RUN_DIR/index-cache."""
+    """Folder for sample indices and local copies of remote corpora (s3://... and other fsspec addresses), shared by
+    the ranks of a node. Default: RUN_DIR/index-cache."""
     num_workers: int = 2
-    """Threads of a rank that read micro-batches ahead. Results do not depend on it; with 0 they are read when they are
-    needed, and a file that cannot be read then ends the run within a step, without a checkpoint."""
+    """Threads per rank that prefetch micro-batches. Results do not depend on it. With 0, batches are read on demand,
+    and an unreadable file ends the run in the middle of a step, without a checkpoint."""
     packing: Literal["concatenate", "best-fit"] = "concatenate"
-    """How documents become samples. concatenate: laid end to end and cut, as Megatron does. best-fit: whole documents
-    that fit together, the rest of a sample padding that is masked; only documents longer than a sample are cut."""
+    """Packing of documents into samples. concatenate: join documents and cut, as Megatron-LM does. best-fit: combine
+    whole documents and pad the rest of a sample with masked tokens; only documents longer than a sample are cut."""
     reset_position_ids: bool = False
-    """Positions count from the start of each document."""
+    """Restart positions at the start of each document."""
     reset_attention_mask: bool = False
-    """Tokens see their own document only, and the first token of a document is no label. A document ends where the
-    corpus says so and after an end-of-document token."""
+    """Restrict attention to a token's own document, and exclude the first token of each document from the labels.
+    Documents end at the corpus's document boundaries and after end-of-document tokens."""
     eod_mask_loss: bool = False
-    """Leave out the label that follows an end-of-document token."""
+    """Mask the loss of labels that follow an end-of-document token."""
     tokenizer_type: str = "HuggingFaceTokenizer"
-    """HuggingFaceTokenizer, SentencePieceTokenizer (GPTSentencePieceTokenizer, Llama2Tokenizer), GPT2BPETokenizer,
-    TikTokenizer, NullTokenizer."""
+    """Tokenizer class: HuggingFaceTokenizer, SentencePieceTokenizer (or GPTSentencePieceTokenizer, Llama2Tokenizer),
+    GPT2BPETokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: str | None = None
-    """Tokenizer folder or file; default: the one in --init-from."""
+    """Tokenizer folder or file. Default: the tokenizer in --init-from."""
     vocab_size: int | None = None
-    """Number of tokens; for NullTokenizer, which has no table of its own, TikTokenizer, whose table may be cut, and
-    plans without the tokenizer. Another tokenizer must agree with it."""
+    """Vocabulary size for NullTokenizer, for TikTokenizer (truncates its table), and for plans without a tokenizer.
+    With any other tokenizer it must equal the tokenizer's size."""
     seq_length: int = 2048
-    """Tokens of a sample that the model reads."""
+    """Sequence length in tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_length", "vocab_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError("--" + name.replace("_", "-"), value, "is greater than 0", "give a positive number")
-        if self.num_workers < 0:
-            raise ConfigError("--num-workers", self.num_workers, "is 0 or more", "give 0 to read without threads")
+        require_positive(self, "seq_length", "vocab_size")
+        require_not_negative(self, "num_workers")
         self._check_one_source()
         for name in ("data_path", "train_data_path"):
             if getattr(self, name):
-                parse_blend(getattr(self, name), "--" + name.replace("_", "-"))
+                parse_blend(getattr(self, name), flag(name))
         parse_phases(self.data_phases)
 
     def _check_one_source(self) -> None:
-        """Training corpora come from one flag, held-out ones too."""
-        ways = {
-            "--data-path": self.data_path,
-            "--train-data-path": self.train_data_path,
-            "--data-args-path": self.data_args_path,
-            "--per-split-data-args-path": self.per_split_data_args_path,
-        }
-        given = [flag for flag, value in ways.items() if value]
-        if len(given) > 1:
-            raise ConfigError(given[1], ways[given[1]], f"is left out beside {given[0]}", "keep one of them")
-        for name in ("valid_data_path", "test_data_path"):
-            if self.per_split_data_args_path and getattr(self, name):
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(flag, getattr(self, name), "is left out beside --per-split-data-args-path", "drop it")
-        if self.split != "1,0,0" and (self.train_data_path or self.per_split_data_args_path):
-            raise ConfigError("--split", self.split, "is for --data-path", "leave it out beside corpora of each set")
+        """Check that training corpora are named by one flag, and held-out corpora by one flag.
+
+        Raises:
+            ConfigError: they are named by two.
+        """
+        sources = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+        used = [name for name in sources if getattr(self, name)]
+        for name in used[1:]:
+            require(False, self, name, f"not be combined with {flag(used[0])}", "keep one of the two")
+        if self.per_split_data_args_path:
+            for name in ("valid_data_path", "test_data_path"):
+                rule = "not be combined with --per-split-data-args-path"
+                require(not getattr(self, name), self, name, rule, "remove one of the two")
+        for name in ("train_data_path", "per_split_data_args_path"):
+            if getattr(self, name):
+                rule = f"not be combined with {flag(name)}, which names the corpora of each set"
+                require(self.split == _DEFAULT_SPLIT, self, "split", rule, "remove --split")

@@ -1,29 +1,29 @@
-"""The DeepSpeed configuration: the user's JSON with what our configuration decides filled in.
+"""Completes the user's DeepSpeed JSON from the run's configuration.
 
-Batch sizes, precision, clipping and the optimizer live in our configuration only. The JSON says "auto" there
-or leaves them out; anything else has to agree, or the run ends before it starts.
+Batch sizes, precision, clipping and the optimizer are configured by flags only. The JSON has "auto" there or omits
+them; any other value must match, or the run ends before it starts.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron_slm.config.run import RunConfig
-from megatron_slm.errors import ConfigError
+from megatron_slm.errors import ConfigError, suggest_name
 
+_JSON = "DeepSpeed JSON"
 _ZERO_1 = "ds_configs/zero1_bf16_pipeline.json"
 DEFAULT: dict[str, Any] = {"zero_optimization": {"stage": 1}}
-"""Used without --deepspeed-config; the content of ds_configs/zero1_bf16_pipeline.json."""
+"""Default without --deepspeed-config; equals ds_configs/zero1_bf16_pipeline.json."""
 
 
 def read_json(path: str | None) -> dict[str, Any]:
-    """The user's DeepSpeed JSON.
+    """Read the user's DeepSpeed JSON.
 
     Raises:
-        ConfigError: it cannot be read or is not a JSON object.
+        ConfigError: unreadable file, or not a JSON object.
     """
     if path is None:
         return json.loads(json.dumps(DEFAULT))
@@ -31,50 +31,50 @@ def read_json(path: str | None) -> dict[str, Any]:
         loaded = json.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(
-            "--deepspeed-config", path, f"is a readable file ({error.strerror})", "check the path"
+            "--deepspeed-config", path, f"be a readable file ({error.strerror})", "check the path"
         ) from error
     except ValueError as error:
-        raise ConfigError("--deepspeed-config", path, f"is JSON ({error})", "correct the line named") from error
+        raise ConfigError("--deepspeed-config", path, f"be JSON ({error})", "correct the line it names") from error
     if not isinstance(loaded, dict):
-        raise ConfigError("--deepspeed-config", path, "is a JSON object", "see the files in ds_configs/")
+        raise ConfigError("--deepspeed-config", path, "contain a JSON object", "compare with the files in ds_configs/")
     return loaded
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """The ZeRO stage asked for; 0 where none is."""
+    """Return the configured ZeRO stage; 0 by default."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def check(user: dict[str, Any], run: RunConfig) -> None:
-    """Refuse settings that DeepSpeed would read past, trains wrongly with, or cannot combine.
+    """Check for settings that DeepSpeed ignores, trains wrongly with, or cannot combine.
 
     Raises:
-        ConfigError: unknown or refused names; ZeRO stage 0 (clips by wrong norms under pipelines, accumulates in
+        ConfigError: unknown or unsupported names; ZeRO stage 0 (clips by wrong norms under pipelines, accumulates in
             bf16), or 2 or 3 with more than one pipeline stage.
     """
     _check_sections(user)
-    stage, field = zero_stage(user), "zero_optimization.stage"
+    stage, field = zero_stage(user), f"{_JSON}: zero_optimization.stage"
     if stage not in (1, 2, 3):
         raise ConfigError(
             field,
             stage,
-            "is 1, 2 or 3 (at 0 DeepSpeed clips by a wrong norm and trains bf16 without fp32 sums)",
+            "be 1, 2 or 3 (at 0, DeepSpeed clips by a wrong norm and accumulates bf16 gradients in bf16)",
             f"use {_ZERO_1}",
         )
     if stage > 1 and run.parallel.pipeline_model_parallel_size > 1:
         raise ConfigError(
             field,
             stage,
-            "is 1 with --pipeline-model-parallel-size above 1 (DeepSpeed's rule)",
+            "be 1 with --pipeline-model-parallel-size above 1 (a limit of DeepSpeed)",
             f"use {_ZERO_1}, or one pipeline stage",
         )
 
 
 def resolve(user: dict[str, Any], run: RunConfig, *, data_parallel_size: int, num_micro_batches: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run, but for its `monitors`, which the run serves itself.
+    """Return the complete DeepSpeed configuration of a run, without its `monitors`, which the run serves itself.
 
     Raises:
-        ConfigError: the user's JSON contradicts the run's configuration, or asks for what does not work.
+        ConfigError: the user's JSON contradicts the run's configuration, or has unsupported settings.
     """
     check(user, run)
     merged = json.loads(json.dumps({name: value for name, value in user.items() if name not in _MONITORS}))
@@ -82,8 +82,8 @@ def resolve(user: dict[str, Any], run: RunConfig, *, data_parallel_size: int, nu
     for path, value in _decided(run, data_parallel_size, num_micro_batches, offloads=offloads).items():
         _fill(merged, path.split("."), value, path)
     if merged.get("communication_data_type", "auto") == "auto":
-        merged["communication_data_type"] = "fp32"  # DeepSpeed's own default rounds gradient sums to bf16 on their way
-    _refuse_leftover_auto(merged, "")
+        merged["communication_data_type"] = "fp32"  # DeepSpeed's default reduces gradients in bf16
+    _check_no_auto_left(merged, "")
     return merged
 
 
@@ -91,7 +91,7 @@ _COMMUNICATION_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def communication_bytes(config: dict[str, Any]) -> int:
-    """Bytes of a number in the reduction of gradients over data-parallel ranks."""
+    """Return the bytes per number in the reduction of gradients over data-parallel ranks."""
     name = config.get("communication_data_type", "auto")
     return _COMMUNICATION_BYTES["fp32" if name == "auto" else name]
 
@@ -122,40 +122,40 @@ _VALUES = (
     "zero_force_ds_cpu_optimizer",
     "memory_breakdown",
 )
-_REFUSED = {
-    "optimizer": "it is set by flags such as --lr",
-    "scheduler": "it is set by --lr-decay-style",
+_UNSUPPORTED = {
+    "optimizer": "use flags such as --lr",
+    "scheduler": "use --lr-decay-style",
     "fp16": "use --bf16, or fp32",
     "flops_profiler": "it crashes DeepSpeed's pipeline engine with more than one stage",
 }
 
 
 def _check_sections(user: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed would read past, or what does not work here.
+    """Check the names and types of the JSON.
 
     Raises:
-        ConfigError: a name that is unknown or refused, or a section that is not an object.
+        ConfigError: unknown or unsupported name, or a section that is not an object.
     """
     for name, value in user.items():
-        if name in _REFUSED and value not in (None, {}, {"enabled": False}):
-            raise ConfigError(f"DeepSpeed JSON: {name}", value, f"is left out ({_REFUSED[name]})", "remove it")
-        if name not in (*_SECTIONS, *_VALUES, *_REFUSED):
-            near = difflib.get_close_matches(name, (*_SECTIONS, *_VALUES), n=1)
-            hint = f"did you mean {near[0]}?" if near else "see the files in ds_configs/"
-            raise ConfigError("DeepSpeed JSON", name, "is a setting this system passes on", hint)
+        if name in _UNSUPPORTED and value not in (None, {}, {"enabled": False}):
+            raise ConfigError(f"{_JSON}: {name}", value, f"be absent ({_UNSUPPORTED[name]})", "remove it")
+        if name not in (*_SECTIONS, *_VALUES, *_UNSUPPORTED):
+            fix = suggest_name(name, (*_SECTIONS, *_VALUES), "compare with the files in ds_configs/")
+            raise ConfigError(f"{_JSON}: key", name, "be a supported setting", fix)
         if name in _SECTIONS and not isinstance(value, dict):
-            raise ConfigError(f"DeepSpeed JSON: {name}", value, "is an object", "see the files in ds_configs/")
+            fix = "compare with the files in ds_configs/"
+            raise ConfigError(f"{_JSON}: {name}", value, "be an object", fix)
     zero = user.get("zero_optimization", {})
     if not isinstance(zero.get("stage", 0), int):
-        raise ConfigError("zero_optimization.stage", zero["stage"], "is 1, 2 or 3", f"use {_ZERO_1}")
+        raise ConfigError(f"{_JSON}: zero_optimization.stage", zero["stage"], "be 1, 2 or 3", f"use {_ZERO_1}")
     if user.get("communication_data_type", "auto") not in ("auto", *_COMMUNICATION_BYTES):
         given = user["communication_data_type"]
-        raise ConfigError("DeepSpeed JSON: communication_data_type", given, "is fp32 or bf16", "leave it out for fp32")
+        raise ConfigError(f"{_JSON}: communication_data_type", given, "be fp32 or bf16", "remove it for fp32")
     _check_offload(zero)
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Whether master weights, moments and summed gradients are in the host's memory, and updated there."""
+    """Return True if master weights, moments and summed gradients stay in host memory and are updated there."""
     return _offload_device(config.get("zero_optimization", {}), "offload_optimizer") != "none"
 
 
@@ -165,39 +165,41 @@ def _offload_device(zero: dict[str, Any], name: str) -> Any:
 
 
 def _check_offload(zero: dict[str, Any]) -> None:
-    """The optimizer's state may be offloaded to the host with ZeRO-3, which alone sums offloaded gradients in fp32.
+    """Check that offloading is off, or of the whole optimizer state to the host with ZeRO-3.
+
+    Only ZeRO-3 sums offloaded gradients in fp32.
 
     Raises:
-        ConfigError: parameters are offloaded, or the optimizer at another stage, elsewhere or in part.
+        ConfigError: offloaded parameters, another stage, another device, or partial offload.
     """
     if _offload_device(zero, "offload_param") != "none":
-        rule = "is left out (parameters stay on the device; their optimizer state may be offloaded)"
-        raise ConfigError("zero_optimization.offload_param", zero["offload_param"], rule, "remove it")
+        rule = "be absent (parameters stay on the device; only their optimizer state may be offloaded)"
+        raise ConfigError(f"{_JSON}: zero_optimization.offload_param", zero["offload_param"], rule, "remove it")
     device = _offload_device(zero, "offload_optimizer")
     if device == "none":
         return
-    field, fix = "zero_optimization.offload_optimizer", "use ds_configs/zero3_offload.json"
+    field, fix = f"{_JSON}: zero_optimization.offload_optimizer", "use ds_configs/zero3_offload.json"
     if zero.get("stage") != 3:
-        rule = "goes with stage 3 (before it DeepSpeed sums offloaded gradients in bf16)"
+        rule = "be used with stage 3 (at lower stages, DeepSpeed sums offloaded gradients in bf16)"
         raise ConfigError(field, zero["offload_optimizer"], rule, fix)
     section = zero["offload_optimizer"]
     if not isinstance(section, dict) or device != "cpu" or section.get("ratio", 1.0) != 1.0:
-        raise ConfigError(field, section, "is an object with device cpu, and no ratio below 1", fix)
+        raise ConfigError(field, section, "be an object with device cpu and no ratio below 1", fix)
 
 
 def monitors(user: dict[str, Any]) -> dict[str, Any]:
-    """The sections that say where metrics go beside the run's folder; `resolve` leaves them out."""
+    """Return the sections of additional metrics backends; `resolve` omits them."""
     return {name: section for name, section in user.items() if name in _MONITORS}
 
 
-def _refuse_leftover_auto(value: Any, name: str) -> None:
+def _check_no_auto_left(value: Any, name: str) -> None:
     if value == "auto":
         raise ConfigError(
-            f"DeepSpeed JSON: {name}", value, "is a setting the run's configuration fills", "give a value"
+            f"{_JSON}: {name}", value, "have a value (no flag of the run sets it)", "replace auto by a value"
         )
     if isinstance(value, dict):
         for key, inner in value.items():
-            _refuse_leftover_auto(inner, f"{name}.{key}".lstrip("."))
+            _check_no_auto_left(inner, f"{name}.{key}".lstrip("."))
 
 
 def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int, *, offloads: bool) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int, *,
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": num_micro_batches,
         "train_batch_size": batch * num_micro_batches * data_parallel_size,
-        "gradient_clipping": run.optimizer.clip_grad,  # DeepSpeed's own default is 1.0, so always said
+        "gradient_clipping": run.optimizer.clip_grad,  # DeepSpeed's default is 1.0
         "bf16.enabled": run.training.bf16,
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,  # crashes DeepSpeed's engine with more than one stage
@@ -232,9 +234,9 @@ def _fill(config: dict[str, Any], path: list[str], value: Any, name: str) -> Non
     given = config.get(last, "auto")
     if given != "auto" and given != value:
         raise ConfigError(
-            f"DeepSpeed JSON: {name}",
+            f"{_JSON}: {name}",
             given,
-            f"agrees with the run's configuration, which says {value!r}",
-            'write "auto" there, or leave it out',
+            f"match the run's configuration ({value!r})",
+            'use "auto", or remove it',
         )
     config[last] = value

@@ -1,14 +1,14 @@
-"""Reading a run's configuration: YAML by flag name, the command line over it, unknown names refused.
+"""Parses a run's configuration: flags over a YAML file with the same names; unknown names raise an error.
 
-jsonargparse parses and type-checks the values; the flags are made from the sections' fields, so that the
-command line, the YAML file, `--help` and the written configuration are one schema.
+jsonargparse parses and type-checks the values. The flags are generated from the sections' fields, so that the command
+line, the YAML file, `--help` and the saved configuration share one schema.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
-import difflib
 import enum
 import inspect
 import re
@@ -16,75 +16,155 @@ import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import yaml
 from docstring_parser import parse_from_object
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
-from megatron_slm.config import run as sections
-from megatron_slm.errors import ConfigError
+from megatron_slm.config.rules import flag
+from megatron_slm.config.run import RunConfig
+from megatron_slm.errors import ConfigError, suggest_name
 
-SECTIONS: dict[str, type] = typing.get_type_hints(sections.RunConfig)
+SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
 ALIASES = {
     "num_key_value_heads": "num_query_groups",  # Megatron-DeepSpeed's name
     "layernorm_epsilon": "norm_epsilon",
     "rope_theta": "rotary_base",
 }
-_Section = TypeVar("_Section")
+_OWN_FLAGS = (
+    "--config",
+    "--dry-run",
+    "--no-dry-run",
+    "--without-files",
+    "--no-without-files",
+    "--local-rank",
+    "--help",
+)
+_TYPES: dict[object, tuple[str, str]] = {
+    int: ("INT", "be a whole number"),
+    float: ("FLOAT", "be a number"),
+    str: ("STR", "be text"),
+    bool: ("BOOL", "be true or false"),
+    dict: ("JSON", "be a JSON object"),
+}
+"""Placeholder in `--help` and rule of each type of a value."""
 
 
 class DryRun(enum.IntEnum):
-    """What a dry run looks at; a run that is none is false."""
+    """Kind of dry run; NO is false."""
 
     NO = 0
     WITH_FILES = 1
-    """Weights, tokenizer and corpora must be there."""
+    """Requires weights, tokenizer and corpora."""
     WITHOUT_FILES = 2
-    """Nothing but the configuration is."""
+    """Requires only the configuration."""
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Wraps each line of a help text by itself and appends the default."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text, *table = (action.help or "").split("\n")
+        default = action.default
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        if default not in ("", argparse.SUPPRESS) and not (default is None or default is False):
+            text += f" Default: {default}."
+        return "\n".join([text, *table])
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [part for line in text.splitlines() for part in textwrap.wrap(line, width, break_on_hyphens=False)]
 
 
 class _Parser(ArgumentParser):
-    """An argument parser whose errors are `ConfigError`s."""
+    """An argument parser that raises `ConfigError`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         words = " ".join(message.split())
         named = re.search(r'[Pp]arser key "([^"]+)":? ?(.*)', words)
         if named is None:
-            raise ConfigError("command line", words, "is a list of known flags and their values", "see --help")
+            raise ConfigError("command line", words, "contain only known flags and their values", "see --help")
         given = re.search(r"(?:Given value|Got value): (.*)", named[2])
-        flag = "--" + named[1].replace("_", "-")
-        raise ConfigError(flag, given[1] if given else named[2], "has its flag's type", f"see {flag} in --help")
+        name, hint = named[1], _hints().get(named[1])
+        rule = "have the flag's type" if hint is None else _type_rule(hint)
+        raise ConfigError(flag(name), given[1] if given else named[2], rule, f"see {flag(name)} in --help")
 
 
 def _fields() -> dict[str, dataclasses.Field[Any]]:
     return {f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)}
 
 
+def _hints() -> dict[str, Any]:
+    """Type of every field."""
+    return {name: hint for section in SECTIONS.values() for name, hint in typing.get_type_hints(section).items()}
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is list
+
+
+def _value_type(hint: Any) -> Any:
+    """Return the type of a given value: without None, and of one item of a list."""
+    if _is_list(hint):
+        return typing.get_args(hint)[0]
+    inner = [one for one in typing.get_args(hint) if one is not type(None)]
+    return inner[0] if type(None) in typing.get_args(hint) else hint
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    value_type = _value_type(hint)
+    return typing.get_args(value_type) if typing.get_origin(value_type) is Literal else ()
+
+
+def _type_rule(hint: Any) -> str:
+    choices, value_type = _choices(hint), _value_type(hint)
+    if choices:
+        return f"be one of {', '.join(map(str, choices))}"
+    return _TYPES[typing.get_origin(value_type) or value_type][1]
+
+
+def _placeholder(hint: Any) -> str:
+    choices, value_type = _choices(hint), _value_type(hint)
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    return _TYPES[typing.get_origin(value_type) or value_type][0]
+
+
+def known_flags() -> list[str]:
+    """Return every flag of a run."""
+    return [flag(name) for name in _fields()] + list(_OWN_FLAGS)
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         prog="pretrain_slm.py",
         usage="%(prog)s --config FILE [flags]",
-        description="Train a Llama-type model on the tokens worth learning (Selective Language Modeling).",
+        description="Train a Llama-type model with Selective Language Modeling: only on the tokens worth learning.",
+        formatter_class=_HelpFormatter,
+        add_help=False,
         exit_on_error=False,
         default_env=False,
     )
-    parser.add_argument("--config", type=str, help="YAML file with any of the flags below, by the same names.")
+    parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+    parser.add_argument("--config", type=str, metavar="FILE", help="YAML file of flags, by the names below.")
     parser.add_argument(
         "--dry-run",
         action=ActionYesNo(yes_prefix="", no_prefix="no-"),
         default=False,
-        help="Check everything, print the layout and the batch arithmetic, and exit.",
+        help="Validate everything, print the layout and the batch sizes, and exit.",
     )
     parser.add_argument(
         "--without-files",
         action=ActionYesNo(yes_prefix="", no_prefix="no-"),
         default=False,
-        help="With --dry-run: before weights, tokenizer and corpora are there, from the configuration alone.",
+        help="With --dry-run: use the configuration alone, without weights, tokenizer and corpora.",
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="Set by the launcher; not used.")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, metavar="INT", help="Set by the launcher; ignored."
+    )
     for name, section in SECTIONS.items():
-        group = parser.add_argument_group(name, inspect.getdoc(section))
+        group = parser.add_argument_group(name.replace("_", " "), inspect.getdoc(section))
         hints = typing.get_type_hints(section)
         docs = {p.arg_name: p.description for p in parse_from_object(section).params}
         for f in dataclasses.fields(section):
@@ -93,87 +173,90 @@ def _parser() -> _Parser:
 
 
 def _add_flag(group: Any, f: dataclasses.Field[Any], hint: Any, doc: str) -> None:
-    flag = "--" + f.name.replace("_", "-")
     default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-    required = default is dataclasses.MISSING
-    text = textwrap.dedent(doc).strip()
-    if hint is bool or hint == bool | None:
-        group.add_argument(flag, action=ActionYesNo(yes_prefix="", no_prefix="no-"), default=default, help=text)
-    elif typing.get_origin(hint) is list:
-        (item,) = typing.get_args(hint)
-        group.add_argument(flag, type=item, nargs="+", default=default, help=text)
+    if default is dataclasses.MISSING:
+        default = None
+    text = " ".join(doc.split())
+    if "choices_help" in f.metadata:
+        text += "\n" + f.metadata["choices_help"]
+    options = {"default": default, "help": text}
+    if _value_type(hint) is bool:
+        group.add_argument(flag(f.name), action=ActionYesNo(yes_prefix="", no_prefix="no-"), **options)
+    elif _is_list(hint):
+        group.add_argument(flag(f.name), type=_value_type(hint), nargs="+", metavar=_placeholder(hint), **options)
     else:
-        group.add_argument(flag, type=hint, default=None if required else default, required=False, help=text)
+        group.add_argument(flag(f.name), type=hint, metavar=_placeholder(hint), **options)
 
 
 def _known_name(name: str, *, source: str) -> str:
+    """Return the field of a name as typed, with dashes or underscores.
+
+    Raises:
+        ConfigError: unknown name; suggests the nearest one.
+    """
     plain = name.lstrip("-").replace("-", "_")
     plain = ALIASES.get(plain, plain)
     names = _fields()
     if plain in names:
         return plain
-    near = difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
-    hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "see --help for the known names"
-    raise ConfigError(source, name, "is a known name", hint)
+    fix = suggest_name(flag(plain), map(flag, names), "see --help for all flags")
+    raise ConfigError(source, name, "be a known flag", fix)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError("--config", path, f"is a readable file ({error.strerror})", "check the path") from error
+        raise ConfigError("--config", path, f"be a readable file ({error.strerror})", "check the path") from error
     except yaml.YAMLError as error:
         where = str(error).replace("\n", " ")
-        raise ConfigError("--config", path, f"is a YAML file ({where})", "correct the line named") from error
+        raise ConfigError("--config", path, f"be a YAML file ({where})", "correct the line it names") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, Mapping):
-        raise ConfigError("--config", path, "is a mapping of flag names to values", "write one `name: value` a line")
-    return {_known_name(str(name), source=path): value for name, value in loaded.items()}
+        raise ConfigError("--config", path, "map flag names to values", "write one `name: value` per line")
+    return {_known_name(str(name), source=f"{path}: key"): value for name, value in loaded.items()}
 
 
 def _normalize_flags(argv: Sequence[str]) -> list[str]:
-    """Accept underscores and aliases in flag names, and refuse the unknown ones by their nearest name."""
-    own = {"--config", "--dry-run", "--no-dry-run", "--without-files", "--no-without-files", "--local-rank", "--help"}
-    names, lists, out = _fields(), _list_fields(), []
+    """Replace underscores and aliases in flag names; raise an error for unknown names."""
+    names, hints = _fields(), _hints()
+    out = []
     for word in argv:
         if not word.startswith("--"):
             out.append(_as_value(word))
             continue
-        flag, equals, value = word.partition("=")
-        flag = "--" + flag[2:].replace("_", "-")
-        if flag not in own:
-            plain = flag[2:]
-            no = plain.startswith("no-") and plain.replace("-", "_") not in names
-            flag = "--" + "no-" * no + _known_name(plain[3:] if no else plain, source="flag").replace("_", "-")
-        if equals and flag[2:].replace("-", "_") in lists:
-            out += [flag, _as_value(value)]  # argparse would take no further value after an equals sign
+        typed, equals, value = word.partition("=")
+        name = flag(typed[2:])
+        if name not in _OWN_FLAGS:
+            field = typed[2:].replace("-", "_")
+            if field.startswith("no_") and field not in names:
+                name = "--no-" + flag(_known_name("--" + typed[5:], source="flag"))[2:]
+            else:
+                name = flag(_known_name(typed, source="flag"))
+        if equals and _is_list(hints.get(name[2:].replace("-", "_"))):
+            out += [name, _as_value(value)]  # argparse would take no further value after an equals sign
         else:
-            out.append(flag + equals + value)
+            out.append(name + equals + value)
     return out
 
 
 def _as_value(word: str) -> str:
-    """A value as argparse takes it for one: a space before a dash that starts a word (the score `-loss`)."""
+    """Mark a word that starts with a dash as a value, not a flag (the score `-loss`), by a space before it."""
     return " " + word if re.match(r"-[^\d.]", word) and word != "-h" else word
 
 
-def _list_fields() -> set[str]:
-    hints = {n: h for section in SECTIONS.values() for n, h in typing.get_type_hints(section).items()}
-    return {name for name, hint in hints.items() if typing.get_origin(hint) is list}
-
-
-def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[sections.RunConfig, DryRun]:
-    """The run's configuration from the command line and the YAML file it names.
+def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[RunConfig, DryRun]:
+    """Parse the run's configuration from the command line and the YAML file of --config.
 
     Args:
-        train_iters: for tools that look at a run, where neither says how long it is.
+        train_iters: default of --train-iters, for tools that inspect a run.
 
     Returns:
-        the configuration, and which dry run is asked for, if any.
+        the configuration and the kind of dry run.
 
     Raises:
-        ConfigError: an unknown name (with the nearest known one), a value of the wrong type or out of range.
+        ConfigError: an unknown name (suggests the nearest one), or a value of the wrong type or out of range.
     """
     words = _normalize_flags(argv)
     parser = _parser()
@@ -184,10 +267,17 @@ def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[secti
     if values["train_iters"] is None:
         values["train_iters"] = train_iters
     if values["train_iters"] is None:
-        raise ConfigError("--train-iters", None, "is given", "give the number of steps, on the command line or in YAML")
+        fix = "set the number of steps, on the command line or in the YAML file"
+        raise ConfigError.missing("--train-iters", "every run", fix)
+    return _assemble(values), _dry_run(values)
+
+
+def _dry_run(values: Mapping[str, Any]) -> DryRun:
     if values["without_files"] and not values["dry_run"]:
-        raise ConfigError("--without-files", True, "goes with --dry-run", "add --dry-run")
-    return _assemble(values), DryRun(values["dry_run"] + values["without_files"])
+        raise ConfigError.missing("--dry-run", "--without-files", "add --dry-run, or remove --without-files")
+    if values["without_files"]:
+        return DryRun.WITHOUT_FILES
+    return DryRun.WITH_FILES if values["dry_run"] else DryRun.NO
 
 
 def _yaml_path(words: Sequence[str]) -> str | None:
@@ -198,15 +288,15 @@ def _yaml_path(words: Sequence[str]) -> str | None:
         elif word.startswith("--config="):
             paths.append(word.partition("=")[2])
     if len(paths) > 1:
-        raise ConfigError("--config", paths, "is given once", "put the flags into one file, or on the command line")
+        raise ConfigError("--config", paths, "be used once", "put the flags into one file, or on the command line")
     return paths[0] if paths else None
 
 
 def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Check the YAML's values against the flags' types one by one, so that the error names the field."""
-    hints = {n: h for section in SECTIONS.values() for n, h in typing.get_type_hints(section).items()}
+    """Check the YAML's values against the flags' types one by one, so that errors name the field."""
+    hints = _hints()
     for name, value in values.items():
-        if typing.get_origin(hints[name]) is list and not isinstance(value, list):
+        if _is_list(hints[name]) and not isinstance(value, list):
             values[name] = value.split() if isinstance(value, str) else [value]
         if hints[name] == list[str]:  # the weights of a blend are numbers in YAML
             values[name] = [str(x) if isinstance(x, (int, float)) else x for x in values[name]]
@@ -216,15 +306,16 @@ def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]
         try:
             parser.parse_object({name: values[name]})
         except ConfigError as error:
-            raise ConfigError(f"{name} in {path}", value, error.rule, error.fix) from error
+            field, fix = f"{path}: {flag(name)[2:]}", f"see {flag(name)} in --help"
+            raise ConfigError(field, value, _type_rule(hints[name]), fix) from error
     return values
 
 
-def _assemble(values: Mapping[str, Any]) -> sections.RunConfig:
+def _assemble(values: Mapping[str, Any]) -> RunConfig:
     built = {}
     for name, section in SECTIONS.items():
         built[name] = section(**{f.name: _without_space(values[f.name]) for f in dataclasses.fields(section)})
-    return sections.RunConfig(**built)
+    return RunConfig(**built)
 
 
 def _without_space(value: Any) -> Any:
@@ -234,16 +325,16 @@ def _without_space(value: Any) -> Any:
     return value[1:] if isinstance(value, str) and value.startswith(" -") else value
 
 
-def to_flat_dict(config: sections.RunConfig) -> dict[str, Any]:
-    """Every field by its flag name, as YAML writes it; reading it back gives the same configuration."""
+def to_flat_dict(config: RunConfig) -> dict[str, Any]:
+    """Return every field by its flag name, as in the YAML file; parsing it yields the same configuration."""
     return {
-        f.name.replace("_", "-"): getattr(getattr(config, name), f.name)
+        flag(f.name)[2:]: getattr(getattr(config, name), f.name)
         for name, section in SECTIONS.items()
         for f in dataclasses.fields(section)
     }
 
 
-def write_yaml(config: sections.RunConfig, path: Path) -> None:
-    """Write the resolved configuration, so that `--config` on it repeats the run."""
+def write_yaml(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration; `--config` with the file repeats the run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(to_flat_dict(config), sort_keys=False))

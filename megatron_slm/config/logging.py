@@ -1,4 +1,4 @@
-"""What a run writes, and how often it looks at itself."""
+"""Configuration of metrics, evaluation and profiling."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from megatron_slm.config.rules import require, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where a run writes and how often it evaluates."""
+    """Run folder, metrics, evaluation and profiling."""
 
     run_dir: str = "runs/default"
-    """Everything of a run: metrics.jsonl, config.yaml, tensorboard/, checkpoints/."""
+    """Folder of the run: metrics.jsonl, config.yaml, tensorboard/, checkpoints/."""
     log_interval: int = 1
-    """Write metrics every this many steps."""
+    """Log metrics every this many steps."""
     timing_log_level: Literal[0, 1, 2] = 0
-    """Time parts of a step, for the metrics: 0 none, 1 batches, gradient sync and optimizer, 2 also every kind of
-    instruction. A GPU is waited for once a logged step, not while a step runs."""
+    """Timers in the metrics. 0: none. 1: batches, gradient synchronization and optimizer. 2: also each kind of
+    pipeline instruction. The GPU is synchronized once per logged step, never during a step."""
     eval_interval: int | None = None
-    """Evaluate every this many steps, and at the end; default: only at the end."""
+    """Evaluate every this many steps, and at the end. Default: only at the end."""
     eval_iters: int | None = None
-    """Global batches of each held-out set; default: the whole set."""
+    """Number of global batches evaluated per held-out set. Default: the whole set."""
     peak_tflops: float | None = None
-    """Peak TFLOP/s of one device at the run's precision, for the MFU in the metrics; default: by the GPU's name."""
+    """Peak TFLOP/s of one device at the run's precision, for the MFU metric. Default: known from the GPU's name."""
     profile_step_start: int | None = None
-    """Profile from this step on (counted from 1) with torch's profiler, into RUN_DIR/profile/."""
+    """First step to profile, counted from 1, with torch's profiler, into RUN_DIR/profile/."""
     profile_step_end: int | None = None
-    """First step that is no longer profiled; default: two steps after --profile-step-start."""
+    """First step no longer profiled. Default: two steps after --profile-step-start."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that are profiled."""
+    """Ranks to profile."""
     probe_file: str | None = None
-    """A few fixed texts (JSON lines with a `text` each, or .txt) whose tokens' losses are recorded at each evaluation,
-    in RUN_DIR/probe, and shown in TensorBoard."""
+    """File of fixed texts (JSON lines with a `text` field, or .txt). At each evaluation, their token losses are logged
+    to RUN_DIR/probe and TensorBoard."""
 
     def __post_init__(self) -> None:
         require_positive(self, "log_interval", "eval_interval", "eval_iters", "peak_tflops", "profile_step_start")
         start, end = self.profile_step_start, self.profile_step_end
         require(
             end is None or (start is not None and end > start),
+            self,
             "profile_step_end",
-            end,
-            f"is after --profile-step-start ({start})",
-            "give a later step, or leave it out for two steps",
+            "be used with --profile-step-start" if start is None else f"be above --profile-step-start ({start})",
+            "add --profile-step-start" if start is None else "raise it, or remove it to profile two steps",
         )
         require(
             min(self.profile_ranks, default=-1) >= 0,
+            self,
             "profile_ranks",
-            self.profile_ranks,
-            "are ranks, at least one",
-            "give numbers from 0 on",
+            "contain one or more ranks, each at least 0",
+            "use e.g. 0",
         )

@@ -1,4 +1,4 @@
-"""The model's architecture and initialization."""
+"""Configuration of the model's architecture and initialization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_slm.config.rules import require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture. Left out, it comes from --init-from; given as well, the two must agree."""
+    """Architecture and initial weights. With --init-from, the architecture comes from there and flags must match it."""
 
     num_layers: int | None = None
     """Number of decoder blocks."""
@@ -21,31 +21,32 @@ class ModelConfig:
     num_attention_heads: int | None = None
     """Number of query heads."""
     num_query_groups: int | None = None
-    """Key and value heads (grouped-query attention); default: as many as query heads."""
+    """Number of key/value heads (grouped-query attention). Default: the number of query heads."""
     kv_channels: int | None = None
-    """Width of a head; default: hidden size / heads."""
+    """Width of a head. Default: hidden size / number of query heads."""
     max_position_embeddings: int | None = None
-    """Longest sequence the exported model claims to read; default: --seq-length."""
+    """Longest sequence recorded in the exported model's configuration. Default: --seq-length."""
     norm_epsilon: float | None = None
-    """Epsilon of RMSNorm; default 1e-5."""
+    """Epsilon of RMSNorm. Default: 1e-5."""
     rotary_base: float | None = None
-    """Theta of the rotary position embedding; default 10000."""
+    """Base (theta) of the rotary position embedding. Default: 10000."""
     rope_scaling: dict[str, Any] | None = None
-    """RoPE scaling as in a Hugging Face config (rope_type linear or llama3)."""
+    """RoPE scaling as JSON with the fields of a Hugging Face config; rope_type linear or llama3."""
     untie_embeddings_and_output_weights: bool | None = None
-    """The output layer has a weight of its own (default) instead of the embedding's."""
+    """Use separate weights for the embedding and the output layer. Default: separate."""
     add_qkv_bias: bool | None = None
-    """Biases on the query, key and value projections (Qwen2)."""
+    """Add biases to the query, key and value projections (Qwen2)."""
     qk_layernorm: bool | None = None
-    """RMSNorm over each query and key head (Qwen3)."""
+    """Apply RMSNorm to each query and key head (Qwen3)."""
     window_size: int | None = None
-    """Sliding-window attention: positions seen, the own one included."""
+    """Sliding attention window in tokens, including the current one. Default: full attention."""
     init_method_std: float | None = None
-    """Standard deviation of initial weights; default 0.02."""
+    """Standard deviation of the initial weights. Default: 0.02."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this, at any layout alike; padding is never stored."""
+    """Pad the vocabulary to a multiple of this, independent of the layout. Padding is never saved."""
     init_from: str | None = None
-    """Start from these weights: a Hugging Face folder, or one of our checkpoints written at any layout."""
+    """Initial weights: a Hugging Face folder, or a checkpoint of this package saved at any layout. Default: random
+    weights."""
 
     def __post_init__(self) -> None:
         require_positive(

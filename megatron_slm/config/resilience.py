@@ -1,45 +1,44 @@
-"""When a run ends by itself, and when its watchdog ends it."""
+"""Configuration of early stops and the watchdog."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_slm.errors import ConfigError
+from megatron_slm.config.rules import require, require_positive
 
 STOP_FILE = "STOP"
-"""In the run's folder: whoever makes it asks the run to stop. It is deleted when the run does."""
+"""File in the run's folder whose creation asks the run to stop. The run deletes it when it stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResilienceConfig:
-    """Stopping early, and not hanging (docs/operations.md)."""
+    """Early stops and the watchdog against hangs (docs/operations.md)."""
 
     exit_interval: int | None = None
-    """Stop after a step that is a multiple of this, with a checkpoint and exit code 0."""
+    """Save a checkpoint and exit with code 0 after a step divisible by this."""
     exit_duration_in_mins: float | None = None
-    """Stop after the first step that ends this many minutes after the start, with a checkpoint and exit code 0."""
+    """Save a checkpoint and exit with code 0 after the first step that ends this many minutes after the start."""
     watchdog_factor: float = 10.0
-    """Report a step, or a batch of an evaluation, that takes this many times their median; 0: no watchdog. The report
-    (RUN_DIR/hang) has every rank's stack and place in the schedule, and names the rank that the others wait for."""
+    """Report a step, or a batch of an evaluation, that takes this many times the median; 0 disables the watchdog. The
+    report (RUN_DIR/hang) contains every rank's stack and position in the schedule, and names the rank that blocks the
+    others."""
     watchdog_min_seconds: float = 120.0
-    """A step shorter than this is never reported, whatever the median."""
+    """Never report steps shorter than this, in seconds."""
     watchdog_exit_factor: float = 2.0
-    """End the run with exit code 3 where a step takes this many times what it is reported at."""
+    """Exit with code 3 when a step takes this many times the reporting limit."""
     watchdog_allowance_minutes: float = 60.0
-    """What is reported instead where there is no median: a save, a probe, a profile, and the first three steps."""
+    """Reporting limit, in minutes, where there is no median: saves, probes, profiles and the first three steps."""
 
     def __post_init__(self) -> None:
-        for name in ("exit_interval", "exit_duration_in_mins", "watchdog_min_seconds", "watchdog_allowance_minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(_flag(name), value, "is greater than 0", "give a positive number or leave it out")
-        if self.watchdog_factor != 0 and not self.watchdog_factor > 1:
-            rule = "is greater than 1, or 0 for no watchdog"
-            raise ConfigError("--watchdog-factor", self.watchdog_factor, rule, "use e.g. 10")
-        if not self.watchdog_exit_factor >= 1:
-            rule = "is 1 (end with the report) or more"
-            raise ConfigError("--watchdog-exit-factor", self.watchdog_exit_factor, rule, "use e.g. 2")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        require_positive(
+            self, "exit_interval", "exit_duration_in_mins", "watchdog_min_seconds", "watchdog_allowance_minutes"
+        )
+        require(
+            self.watchdog_factor == 0 or self.watchdog_factor > 1,
+            self,
+            "watchdog_factor",
+            "be above 1, or 0 to disable the watchdog",
+            "use e.g. 10",
+        )
+        rule = "be at least 1 (1: exit at the report)"
+        require(self.watchdog_exit_factor >= 1, self, "watchdog_exit_factor", rule, "use e.g. 2")

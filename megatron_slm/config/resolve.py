@@ -1,79 +1,99 @@
-"""The model's architecture as the flags and a checkpoint describe it."""
+"""Resolves the model's architecture from flags and a checkpoint."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.rules import flag
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError, LayoutError
 
+_SAME_NAME = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "norm_epsilon",
+    "rotary_base",
+    "rope_scaling",
+)
+_FIELDS = {name: name for name in _SAME_NAME} | {
+    "qkv_bias": "add_qkv_bias",
+    "qk_norm": "qk_layernorm",
+    "sliding_window": "window_size",
+    "initializer_range": "init_method_std",
+    "tied": "untie_embeddings_and_output_weights",
+}
+"""`ModelConfig` field for each `Architecture` field; that of `tied` is negated."""
+
 
 def resolve_architecture(config: RunConfig, stored: Architecture | None, vocab_size: int) -> Architecture:
-    """The model's architecture: the stored one (of --init-from or --load) if there is one, else from the flags.
+    """Return the stored architecture (of --init-from or --load) if there is one, else the one of the flags.
 
     Args:
-        vocab_size: tokens of the run's tokenizer; for a model that is described by flags.
+        vocab_size: size of the run's tokenizer, for an architecture from flags.
 
     Raises:
-        ConfigError: a flag contradicts the checkpoint, or a needed flag is missing.
+        ConfigError: a flag contradicts the checkpoint, or a required flag is missing.
     """
-    model, given = config.model, _given_fields(config)
-    if stored is not None:
-        for name, value in given.items():
-            if getattr(stored, name) != value:
-                raise ConfigError(
-                    _FLAGS[name],
-                    value,
-                    f"agrees with the checkpoint, which says {getattr(stored, name)!r}",
-                    "leave the flag out; the architecture comes from the checkpoint",
-                )
-        architecture = stored
-    else:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
-            if name not in given:
-                raise ConfigError(_FLAGS[name], None, "is given, or --init-from is", "describe the model")
-        heads, hidden = model.num_attention_heads or 0, model.hidden_size or 0
-        if "kv_channels" not in given and hidden % heads:
-            raise LayoutError(
-                "--hidden-size",
-                hidden,
-                f"is divisible by --num-attention-heads ({heads})",
-                "change one of them, or give --kv-channels",
+    given = _given_fields(config)
+    return _from_flags(config, given, vocab_size) if stored is None else _checked(stored, given)
+
+
+def _checked(stored: Architecture, given: dict[str, Any]) -> Architecture:
+    for field, value in given.items():
+        if getattr(stored, field) != value:
+            raise ConfigError(
+                _flag(field),
+                _as_typed(field, value),
+                f"match the checkpoint ({_as_typed(field, getattr(stored, field))!r})",
+                "remove the flag; the architecture comes from the checkpoint",
             )
-        defaults = {
-            "num_query_groups": heads,
-            "kv_channels": hidden // heads,
-            "vocab_size": vocab_size,
-            "max_position_embeddings": config.data.seq_length,
-        }
-        architecture = Architecture(**{**defaults, **given})
-    return architecture
+    return stored
 
 
-_FLAGS = {
-    "num_layers": "--num-layers",
-    "hidden_size": "--hidden-size",
-    "ffn_hidden_size": "--ffn-hidden-size",
-    "num_attention_heads": "--num-attention-heads",
-    "num_query_groups": "--num-query-groups",
-    "kv_channels": "--kv-channels",
-    "max_position_embeddings": "--max-position-embeddings",
-    "norm_epsilon": "--norm-epsilon",
-    "rotary_base": "--rotary-base",
-    "rope_scaling": "--rope-scaling",
-    "qkv_bias": "--add-qkv-bias",
-    "qk_norm": "--qk-layernorm",
-    "sliding_window": "--window-size",
-    "initializer_range": "--init-method-std",
-    "tied": "--untie-embeddings-and-output-weights",
-}
-"""The flag that sets each field of an architecture."""
+def _from_flags(config: RunConfig, given: dict[str, Any], vocab_size: int) -> Architecture:
+    for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+        if field not in given:
+            raise ConfigError.missing(_flag(field), "a model without --init-from", "set it, or use --init-from")
+    heads, hidden = given["num_attention_heads"], given["hidden_size"]
+    if "kv_channels" not in given and hidden % heads:
+        raise LayoutError(
+            "--hidden-size",
+            hidden,
+            f"be divisible by --num-attention-heads ({heads})",
+            "change one of them, or set --kv-channels",
+        )
+    defaults = {
+        "num_query_groups": heads,
+        "kv_channels": hidden // heads,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": config.data.seq_length,
+    }
+    try:
+        return Architecture(**{**defaults, **given})
+    except LayoutError as error:
+        raise LayoutError(_flag(error.field), error.value, error.rule, error.fix) from error
 
 
 def _given_fields(config: RunConfig) -> dict[str, Any]:
-    model = config.model
-    named = {field: getattr(model, flag[2:].replace("-", "_")) for field, flag in _FLAGS.items()}
-    if model.untie_embeddings_and_output_weights is not None:
-        named["tied"] = not model.untie_embeddings_and_output_weights
-    return {field: value for field, value in named.items() if value is not None}
+    """Fields of the architecture that flags set."""
+    values = {field: getattr(config.model, name) for field, name in _FIELDS.items()}
+    given = {field: value for field, value in values.items() if value is not None}
+    if "tied" in given:
+        given["tied"] = not given["tied"]
+    return given
+
+
+def _as_typed(field: str, value: Any) -> Any:
+    return not value if field == "tied" else value
+
+
+def _flag(field: str) -> str:
+    """Return the flag of a field, or of the first part of a dotted one: `--rope-scaling.factor`."""
+    name, *inner = field.split(".")
+    return ".".join([flag(_FIELDS.get(name, name)), *inner])

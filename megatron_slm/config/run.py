@@ -1,7 +1,7 @@
-"""The sections of a run's configuration. Field names are Megatron-LM's flag names where it has the flag.
+"""The configuration of a run: all sections.
 
-`__post_init__` checks what a section can know alone and does no input or output; what needs files or the
-world is checked in `run/plan.py`, before the first step.
+Fields have Megatron-LM's flag names where it has the flag. `__post_init__` checks a section by itself and does no
+input or output; `run/plan.py` checks what depends on files or the world, before the first step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_slm.config.selection import SelectionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run."""
+    """The complete configuration of a run."""
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -42,16 +42,17 @@ class RunConfig:
     preflight: PreflightConfig
 
     def __post_init__(self) -> None:
-        saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
-        require(
-            self.checkpoint.keep_best is None or not (saves is None or evaluates is None or saves % evaluates),
-            "keep_best",
-            self.checkpoint.keep_best,
-            "has a loss of every checkpoint to compare",
-            f"make --save-interval ({saves}) a multiple of --eval-interval ({evaluates})",
-        )
+        if self.checkpoint.keep_best is not None:
+            saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
+            require(
+                saves is not None and evaluates is not None and saves % evaluates == 0,
+                self.checkpoint,
+                "keep_best",
+                "have an evaluation at every checkpoint",
+                f"make --save-interval ({saves}) a multiple of --eval-interval ({evaluates})",
+            )
 
     @property
     def save_folder(self) -> str:
-        """Where the run's checkpoints go."""
+        """Folder of the run's checkpoints."""
         return self.checkpoint.save or f"{self.logging.run_dir}/checkpoints"

@@ -81,11 +81,11 @@ def _summary(manifest: Manifest, config: Mapping[str, Any]) -> str:
 def _training(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, Any]:
     if not manifest.step:
         return {"tokenizer (SHA-256 of its token table)": manifest.tokenizer_fingerprint or NOT_KNOWN}
-    seen, kept = manifest.tokens_seen, manifest.tokens_kept
+    seen, kept = manifest.state.tokens_seen, manifest.state.tokens_kept
     selective = config.get("objective") == "slm"
     return {
-        "steps": f"{manifest.step:,} ({manifest.step - manifest.adam_step} skipped)",
-        "samples": f"{manifest.consumed_samples:,}",
+        "steps": f"{manifest.step:,} ({manifest.step - manifest.state.adam_step} skipped)",
+        "samples": f"{manifest.state.consumed_samples:,}",
         "sequence length": config.get("seq-length", NOT_KNOWN),
         "tokens seen": f"{seen:,}" if seen is not None else NOT_KNOWN,
         "tokens kept (trained on)": f"{kept:,} ({kept / seen:.1%})" if kept is not None and seen else NOT_KNOWN,

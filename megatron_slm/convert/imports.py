@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_slm.checkpoint.format import Manifest, file_entry, find_checkpoint, folder_name, versions
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.tensor_file import Entry, write_entries
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.bin_source import BinSource
@@ -149,9 +150,7 @@ def _commit(
     others = (path for path in temporary.rglob("*") if path.is_file() and path.name not in files)
     files |= {str(path.relative_to(temporary)): file_entry(path) for path in others}
     Manifest(
-        step=0,
-        consumed_samples=0,
-        adam_step=0,
+        state=RunState(),
         architecture=architecture,
         layout={"pipeline": 1, "data": 1, "tensor": 1},
         tokenizer_fingerprint=None if tokenizer is None else tokenizer.fingerprint(),

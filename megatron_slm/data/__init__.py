@@ -1,1 +1,1 @@
-"""From text to micro-batches: tokenizers, the .bin/.idx corpus format, sample order, loading."""
+"""From text to micro-batches: preprocessing, tokenizers, corpora, sample order, loading."""

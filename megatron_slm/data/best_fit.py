@@ -1,106 +1,56 @@
-"""Whole documents packed into samples, best fit first (arXiv 2404.10830), the rest of a sample padding.
+"""Packs whole documents into samples, best fit first (arXiv 2404.10830); padding fills the rest of a sample.
 
-Every epoch packs the same lengths, so it has the same number of samples; which documents share one, and the order of
-the samples, are drawn anew. Epochs follow each other for as long as samples are asked for, so the order does not depend
-on how many that is.
+Every epoch packs the same lengths, so it has the same number of samples; which documents share a sample, and the order
+of the samples, are drawn anew. Epochs follow each other until there are enough samples, so the order does not depend on
+the number of samples.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
-from megatron_slm.data.corpus.indexed import IndexedCorpus
-from megatron_slm.data.index_cache import Arrays, IndexCache
-from megatron_slm.data.packing import check_range, too_few_tokens
-from megatron_slm.data.reading import Piece, Sample, SequenceReader
-from megatron_slm.errors import ConfigError
+from megatron_slm.arithmetic import ceil_div
+from megatron_slm.data.index_cache import Arrays
+from megatron_slm.data.reading import Piece
+from megatron_slm.data.samples import OrderedSamples
 
 _EPOCHS_HELD = 2
 
 
-class BestFitSamples:
+class BestFitSamples(OrderedSamples):
     """Training samples of the sequences [start, stop), each made of whole documents.
 
-    A document longer than a sample is cut into samples that overlap by one token, so that no label is lost; one
-    with fewer than two tokens has no label and is left out.
-
-    Args:
-        corpus, start, stop, sequence_length, seed, loss_mask, cache: see `PackedSamples`.
-        num_samples: how many will be asked for; None: one epoch.
-
-    Raises:
-        ConfigError: a number is out of range.
-        CorpusError: no document has two tokens.
+    A document longer than a sample is cut into pieces that overlap by one token, so that no label is lost; one with
+    fewer than two tokens has no label and is skipped.
     """
 
-    def __init__(
-        self,
-        corpus: IndexedCorpus,
-        start: int,
-        stop: int,
-        *,
-        sequence_length: int,
-        num_samples: int | None,
-        seed: int,
-        loss_mask: IndexedCorpus | None = None,
-        cache: IndexCache | None = None,
-    ) -> None:
-        check_range(corpus, start, stop, sequence_length)
-        if not 0 <= seed < 2**32:
-            raise ConfigError("seed", seed, "must be within [0, 2**32)", "choose another seed")
-        self.corpus, self.sequence_length = corpus, sequence_length
-        self._documents, self._seed = (start, stop), seed
-        self.loss_mask, self._reader = loss_mask, SequenceReader(corpus, loss_mask)
-        self._cache = cache or IndexCache(None)
-        lengths = corpus.sequence_lengths[start:stop]
-        self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
-        sized = self._cache.arrays("best-fit-size", self.order_fingerprint, corpus, self._size)
+    @override
+    def _lay_out(self, num_samples: int | None) -> None:
+        sized = self._cache.arrays("best-fit-size", self.order_fingerprint, self.corpus, self._size)
         self.samples_per_epoch = int(sized["samples"][0])
         if self.samples_per_epoch == 0:
-            raise too_few_tokens(corpus, start, stop, int(lengths.max(initial=0)), 2)
-        self.num_epochs = -(-(num_samples or 1) // self.samples_per_epoch)
+            raise self._too_few_tokens(int(self._lengths.max(initial=0)), 2)
+        self.num_epochs = ceil_div(num_samples or 1, self.samples_per_epoch)
         self._epochs: OrderedDict[int, Arrays] = OrderedDict()
 
     @cached_property
+    @override
     def order_fingerprint(self) -> str:
-        """The same for two objects that give the same samples in the same order, else another (SHA-256)."""
-        start, stop = self._documents
-        digest = hashlib.sha256(repr(("best-fit", start, stop, self.sequence_length, self._seed)).encode())
-        digest.update(np.ascontiguousarray(self.corpus.sequence_lengths[start:stop]).tobytes())
-        return digest.hexdigest()
+        return self._fingerprint("best-fit", self._start, self._stop, self.sequence_length, self._seed)
 
-    @property
-    def name(self) -> str:
-        """The corpus' prefix."""
-        return self.corpus.prefix
-
+    @override
     def __len__(self) -> int:
-        """All samples of the epochs: at least the number that was asked for."""
+        """All samples of the epochs: at least `num_samples`."""
         return self.num_epochs * self.samples_per_epoch
 
-    def __getitem__(self, index: int, /) -> Sample:
-        """Sample `index` of the order.
-
-        Raises:
-            IndexError: there is no such sample.
-            CorpusError: it cannot be read.
-        """
-        return self._reader.sample(self.pieces(index), self.sequence_length)
-
-    def pieces(self, index: int) -> list[Piece]:
-        """What sample `index` is made of; padding follows them.
-
-        Raises:
-            IndexError: there is no such sample.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+    @override
+    def _pieces(self, index: int) -> list[Piece]:
         epoch, place = divmod(index, self.samples_per_epoch)
         arrays = self._epoch(epoch)
         begin, end = arrays["bin_ends"][place : place + 2].tolist()
@@ -117,17 +67,15 @@ class BestFitSamples:
         return held
 
     def _size(self) -> Arrays:
-        """How many samples an epoch fills; it depends on the documents' lengths alone."""
-        lengths = self.corpus.sequence_lengths[slice(*self._documents)]
-        sizes = -np.sort(-_pieces(lengths, self.sequence_length, 0)[:, 2])
+        """Count the samples of an epoch, which depend on the documents' lengths alone."""
+        sizes = -np.sort(-_cut_documents(self._lengths, self.sequence_length, 0)[:, 2])
         return {"samples": best_fit(sizes, self.sequence_length + 1).max(initial=-1, keepdims=True) + 1}
 
     def _build(self, epoch: int) -> Arrays:
-        """Pieces, int64 [P, 3], sample after sample, and where each sample's end, int64 [samples + 1]."""
+        """Return pieces, int64 [P, 3], sample after sample, and the first piece of each sample, int64 [samples + 1]."""
         generator = np.random.default_rng([self._seed, epoch])
-        start, _ = self._documents
-        pieces = _pieces(self.corpus.sequence_lengths[slice(*self._documents)], self.sequence_length, start)
-        # equal lengths change places among themselves: shuffled, then sorted by length alone
+        pieces = _cut_documents(self._lengths, self.sequence_length, self._start)
+        # a stable sort by length after the shuffle permutes pieces of equal length
         pieces = pieces[generator.permutation(len(pieces))]
         pieces = pieces[np.argsort(-pieces[:, 2], kind="stable")]
         bin_of = best_fit(pieces[:, 2], self.sequence_length + 1)
@@ -137,9 +85,10 @@ class BestFitSamples:
         return {"pieces": pieces[order], "bin_ends": ends}
 
 
-def _pieces(lengths: npt.NDArray[np.int32], sequence_length: int, first: int) -> npt.NDArray[np.int64]:
-    """All documents that have a label, cut where they are too long: (sequence, offset, length) int64 [P, 3]."""
-    count = np.maximum(0, -(-(lengths.astype(np.int64) - 1) // sequence_length))
+def _cut_documents(lengths: npt.NDArray[np.int32], sequence_length: int, first: int) -> npt.NDArray[np.int64]:
+    """Return the pieces of all documents that have a label: (sequence, offset, length), int64 [P, 3]."""
+    # ceil((length - 1) / sequence_length) pieces, 0 for a document without a label
+    count = np.maximum(0, (lengths.astype(np.int64) + sequence_length - 2) // sequence_length)
     sequence = np.repeat(np.arange(len(lengths), dtype=np.int64), count)
     before = np.repeat(np.cumsum(count) - count, count)
     offset = (np.arange(len(sequence), dtype=np.int64) - before) * sequence_length
@@ -148,55 +97,55 @@ def _pieces(lengths: npt.NDArray[np.int32], sequence_length: int, first: int) ->
 
 
 def best_fit(sizes: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
-    """Put each of the sizes into the fullest bin that still has room for it, else into a new one.
+    """Put each size into the fullest bin that has room for it, else into a new one.
 
-    All of one size are placed at once: the fullest bin that takes one of them stays the fullest that takes the next,
-    until it is full, so bins are filled by floor(room / size) each.
+    Equal sizes are placed together: the fullest bin that takes one of them stays the fullest that takes the next, until
+    it has no room, so each bin takes floor(room / size) of them.
 
     Args:
-        sizes: falling, each within [1, capacity], int [P].
+        sizes: falling, each in [1, capacity], int [P].
 
     Returns:
-        the bin of each, int64 [P].
+        the bin of each size, int64 [P].
     """
-    bin_of = np.empty(len(sizes), dtype=np.int64)
-    rooms: dict[int, list[npt.NDArray[np.int64]]] = {}  # room left: the bins that have it
-    values, first, counts = np.unique(-sizes, return_index=True, return_counts=True)
+    placed: list[npt.NDArray[np.int64]] = []
+    bins_by_room: dict[int, list[npt.NDArray[np.int64]]] = {}
     num_bins = 0
-    for size, at, left in zip((-values).tolist(), first.tolist(), counts.tolist(), strict=True):
-        for room in sorted(r for r in rooms if r >= size):
+    values, counts = np.unique(-sizes, return_counts=True)
+    for size, left in zip((-values).tolist(), counts.tolist(), strict=True):
+        for room in sorted(room for room in bins_by_room if room >= size):
             if not left:
                 break
-            bins = np.concatenate(rooms.pop(room))
-            each = room // size
-            used, rest = bins[: -(-left // each)], bins[-(-left // each) :]
-            at, left = _place(bin_of, used, each, size, room, at, left, rooms)
-            if rest.size:
-                rooms.setdefault(room, []).append(rest)
+            bins = np.concatenate(bins_by_room.pop(room))
+            num_used = ceil_div(left, room // size)
+            _record_room(bins_by_room, room, bins[num_used:])
+            placed.append(_fill(bins_by_room, bins[:num_used], size, room, left))
+            left -= len(placed[-1])
         if left:
-            each = capacity // size
-            new = np.arange(num_bins, num_bins - (-left // each), dtype=np.int64)
-            num_bins += len(new)
-            _place(bin_of, new, each, size, capacity, at, left, rooms)
-    return bin_of
+            num_new = ceil_div(left, capacity // size)
+            new = np.arange(num_bins, num_bins + num_new, dtype=np.int64)
+            num_bins += num_new
+            placed.append(_fill(bins_by_room, new, size, capacity, left))
+    return np.concatenate(placed) if placed else np.empty(0, np.int64)
 
 
-def _place(
-    bin_of: npt.NDArray[np.int64],
+def _fill(
+    bins_by_room: dict[int, list[npt.NDArray[np.int64]]],
     bins: npt.NDArray[np.int64],
-    each: int,
     size: int,
     room: int,
-    at: int,
     left: int,
-    rooms: dict[int, list[npt.NDArray[np.int64]]],
-) -> tuple[int, int]:
-    """Fill `bins` with `each` pieces a bin, the last one perhaps with fewer; the next piece, and how many are left."""
+) -> npt.NDArray[np.int64]:
+    """Fill bins of equal room with at most `left` pieces of one size; return the bin of each piece placed."""
+    each = room // size
     placed = np.repeat(bins, each)[:left]
-    bin_of[at : at + len(placed)] = placed
-    whole, part = divmod(len(placed), each)
-    for filled, group in ((each, bins[:whole]), (part, bins[whole:])):
-        remaining = room - filled * size
-        if group.size and remaining:
-            rooms.setdefault(remaining, []).append(group)
-    return at + len(placed), left - len(placed)
+    num_full, num_in_last = divmod(len(placed), each)
+    _record_room(bins_by_room, room - each * size, bins[:num_full])
+    _record_room(bins_by_room, room - num_in_last * size, bins[num_full:])
+    return placed
+
+
+def _record_room(bins_by_room: dict[int, list[npt.NDArray[np.int64]]], room: int, bins: npt.NDArray[np.int64]) -> None:
+    """Record the room left in bins; full bins are dropped."""
+    if bins.size and room:
+        bins_by_room.setdefault(room, []).append(bins)

@@ -1,4 +1,7 @@
-"""A run's training samples: one corpus or a blend of several, in phases that leave each its place."""
+"""Training samples: a weighted blend of corpora.
+
+Weights may change at given samples (phases); each corpus keeps its read position.
+"""
 
 from __future__ import annotations
 
@@ -9,86 +12,70 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import read_sidecar_of
 from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.interleave import Interleave
-from megatron_slm.data.packing import Samples
 from megatron_slm.data.reading import Piece, Sample
+from megatron_slm.data.samples import OrderedSamples
 
 _SURPLUS = 0.005
-"""Megatron draws up this much more of each corpus of a blend than its share (`mid_level_dataset_surplus`)."""
+"""Megatron lays out this much more of each corpus of a blend than its share (`mid_level_dataset_surplus`)."""
 
 _SEED_STEP = 1_000_003
 
 
-class OrderedSamples(Samples, Protocol):
-    """Samples of one corpus in an order that has a fingerprint."""
-
-    corpus: IndexedCorpus
-    num_epochs: int
-    tokens_per_epoch: int
-    loss_mask: IndexedCorpus | None
-
-    @property
-    def order_fingerprint(self) -> str:
-        """Stands for the samples and their order."""
-
-    def pieces(self, index: int) -> list[Piece]:
-        """What a sample is made of; padding follows them where they do not fill it."""
-
-
 MakeSamples = Callable[[int | None, int], OrderedSamples]
-"""Samples of one corpus: how many are asked for at least (None: one epoch), and an offset to the run's seed."""
+"""Makes samples of one corpus, from their least number (None: one epoch) and an offset to the run's seed."""
 
 
 class Source:
-    """One corpus of a run: what it gives, one laid-out order after the other.
+    """The samples of one corpus of a run, one order after another.
 
-    An order is laid out for a number of samples, because Megatron's depends on it. A run that is extended keeps the
-    orders it has begun with and goes on behind them with a new one, so that nothing repeats before its time.
+    An order is laid out for a number of samples, because Megatron's order depends on it. An extended run keeps its
+    orders and appends a new one, so that no sample repeats before the earlier orders end.
 
     Args:
-        name: what it is called in metrics and checkpoints.
-        make: its samples.
-        laid_out: for how many samples each order was laid out, from the first one on.
-        sequences: which of the corpus' sequences are read, [start, stop).
+        name: name of the corpus in metrics and checkpoints.
+        make: makes the samples of one order.
+        laid_out: number of samples each order was laid out for, in order.
+        sequences: sequences of the corpus to read, [start, stop).
     """
 
     def __init__(self, name: str, make: MakeSamples, laid_out: Sequence[int], sequences: tuple[int, int]) -> None:
         self.name, self.laid_out, self.sequences = name, list(laid_out), sequences
         self.orders = [make(count, i * _SEED_STEP) for i, count in enumerate(self.laid_out)]
-        # now, and not at a save: the file may be rewritten while the run reads the old one
+        # read now, not at a save: the file may be rewritten while the run reads the old one
         sidecar = read_sidecar_of(self.orders[0].corpus)
         self.content = None if sidecar is None else sidecar.bin_sha256
-        """SHA-256 of the corpus' tokens as its sidecar says; None where it says nothing."""
+        """SHA-256 of the corpus's tokens from its sidecar; None if unknown."""
         self._ends = [sum(map(len, self.orders[: i + 1])) for i in range(len(self.orders))]
 
     @classmethod
     def for_samples(
         cls, name: str, make: MakeSamples, needed: int, laid_out: Sequence[int], sequences: tuple[int, int]
     ) -> Source:
-        """A source of at least `needed` samples that keeps the orders that were laid out before."""
+        """Make a source of at least `needed` samples that keeps the orders laid out before."""
         source = cls(name, make, laid_out or [needed], sequences)
         missing = needed - len(source)
         return source if missing <= 0 else cls(name, make, [*source.laid_out, missing], sequences)
 
     @property
     def corpus(self) -> IndexedCorpus:
-        """Where its tokens are."""
+        """The corpus that every order reads."""
         return self.orders[0].corpus
 
     @property
     def corpora(self) -> list[IndexedCorpus]:
-        """The corpus, and its loss mask where it has one."""
+        """The corpus and its loss mask, if any."""
         mask = self.orders[0].loss_mask
         return [self.corpus] if mask is None else [self.corpus, mask]
 
     @property
     def order_fingerprint(self) -> str:
-        """Stands for its samples and their order."""
+        """Hash of its samples and their order."""
         fingerprints = [order.order_fingerprint for order in self.orders]
         return fingerprints[0] if len(fingerprints) == 1 else _digest(fingerprints)
 
@@ -96,20 +83,20 @@ class Source:
         return self._ends[-1]
 
     def __getitem__(self, index: int, /) -> Sample:
-        """Its sample `index`.
+        """Read sample `index` of the corpus.
 
         Raises:
-            IndexError: there is no such sample.
+            IndexError: the sample does not exist.
             CorpusError: it cannot be read.
         """
         order, number = self._locate(index)
         return order[number]
 
     def pieces(self, index: int) -> list[Piece]:
-        """What its sample `index` is made of.
+        """Return the pieces of sample `index` of the corpus.
 
         Raises:
-            IndexError: there is no such sample.
+            IndexError: the sample does not exist.
         """
         order, number = self._locate(index)
         return order.pieces(number)
@@ -121,36 +108,36 @@ class Source:
         return self.orders[order], index - (self._ends[order - 1] if order else 0)
 
     def epochs(self, num_samples: int) -> float:
-        """How many times its first `num_samples` samples go through the corpus."""
+        """Return the number of epochs of the corpus in its first `num_samples` samples."""
         first = self.orders[0]
         return num_samples * first.num_epochs / len(first)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Weights that hold from a sample of the run on."""
+    """A range of samples of the run with one blend of corpora."""
 
     first_sample: int
     weights: dict[int, float]
-    """By number of the source; they add up to 1."""
+    """Weights by number of the source, adding up to 1."""
 
 
 def needed_samples(weight: float, num_samples: int) -> int:
-    """Samples that Megatron lays out of a corpus which gets this share of a blend.
+    """Return the number of samples that Megatron lays out of a corpus with this weight in a blend.
 
-    No draw goes beyond it: the greedy rule is never more than one sample ahead of a weight.
+    No draw exceeds it: the greedy rule is never more than one sample ahead of a weight.
     """
     return math.ceil(math.ceil(num_samples * weight) * (1 + _SURPLUS))
 
 
 class BlendedSamples:
-    """The samples of a run, by their number.
+    """The training samples of a run.
 
     Args:
-        sources: its corpora.
-        phases: from sample 0 on, rising.
-        num_samples: how many the run draws.
-        cache: where indices are kept.
+        sources: the corpora of the run.
+        phases: phases by rising first sample, the first from sample 0.
+        num_samples: number of samples that the run draws.
+        cache: cache of the indices; None keeps them in memory.
     """
 
     def __init__(
@@ -167,12 +154,12 @@ class BlendedSamples:
 
     @property
     def name(self) -> str:
-        """The corpora, for messages."""
+        """Prefixes of the corpora, for messages."""
         return " + ".join(source.corpus.prefix for source in self.sources)
 
     @property
     def order_fingerprint(self) -> str:
-        """The same for two objects that give the same samples in the same order, else another (SHA-256)."""
+        """SHA-256 of the samples and their order: equal if and only if both are equal."""
         if len(self.sources) == 1:
             return self.sources[0].order_fingerprint
         return _digest([self._described_phases(None), [source.order_fingerprint for source in self.sources]])
@@ -181,7 +168,7 @@ class BlendedSamples:
         return self._num_samples
 
     def __getitem__(self, index: int, /) -> Sample:
-        """Sample `index` of the run.
+        """Read sample `index` of the run.
 
         Raises:
             IndexError: the run draws no such sample.
@@ -193,7 +180,7 @@ class BlendedSamples:
         return self.sources[source][number]._replace(source=source)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The source of a sample, and its number there."""
+        """Return the number of the source of a sample, and the sample's number in that source."""
         if len(self.sources) == 1:
             return 0, index
         at = bisect_right(self._firsts, index) - 1
@@ -207,7 +194,7 @@ class BlendedSamples:
         return [self.consumed(phase.first_sample) for phase in self.phases]
 
     def consumed(self, num_samples: int) -> list[int]:
-        """How many of the run's first samples are from each source."""
+        """Count the run's first `num_samples` samples by source."""
         total = [0] * len(self.sources)
         for phase, interleave in zip(self.phases, self._interleaves, strict=True):
             inside = min(max(0, num_samples - phase.first_sample), interleave.size)
@@ -217,7 +204,7 @@ class BlendedSamples:
         return total
 
     def state(self, num_samples: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the data after `num_samples` samples: a few numbers for each source."""
+        """Return the state that a checkpoint saves after `num_samples` samples: a few values per source."""
         consumed = self.consumed(num_samples)
         return {
             "consumed": {s.name: count for s, count in zip(self.sources, consumed, strict=True)},
@@ -228,26 +215,28 @@ class BlendedSamples:
         }
 
     def difference(self, state: dict[str, Any], num_samples: int) -> tuple[str, Any, Any] | None:
-        """What makes these samples others than those that led to `state`; None where they go on from it.
+        """Compare the first `num_samples` samples with those that led to `state`.
 
         Returns:
-            what differs, its value there, its value here.
+            the first difference, its value in `state`, its value here; None if these samples continue from `state`.
         """
-        there, here = state["phases"], self._described_phases(num_samples)
-        if there != here:
-            return f"blend of the first {num_samples} samples", there, here
-        mine = self.state(num_samples)
+        saved_phases, phases = state["phases"], self._described_phases(num_samples)
+        if saved_phases != phases:
+            return f"blend of the first {num_samples} samples", saved_phases, phases
+        current = self.state(num_samples)
         for name, count in state["consumed"].items():
+            if count == 0:
+                continue
             for key in ("order", "consumed"):
-                if count and state[key].get(name) != mine[key].get(name):
-                    return f"{key} of the corpus {name}", state[key].get(name), mine[key].get(name)
-            before, now = (one.get("content", {}).get(name) for one in (state, mine))
-            if count and before and now and before != now:
-                return f"content of the corpus {name}", before[:12], now[:12]
+                if state[key].get(name) != current[key].get(name):
+                    return f"{key} of the corpus {name}", state[key].get(name), current[key].get(name)
+            saved_content, content = state.get("content", {}).get(name), current["content"].get(name)
+            if saved_content and content and saved_content != content:
+                return f"content of the corpus {name}", saved_content[:12], content[:12]
         return None
 
     def _described_phases(self, before: int | None) -> list[list[Any]]:
-        """Start and weights of all phases, or of those that begin before a sample."""
+        """Return first sample and weights of the phases that begin before a sample; None: of all."""
         if len(self.sources) == 1:
             return [[0, {self.sources[0].name: 1.0}]]
         return [

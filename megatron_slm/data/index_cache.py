@@ -1,10 +1,10 @@
-"""The index of a run's samples on the disk, so that a node builds it once and its ranks share the memory.
+"""Caches sample indices on disk, so that a node builds each once and its ranks share the memory.
 
     CACHE/KEY/description.json, NAME.npy ...
 
-A folder is written under a temporary name and renamed when it is whole, and its name is a checksum of everything
-its content is made from. So ranks and nodes need not agree on who builds: the same key is the same content, whoever
-was first, whether they share a file system or not. A lock spares them doing it twice, and nothing waits on it for ever.
+A folder is written under a temporary name and renamed when whole; its name is a checksum of everything the content is
+made from. So ranks and nodes need not agree on who builds: equal keys mean equal content, on a shared file system or
+not. A lock avoids building twice; waiting for it times out.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class IndexCache:
-    """Arrays by the checksum of what they are made from.
+    """Arrays, by the checksum of their inputs.
 
     Args:
-        folder: where they are kept, made on first use; None keeps nothing.
+        folder: folder of the cache, created on first use; None disables the cache.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def arrays(self, kind: str, made_from: str, corpus: IndexedCorpus | None, build: Callable[[], Arrays]) -> Arrays:
-        """The arrays of one index, mapped from the disk, or in memory where there is no folder or no room.
+        """Return the arrays of one index, mapped from disk; in memory if the folder is disabled or not writable.
 
         Args:
-            kind: what is indexed how; other kinds made from the same are kept apart.
-            made_from: a fingerprint of all that the arrays depend on.
-            corpus: what is indexed, whose size becomes part of the key too.
-            build: makes the arrays.
+            kind: name of the kind of index, part of the key.
+            made_from: fingerprint of everything that the arrays depend on.
+            corpus: the indexed corpus, whose size becomes part of the key too.
+            build: builds the arrays.
         """
         if self.folder is None:
             return build()
@@ -67,7 +67,7 @@ class IndexCache:
                 return _load(place) or self._store(place, build(), {"kind": kind, "made_from": made_from})
         except OSError as error:
             logger.warning(
-                "the index cache %s cannot be written (%s): every rank keeps the index in memory",
+                "cannot write the index cache %s (%s): every rank keeps the index in memory",
                 self.folder,
                 error.strerror or error,
             )
@@ -83,10 +83,10 @@ class IndexCache:
                     os.fsync(file.fileno())
             shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
             (temporary / _DESCRIPTION).write_text(json.dumps({**description, "arrays": shapes}, indent=1))
-            temporary.chmod(0o755)  # the temporary folder was this user's alone
+            temporary.chmod(0o755)  # mkdtemp makes it private to this user
             if place.exists():
                 found = _load(place)
-                if found is not None:  # without a lock another node can have been first, and its ranks have mapped it
+                if found is not None:  # without a lock another node may have been first, and its ranks map these files
                     return found
                 shutil.rmtree(place, ignore_errors=True)  # damaged
             with suppress(OSError):  # another node was first; its content is the same
@@ -97,7 +97,7 @@ class IndexCache:
 
 
 def _load(place: Path) -> Arrays | None:
-    """The arrays of a whole folder; None where there is none, or it is not what it says it is."""
+    """Load the arrays of a folder; None if it is missing or damaged."""
     try:
         described = json.loads((place / _DESCRIPTION).read_text())["arrays"]
         arrays: Arrays = {}
@@ -109,12 +109,12 @@ def _load(place: Path) -> Arrays | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("the index in %s is damaged (%s) and is built again", place, error)
+        logger.warning("rebuilding the damaged index in %s (%s)", place, error)
         return None
 
 
 class _locked:
-    """Holds a lock if it can be had in time; goes on without it where it cannot, which costs double work only."""
+    """Holds a file lock, or proceeds without it after a timeout or an error, at the cost of building twice."""
 
     def __init__(self, path: Path) -> None:
         self._lock = FileLock(path, timeout=_LOCK_SECONDS)

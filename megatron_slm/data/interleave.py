@@ -1,9 +1,9 @@
-"""Which corpus each sample of a blend is from: Megatron's greedy rule, for many samples at once.
+"""Assigns a corpus to each sample of a blend: Megatron's greedy rule, for many samples at once.
 
 Sample k is from the corpus with the largest `weight * max(k, 1) - drawn`, the first of equals, in fp64. Each choice
-depends on those before, so the chain is cut into blocks that are all computed side by side from guessed starts, and
-a block whose start turns out not to be the end of the block before is computed again, until none is left. The
-result is that of the plain loop, to the last tie.
+depends on the previous ones, so the chain is cut into blocks that are computed side by side from guessed starts; a
+block whose start differs from the end of the previous block is computed again, until none is left. The result equals
+that of the plain loop, to the last tie.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _BLOCK = 1024
 
 
 def normalized(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights that add up to 1, in Megatron's arithmetic."""
+    """Divide weights by their sum, in Megatron's arithmetic."""
     values = np.array(weights, dtype=np.float64)
     return tuple((values / np.sum(values)).tolist())
 
 
 class Interleave:
-    """The order in which samples are drawn from a number of corpora.
+    """The order in which samples are drawn from several corpora.
 
     Args:
-        weights: of the corpora, adding up to 1.
-        size: samples.
-        cache: where the index is kept.
+        weights: weights of the corpora, adding up to 1.
+        size: number of samples.
+        cache: cache of the index; None keeps the index in memory.
     """
 
     def __init__(self, weights: Sequence[float], size: int, cache: IndexCache | None = None) -> None:
         self.weights, self.size, self._cache = tuple(weights), size, cache or IndexCache(None)
 
     def __getitem__(self, index: int, /) -> tuple[int, int]:
-        """The corpus that sample `index` is from, and how many samples before it are from the same."""
+        """Return the corpus of sample `index`, and the number of earlier samples from that corpus."""
         choice, counts = self._indices
         block = index // _BLOCK
         source = int(choice[index])
@@ -47,7 +47,7 @@ class Interleave:
         return source, int(counts[block, source]) + before
 
     def drawn(self, num_samples: int) -> list[int]:
-        """How many of the first `num_samples` samples are from each corpus."""
+        """Count the first `num_samples` samples by corpus."""
         if len(self.weights) == 1:
             return [num_samples]
         choice, counts = self._indices
@@ -66,15 +66,15 @@ class Interleave:
 
 
 def greedy_choices(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """The greedy rule's choices.
+    """Apply the greedy rule.
 
     Args:
         weights: fp64 [m].
-        size: samples.
+        size: number of samples.
 
     Returns:
-        the corpus of every sample, uint8 or uint16 [size], and how many samples of each corpus come before every
-        block of `_BLOCK` samples, int64 [blocks + 1, m].
+        the corpus of every sample, uint8 or uint16 [size], and the number of samples of each corpus before every block
+        of `_BLOCK` samples, int64 [blocks + 1, m].
     """
     num_sources, num_blocks = len(weights), size // _BLOCK + 1
     starts = np.arange(num_blocks + 1, dtype=np.int64) * _BLOCK
@@ -91,7 +91,7 @@ def greedy_choices(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDA
 
 
 def _guess(weights: npt.NDArray[np.float64], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Counts that are near the weights and add up to the starts, int64 [m, B]; right for start 0."""
+    """Guess counts in proportion to the weights that add up to the starts, int64 [m, B]; exact for start 0."""
     exact_mB = weights[:, None] * starts
     counts_mB = np.floor(exact_mB).astype(np.int64)
     missing_B = starts - counts_mB.sum(axis=0)
@@ -102,7 +102,7 @@ def _guess(weights: npt.NDArray[np.float64], starts: npt.NDArray[np.int64]) -> n
 def _run_blocks(
     weights: npt.NDArray[np.float64], starts: npt.NDArray[np.int64], counts_mB: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """The plain loop for many blocks side by side: choices [B, _BLOCK], and the counts at their ends [m, B]."""
+    """Run the plain loop for many blocks side by side: choices [B, _BLOCK], and counts at their ends [m, B]."""
     drawn_mB = counts_mB.astype(np.float64)
     choice_kB = np.empty((_BLOCK, len(starts)), dtype=np.uint8 if len(weights) <= 256 else np.uint16)
     blocks = np.arange(len(starts))

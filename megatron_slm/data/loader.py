@@ -1,4 +1,4 @@
-"""Micro-batches by absolute position: nothing to save and nothing to restore but `consumed_samples`."""
+"""Loads micro-batches by absolute position, so that `consumed_samples` is the only state to save."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_slm.data.packing import Samples
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.reading import PADDING_ID, Sample
 from megatron_slm.data.sampler import sample_indices
+from megatron_slm.data.samples import Samples
 from megatron_slm.errors import ConfigError, VocabularyError
 from megatron_slm.types import Documents, MicroBatch
 
 
 def num_global_batches(num_samples: int, global_batch_size: int) -> int:
-    """Global batches that hold every one of `num_samples` samples, the last one partly padding."""
-    return -(-num_samples // global_batch_size)
+    """Return the number of global batches that hold `num_samples` samples, the last one padded."""
+    return ceil_div(num_samples, global_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Boundaries:
-    """What the ends of documents mean, by Megatron's flags.
+    """Treatment of the boundaries between documents, under the names of Megatron's flags.
 
-    A document ends where its sequence of the corpus does, and after `eod_id`.
+    A document ends at the end of its sequence of the corpus, and after `eod_id`.
 
     Raises:
         ConfigError: `eod_mask_loss` without an `eod_id`.
@@ -33,24 +34,24 @@ class Boundaries:
     eod_id: int | None = None
     """The end-of-document token."""
     eod_mask_loss: bool = False
-    """Labels that follow an end-of-document *input* do not count: the first token of a document cannot be told from
-    the one before."""
+    """Mask labels that follow an end-of-document *input*: the first token of a document cannot be predicted."""
     reset_attention_mask: bool = False
-    """Tokens see their own document only, so the first token of a document is no label."""
+    """Let tokens attend to their own document only; the first token of a document is no label."""
     reset_position_ids: bool = False
-    """Positions count from the start of each document."""
+    """Count positions from the start of each document."""
 
     def __post_init__(self) -> None:
         if self.eod_mask_loss and self.eod_id is None:
-            raise ConfigError("eod_mask_loss", True, "needs an end-of-document token", "use a tokenizer with one")
+            rule = "be used with a tokenizer that has an end-of-document token"
+            raise ConfigError("--eod-mask-loss", True, rule, "use such a tokenizer, or remove --eod-mask-loss")
 
     @property
     def matter_to_layers(self) -> bool:
-        """Whether every layer must know them, not the loss alone."""
+        """True if every layer needs the boundaries, not just the loss."""
         return self.reset_attention_mask or self.reset_position_ids
 
     def starts(self, sample: Sample) -> npt.NDArray[np.bool_]:
-        """Whether a document starts at each token but the first, bool [s]: of labels, whether one is a first token."""
+        """Return True for each label that is the first token of a document, bool [s]."""
         starts = np.zeros(sample.tokens.size + 1, dtype=np.bool_)
         starts[sample.starts] = True
         if self.eod_id is not None:
@@ -62,22 +63,23 @@ NO_BOUNDARIES = Boundaries()
 
 
 class MicroBatchSource:
-    """The micro-batches of one data-parallel rank, at random access.
+    """The micro-batches of one data-parallel rank, with random access.
 
-    With `pads_at_end`, positions beyond the last sample give samples without a valid label, so that a held-out
-    set is read whole and each of its samples counts once, whatever the batch size and the number of ranks.
-    Without it, reading beyond the end is an error: training never goes on with padding.
+    With `pads_at_end`, positions beyond the last sample yield samples without a valid label, so that a held-out set is
+    read whole and each of its samples counts once, for any batch size and number of ranks. Without it, reading beyond
+    the end raises an error, so that training never continues on padding.
 
     Args:
-        samples: what to load from.
+        samples: the samples to load.
         micro_batch_size: samples of a micro-batch, `b`.
-        data_parallel_rank: whose micro-batches.
+        data_parallel_rank: rank that reads the micro-batches.
         data_parallel_size: number of data-parallel ranks.
-        vocab_size: every token id must be within [0, vocab_size).
-        boundaries: what the ends of documents mean.
+        vocab_size: bound of the token ids, which must be in [0, vocab_size).
+        boundaries: treatment of the boundaries between documents.
+        pads_at_end: whether to pad beyond the last sample.
 
     Raises:
-        IndexError: (when read) there is no such sample, and the end is not padded.
+        IndexError: (on reading) the sample does not exist, and the end is not padded.
         ConfigError: a size is out of range.
     """
 
@@ -92,9 +94,9 @@ class MicroBatchSource:
         boundaries: Boundaries = NO_BOUNDARIES,
         pads_at_end: bool = False,
     ) -> None:
-        for field, value in (("micro_batch_size", micro_batch_size), ("vocab_size", vocab_size)):
+        for flag, value in (("--micro-batch-size", micro_batch_size), ("--vocab-size", vocab_size)):
             if value < 1:
-                raise ConfigError(field, value, "must be at least 1", "give a larger one")
+                raise ConfigError(flag, value, "be at least 1", "choose a larger one")
         self.samples = samples
         self._pads_at_end = pads_at_end
         self._micro_batch_size = micro_batch_size
@@ -109,7 +111,7 @@ class MicroBatchSource:
         return self._micro_batch_size * self._num_ranks
 
     def micro_batch(self, consumed_samples: int, micro_step: int) -> MicroBatch:
-        """Micro-batch `micro_step` of the step that starts at `consumed_samples` (see `sample_indices`).
+        """Load micro-batch `micro_step` of the step that starts at `consumed_samples` (see `sample_indices`).
 
         Raises:
             VocabularyError: a token id is not in the vocabulary.
@@ -150,24 +152,24 @@ class MicroBatchSource:
         lowest, highest = int(sample.tokens.min()), int(sample.tokens.max())
         if lowest < 0 or highest >= self._vocab_size:
             raise VocabularyError(
-                f"token id in sample {index} of {self.samples.name}",
+                f"{self.samples.name}: token id in sample {index}",
                 highest if highest >= self._vocab_size else lowest,
-                f"must be within [0, {self._vocab_size}), the vocabulary of this run",
-                "tokenize the corpus again with this run's tokenizer, or give the tokenizer it was made with",
+                f"be in [0, {self._vocab_size}), the vocabulary of this run",
+                "tokenize the corpus again with this run's tokenizer, or name the tokenizer it was made with",
             )
         return sample
 
 
 def _documents(label_starts_bs: npt.NDArray[np.bool_], boundaries: Boundaries) -> Documents:
-    """Documents of a micro-batch's inputs, from where its labels start one."""
+    """Build the documents of a micro-batch's inputs from the labels that start a document."""
     b, s = label_starts_bs.shape
     starts_bs = np.concatenate([np.ones((b, 1), np.bool_), label_starts_bs[:, :-1]], axis=1)
     starts = np.flatnonzero(starts_bs)
     cumulative = np.append(starts, b * s)
     position_bs = None
     if boundaries.reset_position_ids:
-        begun = np.repeat(starts, np.diff(cumulative))
-        position_bs = torch.from_numpy((np.arange(b * s) - begun).reshape(b, s))
+        start_of_token = np.repeat(starts, np.diff(cumulative))
+        position_bs = torch.from_numpy((np.arange(b * s) - start_of_token).reshape(b, s))
     if not boundaries.reset_attention_mask:
         return Documents(None, None, position_bs)
     return Documents(tuple(np.diff(cumulative).tolist()), torch.from_numpy(cumulative.astype(np.int32)), position_bs)

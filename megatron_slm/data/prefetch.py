@@ -1,4 +1,4 @@
-"""Micro-batches read ahead in the background, so that a step waits for none and a bad disk is known before it."""
+"""Reads micro-batches ahead in threads, so that no step waits for them and read errors surface before the step."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from megatron_slm.errors import SlmError
 from megatron_slm.types import MicroBatch
 
 _STEPS_READ = 2
-"""Steps whose micro-batches are there before a step starts: its own, and the next one's, which the reference reads
-ahead. The step behind these is read meanwhile, so at most three steps' micro-batches are held."""
+"""Steps whose micro-batches are read before a step starts: its own, and the next one's, which the reference reads
+ahead. The step after these is read meanwhile, so at most three steps' micro-batches are held."""
 
 
 class Prefetcher:
     """The micro-batches of a run on one data-parallel rank, in the order of its steps.
 
     Args:
-        source: reads them.
-        num_micro_batches: of a step on this rank.
-        num_samples: how many the run draws; nothing behind them is read.
-        num_threads: that read; with 0 micro-batches are read when they are asked for.
+        source: reads the micro-batches.
+        num_micro_batches: micro-batches of a step on this rank.
+        num_samples: samples of the run; nothing beyond them is read.
+        num_threads: threads that read; 0 reads micro-batches on demand.
     """
 
     def __init__(self, source: MicroBatchSource, *, num_micro_batches: int, num_samples: int, num_threads: int) -> None:
@@ -31,16 +31,16 @@ class Prefetcher:
         self._scheduled = 0
 
     def micro_batch(self, consumed_samples: int, micro_step: int) -> MicroBatch:
-        """See `MicroBatchSource.micro_batch`."""
+        """Return the same micro-batch as `MicroBatchSource.micro_batch`, read ahead if possible."""
         start = consumed_samples + micro_step * self._source.samples_together
         future = self._ahead.pop(start, None)
         return self._source.micro_batch(start, 0) if future is None else future.result()
 
     def prepare(self, consumed_samples: int) -> SlmError | None:
-        """Read ahead for the step that starts here; wait until it and the next one can run.
+        """Read ahead for the step that starts here, and wait for the micro-batches of this and the next step.
 
         Returns:
-            why one of them cannot be read; None where all is well.
+            the error of a micro-batch that cannot be read; None if all are read.
         """
         if self._pool is None:
             return None

@@ -1,4 +1,4 @@
-"""Which samples a data-parallel rank takes: Megatron's sequential sampler, as a pure function."""
+"""Assigns samples to data-parallel ranks: Megatron's sequential sampler as a pure function."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ def sample_indices(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> range:
-    """Positions in the sample order of one micro-batch on one data-parallel rank.
+    """Return the positions in the sample order of one micro-batch on one data-parallel rank.
 
-    A step that starts at `consumed_samples` hands out micro_batch_size * data_parallel_size consecutive
-    samples per micro-step, rank by rank, so the samples of a global batch are the same at any layout.
+    A step that starts at `consumed_samples` takes micro_batch_size * data_parallel_size consecutive samples per
+    micro-step, rank by rank, so that the samples of a global batch are the same for any layout.
 
     Args:
         consumed_samples: samples of the whole run (all ranks) before this step.
-        micro_step: which micro-batch of the step, from 0.
+        micro_step: number of the micro-batch in the step, from 0.
         micro_batch_size: samples of a micro-batch on one rank, `b`.
-        data_parallel_rank: which rank.
+        data_parallel_rank: the rank.
         data_parallel_size: number of ranks.
 
     Returns:
         `b` consecutive positions.
 
     Raises:
-        ValueError: the rank is not one of the ranks, or a number is negative.
+        ValueError: the rank or another number is out of range.
     """
     if not 0 <= data_parallel_rank < data_parallel_size:
         raise ValueError(f"data-parallel rank {data_parallel_rank} must be within [0, {data_parallel_size})")

@@ -1,4 +1,4 @@
-"""A few fixed texts as samples: each by itself, from its start, never packed with another."""
+"""Fixed texts as samples, one text per sample, never packed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from megatron_slm.errors import ConfigError, CorpusError
 logger = logging.getLogger(__name__)
 
 MOST_TEXTS = 256
-"""They are kept in memory, and their losses are written again and again: a corpus is for --valid-data-path."""
+"""Limit of the texts of a file: they are kept in memory, and each evaluation records all their losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSamples:
-    """Texts, each a sample of `sequence_length` inputs, padded at its end."""
+    """Texts, each padded to a sample of `sequence_length` inputs."""
 
     name: str
     sequence_length: int
     ids: tuple[npt.NDArray[np.int64], ...]
-    """The tokens of each text, two of them or more, at most `sequence_length + 1`."""
+    """Token ids of each text, int64, from 2 to `sequence_length + 1` of them."""
     sources: tuple[str, ...]
-    """Where each is from, for people."""
+    """Source of each text, for display."""
     cut: tuple[int, ...] = ()
-    """Numbers, from 0, of the texts that were longer."""
+    """Indices of the texts that were truncated."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -47,18 +47,18 @@ class TextSamples:
 
 
 def read_texts(path: str, tokenizer: Tokenizer, *, sequence_length: int, field: str) -> TextSamples:
-    """The texts of a file: JSON lines with a `text` each (.gz and .zst too), or .txt, which is one text.
+    """Read the texts of a file: JSON lines with a `text` each (.gz and .zst too), or .txt, which is one text.
 
-    A text longer than a sample is cut, and a warning says so.
+    A text longer than a sample is truncated, with a warning.
 
     Args:
         sequence_length: inputs of a sample, `s`.
         field: the flag that names the file, for errors.
 
     Raises:
-        ConfigError: the file is missing, is not UTF-8, has a line without a text, holds no text or too many, or a text
-            has no two tokens.
-        VocabularyError: a text is not of the tokenizer's kind (NullTokenizer reads numbers).
+        ConfigError: the file is missing or not UTF-8, has a line without a text, has no text or too many, or a text has
+            fewer than two tokens.
+        VocabularyError: the tokenizer cannot encode a text (NullTokenizer reads numbers).
     """
     ids: list[npt.NDArray[np.int64]] = []
     sources: list[str] = []
@@ -67,11 +67,11 @@ def read_texts(path: str, tokenizer: Tokenizer, *, sequence_length: int, field: 
         tokens = np.array(tokenizer.encode(text), np.int64)
         if tokens.size < 2:
             raise ConfigError(
-                field, f"{path}, {place}", "is a text of two tokens or more: the first is not predicted", "remove it"
+                field, f"{path}, {place}", "have at least two tokens (the first is not predicted)", "remove the text"
             )
         if tokens.size > sequence_length + 1:
             logger.warning(
-                "%s %s, %s: its first %d of %d tokens are taken: a sample holds no more",
+                "%s %s, %s: using the first %d of %d tokens, the length of a sample",
                 field, path, place, sequence_length + 1, tokens.size,
             )  # fmt: skip
             cut.append(len(ids))
@@ -79,22 +79,25 @@ def read_texts(path: str, tokenizer: Tokenizer, *, sequence_length: int, field: 
         sources.append(place if place != "text" else Path(path).name)
         if len(ids) > MOST_TEXTS:
             raise ConfigError(
-                field, path, f"holds at most {MOST_TEXTS} texts", "give fewer; a corpus is for evaluation"
+                field,
+                path,
+                f"have at most {MOST_TEXTS} texts",
+                "remove texts, or make them a corpus for --valid-data-path",
             )
     if not ids:
-        raise ConfigError(field, path, "holds a text", "write one JSON object with a `text` on each line")
+        raise ConfigError(field, path, "have at least one text", "write one JSON object with a `text` on each line")
     return TextSamples(
         name=Path(path).name, sequence_length=sequence_length, ids=tuple(ids), sources=tuple(sources), cut=tuple(cut)
     )
 
 
 def _texts(path: str, field: str) -> Iterator[tuple[str, str]]:
-    """Where each text is in the file, and the text."""
+    """Yield the place of each text in the file, and the text."""
     try:
-        with open_decompressed(Path(path)) as (stream, _):
+        with open_decompressed(Path(path), field) as (stream, _):
             content = stream.read()
     except CorpusError as error:
-        raise ConfigError(field, path, f"is a file that can be read: it {error.rule}", "check the path") from error
+        raise ConfigError(field, path, error.rule, "check the file") from error
     if Path(path).suffix == ".txt":
         try:
             text = content.decode().replace("\r\n", "\n").replace("\r", "\n")
@@ -112,12 +115,15 @@ def _texts(path: str, field: str) -> Iterator[tuple[str, str]]:
             raise _not_utf8(field, f"{path}, line {number}", error) from error
         except ValueError as error:
             raise ConfigError(
-                field, f"{path}, line {number}", f"is a JSON object ({error})", "mend the line; plain text ends in .txt"
+                field,
+                f"{path}, line {number}",
+                f"be a JSON object ({error})",
+                "correct the line; plain text ends in .txt",
             ) from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ConfigError(field, f"{path}, line {number}", "has a text under `text`", "mend the line")
+            raise ConfigError(field, f"{path}, line {number}", "have a text under `text`", "correct the line")
         yield f"line {number}", record["text"]
 
 
 def _not_utf8(field: str, place: str, error: UnicodeDecodeError) -> ConfigError:
-    return ConfigError(field, place, f"is UTF-8 ({error.reason} at byte {error.start})", "convert the file")
+    return ConfigError(field, place, f"be UTF-8 ({error.reason} at byte {error.start})", "convert the file")

@@ -1,1 +1,1 @@
-"""The decoder's mathematics: no ranks, no process groups, no schedules."""
+"""The decoder's mathematics, free of ranks, process groups and schedules."""

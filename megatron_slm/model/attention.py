@@ -1,7 +1,7 @@
 """Causal grouped-query attention.
 
-Shapes: s sequence, b micro-batch, d hidden, h query heads held here, g key/value groups held here,
-k width of a head.
+Shapes: s sequence, b micro-batch, d hidden, h query heads of this rank, g key/value heads of this rank, k width of a
+head, N = b * s.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from megatron_slm.types import Documents
 
 
 class Attention(nn.Module):
-    """`softmax(Q K^T / sqrt(k)) V` over the positions before and including one's own (or a window of them)."""
+    """`softmax(Q K^T / sqrt(k)) V` over all positions up to the current one, or a sliding window of them."""
 
     def __init__(self, arch: Architecture, layers: Layers, prefix: str, *, window: int | None) -> None:
         super().__init__()
         self.width, self.window = arch.kv_channels, window
         self.kernels = {"sdpa": sdpa, "flash": flash, "flash3": flash3}[layers.backends.attention]
-        self.num_heads = layers.share(arch.num_attention_heads, field="num_attention_heads")
-        self.num_groups = layers.share(arch.num_query_groups, field="num_query_groups")
+        self.num_heads = layers.share(arch.num_attention_heads, field="number of attention heads")
+        self.num_groups = layers.share(arch.num_query_groups, field="number of query groups")
         q, kv = arch.num_attention_heads * self.width, arch.num_query_groups * self.width
         self.qkv = layers.linear_in(
             prefix, arch.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=arch.qkv_bias
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         """[s, b, d] to [s, b, d].
 
         Args:
-            documents: what is kept apart; None for whole samples.
+            documents: document boundaries; None to attend to whole samples.
         """
         q_sbf, k_sbf, v_sbf = self.qkv(x_sbd)
         q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         if documents is None or documents.lengths is None:
             out_sbhk = self.kernels.attend(q_sbhk, k_sbgk, v_sbgk, self.window)
         else:
-            # samples one after the other: [s, b, heads, k] to [N, heads, k], and back
+            # concatenate samples: [s, b, heads, k] to [N, heads, k], and back
             length, num_samples = q_sbhk.shape[:2]
             q_Nhk, k_Ngk, v_Ngk = (x.transpose(0, 1).flatten(0, 1) for x in (q_sbhk, k_sbgk, v_sbgk))
             out_Nhk = self.kernels.attend_in_documents(q_Nhk, k_Ngk, v_Ngk, self.window, documents)

@@ -1,4 +1,4 @@
-"""One decoder block."""
+"""A decoder block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPILER = "inductor"
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each after a norm and around a residual connection."""
+    """Attention and MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(self, arch: Architecture, layers: Layers, index: int) -> None:
         super().__init__()
@@ -32,16 +32,16 @@ class Block(nn.Module):
         """[s, b, d] to [s, b, d].
 
         Args:
-            documents: what attention keeps apart; None for whole samples.
+            documents: document boundaries; None to attend to whole samples.
         """
         x_sbd = x_sbd + self.self_attn(self.input_layernorm(x_sbd), documents)
         return x_sbd + self.mlp(self.post_attention_layernorm(x_sbd))
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile every decoder block of `model`, in place; its parameters keep their names.
+    """Compile every decoder block of `model` in place; parameters keep their names.
 
-    One block at a time, because equal blocks share what was compiled and a whole stage would take far longer.
+    Blocks are compiled separately: equal blocks share compiled code, and a whole stage would take far longer.
     """
     for module in model.modules():
         if isinstance(module, Block):

@@ -1,6 +1,6 @@
-"""Attention through flash-attn's kernels: on GPUs, in bf16. The same two functions as in `sdpa.py`.
+"""Attention by flash-attn's kernels, on GPUs in bf16, with the interface of `sdpa.py`.
 
-The kernels take grouped heads and windows as they are; their window counts the positions to the left of one's own.
+The kernels support grouped heads and windows; their window excludes the current position.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megatron_slm.types import Documents
 
 
 def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
-    """See `sdpa.attend`."""
+    """Attend as `sdpa.attend` does."""
     from flash_attn import flash_attn_func
 
     q, k, v = (t.transpose(0, 1) for t in (q_sbhk, k_sbgk, v_sbgk))
@@ -21,10 +21,10 @@ def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -
 def attend_in_documents(
     q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
 ) -> Tensor:
-    """See `sdpa.attend_in_documents`; all documents in one call."""
+    """Attend as `sdpa.attend_in_documents` does, with all documents in one call."""
     from flash_attn import flash_attn_varlen_func
 
-    assert documents.lengths is not None, "documents that attention keeps apart have lengths"
+    assert documents.lengths is not None, "attention within documents needs their lengths"
     ends, longest = documents.cumulative, max(documents.lengths)
     return flash_attn_varlen_func(
         q_Nhk, k_Ngk, v_Ngk, ends, ends, longest, longest, causal=True, window_size=sides(window)

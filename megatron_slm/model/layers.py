@@ -1,4 +1,4 @@
-"""What the model asks of the layers it is built from."""
+"""Protocols of the layers the model is built from."""
 
 from __future__ import annotations
 
@@ -10,53 +10,55 @@ from megatron_slm.config.backends import Backends
 
 
 class VocabularyWeight(Protocol):
-    """A [vocabulary, hidden] weight, of which this process holds `length` rows from token `start` on."""
+    """A [vocabulary, hidden] weight; this rank has its `length` rows from token `start` on."""
 
     start: int
     length: int
 
     def tokens(self) -> Tensor:
-        """The rows held here, [length, d]."""
+        """Return this rank's rows, [length, d]."""
         ...
 
 
 class Layers(Protocol):
-    """Makes layers; a dense set and a tensor-parallel set look alike from here.
+    """Makes the model's layers, dense or tensor-parallel.
 
     `prefix` and `name` are the logical (Hugging Face) names of the weights.
     """
 
     backends: Backends
-    """What attention and norms compute with."""
+    """Backends of attention and norms."""
 
     def share(self, count: int, *, field: str) -> int:
-        """How many of `count` heads or groups are computed here."""
+        """Return this rank's number of `count` heads or groups."""
         ...
 
     def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> nn.Module:
-        """From the residual stream into one share of each of `outputs`: [s, b, in] to a tuple of [s, b, out]."""
+        """Make a linear layer from the residual stream to this rank's share of each output: [s, b, in] to a tuple of
+        [s, b, out].
+        """
         ...
 
     def linear_out(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
-        """From a share of `in_features` back into the residual stream."""
+        """Make a linear layer from this rank's share of `in_features` back to the residual stream."""
         ...
 
     def embedding(self, name: str, vocab_size: int, hidden_size: int) -> nn.Module:
-        """Token ids [b, s] to the residual stream [s, b, d]; also a `VocabularyWeight`."""
+        """Make an embedding of token ids [b, s] to the residual stream [s, b, d]; also a `VocabularyWeight`."""
         ...
 
     def output_weight(self, name: str, vocab_size: int, hidden_size: int) -> nn.Module:
-        """A `VocabularyWeight` for the logits."""
+        """Make a `VocabularyWeight` for the logits."""
         ...
 
     def replicated(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
-        """A parameter that is held whole."""
+        """Make a parameter replicated on every rank."""
         ...
 
     def on_sequence_shard(self, weight: Tensor) -> Tensor:
-        """`weight`, as used on the residual stream."""
+        """Prepare a replicated weight for use on the residual stream."""
         ...
 
     def on_head_share(self, weight: Tensor) -> Tensor:
-        """`weight`, as used on the heads that are computed here."""
+        """Prepare a replicated weight for use on this rank's heads."""
         ...

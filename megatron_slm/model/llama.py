@@ -1,4 +1,4 @@
-"""The decoder as a list of layers: embedding, blocks, head. A pipeline stage is a run of this list."""
+"""The decoder as a list of layers: embedding, blocks, head. A pipeline stage is a slice of the list."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The final norm, and the output weight that the loss multiplies with.
+    """The final norm and the output weight.
 
-    The product itself is the loss's: all logits of a micro-batch never exist at once.
+    The loss computes the logits itself, so that the logits of a micro-batch are never all in memory.
     """
 
     def __init__(self, arch: Architecture, layers: Layers) -> None:
@@ -44,18 +44,18 @@ class Head(nn.Module):
 
 
 class LayerMaker(NamedTuple):
-    """One layer of the list, not yet made."""
+    """Recipe of one layer."""
 
     kind: type[nn.Module]
     """`Embedding`, `Block` or `Head`."""
     args: tuple[Any, ...]
 
     def make(self) -> nn.Module:
-        """The layer, with zero weights."""
+        """Make the layer, with zero weights."""
         return self.kind(*self.args)
 
 
 def layer_list(arch: Architecture, layers: Layers) -> list[LayerMaker]:
-    """All layers of the decoder, in order: 1 embedding, `num_layers` blocks, 1 head."""
+    """Return the recipes of all layers, in order: 1 embedding, `num_layers` blocks, 1 head."""
     blocks = [LayerMaker(Block, (arch, layers, index)) for index in range(arch.num_layers)]
     return [LayerMaker(Embedding, (arch, layers)), *blocks, LayerMaker(Head, (arch, layers))]

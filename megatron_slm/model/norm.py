@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight`, the mean in fp32 (arXiv 1910.07467).
 
     Args:
-        over_heads: it norms heads, of which a share is held here, and not the residual stream.
+        over_heads: normalizes this rank's heads instead of the residual stream.
     """
 
     def __init__(
@@ -30,16 +30,14 @@ class RMSNorm(nn.Module):
 
 
 def normalize(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
-    """Normalize in torch; the product with the weight is taken after the cast back to the input's dtype, as Hugging
-    Face does."""
+    """Normalize; multiplies by the weight after the cast back to the input's dtype, as Hugging Face does."""
     x_fp32 = x_sbd.float()
     scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + epsilon)
     return weight_d * (x_fp32 * scale).to(x_sbd.dtype)
 
 
 def normalize_in_apex(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
-    """Normalize in one fused kernel, which takes the product with the weight before the cast: in bf16 another
-    rounding."""
+    """Normalize in one fused kernel; multiplies by the weight before the cast, which rounds differently in bf16."""
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
     return fused_rms_norm_affine(x_sbd, weight_d, weight_d.shape, epsilon)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def inverse_frequencies(width: int, base: float, scaling: dict[str, Any]) -> Tensor:
-    """Turning speeds of the width / 2 pairs of a head, radians per position, fp32 [width / 2].
+    """Return the rotation speeds of the width / 2 pairs of a head, in radians per position, fp32 [width / 2].
 
     Args:
-        scaling: empty, or Hugging Face's fields: `linear` divides every speed by `factor`; `llama3` divides
-            the slow ones, keeps the fast ones and blends in between (Llama 3.1, `modeling_rope_utils.py`).
+        scaling: empty, or Hugging Face's fields: `linear` divides every speed by `factor`; `llama3` divides the slow
+            ones, keeps the fast ones and interpolates between (Llama 3.1, `modeling_rope_utils.py`).
     """
     speeds = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
     kind = scaling.get("rope_type", "default")
@@ -41,12 +41,12 @@ def _llama3(speeds: Tensor, scaling: dict[str, Any]) -> Tensor:
 def rotation(
     length: int, width: int, base: float, scaling: tuple[tuple[str, Any], ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of positions 0 to length - 1, fp32 [s, 1, 1, width / 2] each.
+    """Return cosine and sine of the angles of positions 0 to length - 1, fp32 [s, 1, 1, width / 2] each.
 
-    Kept outside the modules, because a buffer would be cast to the run's dtype with the weights.
+    Cached outside the modules, because a buffer would be cast to the run's dtype with the weights.
 
     Args:
-        scaling: the items of the scaling's fields (see `inverse_frequencies`), as a tuple that can be hashed.
+        scaling: items of the fields of `inverse_frequencies`, as a hashable tuple.
     """
     return _rotation(length, width, base, scaling, device)
 
@@ -61,9 +61,9 @@ def _rotation(
 
 
 def rotate(x_sbhk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + k / 2) of each head by its position's angle; fp32 inside, dtype kept.
+    """Rotate the pairs (i, i + k / 2) of each head by its position's angle, computed in fp32, in the input's dtype.
 
-    [s, b, heads, k] to the same.
+    [s, b, heads, k] to the same shape.
     """
     first, second = x_sbhk.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_sbhk.dtype)

@@ -1,4 +1,4 @@
-"""Attention through torch's `scaled_dot_product_attention`: on any device, in any dtype.
+"""Attention by torch's `scaled_dot_product_attention`, on any device and in any dtype.
 
 On a GPU only fused kernels are allowed. Torch would otherwise take its `math` path where none of them applies, without
 a word: 15 times the memory traffic and a [s, s] table a head (grouped heads with a window, grouped heads in fp32).
@@ -29,10 +29,10 @@ _FLASH_WIDEST_HEAD = 256
 def attend(
     q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None, *, kernels: Sequence[SDPBackend] = FUSED
 ) -> Tensor:
-    """Attention of every position to itself and those before it, [s, b, h, k].
+    """Attend from every position to itself and the positions before it, [s, b, h, k].
 
     Args:
-        window: positions seen, the own one included; None for all.
+        window: number of positions to attend to, including the current one; None for all.
         kernels: those allowed on a GPU.
 
     Raises:
@@ -55,12 +55,12 @@ def attend(
 def attend_in_documents(
     q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
 ) -> Tensor:
-    """`attend` inside each document by itself, [N, h, k]; no mask is made of a whole sample.
+    """Attend within each document separately, [N, h, k], without a mask over whole samples.
 
     Args:
-        documents: with `lengths`.
+        documents: boundaries, with `lengths`.
     """
-    assert documents.lengths is not None, "documents that attention keeps apart have lengths"
+    assert documents.lengths is not None, "attention within documents needs their lengths"
     parts = zip(*(x[:, None].split(documents.lengths) for x in (q_Nhk, k_Ngk, v_Ngk)), strict=True)
     return torch.cat([attend(q, k, v, window, kernels=FUSED_OF_ANY_LENGTH) for q, k, v in parts]).squeeze(1)
 
@@ -75,13 +75,13 @@ def attend_by_definition(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window:
 
 
 def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which positions (columns) each position (row) attends to, bool [s, s]."""
+    """Return the positions (columns) that each position (row) attends to, bool [s, s]."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _flash_takes(q: Tensor) -> bool:
-    """Whether flash-attn's kernel, which takes grouped heads, computes in this dtype and width."""
+    """Tell whether flash-attn's kernel, which takes grouped heads, computes in this dtype and width."""
     return q.dtype in _FLASH_DTYPES and q.shape[-1] <= _FLASH_WIDEST_HEAD
 
 

@@ -1,1 +1,1 @@
-"""What watches, stops and restarts runs."""
+"""Watches, stops and restarts runs, and checks machines before one."""

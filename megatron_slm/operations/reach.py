@@ -1,7 +1,7 @@
-"""Which nodes still answer, asked when a wait for other ranks has failed.
+"""Finds the nodes that do not respond, after a wait for other ranks has failed.
 
-Gloo and NCCL say of a collective that it timed out, and not for whom: a node that lost its power or its network is then
-named by nobody. Here each rank can ask every other node for a sign of life, over a connection of its own.
+Gloo and NCCL report that a collective timed out, but not for which rank, so no error names a node that lost its power
+or its network. Here each rank contacts every other node over a connection of its own.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from megatron_slm.device import communication_backend
 from megatron_slm.errors import PeerError
 from megatron_slm.parallel.collectives import all_gather_objects, translate_peer_errors
 
-_ANSWER_SECONDS = 3.0
+_CONNECT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where one rank runs, and the port that it listens at."""
+class Host:
+    """The host of one rank, with the address and port of the rank's `Listener`."""
 
-    host: str
+    name: str
     address: str | None
+    """IPv4 address for other nodes; None if unknown."""
     port: int
 
 
 def own_address() -> str | None:
-    """The IPv4 address that the backend offers to other nodes, as far as it can be told from outside.
+    """Return the IPv4 address that the backend most likely advertises to other nodes, or None if it is unknown.
 
-    Gloo's is that of GLOO_SOCKET_IFNAME, else what the host name stands for. NCCL does not look at the host name.
+    Gloo takes the interface in GLOO_SOCKET_IFNAME, or else resolves the host name; NCCL ignores the host name.
     """
     if communication_backend() == "nccl":
         found = {
@@ -55,27 +56,30 @@ def own_address() -> str | None:
 
 
 def nccl_address(rule: str, interfaces: Mapping[str, Sequence[str]]) -> str | None:
-    """The first address of the interfaces that NCCL_SOCKET_IFNAME allows.
+    """Return the first address of the interfaces that NCCL_SOCKET_IFNAME allows.
 
     Args:
-        rule: beginnings of names, or with `=` whole names, or with `^` those to leave out; empty: InfiniBand's first,
-            then any but loopback and docker's.
-        interfaces: addresses by name.
+        rule: comma-separated prefixes of names; with a leading `=` whole names, with `^` names to exclude. Empty:
+            InfiniBand first, then any interface but loopback and docker.
+        interfaces: addresses by interface name.
     """
     words = [word for word in rule.lstrip("^=").split(",") if word]
 
     def allowed(name: str) -> bool:
         if not rule:
             return not name.startswith(("lo", "docker"))
-        named = name in words if rule.startswith("=") else name.startswith(tuple(words))
-        return named != rule.startswith("^")
+        if rule.startswith("^"):
+            return not name.startswith(tuple(words))
+        return name in words if rule.startswith("=") else name.startswith(tuple(words))
 
-    names = sorted(filter(allowed, interfaces), key=lambda name: not name.startswith("ib") if not rule else 0)
+    names = [name for name in interfaces if allowed(name)]
+    if not rule:
+        names.sort(key=lambda name: not name.startswith("ib"))
     return next((address for name in names for address in interfaces[name]), None)
 
 
 class Listener:
-    """A port that anyone may connect to, for as long as it is entered."""
+    """Context manager that accepts TCP connections on a free port."""
 
     def __init__(self) -> None:
         self._socket = socket.create_server(("", 0), backlog=1024)
@@ -95,55 +99,59 @@ class Listener:
         with suppress(OSError):  # on Linux this wakes the thread, which would keep the port open
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._thread.join(_ANSWER_SECONDS)
+        self._thread.join(_CONNECT_SECONDS)
 
 
 @contextmanager
-def silent_nodes_named() -> Iterator[None]:
-    """To a `PeerError` that is raised inside, the nodes that give no sign of life are added. Collective at its start.
+def name_silent_nodes() -> Iterator[None]:
+    """Add the nodes that do not respond to any `PeerError` raised inside. Collective on entry.
 
     Raises:
-        PeerError: as inside; or a rank is lost at the start.
+        PeerError: the one raised inside; or a rank was lost on entry.
     """
     with Listener() as listener:
-        own = Place(host=socket.gethostname(), address=own_address(), port=listener.port)
-        with translate_peer_errors("telling the others how to reach this node"):
-            places = all_gather_objects(own)
+        own = Host(name=socket.gethostname(), address=own_address(), port=listener.port)
+        with translate_peer_errors("exchanging addresses"):
+            hosts = all_gather_objects(own)
         try:
             yield
         except PeerError as error:
-            silent = silent_nodes(places, socket.gethostname())
+            silent = silent_nodes(hosts, socket.gethostname())
             if not silent:
                 raise
-            value = f"{error.value}; no sign of life from {', '.join(silent)}"
+            value = f"{error.value}; no response from {', '.join(silent)}"
             raise PeerError(error.field, value, error.rule, error.fix) from error
 
 
-def silent_nodes(places: Sequence[Place], own_host: str) -> list[str]:
-    """The other hosts that do not answer, with their ranks.
+def silent_nodes(hosts: Sequence[Host], own_name: str) -> list[str]:
+    """Return the other hosts that do not respond, with their ranks.
 
-    A host on which the port is closed answers too: that a rank is gone there can be a consequence, and not the cause.
+    A host that refuses the connection has responded: its rank may have ended as a consequence, not as the cause.
+
+    Args:
+        hosts: by rank.
     """
     ranks: dict[str, list[int]] = {}
-    for rank, place in enumerate(places):
-        ranks.setdefault(place.host, []).append(rank)
-    hosts = [host for host in ranks if host != own_host]
-    if not hosts:
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host.name, []).append(rank)
+    others = [name for name in ranks if name != own_name]
+    if not others:
         return []
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda host: _answers(places[ranks[host][0]]), hosts))
-    return [
-        f"{host} (rank{'s' * (len(ranks[host]) > 1)} {', '.join(map(str, ranks[host]))})"
-        for host, answered in zip(hosts, answers, strict=True)
-        if not answered
-    ]
+        responses = list(pool.map(lambda name: _responds(hosts[ranks[name][0]]), others))
+    silent = [name for name, responded in zip(others, responses, strict=True) if not responded]
+    return [f"{name} ({_listed(ranks[name])})" for name in silent]
 
 
-def _answers(place: Place) -> bool:
-    if place.address is None:
-        return True  # it was never known where it is
+def _listed(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
+
+
+def _responds(host: Host) -> bool:
+    if host.address is None:
+        return True  # unknown: it cannot be contacted
     try:
-        with closing(socket.create_connection((place.address, place.port), _ANSWER_SECONDS)):
+        with closing(socket.create_connection((host.address, host.port), _CONNECT_SECONDS)):
             return True
     except OSError as error:
         return error.errno == errno.ECONNREFUSED

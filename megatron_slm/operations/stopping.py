@@ -1,4 +1,4 @@
-"""Stopping cleanly when the scheduler, the user or a flag asks: all ranks after the same step."""
+"""Stops a run on request of the scheduler, the user or a flag: all ranks after the same step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_slm.config.resilience import STOP_FILE, ResilienceConfig
 
 
 class Reason(IntEnum):
-    """Why a rank asks to stop; where several ask, the highest is named."""
+    """Reasons to stop, in ascending priority."""
 
     NONE = 0
     INTERVAL = 1
@@ -25,32 +25,32 @@ class Reason(IntEnum):
     FILE = 3
     LAUNCHER = 4
     SIGNAL = 5
-    CANNOT_GO_ON = 6
+    CANNOT_CONTINUE = 6
 
 
-_WORDS = {
+_TEXTS = {
     Reason.INTERVAL: "--exit-interval",
     Reason.DURATION: "--exit-duration-in-mins",
-    Reason.FILE: f"the file {STOP_FILE} in the run's folder",
-    Reason.LAUNCHER: "its launcher is gone",
-    Reason.SIGNAL: "a signal",
-    Reason.CANNOT_GO_ON: "it cannot go on",
+    Reason.FILE: f"file {STOP_FILE} in the run's folder",
+    Reason.LAUNCHER: "rank {rank} lost its launcher",
+    Reason.SIGNAL: "rank {rank} received a signal",
+    Reason.CANNOT_CONTINUE: "rank {rank} cannot continue",
 }
 
 
 class StopAskedError(Exception):
-    """Leaves an evaluation, on all ranks alike; the argument is the reason."""
+    """Raised on all ranks to abort an evaluation; carries the reason to stop."""
 
 
 class StopRequest:
-    """What asks this rank to stop: SIGTERM, SIGUSR1 or SIGINT, the end of its launcher, a file, or a flag.
+    """Watches for reasons to stop: SIGTERM, SIGUSR1, SIGINT, the launcher's end, a file, and flags.
 
-    A second SIGINT (Ctrl-C) ends the process at once. A second SIGTERM does not: launchers send it again to
-    processes that they were asked to end, while the checkpoint is being written.
+    A second SIGINT (Ctrl-C) ends the process at once. A second SIGTERM does not: launchers repeat it while the
+    checkpoint is being written.
 
     Args:
-        device: that the agreement is made on.
-        run_dir: where the file is looked for, by rank 0.
+        device: device for the collective in `agreed`.
+        run_dir: folder in which rank 0 looks for the file.
     """
 
     def __init__(self, device: torch.device, config: ResilienceConfig, run_dir: Path) -> None:
@@ -66,30 +66,35 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
 
     def agreed(self, *, step_done: int | None = None, must_stop: bool = False) -> str | None:
-        """Why all ranks stop here: what the first of the highest reason says. None where none asks. Collective.
-
-        One all-reduce of one number. What a clock says is asked of rank 0's alone.
+        """Return the reason for all ranks to stop now, or None. Collective: one all-reduce of one integer.
 
         Args:
-            step_done: number of a step that has just ended and is not the last; what flags ask for counts then.
-            must_stop: this rank cannot go on.
+            step_done: the step that has just ended, if it is not the last; flags are checked only then.
+            must_stop: True if this rank cannot continue.
         """
-        mine, size = self._reason(step_done, must_stop), dist.get_world_size()
-        asked = torch.tensor(int(mine) * size + size - 1 - dist.get_rank(), device=self.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        reason, from_the_end = divmod(int(asked), size)
+        reason, rank = self._highest(self._reason(step_done, must_stop))
         if reason == Reason.NONE:
             return None
         if dist.get_rank() == 0:
             self._file.unlink(missing_ok=True)
-        of_one_rank = reason in (Reason.LAUNCHER, Reason.SIGNAL, Reason.CANNOT_GO_ON)
-        return f"rank {size - 1 - from_the_end}: " * of_one_rank + _WORDS[Reason(reason)]
+        return _TEXTS[reason].format(rank=rank)
+
+    def _highest(self, mine: Reason) -> tuple[Reason, int]:
+        """Return the highest reason of all ranks, and the lowest rank that has it. Collective.
+
+        Both travel as one integer, `reason * size + (size - 1 - rank)`, so that one maximum finds both.
+        """
+        size = dist.get_world_size()
+        packed = torch.tensor(mine.value * size + size - 1 - dist.get_rank(), device=self.device)
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+        reason, reversed_rank = divmod(int(packed), size)
+        return Reason(reason), size - 1 - reversed_rank
 
     def _reason(self, step_done: int | None, must_stop: bool) -> Reason:
         interval, minutes = self._config.exit_interval, self._config.exit_duration_in_mins
-        is_rank_0, ends_step = dist.get_rank() == 0, step_done is not None
+        is_rank_0, ends_step = dist.get_rank() == 0, step_done is not None  # rank 0's clock and file decide
         found = {
-            Reason.CANNOT_GO_ON: must_stop,
+            Reason.CANNOT_CONTINUE: must_stop,
             Reason.SIGNAL: self._signalled,
             Reason.LAUNCHER: self._launcher.is_gone(),
             Reason.FILE: is_rank_0 and self._file.exists(),
@@ -104,10 +109,10 @@ def _process_minutes() -> float:
 
 
 class _Launcher:
-    """The processes that started this one, as far as they are a launcher's.
+    """The launcher processes above this one, if it was started by a launcher.
 
-    The `deepspeed` command ends at once when it is sent a signal, and passes nothing on; the process between it and
-    the ranks, and the ranks, would go on without anyone knowing. A shell is not a launcher: runs may outlive it.
+    On a signal the `deepspeed` command ends at once and forwards nothing, which would leave the process between it and
+    the ranks, and the ranks themselves, running unnoticed. A shell is no launcher: runs may outlive it.
     """
 
     def __init__(self) -> None:
@@ -122,7 +127,7 @@ class _Launcher:
             self._parent = None
 
     def is_gone(self) -> bool:
-        """Whether one of them has ended."""
+        """Return True if a launcher process has ended."""
         if self._parent is None:
             return False
         if os.getppid() != self._parent.pid:

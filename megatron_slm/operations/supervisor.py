@@ -1,7 +1,6 @@
-"""Starting a run again after what ends clusters' runs: a bounded number of times, and only where it may help.
+"""Restarts a run after failures of the cluster: a bounded number of times, and only if a restart may help.
 
-Joins no process group and holds nothing of the run: all it knows is what the command's flags, its exit code and the
-run's folder say.
+Joins no process group; knows the run only by its command's flags, its exit code and its folder.
 """
 
 from __future__ import annotations
@@ -38,74 +37,74 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
-    """How often, and how soon, a run is started again."""
+class RestartPolicy:
+    """Limits on restarts, and the delays before them."""
 
     max_restarts: int = 20
-    """Over the whole life of the supervisor; progress does not give any back."""
+    """Restarts in total; progress does not reset the count."""
     max_without_progress: int = 3
-    """Lives in a row that end without a newer checkpoint than they started with; progress starts the count anew."""
+    """Consecutive attempts that end without a newer checkpoint than they started from."""
     backoff_seconds: float = 10.0
-    """Before a restart; doubled for each life without progress, to at most `max_backoff_seconds`."""
+    """Delay before a restart; doubled for each attempt without progress, up to `max_backoff_seconds`."""
     max_backoff_seconds: float = 600.0
     grace_seconds: float = 1800.0
-    """How long a run that was asked to stop, or whose launcher is gone, has to save before it is killed."""
+    """Time for a run to save after a stop request or the loss of its launcher, before it is killed."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             least = 1 if name == "max_without_progress" else 0
             if not value >= least:
-                raise ConfigError("--" + name.replace("_", "-"), value, f"is at least {least}", "give a larger number")
+                raise ConfigError("--" + name.replace("_", "-"), value, f"be at least {least}", "give a larger number")
 
-    def delay_seconds(self, lives_without_progress: int) -> float:
-        """How long to wait before the next start."""
-        return min(self.backoff_seconds * 2.0**lives_without_progress, self.max_backoff_seconds)
+    def delay_seconds(self, attempts_without_progress: int) -> float:
+        """Return the delay before the next start."""
+        return min(self.backoff_seconds * 2.0**attempts_without_progress, self.max_backoff_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """The command and where its run writes."""
+class Command:
+    """A training command, and the folders its run writes to."""
 
-    command: tuple[str, ...]
+    words: tuple[str, ...]
     run_dir: Path
     save_folder: Path
 
     @classmethod
-    def of(cls, command: Sequence[str]) -> Job:
-        """Read the run's flags from the command.
+    def parse(cls, words: Sequence[str]) -> Command:
+        """Read the run's flags from the words of a command.
 
         Raises:
-            ConfigError: they are not in it, they are wrong, or the run saves nothing to start again from.
+            ConfigError: the flags are missing or wrong, the program does not exist, or the run saves no checkpoints.
         """
-        places = [i for i, word in enumerate(command) if word.endswith(SCRIPT)]
-        if len(places) != 1:
+        positions = [i for i, word in enumerate(words) if word.endswith(SCRIPT)]
+        if len(positions) != 1:
             raise ConfigError(
                 "command",
-                " ".join(command),
-                f"has {SCRIPT} and the run's flags as words of their own after it",
-                f"give it as: supervise.py -- deepspeed ... tools/{SCRIPT} FLAGS",
+                " ".join(words),
+                f"contain {SCRIPT} once, with the run's flags after it",
+                f"run supervise.py -- deepspeed ... tools/{SCRIPT} FLAGS",
             )
-        config, _ = parse(command[places[0] + 1 :])
+        config, _ = parse(words[positions[0] + 1 :])
         if config.checkpoint.save_interval is None:
-            rule = "is given (a run that saves only at its end has nothing to start again from)"
-            raise ConfigError("--save-interval", None, rule, "save every so many steps")
-        if shutil.which(command[0]) is None:
-            rule = "is a program that can be started"
-            raise ConfigError("command", command[0], rule, "check its name, and that its environment is active")
-        return cls(command=tuple(command), run_dir=Path(config.logging.run_dir), save_folder=Path(config.save_folder))
+            purpose = "supervise.py, which resumes from the newest checkpoint"
+            raise ConfigError.missing("--save-interval", purpose, "give the number of steps between checkpoints")
+        if shutil.which(words[0]) is None:
+            fix = "check its name, and activate its environment"
+            raise ConfigError("command", words[0], "name an executable file", fix)
+        return cls(words=tuple(words), run_dir=Path(config.logging.run_dir), save_folder=Path(config.save_folder))
 
     def saved_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Return the step of the newest complete checkpoint, or None."""
         found = complete_checkpoints(self.save_folder) if self.save_folder.is_dir() else []
         return step_of(found[-1]) if found else None
 
-    def next_command(self) -> list[str]:
-        """The command, going on from the newest checkpoint where there is one, whatever its own --load says."""
-        resumes = [] if self.saved_step() is None else ["--load", str(self.save_folder)]
-        return [*self.command, *resumes]
+    def resuming(self) -> list[str]:
+        """Return the command's words, with a --load of the newest checkpoint if there is one (the last --load wins)."""
+        load = [] if self.saved_step() is None else ["--load", str(self.save_folder)]
+        return [*self.words, *load]
 
     def step_reached(self) -> int | None:
-        """The last step in the run's metrics."""
+        """Return the last step in the run's metrics, or None."""
         try:
             lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()[-3:]
         except OSError:
@@ -120,117 +119,118 @@ class Job:
 
 
 class Supervisor:
-    """Runs a job's command until it is done, was asked to stop, or cannot be helped by another start."""
+    """Runs a command until it finishes, is asked to stop, or another start cannot help."""
 
-    def __init__(self, job: Job, policy: Policy) -> None:
-        self.job, self.policy = job, policy
+    def __init__(self, command: Command, policy: RestartPolicy) -> None:
+        self.command, self.policy = command, policy
         self._asked_at: float | None = None
         self._interrupts = 0
         self._command_pid = 0
-        job.run_dir.mkdir(parents=True, exist_ok=True)
+        command.run_dir.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> int:
-        """The exit code: 0 where the run is complete or stopped as asked, else that of its last life."""
+        """Return the exit code: 0 if the run finished or stopped on request, else that of its last attempt."""
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(name, self._on_signal)
-        lives, idle_lives = 0, 0
+        attempts, idle_attempts = 0, 0
         while True:
-            before = self.job.saved_step()
-            code = self._one_life(lives)
-            lives += 1
-            after = self.job.saved_step()
+            before = self.command.saved_step()
+            code = self._attempt(attempts)
+            attempts += 1
+            after = self.command.saved_step()
             progressed = after is not None and after != before
-            idle_lives = 0 if progressed else idle_lives + 1
-            if self._asked_at is not None and after is not None and after >= (self.job.step_reached() or 0):
-                code = 0  # whatever became of its launcher: nothing is lost (--log-interval may leave steps out)
-            verdict = self._verdict(code, lives - 1, idle_lives)
-            if verdict is not None:
-                self._say("end", exit_code=code, reason=verdict)
+            idle_attempts = 0 if progressed else idle_attempts + 1
+            if self._asked_at is not None and after is not None and after >= (self.command.step_reached() or 0):
+                code = 0  # even if its launcher failed: nothing is lost (--log-interval may omit steps)
+            reason = self._reason_to_end(code, attempts - 1, idle_attempts)
+            if reason is not None:
+                self._log("end", exit_code=code, reason=reason)
                 return code
-            delay = self.policy.delay_seconds(idle_lives)
-            self._say("wait", seconds=delay, restart=lives, lives_without_progress=idle_lives)
+            delay = self.policy.delay_seconds(idle_attempts)
+            self._log("wait", seconds=delay, restart=attempts, lives_without_progress=idle_attempts)
             deadline = time.monotonic() + delay
             while time.monotonic() < deadline and self._asked_at is None:
                 time.sleep(_POLL_SECONDS)
             if self._asked_at is not None:
-                self._say("end", exit_code=code, reason="asked to stop before the next start")
+                self._log("end", exit_code=code, reason="stop requested before the next start")
                 return code
 
-    def _verdict(self, code: int, restarts: int, idle_lives: int) -> str | None:
-        """Why this was the last life; None where another one may help."""
+    def _reason_to_end(self, code: int, restarts: int, idle_attempts: int) -> str | None:
+        """Return the reason not to start the command again, or None."""
         policy = self.policy
         if code == 0:
-            return "asked to stop" if self._asked_at is not None else "the run ended well"
+            return "stopped on request" if self._asked_at is not None else "finished"
         if self._asked_at is not None:
-            return "asked to stop, and the run did not end well"
+            return "stop requested, but the run failed"
         if code == EXIT_UNUSABLE:
-            return "the run would end in the same way again (its error says what to mend)"
-        if idle_lives >= policy.max_without_progress:
-            return f"no newer checkpoint in {idle_lives} lives in a row (--max-without-progress)"
+            return "a restart would fail in the same way (see the run's error)"
+        if idle_attempts >= policy.max_without_progress:
+            return f"no newer checkpoint in {idle_attempts} consecutive attempts (--max-without-progress)"
         if restarts >= policy.max_restarts:
-            return f"started again {restarts} times (--max-restarts)"
+            return f"restarted {restarts} times (--max-restarts)"
         return None
 
-    def _one_life(self, number: int) -> int:
-        """Run the command once, with all that it starts; its exit code as a shell would give it."""
-        command = self.job.next_command()
-        self._say("start", life=number, command=command, checkpoint_step=self.job.saved_step())
+    def _attempt(self, number: int) -> int:
+        """Run the command once and wait for all its processes; return its exit code as a shell would."""
+        words = self.command.resuming()
+        self._log("start", life=number, command=words, checkpoint_step=self.command.saved_step())
         started = time.monotonic()
         # a session of its own: a signal to this process's group, like Ctrl-C, reaches the run through this process only
-        process = subprocess.Popen(command, start_new_session=True)
+        process = subprocess.Popen(words, start_new_session=True)
         self._command_pid = process.pid
         deadline: float | None = None
         while (code := process.poll()) is None:
-            deadline = self._pass_on(deadline)
+            deadline = self._forward_stop(deadline)
             time.sleep(_POLL_SECONDS)
         self._wait_for_orphans()
-        (self.job.run_dir / STOP_FILE).unlink(missing_ok=True)  # where the run ended before it could see it
+        (self.command.run_dir / STOP_FILE).unlink(missing_ok=True)  # if the run ended before it saw the file
         code = code if code >= 0 else 128 - code
         seconds = round(time.monotonic() - started, 1)
-        self._say(
+        self._log(
             "exit",
             life=number,
             exit_code=code,
             seconds=seconds,
-            step=self.job.step_reached(),
-            checkpoint_step=self.job.saved_step(),
+            step=self.command.step_reached(),
+            checkpoint_step=self.command.saved_step(),
         )
         return code
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._asked_at = self._asked_at or time.monotonic()
-        self._interrupts += number == signal.SIGINT
+        if number == signal.SIGINT:
+            self._interrupts += 1
 
-    def _pass_on(self, deadline: float | None) -> float | None:
-        """Ask the run to stop where this process was asked; when it has to be over."""
+    def _forward_stop(self, deadline: float | None) -> float | None:
+        """Forward a stop request to the run; return the deadline after which the run is killed, or None."""
         if self._asked_at is None:
             return None
         if deadline is None:
-            # by a file: DeepSpeed's launchers do not pass signals on, or kill ranks 30 seconds after they did
-            (self.job.run_dir / STOP_FILE).touch()
-            self._say("stop", grace_seconds=self.policy.grace_seconds)
+            # by a file: DeepSpeed's launchers do not forward signals, or kill ranks 30 seconds after they did
+            (self.command.run_dir / STOP_FILE).touch()
+            self._log("stop", grace_seconds=self.policy.grace_seconds)
             deadline = self._asked_at + self.policy.grace_seconds
         if time.monotonic() > deadline or self._interrupts > 1:
-            self._kill("a second Ctrl-C" if self._interrupts > 1 else "not over after --grace-seconds")
+            self._kill("second Ctrl-C" if self._interrupts > 1 else "still running after --grace-seconds")
         return deadline
 
     def _wait_for_orphans(self) -> None:
-        """What outlives the command: ranks whose launcher was killed stop by themselves, and save."""
+        """Wait for processes that outlive the command: ranks without a launcher save and stop by themselves."""
         if not self._descendants():
             return
-        self._say("orphans", pids=[process.pid for process in self._descendants()])
+        self._log("orphans", pids=[process.pid for process in self._descendants()])
         deadline = time.monotonic() + self.policy.grace_seconds
         while self._descendants():
             if time.monotonic() > deadline or self._interrupts > 1:
-                self._kill("its launcher ended and it did not")
+                self._kill("still running after its launcher ended")
             time.sleep(_POLL_SECONDS)
 
     def _kill(self, reason: str) -> None:
-        # not waited for here: that would take the command's exit status from who waits for it
+        # no wait here: it would take the command's exit status from `_attempt`
         processes = self._descendants()
-        self._say("kill", pids=[process.pid for process in processes], reason=reason)
+        self._log("kill", pids=[process.pid for process in processes], reason=reason)
         for process in processes:
             try:
                 process.kill()
@@ -238,7 +238,7 @@ class Supervisor:
                 continue
 
     def _descendants(self) -> list[psutil.Process]:
-        """All processes of the run on this machine, those included whose parent has ended."""
+        """Return the run's live processes on this machine, including orphans."""
         alive = []
         for process in psutil.Process().children(recursive=True):
             try:
@@ -250,9 +250,9 @@ class Supervisor:
                 continue
         return alive
 
-    def _say(self, event: str, **values: Any) -> None:
+    def _log(self, event: str, **values: Any) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         shown = " ".join(f"{name}={value}" for name, value in values.items() if name != "command")
         logger.info("supervisor: %s %s", event, shown)
-        with (self.job.run_dir / LOG).open("a") as file:
+        with (self.command.run_dir / LOG).open("a") as file:
             file.write(json.dumps({"time": now, "event": event, **values}) + "\n")

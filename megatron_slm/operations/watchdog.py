@@ -1,11 +1,11 @@
-"""A thread that sees when this rank's training does not go on, says why, and ends the run.
+"""Watchdog thread: detects a stalled step, names the rank that holds the run up, and ends the run.
 
-Two levels. A phase that takes longer than its limit is reported: every rank writes its stack and its place in the
-schedule, and one rank reads what all say of themselves and names the one that the others wait for. After
-`--watchdog-exit-factor` times the limit all do so again, and end. Where another rank is lost (its connection closed, or
-a wait timed out) nothing has to be waited for: all learn of it at once, name the lost rank, and end.
+Two limits. When the training loop exceeds the first, every rank writes its stacks and its position in the schedule, and
+one rank diagnoses the hang from the records of all. After `--watchdog-exit-factor` times the limit they do so again and
+exit. If a rank is lost (a closed connection, or a wait that timed out), there is no limit: all ranks learn of it at
+once, name the lost rank, and exit.
 
-What the ranks agree on here goes through a store of its own (`heartbeats.py`), since collectives are what hangs.
+The ranks communicate through a store of their own (`heartbeats.py`), because collectives hang.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -28,27 +29,37 @@ import torch.distributed as dist
 
 from megatron_slm.config.resilience import ResilienceConfig
 from megatron_slm.errors import PeerError, SlmError
-from megatron_slm.operations.hang_report import Record, Verdict, is_in_collective, main_stack, table, verdict
+from megatron_slm.operations.hang_report import Diagnosis, Record, diagnose, is_in_collective, main_stack, table
 from megatron_slm.operations.heartbeats import Heartbeats, StoreLostError, StoreSilentError
 from megatron_slm.parallel.activity import Activity, LoopState, Moment
 
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 3
-"""Of a run that the watchdog ended."""
+"""Exit code of a run that the watchdog ended because of a hang."""
 FOLDER = "hang"
-"""In the run's folder: the reports."""
-_HAS_MEDIAN = 3
-"""Durations from which on a median is trusted."""
+"""Folder of the reports, in the run's folder."""
+_NUM_DURATIONS = 3
+"""Number of durations needed for a median."""
 _LAST_RESORT_SECONDS = 60.0
-"""How long after the end of its time a process is ended that does not let this thread run."""
-_WINDOW_SECONDS = 2.0
-"""Least time in which a rank that lives is expected to say so, on a busy machine too."""
-_Alarm = Literal["slow", "end", "lost"]
+"""Time after the second limit at which a process that never runs this thread is ended."""
+_RESPONSE_SECONDS = 2.0
+"""Minimum time for a live rank to publish a record, on a busy machine too."""
+_AlarmKind = Literal["slow", "end", "lost"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alarm:
+    """One rank's call to all ranks: its loop exceeded the first limit (slow) or the second (end), or a rank is lost."""
+
+    kind: _AlarmKind
+    rank: int
+    activity: str
+    limit_seconds: float
 
 
 class Watchdog:
-    """Watches the training of this rank from `__enter__` to `__exit__`; without effect with --watchdog-factor 0.
+    """Watches this rank's training from `__enter__` to `__exit__`; does nothing with --watchdog-factor 0.
 
     Collective over the world.
     """
@@ -58,33 +69,34 @@ class Watchdog:
         self.enabled = config.watchdog_factor > 0
         self._interval = max(min(1.0, config.watchdog_min_seconds / 4), dist.get_world_size() / 500)
         self._watched = activity.moment, 60 * config.watchdog_allowance_minutes
-        """A phase and its limit in seconds, replaced together."""
+        """The loop's moment and its limit in seconds, replaced as one."""
         self._rank, self._host = dist.get_rank(), socket.gethostname()
         self._beat, self._num_alarms = 0, 0
         self._ended: str | None = None
         self._is_lost = False
         self._reported: Moment | None = None
         self._wake, self._closed, self._explained = threading.Event(), False, threading.Event()
-        self._verdict: Verdict | None = None
-        self._last_word = threading.Lock()
+        self._diagnosis: Diagnosis | None = None
+        self._may_exit = threading.Lock()
+        """Held by the thread that ends the process: the training thread with its error, or the watchdog's."""
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
-    # ---- what the training thread calls ----------------------------------------------------------------
+    # ---- called by the training thread ------------------------------------------------------------------
 
     def enter(self, state: LoopState, step: int) -> None:
-        """The loop goes on to this phase."""
+        """Record that the loop enters a state, and set its limit."""
         before = self.activity.moment
         if before is self._reported:
-            logger.warning("%s of step %d went on after %.0f s", before.state.value, before.step, _since(before))
+            logger.warning("%s resumed after %.0f s", _describe(before), _seconds_since(before))
         self.activity.enter(state, step)
         if not self.enabled:
             return
-        config, seconds = self._config, self.activity.durations[state]
+        config, durations = self._config, self.activity.durations[state]
         limit = 60 * config.watchdog_allowance_minutes
-        if state in (LoopState.STEP, LoopState.EVALUATION) and len(seconds) >= _HAS_MEDIAN:
-            limit = max(config.watchdog_min_seconds, config.watchdog_factor * median(seconds))
+        if state in (LoopState.STEP, LoopState.EVALUATION) and len(durations) >= _NUM_DURATIONS:
+            limit = max(config.watchdog_min_seconds, config.watchdog_factor * median(durations))
         self._watched = self.activity.moment, limit
-        # a thread in C that needs no interpreter: for a call that hangs and holds the interpreter's lock
+        # a C thread that needs no interpreter, for a call that hangs while it holds the interpreter's lock
         last_resort = limit * config.watchdog_exit_factor + _LAST_RESORT_SECONDS
         faulthandler.dump_traceback_later(last_resort, exit=True, file=2)
 
@@ -101,177 +113,171 @@ class Watchdog:
         if error is not None:
             self._ended = f"{type(error).__name__}: {error}".splitlines()[0]
         if error is not None and (isinstance(error, PeerError) or not isinstance(error, SlmError)):
-            self._tell(error)
-        else:  # other SlmErrors are raised on all ranks alike
+            self._report_lost(error)
+        else:  # all ranks raise the other SlmErrors
             self._closed = True
             self._wake.set()
             self._thread.join()
             self._heartbeats.leave()
 
-    def _tell(self, error: BaseException) -> None:
-        """All ranks end with this one: have the thread tell them why.
+    def _report_lost(self, error: BaseException) -> None:
+        """Have the watchdog thread tell the other ranks of an error that ends all of them.
 
         Raises:
-            PeerError: instead of one, the same with the names of the ranks that are lost.
+            PeerError: the given one, if it is a PeerError, with the diagnosis added.
         """
-        self._last_word.acquire()  # for good; if the thread has it, this process is about to end
+        self._may_exit.acquire()  # never released; if the watchdog thread holds it, the process is about to end
         self._is_lost = True
         self._wake.set()
-        self._explained.wait(20 * self._interval + _WINDOW_SECONDS)
-        if isinstance(error, PeerError) and self._verdict is not None:
-            raise PeerError(error.field, f"{error.value}; {self._verdict.text}", error.rule, error.fix) from error
+        self._explained.wait(20 * self._interval + _RESPONSE_SECONDS)
+        if isinstance(error, PeerError) and self._diagnosis is not None:
+            raise PeerError(error.field, f"{error.value}; {self._diagnosis.text}", error.rule, error.fix) from error
 
-    # ---- the thread --------------------------------------------------------------------------------------
+    # ---- the watchdog thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closed:
             self._wake.wait(self._interval)
             self._wake.clear()
             try:
-                self._look()  # once more after the end, to say how it ended
+                self._check()  # once more after the end, to publish the final record
             except StoreSilentError:
-                self._look_alone()
+                self._check_alone()
             except StoreLostError:
                 if not self._closed:
-                    self._end_lost(Verdict(ranks=(0,), text="rank 0, which keeps the heartbeats, is gone"))
+                    self._exit_lost(Diagnosis(ranks=(0,), text="rank 0, which hosts the heartbeats, is gone"))
 
-    def _look(self) -> None:
-        """Say where this rank is, and see whether it, or another one, has something to report."""
-        self._heartbeats.say(self._record().to_dict())
+    def _check(self) -> None:
+        """Publish this rank's record, raise an alarm if there is reason, and answer the alarm of any rank."""
+        self._heartbeats.publish(self._record().to_dict())
         moment, limit = self._watched
-        elapsed = _since(moment)
-        if self._is_lost:
-            self._raise_alarm("lost")
-        elif elapsed > limit * self._config.watchdog_exit_factor:
-            self._raise_alarm("end")
-        elif elapsed > limit and moment is not self._reported:
-            self._raise_alarm("slow")
+        kind = self._due_alarm(moment, limit)
+        if kind is not None:
+            self._heartbeats.set_once(f"alarm/{self._num_alarms}", asdict(self._alarm(kind, moment, limit)))
         alarm = self._heartbeats.get(f"alarm/{self._num_alarms}")
         if alarm is not None:
-            self._answer(alarm)
+            self._answer(_Alarm(**alarm))
 
-    def _look_alone(self) -> None:
-        """While rank 0 does not answer: it is the one to name where there is something to report."""
-        found = Verdict(ranks=(0,), text="rank 0, which keeps the heartbeats, does not answer")
+    def _check_alone(self) -> None:
+        """Check while rank 0 does not respond, which is then the diagnosis."""
+        found = Diagnosis(ranks=(0,), text="rank 0, which hosts the heartbeats, does not respond")
         moment, limit = self._watched
-        elapsed = _since(moment)
-        if self._is_lost:
-            self._end_lost(found)
-        elif elapsed > limit * self._config.watchdog_exit_factor:
-            self._last_word.acquire(blocking=False)
+        kind = self._due_alarm(moment, limit)
+        if kind == "lost":
+            self._exit_lost(found)
+        elif kind == "end":
+            self._may_exit.acquire(blocking=False)
             self._write_report()
-            self._end_hang(self._alarm("end"), found)
-        elif elapsed > limit and moment is not self._reported:
+            self._exit_hang(self._alarm(kind, moment, limit), found)
+        elif kind == "slow":
             self._reported = moment
             self._write_report()
 
-    def _alarm(self, kind: _Alarm) -> dict[str, Any]:
-        moment, limit = self._watched
-        what, rule = f"{moment.state.value} of step {moment.step}", f"is reported after {limit:.0f} s"
-        return {"kind": kind, "rank": self._rank, "what": what, "rule": rule}
+    def _due_alarm(self, moment: Moment, limit: float) -> _AlarmKind | None:
+        elapsed = _seconds_since(moment)
+        if self._is_lost:
+            return "lost"
+        if elapsed > limit * self._config.watchdog_exit_factor:
+            return "end"
+        return "slow" if elapsed > limit and moment is not self._reported else None
 
-    def _raise_alarm(self, kind: _Alarm) -> None:
-        self._heartbeats.offer(f"alarm/{self._num_alarms}", self._alarm(kind))
+    def _alarm(self, kind: _AlarmKind, moment: Moment, limit: float) -> _Alarm:
+        return _Alarm(kind=kind, rank=self._rank, activity=_describe(moment), limit_seconds=limit)
 
-    def _answer(self, alarm: dict[str, Any]) -> None:
-        """What every rank does after the alarm of one."""
+    def _answer(self, alarm: _Alarm) -> None:
+        """Respond to an alarm: all ranks report, the one that raised it diagnoses, and all exit unless it is "slow"."""
         number, self._num_alarms = self._num_alarms, self._num_alarms + 1
         self._reported = self.activity.moment
-        if alarm["kind"] != "lost":
+        if alarm.kind != "lost":
             self._write_report()
-        if alarm["rank"] == self._rank:
-            found = self._read_all(alarm)
-            self._heartbeats.offer(f"verdict/{number}", {"ranks": found.ranks, "text": found.text})
-        if alarm["kind"] == "slow":
+        if alarm.rank == self._rank:
+            self._heartbeats.set_once(f"diagnosis/{number}", asdict(self._diagnose(alarm)))
+        if alarm.kind == "slow":
             return
-        if alarm["kind"] == "end":  # before others end and this rank's training thread misses them
-            self._last_word.acquire(blocking=False)
-        given = self._wait_for(f"verdict/{number}")
-        found = Verdict(ranks=tuple(given["ranks"]), text=given["text"]) if given else self._without_owner(alarm)
-        if alarm["kind"] == "lost":
-            self._end_lost(found)
-        self._end_hang(alarm, found)
+        if alarm.kind == "end":  # before other ranks exit and this rank's training thread notices
+            self._may_exit.acquire(blocking=False)
+        found = self._await_diagnosis(number, alarm)
+        if alarm.kind == "lost":
+            self._exit_lost(found)
+        self._exit_hang(alarm, found)
 
-    def _read_all(self, alarm: dict[str, Any]) -> Verdict:
-        """Who it is, by what all ranks say; written down where it is about a hang."""
+    def _diagnose(self, alarm: _Alarm) -> Diagnosis:
+        """Diagnose from two rounds of all ranks' records; log and write the result if it is about a hang."""
         before = self._records()
-        deadline = time.monotonic() + max(2.5 * self._interval, _WINDOW_SECONDS)
+        deadline = time.monotonic() + max(2.5 * self._interval, _RESPONSE_SECONDS)
         while time.monotonic() < deadline:
             time.sleep(self._interval / 4)
-            self._heartbeats.say(self._record().to_dict())
+            self._heartbeats.publish(self._record().to_dict())
         now = self._records()
-        found = verdict(before, now)
-        if alarm["kind"] != "lost":
-            text = f"{alarm['what']} {alarm['rule']}\nmost likely: {found.text}\n\n{table(now, found)}"
-            logger.error("%s takes too long; most likely: %s (%s)", alarm["what"], found.text, self._folder)
-            self._append("summary.txt", text)
+        found = diagnose(before, now)
+        if alarm.kind != "lost":
+            headline = f"{alarm.activity} exceeded its limit of {alarm.limit_seconds:.0f} s"
+            logger.error("%s; most likely cause: %s (reports in %s)", headline, found.text, self._folder)
+            self._append("summary.txt", f"{headline}\nmost likely cause: {found.text}\n\n{table(now, found)}")
         return found
 
     def _records(self) -> list[Record]:
-        return [Record(**record) for record in self._heartbeats.all()]
+        return [Record(**record) for record in self._heartbeats.records()]
 
-    def _wait_for(self, key: str) -> dict[str, Any] | None:
-        deadline = time.monotonic() + 8 * self._interval + 5 * _WINDOW_SECONDS
+    def _await_diagnosis(self, number: int, alarm: _Alarm) -> Diagnosis:
+        """Wait for the diagnosis by the rank that raised the alarm; without one, that rank is the diagnosis."""
+        deadline = time.monotonic() + 8 * self._interval + 5 * _RESPONSE_SECONDS
         while time.monotonic() < deadline:
-            self._heartbeats.say(self._record().to_dict())
-            if (value := self._heartbeats.get(key)) is not None:
-                return value
+            self._heartbeats.publish(self._record().to_dict())
+            if (found := self._heartbeats.get(f"diagnosis/{number}")) is not None:
+                return Diagnosis(ranks=tuple(found["ranks"]), text=found["text"])
             time.sleep(self._interval / 4)
-        return None
+        return Diagnosis(ranks=(alarm.rank,), text=f"rank {alarm.rank} raised an alarm and then stopped responding")
 
-    def _without_owner(self, alarm: dict[str, Any]) -> Verdict:
-        rank = int(alarm["rank"])
-        return Verdict(ranks=(rank,), text=f"rank {rank} gave an alarm and nothing after it")
-
-    def _end_lost(self, found: Verdict) -> None:
-        """End with the error that the training thread has, or with one for it if it never comes to have one."""
-        self._verdict = found
+    def _exit_lost(self, found: Diagnosis) -> None:
+        """Exit with the training thread's error, or with one for it if it does not raise one."""
+        self._diagnosis = found
         self._linger()
         self._explained.set()
-        if self._last_word.acquire(timeout=self._interval):
+        if self._may_exit.acquire(timeout=self._interval):
             doing = self._record().doing
-            rule = "has the answer of every other rank it needs within --distributed-timeout-minutes"
-            fix = "find out what ended it (its own error, or killed, or out of memory) and resume with --load"
+            rule = "receive answers from all its peers within --distributed-timeout-minutes"
+            fix = "find what ended that rank (its own error, killed, out of memory) and resume with --load"
             self._exit(PeerError(f"rank {self._rank}: {doing}", found.text, rule, fix), 1)
-        threading.Event().wait()  # the training thread has the last word
+        threading.Event().wait()  # the training thread ends the process
 
-    def _end_hang(self, alarm: dict[str, Any], found: Verdict) -> NoReturn:
+    def _exit_hang(self, alarm: _Alarm, found: Diagnosis) -> NoReturn:
         self._linger()
-        field = f"rank {self._rank}: {alarm['what']}"
-        rule = f"ends within --watchdog-exit-factor times its limit ({alarm['rule']})"
-        fix = f"read {self._folder}, mend what holds that rank up, and resume with --load; or raise the limits"
-        self._exit(PeerError(field, found.text, rule, fix), EXIT_CODE)
+        field = f"rank {self._rank}: {alarm.activity}"
+        rule = f"finish within --watchdog-exit-factor times its limit of {alarm.limit_seconds:.0f} s"
+        fix = f"read {self._folder}, repair the cause and resume with --load; or raise the limits"
+        self._exit(PeerError(field, f"held up; {found.text}", rule, fix), EXIT_CODE)
 
     def _linger(self) -> None:
-        """Rank 0 keeps the store until the others have read what is in it."""
+        """Keep the store, on rank 0, until the other ranks have read it."""
         if self._rank == 0 and self._heartbeats.size > 1:
             time.sleep(self._interval)
 
     def _exit(self, error: SlmError, code: int) -> NoReturn:
-        """End the process from here: its training thread does not come back."""
+        """End the process from this thread, because the training thread hangs."""
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         os._exit(code)
 
-    # ---- what a rank says of itself ----------------------------------------------------------------------
+    # ---- this rank's record --------------------------------------------------------------------------------
 
     def _record(self) -> Record:
         self._beat += 1
-        moment, place, waiting_for = self.activity.moment, self.activity.location, self.activity.waiting_for
+        moment, location, waiting_for = self.activity.moment, self.activity.location, self.activity.waiting_for
         if waiting_for is None and is_in_collective():
             waiting_for = "in a collective operation"
         values: dict[str, Any] = {}
-        if place is not None:
-            values = {"instruction": place.name, "micro_batch": place.micro_batch, "number": place.number}
-            values.update(length=place.length, instruction_seconds=time.monotonic() - place.since)
+        if location is not None:
+            values = {"instruction": location.name, "micro_batch": location.micro_batch, "number": location.number}
+            values.update(length=location.length, instruction_seconds=time.monotonic() - location.since)
         return Record(
             rank=self._rank,
             host=self._host,
             pid=os.getpid(),
             beat=self._beat,
-            phase=moment.state.value,
+            state=moment.state.value,
             step=moment.step,
-            phase_seconds=_since(moment),
+            state_seconds=_seconds_since(moment),
             waiting_for=waiting_for,
             ended=self._ended,
             stack=main_stack() if moment is self._reported else "",
@@ -279,10 +285,10 @@ class Watchdog:
         )
 
     def _write_report(self) -> None:
-        """This rank's place and the stacks of all its threads."""
+        """Append this rank's record and the stacks of all its threads to its file."""
         record = self._record()
         name = f"rank-{record.rank:03d}.txt"
-        self._append(name, f"{record.name}: {record.doing}; {record.waiting_for or 'waits for no other rank'}\n")
+        self._append(name, f"{record.name}: {record.doing}; {record.waits}\n")
         with contextlib.suppress(OSError), (self._folder / name).open("a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
 
@@ -292,8 +298,12 @@ class Watchdog:
             with (self._folder / name).open("a") as file:
                 file.write(f"---- {datetime.now().astimezone().isoformat(timespec='seconds')}\n{text}\n")
         except OSError as error:
-            logger.error("%s cannot be written (%s): %s", self._folder / name, error.strerror, text)
+            logger.error("cannot write %s (%s): %s", self._folder / name, error.strerror, text)
 
 
-def _since(moment: Moment) -> float:
+def _describe(moment: Moment) -> str:
+    return f"{moment.state.value} at step {moment.step}"
+
+
+def _seconds_since(moment: Moment) -> float:
     return time.monotonic() - moment.since

@@ -1,1 +1,1 @@
-"""Ranks, groups, conjugate collectives and the tensor-parallel layers."""
+"""Topology, process groups, collectives and tensor-parallel layers."""

@@ -1,4 +1,4 @@
-"""The current activity of a rank: written by its training thread, read by its watchdog."""
+"""Current activity of a rank: written by its training thread, read by its watchdog."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class LoopState(Enum):
     """States of the training loop."""
 
     STARTING = "starting"
-    STEP = "a training step"
-    EVALUATION = "a batch of an evaluation"
-    PROBE = "a probe"
+    STEP = "training"
+    EVALUATION = "evaluating"
+    PROBE = "probing"
     PROFILE = "writing a profile"
     SAVING = "saving"
     ENDING = "ending"

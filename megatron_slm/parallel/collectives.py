@@ -146,9 +146,9 @@ def translate_peer_errors(doing: str) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(message in text for message in _LOST_PEER_MESSAGES):
             raise
         raise PeerError(
-            f"rank {dist.get_rank()}: {doing}",
+            f"rank {dist.get_rank()}: {doing}: connection",
             text.splitlines()[0].rpartition("] ")[2] if "gloo" in text else text.splitlines()[0],
-            "receive answers from all its peers within --distributed-timeout-minutes",
+            "stay open, and carry an answer within --distributed-timeout-minutes",
             "find the rank that failed first (its own error, killed, or out of memory) and resume with --load",
         ) from error
 

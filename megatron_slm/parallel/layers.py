@@ -1,8 +1,8 @@
-"""Linear layers and the embedding, cut over the tensor-parallel ranks (Megatron-LM's scheme).
+"""Linear layers and embedding, partitioned over the tensor-parallel ranks (Megatron-LM's scheme).
 
-`ParallelLayers` is what the model is written against: it makes a *linear in* (from the residual stream
-into sharded work, cut by columns), a *linear out* (back into the residual stream, cut by rows), a
-vocabulary-parallel embedding and an output weight. With one rank they are plain dense layers.
+`ParallelLayers` implements the model's `Layers` protocol: it makes a *linear in* (from the residual stream, partitioned
+by columns), a *linear out* (back into the residual stream, partitioned by rows), a vocabulary-parallel embedding and an
+output weight. With one rank they are plain dense layers.
 
 Activations are sequence-first, [s, b, d]. Under sequence parallelism the residual stream holds s / size
 positions a rank; `linear_in` gathers them and `linear_out` scatters the sum.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.config.backends import Backends
 from megatron_slm.errors import LayoutError
 from megatron_slm.parallel.collectives import copy_to_tensor_parallel, enter_parallel_region, leave_parallel_region
@@ -21,7 +22,7 @@ from megatron_slm.parallel.shards import Part, new_parameter
 
 
 def even_share(total: int, tp: TensorParallel, *, field: str) -> tuple[int, int]:
-    """(start, length) of this rank's even share of `total`.
+    """Return (start, length) of this rank's equal share of `total`.
 
     Raises:
         LayoutError: `total` is not divisible by the tensor-parallel size.
@@ -30,7 +31,7 @@ def even_share(total: int, tp: TensorParallel, *, field: str) -> tuple[int, int]
         raise LayoutError(
             field,
             total,
-            f"is divisible by --tensor-model-parallel-size ({tp.size})",
+            f"be divisible by --tensor-model-parallel-size ({tp.size})",
             "choose a tensor-parallel size that divides it",
         )
     length = total // tp.size
@@ -38,11 +39,11 @@ def even_share(total: int, tp: TensorParallel, *, field: str) -> tuple[int, int]
 
 
 class LinearIn(nn.Module):
-    """`x W^T` for one or more weights that share their input, cut by columns (output features).
+    """`x W^T` for one or more weights that share their input, partitioned by columns (output features).
 
     Args:
-        prefix: logical name before each output's name, such as `model.layers.0.self_attn.`.
-        outputs: name and full width of each output; each one is cut evenly over the ranks.
+        prefix: prefix of each output's logical name, such as `model.layers.0.self_attn.`.
+        outputs: name and full width of each output, each partitioned evenly over the ranks.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LinearIn(nn.Module):
 
 
 class LinearOut(nn.Module):
-    """`x W^T`, cut by rows (input features); the ranks' partial results are summed."""
+    """`x W^T`, partitioned by rows (input features); the ranks' partial results are summed."""
 
     def __init__(self, tp: TensorParallel, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
@@ -90,19 +91,19 @@ class LinearOut(nn.Module):
 
 
 class VocabularyWeight(nn.Module):
-    """A [vocabulary, hidden] weight, cut by rows; the padding rows at the end are zero and stay zero.
+    """A [vocabulary, hidden] weight, partitioned by rows; the padding rows at the end stay zero.
 
-    The padded size depends on `divisible_by` alone, never on the layout, and no padding row is stored in a
-    checkpoint or takes part in a softmax.
+    The padded size depends only on `divisible_by`, never on the layout. Padding rows are not stored in checkpoints and
+    are not part of any softmax.
     """
 
     def __init__(self, tp: TensorParallel, name: str, vocab_size: int, hidden_size: int, divisible_by: int) -> None:
         super().__init__()
         self.tp = tp
-        padded = -(-vocab_size // divisible_by) * divisible_by
+        padded = ceil_div(vocab_size, divisible_by) * divisible_by
         self.start, self.rows = even_share(padded, tp, field="padded vocabulary")
         self.length = max(0, min(vocab_size - self.start, self.rows))
-        """Rows held here that are tokens; the last ranks may hold fewer, or none."""
+        """Number of rows of tokens on this rank; the last ranks may have fewer, or none."""
         part = Part(
             name=f"{name}.weight",
             shape=(vocab_size, hidden_size),
@@ -113,12 +114,12 @@ class VocabularyWeight(nn.Module):
         self.weight = new_parameter((self.rows, hidden_size), (part,))
 
     def tokens(self) -> Tensor:
-        """The rows that are tokens, [length, d]."""
+        """Return the rows of tokens, without padding, [length, d]."""
         return self.weight[: self.length]
 
 
 class VocabularyEmbedding(VocabularyWeight):
-    """The embedding of token ids; each rank looks up its own rows and the results are summed."""
+    """Embedding of token ids; each rank looks up its own rows and the results are summed."""
 
     def forward(self, tokens_bs: Tensor) -> Tensor:
         """int64 [b, s] to [s, b, d]; under sequence parallelism to [s / size, b, d]."""
@@ -132,7 +133,7 @@ class VocabularyEmbedding(VocabularyWeight):
 
 
 class ParallelLayers:
-    """Makes the layers of a model for one tensor-parallel rank; by default dense ones."""
+    """Makes the layers of a model for one tensor-parallel rank; dense layers by default."""
 
     def __init__(
         self,
@@ -146,39 +147,36 @@ class ParallelLayers:
         self.backends = backends or Backends()
 
     def share(self, count: int, *, field: str) -> int:
-        """How many of `count` heads or groups a rank holds."""
+        """Return this rank's number of `count` heads or groups."""
         return even_share(count, self.tp, field=field)[1]
 
     def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> nn.Module:
-        """See `LinearIn`."""
+        """Make a `LinearIn`."""
         return LinearIn(self.tp, prefix, in_features, outputs, bias=bias)
 
     def linear_out(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
-        """See `LinearOut`."""
+        """Make a `LinearOut`."""
         return LinearOut(self.tp, name, in_features, out_features, bias=bias)
 
     def embedding(self, name: str, vocab_size: int, hidden_size: int) -> VocabularyEmbedding:
-        """See `VocabularyEmbedding`."""
+        """Make a `VocabularyEmbedding`."""
         return VocabularyEmbedding(self.tp, name, vocab_size, hidden_size, self.vocabulary_divisible_by)
 
     def output_weight(self, name: str, vocab_size: int, hidden_size: int) -> VocabularyWeight:
-        """See `VocabularyWeight`."""
+        """Make a `VocabularyWeight`."""
         return VocabularyWeight(self.tp, name, vocab_size, hidden_size, self.vocabulary_divisible_by)
 
     def replicated(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
-        """A parameter that every rank holds whole (a norm's weight)."""
+        """Make a parameter replicated on every rank (a norm's weight)."""
         return new_parameter(shape, (Part(name=name, shape=shape),))
 
     def on_sequence_shard(self, weight: Tensor) -> Tensor:
-        """A replicated weight as it is used on a residual stream that may be cut along the sequence.
+        """Prepare a replicated weight for use on the residual stream.
 
-        Each rank then sees only its own positions, so the weight's gradient is summed over the ranks.
+        Under sequence parallelism, each rank has only its own positions, so the gradient is summed over the ranks.
         """
         return copy_to_tensor_parallel(weight, self.tp) if self.tp.sequence_parallel else weight
 
     def on_head_share(self, weight: Tensor) -> Tensor:
-        """A replicated weight as it is used on the heads of one rank.
-
-        Each rank's heads give a part of the weight's gradient, so it is summed over the ranks.
-        """
+        """Prepare a replicated weight for use on this rank's heads; its gradient is summed over the ranks."""
         return copy_to_tensor_parallel(weight, self.tp)

@@ -1,9 +1,9 @@
-"""Which slice of which logical tensor a parameter holds.
+"""Maps parameters to the slices of logical tensors they hold.
 
-A *logical tensor* is a weight as Hugging Face names and shapes it, whole, whatever the layout. A parameter
-is one or more of their slices stacked along dim 0 (`qkv.weight` holds slices of `q_proj`, `k_proj` and
-`v_proj`), then zeros where a vocabulary was padded. Weights are read, written and initialised by logical
-tensor only, which is what makes every checkpoint independent of the layout it was written at.
+A *logical tensor* is a whole weight as Hugging Face names and shapes it, independent of the layout. A parameter stacks
+one or more parts (slices of logical tensors) along dim 0 (`qkv.weight` holds parts of `q_proj`, `k_proj` and `v_proj`),
+then zeros for vocabulary padding. Weights are read, written and initialized by logical tensor only, which makes
+checkpoints independent of the layout they were saved at.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The slice [start, start + length) along `dim` of the logical tensor `name` of shape `shape`."""
+    """Slice [start, start + length) along `dim` of the logical tensor `name` of shape `shape`."""
 
     name: str
     shape: tuple[int, ...]
     dim: int | None = None
-    """None where every tensor-parallel rank holds the whole tensor."""
+    """None where the tensor is replicated on the tensor-parallel ranks."""
     start: int = 0
     length: int = 0
 
@@ -41,10 +41,10 @@ class Part:
 
 
 def new_parameter(shape: tuple[int, ...], parts: tuple[Part, ...]) -> nn.Parameter:
-    """A zero parameter that knows its parts, and says to DeepSpeed's norms whether it is a shard.
+    """Make a zero parameter that knows its parts, marked for DeepSpeed's norms if it is partitioned.
 
-    DeepSpeed adds up a parameter's norm over the tensor-parallel ranks where it is marked, and counts
-    rank 0's alone where it is not; an unmarked shard gives a wrong gradient norm without an error.
+    DeepSpeed sums the norms of marked parameters over the tensor-parallel ranks and takes rank 0's for others; an
+    unmarked partitioned parameter gives a wrong gradient norm without an error.
     """
     parameter = nn.Parameter(torch.zeros(shape))
     parameter.parts = parts  # type: ignore[attr-defined]
@@ -55,12 +55,12 @@ def new_parameter(shape: tuple[int, ...], parts: tuple[Part, ...]) -> nn.Paramet
 
 
 def parts_of(parameter: nn.Parameter) -> tuple[Part, ...]:
-    """The parts a parameter was made with."""
+    """Return the parts of a parameter made by `new_parameter`."""
     return parameter.parts  # type: ignore[attr-defined]
 
 
 def parts_with_offsets(parameter: nn.Parameter) -> Iterator[tuple[Part, int]]:
-    """Each part and where its elements begin in the flattened parameter."""
+    """Yield each part and the offset of its elements in the flattened parameter."""
     offset = 0
     for part in parts_of(parameter):
         yield part, offset

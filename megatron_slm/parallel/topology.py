@@ -1,7 +1,7 @@
-"""Which rank is where: a pure map between ranks and (pipeline, data, tensor) coordinates.
+"""Maps ranks to (pipeline, data, tensor) coordinates and back.
 
-The order is DeepSpeed's `PipeModelDataParallelTopology`: tensor-parallel ranks are neighbours, then
-data-parallel, then pipeline stages, so that the chattiest axis stays inside a node.
+The order is that of DeepSpeed's `PipeModelDataParallelTopology`: tensor-parallel ranks are adjacent, then data-parallel
+ranks, then pipeline stages, so that the axis with the most communication stays within a node.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_slm.errors import LayoutError
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinate:
-    """Where one rank stands on the three axes."""
+    """Position of a rank on the three axes."""
 
     pipeline: int
     data: int
@@ -22,29 +22,34 @@ class Coordinate:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """The sizes of the three axes and the map between ranks and coordinates."""
+    """Sizes of the three axes, and the map between ranks and coordinates."""
 
     pipeline: int = 1
     data: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("pipeline", "data", "tensor"):
-            if getattr(self, axis) < 1:
-                raise LayoutError(f"{axis} parallel size", getattr(self, axis), "is at least 1", "give 1 or more")
+        sizes = {
+            "--pipeline-model-parallel-size": self.pipeline,
+            "data-parallel size": self.data,
+            "--tensor-model-parallel-size": self.tensor,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise LayoutError(name, size, "be at least 1", "use 1 or more")
 
     @classmethod
     def from_world(cls, world_size: int, *, tensor: int, pipeline: int) -> Topology:
-        """The topology of a world; what tensor and pipeline parallelism leave over is data parallelism.
+        """Return the topology of a world, with data-parallel size world_size / (tensor x pipeline).
 
         Raises:
-            LayoutError: the world is not a multiple of tensor x pipeline.
+            LayoutError: the world size is not a multiple of tensor x pipeline.
         """
         if world_size % (tensor * pipeline):
             raise LayoutError(
                 "world size",
                 world_size,
-                f"is a multiple of --tensor-model-parallel-size ({tensor}) x "
+                f"be a multiple of --tensor-model-parallel-size ({tensor}) x "
                 f"--pipeline-model-parallel-size ({pipeline})",
                 f"start a multiple of {tensor * pipeline} processes or change the two sizes",
             )
@@ -56,17 +61,17 @@ class Topology:
         return self.pipeline * self.data * self.tensor
 
     def rank(self, *, pipeline: int, data: int, tensor: int) -> int:
-        """The rank at a coordinate."""
+        """Return the rank at a coordinate."""
         return (pipeline * self.data + data) * self.tensor + tensor
 
     def coordinate(self, rank: int) -> Coordinate:
-        """The coordinate of a rank."""
+        """Return the coordinate of a rank."""
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
         return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
 
     def tensor_groups(self) -> list[list[int]]:
-        """The ranks of every tensor-parallel group, in one order on all ranks."""
+        """Return the ranks of every tensor-parallel group, in the same order on all ranks."""
         return [
             [self.rank(pipeline=p, data=d, tensor=t) for t in range(self.tensor)]
             for p in range(self.pipeline)
@@ -74,7 +79,7 @@ class Topology:
         ]
 
     def pipeline_groups(self) -> list[list[int]]:
-        """The ranks of every pipeline, first stage first, in one order on all ranks."""
+        """Return the ranks of every pipeline, first stage first, in the same order on all ranks."""
         return [
             [self.rank(pipeline=p, data=d, tensor=t) for p in range(self.pipeline)]
             for d in range(self.data)
@@ -82,7 +87,7 @@ class Topology:
         ]
 
     def data_groups(self) -> list[list[int]]:
-        """The ranks that hold the same parameters of different micro-batches, in one order on all ranks."""
+        """Return the ranks of every data-parallel group, in the same order on all ranks."""
         return [
             [self.rank(pipeline=p, data=d, tensor=t) for d in range(self.data)]
             for p in range(self.pipeline)

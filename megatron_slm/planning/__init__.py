@@ -1,1 +1,1 @@
-"""What a run will need and how long it will take, from its configuration alone: memory, step time, layouts."""
+"""Predicts memory, step time and the best layout of a run from its configuration alone."""

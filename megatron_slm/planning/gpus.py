@@ -1,4 +1,4 @@
-"""GPUs that can be planned for: their makers' figures, none of them measured here."""
+"""GPUs known to the planner, with their data sheets' figures; none were measured."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from megatron_slm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One accelerator as its data sheet describes it (NVIDIA's; see docs/planning.md for which)."""
+    """Data sheet figures of one GPU (NVIDIA's; docs/planning.md lists the sources)."""
 
     memory_bytes: int
-    """What the driver shows as the total."""
+    """Total memory as reported by the driver."""
     bf16_flops: float
-    """Peak dense floating-point operations per second in bf16 with fp32 accumulation."""
+    """Peak dense FLOP/s in bf16 with fp32 accumulation."""
     fp32_flops: float
-    """The same in fp32, without TF32, which is off by default in torch."""
+    """Peak FLOP/s in fp32 without TF32, which torch disables by default."""
     memory_bytes_per_second: float
     link_bytes_per_second: float
-    """To the other GPUs of its node, in one direction."""
+    """Bandwidth to the other GPUs of its node, in one direction."""
     network_bits_per_second: float
     """Its share of the node's network, in one direction."""
 
     def flops(self, *, bf16: bool) -> float:
-        """Peak operations per second at a run's precision."""
+        """Return peak FLOP/s at a run's precision."""
         return self.bf16_flops if bf16 else self.fp32_flops
 
 
 def _gpu(mib: int, bf16: float, fp32: float, memory: float, link: float, network: float) -> Gpu:
-    """From MiB, TFLOP/s, TFLOP/s, TB/s, GB/s (one direction), Gb/s."""
+    """Build a GPU from MiB, TFLOP/s, TFLOP/s, TB/s, GB/s (one direction), Gb/s."""
     return Gpu(
         memory_bytes=mib * 2**20,
         bf16_flops=bf16 * 1e12,
@@ -51,7 +51,7 @@ GPUS: dict[str, Gpu] = {
     "l40s": _gpu(46068, 362, 91.6, 0.864, 32, 100),
     "rtx4090": _gpu(24564, 165, 82.6, 1.008, 32, 50),
 }
-"""By the name of `--gpu`."""
+"""GPUs by their names in `--gpu`."""
 
 
 _DRIVER_NAMES = {
@@ -70,58 +70,56 @@ _DRIVER_NAMES = {
 
 
 def named_gpu(driver_name: str) -> Gpu | None:
-    """The GPU that a driver calls so (`NVIDIA H100 80GB HBM3`); None where it is none of `GPUS`."""
+    """Return the GPU with a driver's name such as `NVIDIA H100 80GB HBM3`; None if unknown."""
     return next((GPUS[name] for part, name in _DRIVER_NAMES.items() if part in driver_name), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The machines, and what is assumed of them beyond their data sheets."""
+    """The machines, and assumptions about them beyond the data sheets."""
 
     gpu: Gpu
     num_nodes: int
     gpus_per_node: int
     efficiency: float = 0.4
-    """Share of the peak that a stage's forward and backward passes reach, norms and attention included."""
+    """Share of peak FLOP/s reached in a stage's forward and backward passes, norms and attention included."""
     link_efficiency: float = 0.75
-    """Share of a link's bandwidth that collectives reach."""
+    """Share of a link's bandwidth reached by collectives."""
     memory_share: float = 0.9
-    """Share of the memory that tensors may take; the rest is for CUDA, NCCL and the allocator's fragments."""
+    """Share of memory available to tensors; the rest is for CUDA, NCCL and fragmentation."""
 
     def __post_init__(self) -> None:
-        for name in ("num_nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                flag = {"num_nodes": "--nodes", "gpus_per_node": "--gpus-per-node"}[name]
-                raise ConfigError(flag, getattr(self, name), "is at least 1", "give a positive number")
+        for flag, number in (("--nodes", self.num_nodes), ("--gpus-per-node", self.gpus_per_node)):
+            if number < 1:
+                raise ConfigError(flag, number, "be at least 1", "give a positive number")
         for name in ("efficiency", "link_efficiency", "memory_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(
-                    "--" + name.replace("_", "-"), getattr(self, name), "lies in (0, 1]", "give a share such as 0.4"
-                )
+            share = getattr(self, name)
+            if not 0 < share <= 1:
+                raise ConfigError("--" + name.replace("_", "-"), share, "be in (0, 1]", "give a share such as 0.4")
 
     @property
     def num_gpus(self) -> int:
-        """GPUs in all."""
+        """Total number of GPUs."""
         return self.num_nodes * self.gpus_per_node
 
     @property
     def usable_bytes(self) -> float:
-        """Memory of one GPU that tensors may take."""
+        """Memory of one GPU available to tensors."""
         return self.gpu.memory_bytes * self.memory_share
 
     def ring_bytes_per_second(self, num_ranks: int, stride: int) -> float:
-        """What a ring over `num_ranks` ranks, `stride` apart, moves through each of them.
+        """Return the bandwidth per rank of a ring over `num_ranks` ranks, `stride` apart.
 
-        Inside a node it runs on the links. Across nodes it is as fast as the narrowest place between two nodes:
-        the network shares of those of its ranks that stand in one node.
+        Inside a node the ring uses the links. Across nodes its bottleneck is the network between two nodes, of which it
+        has the shares of its ranks in one node.
         """
         inside = self.gpu.link_bytes_per_second
         if (num_ranks - 1) * stride < self.gpus_per_node:
             return inside * self.link_efficiency
-        together = max(1, min(num_ranks, self.gpus_per_node // stride))
-        return min(inside, together * self.gpu.network_bits_per_second / 8) * self.link_efficiency
+        ranks_per_node = max(1, min(num_ranks, self.gpus_per_node // stride))
+        return min(inside, ranks_per_node * self.gpu.network_bits_per_second / 8) * self.link_efficiency
 
     def hop_bytes_per_second(self, stride: int) -> float:
-        """What a message between two ranks `stride` apart moves at."""
+        """Return the bandwidth of a message between two ranks `stride` apart."""
         network = self.gpu.network_bits_per_second / 8
         return (self.gpu.link_bytes_per_second if stride < self.gpus_per_node else network) * self.link_efficiency

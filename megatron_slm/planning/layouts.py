@@ -1,4 +1,4 @@
-"""Layouts: how a run is cut over ranks, and what its step is then made of. Pure."""
+"""Layouts: the sharding of a run over ranks, and the micro-batches of its step. Pure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megatron_slm.errors import LayoutError
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.planning.job import Job
+from megatron_slm.planning.planned_run import PlannedRun
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-"""What a search tries."""
+"""Sizes that a search tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A way to run a job on a world."""
+    """Parallel sizes and batch sizes of a run on a number of ranks."""
 
     tensor: int
     pipeline: int
@@ -27,22 +27,22 @@ class Layout:
     zero_stage: int
     micro_batch_size: int
     num_micro_batches: int
-    """Of one step on one data-parallel rank."""
+    """Micro-batches per step and data-parallel rank."""
     sequence_parallel: bool
     recomputes: bool
 
     @property
     def topology(self) -> Topology:
-        """Its axes."""
+        """The axes of the ranks."""
         return Topology(pipeline=self.pipeline, data=self.data, tensor=self.tensor)
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks over which the residual stream is cut along the sequence."""
+        """Number of ranks that share the sequence of the residual stream."""
         return self.tensor if self.sequence_parallel else 1
 
     def flags(self) -> dict[str, Any]:
-        """The run's flags that ask for it (beside --deepspeed-config, which says the ZeRO stage)."""
+        """Return the run's flags for this layout; the ZeRO stage is set in --deepspeed-config."""
         flags: dict[str, Any] = {
             "tensor-model-parallel-size": self.tensor,
             "pipeline-model-parallel-size": self.pipeline,
@@ -55,53 +55,49 @@ class Layout:
         return flags
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as JSON-compatible values."""
         return asdict(self)
 
 
-def configured_layout(job: Job, world_size: int) -> Layout:
-    """The layout that a run's own configuration asks for on a world.
+def configured_layout(run: PlannedRun, world_size: int) -> Layout:
+    """Return the layout of a run's own configuration on `world_size` ranks.
 
     Raises:
-        LayoutError: world, batch or stages are not divisible as asked.
+        LayoutError: ranks, batch or stages are not divisible as configured.
     """
-    parallel = job.config.parallel
+    parallel = run.config.parallel
     topology = Topology.from_world(
         world_size, tensor=parallel.tensor_model_parallel_size, pipeline=parallel.pipeline_model_parallel_size
     )
-    check_stages(job.architecture.num_layers, topology.pipeline)
-    _, num_micro_batches = batch_arithmetic(job.config, topology)
+    check_stages(run.architecture.num_layers, topology.pipeline)
+    _, num_micro_batches = batch_arithmetic(run.config, topology)
     return Layout(
         tensor=topology.tensor,
         pipeline=topology.pipeline,
         data=topology.data,
-        zero_stage=ds_config.zero_stage(job.deepspeed),
-        micro_batch_size=job.config.training.micro_batch_size,
+        zero_stage=ds_config.zero_stage(run.deepspeed),
+        micro_batch_size=run.config.training.micro_batch_size,
         num_micro_batches=num_micro_batches,
         sequence_parallel=parallel.sequence_parallel and topology.tensor > 1,
         recomputes=parallel.recompute_granularity == "full",
     )
 
 
-def candidate_layouts(job: Job, world_size: int, *, max_tensor: int) -> Iterator[Layout]:
-    """Every layout of a world that keeps the global batch, and that the models can be cut to.
+def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> Iterator[Layout]:
+    """Yield every layout on `world_size` ranks that keeps the global batch and that fits the models' shapes.
 
     Args:
-        max_tensor: ranks that tensor parallelism may span (a node's).
+        max_tensor: maximum tensor-parallel size (the GPUs of a node).
 
     Raises:
-        LayoutError: the configuration leaves the global batch to the layout.
+        LayoutError: --global-batch-size is missing.
     """
-    samples = job.config.training.global_batch_size
+    samples = run.config.training.global_batch_size
     if samples is None:
-        raise LayoutError(
-            "--global-batch-size",
-            None,
-            "is given (a search compares layouts of one batch)",
-            "give the samples of a step",
-        )
-    for tensor in (t for t in range(1, max_tensor + 1) if world_size % t == 0 and _divides(job, t)):
-        for pipeline in (p for p in range(1, job.architecture.num_layers + 1) if world_size // tensor % p == 0):
+        purpose = "a search, which compares layouts of one batch"
+        raise LayoutError.missing("--global-batch-size", purpose, "give the number of samples of a step")
+    for tensor in (t for t in range(1, max_tensor + 1) if world_size % t == 0 and _divides(run, t)):
+        for pipeline in (p for p in range(1, run.architecture.num_layers + 1) if world_size // tensor % p == 0):
             data = world_size // tensor // pipeline
             for micro_batch_size in MICRO_BATCH_SIZES:
                 if samples % (data * micro_batch_size):
@@ -115,21 +111,21 @@ def candidate_layouts(job: Job, world_size: int, *, max_tensor: int) -> Iterator
                             zero_stage=zero_stage,
                             micro_batch_size=micro_batch_size,
                             num_micro_batches=samples // (data * micro_batch_size),
-                            sequence_parallel=tensor > 1 and job.config.data.seq_length % tensor == 0,
+                            sequence_parallel=tensor > 1 and run.config.data.seq_length % tensor == 0,
                             recomputes=recomputes,
                         )
 
 
-def _divides(job: Job, tensor: int) -> bool:
-    """Whether both models can be cut over so many tensor-parallel ranks (`parallel/layers.py` has the rules)."""
+def _divides(run: PlannedRun, tensor: int) -> bool:
+    """Return True if both models can be sharded over `tensor` ranks, by the rules of `parallel/layers.py`."""
     return all(
         count % tensor == 0
-        for arch in (job.architecture, job.reference)
+        for arch in (run.architecture, run.reference)
         if arch is not None
         for count in (
             arch.num_attention_heads,
             arch.num_query_groups,
             arch.ffn_hidden_size,
-            job.padded_vocabulary(arch),
+            run.padded_vocabulary(arch),
         )
     )

@@ -1,4 +1,4 @@
-"""The parameters that one rank holds of each stage, counted on the real layers, which are made on the meta device."""
+"""Counts the parameters of one rank of each stage, on the real layers built on the meta device."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageParameters:
-    """One rank's parameters of one stage."""
+    """Parameters of one rank of a stage."""
 
     num_blocks: int
     has_embedding: bool
     has_head: bool
     sizes: tuple[int, ...]
-    """Elements of each parameter."""
+    """Number of elements of each parameter."""
 
     @property
     def total(self) -> int:
-        """Elements in all."""
+        """Total number of elements."""
         return sum(self.sizes)
 
 
 def stage_parameters(
     arch: Architecture, *, tensor: int, num_stages: int, vocabulary_divisible_by: int
 ) -> list[StageParameters]:
-    """What a rank of each stage holds; a tied output weight is a copy of the embedding where it is not the first stage.
+    """Return the parameters of one rank of each stage.
+
+    The last of several stages of a model with tied weights holds a copy of the embedding.
 
     Raises:
-        LayoutError: a layer cannot be cut over `tensor` ranks.
+        LayoutError: a layer cannot be sharded over `tensor` ranks.
     """
     layers = ParallelLayers(TensorParallel(size=tensor), vocabulary_divisible_by=vocabulary_divisible_by)
     makers = layer_list(arch, layers)
@@ -46,9 +48,15 @@ def stage_parameters(
     for stage, (begin, end) in enumerate(pairwise(stage_bounds(arch.num_layers, num_stages))):
         is_first, is_last = stage == 0, stage == num_stages - 1
         num_blocks = end - begin - is_first - is_last
-        held = sizes[Embedding] * (is_first or (is_last and arch.tied)) + sizes[Block] * num_blocks
-        held += sizes[Head] * is_last
-        stages.append(StageParameters(num_blocks, is_first, is_last, held))
+        has_embedding_weight = is_first or (is_last and arch.tied)
+        held = [
+            *(sizes[Embedding] if has_embedding_weight else ()),
+            *sizes[Block] * num_blocks,
+            *(sizes[Head] if is_last else ()),
+        ]
+        stages.append(
+            StageParameters(num_blocks=num_blocks, has_embedding=is_first, has_head=is_last, sizes=tuple(held))
+        )
     return stages
 
 

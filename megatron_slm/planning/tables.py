@@ -1,4 +1,4 @@
-"""Plans as tables."""
+"""Formats plans as tables."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ PARTS = {
     "gradients": "gradients",
     "optimizer": "optimizer (master weights, moments)",
     "activations": "activations in flight",
-    "working": "one pass's working memory",
+    "working": "working memory of one pass",
     "loss_head": "loss head",
-    "reference": "reference's weights",
+    "reference": "weights of the reference",
     "window": "look-ahead window",
     "messages": "messages between stages",
-    "buckets": "DeepSpeed's buffers, all the time",
-    "step_buckets": "DeepSpeed's buffers, at the step alone",
-    "host": "(in the host's memory: gradients, optimizer)",
+    "buckets": "DeepSpeed's permanent buffers",
+    "step_buckets": "DeepSpeed's buffers in the optimizer step",
+    "host": "(in host memory: gradients, optimizer)",
 }
-"""How the parts of `StageMemory` are called."""
+"""Labels of the parts of `StageMemory`."""
 
 
 def memory_table(planned: Estimate, gpu: str) -> Table:
-    """GiB on one rank of each stage, part by part; of long pipelines a few stages."""
+    """Tabulate GiB on one rank of each stage, by part; a few stages of long pipelines."""
     layout, cluster = planned.layout, planned.cluster
     table = stage_memory_table(
         planned.stages,
-        title=f"Memory a rank in GiB: {cluster.num_gpus} GPUs = {layout.pipeline} stages x {layout.data} data parallel "
-        f"x {layout.tensor} tensor parallel, ZeRO-{layout.zero_stage}",
+        title=f"Memory per rank in GiB: {cluster.num_gpus} GPUs = {layout.pipeline} stages x {layout.data} data "
+        f"parallel x {layout.tensor} tensor parallel, ZeRO-{layout.zero_stage}",
         caption=f"Usable: {cluster.usable_bytes / 2**30:.1f} GiB, {cluster.memory_share:.0%} of {gpu}; the rest is "
-        "for CUDA, NCCL and fragments. Peak: the greater of passes and step, which do not coincide.",
+        "for CUDA, NCCL and fragmentation. Peak: the larger of passes and optimizer step.",
     )
     shown = _shown(planned.stages)
     verdicts = ("yes" if planned.stages[stage].total <= cluster.usable_bytes else "NO" for stage in shown)
@@ -46,7 +46,7 @@ def memory_table(planned: Estimate, gpu: str) -> Table:
 
 
 def stage_memory_table(stages: Sequence[StageMemory], *, title: str, caption: str) -> Table:
-    """The parts and their peak, whatever the GPU."""
+    """Tabulate the parts and their peak."""
     shown = _shown(stages)
     table = Table(title=title, caption=caption)
     table.add_column("part")
@@ -62,7 +62,7 @@ def stage_memory_table(stages: Sequence[StageMemory], *, title: str, caption: st
 
 
 def _shown(stages: Sequence[StageMemory]) -> list[int]:
-    """All stages, or of many the first ones, the fullest and the last ones."""
+    """Return all stages; or the first, the last and the fullest if there are too many."""
     if len(stages) <= MAX_STAGES_SHOWN:
         return list(range(len(stages)))
     fullest = max(range(len(stages)), key=lambda stage: stages[stage].total)
@@ -70,20 +70,20 @@ def _shown(stages: Sequence[StageMemory]) -> list[int]:
 
 
 def speed_table(planned: Estimate, gpu: str) -> Table:
-    """Step time by part, tokens a second, and the length of the run."""
+    """Tabulate step time by part, tokens per second, and the duration of the run."""
     time, layout, simulation = planned.time, planned.layout, planned.simulation
-    a_gpu = planned.tokens_per_second / planned.cluster.num_gpus
+    per_gpu = planned.tokens_per_second / planned.cluster.num_gpus
     idle = max(simulation.bubble_fraction(stage) for stage in range(layout.pipeline))
     rows = {
-        "micro-batch": f"{layout.micro_batch_size} samples, {layout.num_micro_batches} of them a step and rank",
+        "micro-batch": f"{layout.micro_batch_size} samples, {layout.num_micro_batches} per step and data-parallel rank",
         "passes": f"{time.schedule:.3f} s ({simulation.schedule.mode}; {simulation.ratio:.3f} x CLM's; "
-        f"a stage idle for up to {idle:.1%})",
+        f"stages idle up to {idle:.1%})",
         "messages between stages": f"{time.messages:.3f} s",
         "gradient reduction": f"{time.gradients:.3f} s",
-        "optimizer, parameters gathered": f"{time.optimizer:.3f} s",
+        "optimizer, parameter gathering": f"{time.optimizer:.3f} s",
         "step": f"{time.total:.3f} s, {planned.tokens_per_step:,} tokens",
-        "tokens a second": f"{planned.tokens_per_second:,.0f} ({a_gpu:,.0f} a GPU), MFU {planned.mfu:.1%}",
-        "the run": f"{planned.num_steps:,} steps, {planned.num_steps * planned.tokens_per_step / 1e9:,.2f} B tokens: "
+        "tokens per second": f"{planned.tokens_per_second:,.0f} ({per_gpu:,.0f} per GPU), MFU {planned.mfu:.1%}",
+        "run": f"{planned.num_steps:,} steps, {planned.num_steps * planned.tokens_per_step / 1e9:,.2f} B tokens: "
         f"{planned.days:,.2f} days, {planned.gpu_hours:,.0f} GPU-hours",
     }
     table = Table(title="Step and run", show_header=False, caption=assumptions(planned.cluster, gpu))
@@ -93,7 +93,7 @@ def speed_table(planned: Estimate, gpu: str) -> Table:
 
 
 def search_table(found: Sequence[Estimate], gpu: str) -> Table:
-    """The layouts, best first."""
+    """Tabulate layouts, best first."""
     cluster = found[0].cluster
     table = Table(
         title=f"Fastest layouts that fit {cluster.num_gpus} x {gpu} (sp: sequence parallel)",
@@ -105,7 +105,7 @@ def search_table(found: Sequence[Estimate], gpu: str) -> Table:
     for planned in found:
         layout = planned.layout
         table.add_row(
-            f"{layout.tensor}{' + sp' * layout.sequence_parallel}",
+            f"{layout.tensor} + sp" if layout.sequence_parallel else str(layout.tensor),
             str(layout.pipeline),
             str(layout.data),
             str(layout.zero_stage),
@@ -123,10 +123,10 @@ def search_table(found: Sequence[Estimate], gpu: str) -> Table:
 
 
 def assumptions(cluster: Cluster, gpu: str) -> str:
-    """What the figures rest on, in a line."""
+    """Return the assumptions behind the figures, in one sentence."""
     link, network = cluster.gpu.link_bytes_per_second / 1e9, cluster.gpu.network_bits_per_second / 1e9
     return (
         f"Assumed, not measured: {cluster.efficiency:.0%} of {gpu}'s peak in forward and backward passes, "
-        f"{cluster.link_efficiency:.0%} of {link:.0f} GB/s between the GPUs of a node and of {network:.0f} Gb/s a GPU "
+        f"{cluster.link_efficiency:.0%} of {link:.0f} GB/s between GPUs of a node and of {network:.0f} Gb/s per GPU "
         "between nodes (docs/planning.md)."
     )

@@ -1,6 +1,6 @@
-"""How long a step takes: computations counted and timed by an assumed efficiency, put in order by the real schedule.
+"""Predicts the time of a step: counted FLOPs at an assumed efficiency, in the order of the real schedule. Pure.
 
-What is assumed is in `Cluster` and in docs/planning.md. Pure.
+`Cluster` and docs/planning.md list the assumptions.
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.schedule.costs import Costs, forward_flops
 from megatron_slm.planning.gpus import Cluster
-from megatron_slm.planning.job import Job
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.memory import loss_head_plan, model_parameters
+from megatron_slm.planning.planned_run import PlannedRun
 
 TICKS = 30_000
-"""`Costs.scaled` makes a stage's mean forward and backward pass this long."""
+"""Mean length of a stage's forward and backward pass in `Costs.scaled`."""
 HOST_BYTES_PER_SECOND = 10e9
-"""One rank's share of its host's memory bandwidth (eight GPUs on a host of some hundred GB/s), and of its PCIe link."""
+"""One rank's share of host memory bandwidth (eight GPUs, a few hundred GB/s), and of its PCIe link."""
 HOST_UPDATE_BYTES = 120
-"""A number of an offloaded optimizer: torch's AdamW goes over the host's memory in about a dozen passes."""
+"""Host memory traffic per parameter of an offloaded optimizer: torch's AdamW makes about a dozen passes."""
 HOP_LATENCY_SECONDS = 20e-6
-"""From the end of a stage's pass to the start of the next stage's, beside the message's own length."""
+"""Delay from the end of a stage's pass to the start of the next stage's, without the message's transfer time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Durations:
-    """Seconds of one micro-batch's passes on each stage, tensor-parallel communication included."""
+    """Seconds of one micro-batch's passes on each stage, including tensor-parallel communication."""
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     reference: tuple[float, ...]
-    """Zeros where no reference runs."""
+    """Zeros without a reference."""
 
     @property
     def costs(self) -> Costs:
-        """The same in ticks."""
+        """Durations in ticks."""
         return Costs.scaled(self.forward, self.backward, self.reference)
 
     @property
     def seconds_per_tick(self) -> float:
-        """Length of a tick of `costs`."""
+        """Seconds of a tick of `costs`."""
         return (sum(self.forward) + sum(self.backward)) / (TICKS * len(self.forward))
 
     def least_step_seconds(self, num_micro_batches: int) -> float:
-        """What no schedule can beat: a stage's own work, and the model's first and last micro-batch around it."""
+        """Return a lower bound over all schedules: a stage's own work, plus the pipeline's fill and drain around it."""
         least, before, behind = 0.0, 0.0, 0.0
         for forward, backward, reference in zip(self.forward, self.backward, self.reference, strict=True):
             model = num_micro_batches * (forward + backward)
@@ -59,76 +59,78 @@ class StepTime:
     """Seconds of one step."""
 
     schedule: float
-    """Forward, backward and reference passes as the schedule orders them, idle time included."""
+    """Forward, backward and reference passes in the schedule's order, including idle time."""
     messages: float
-    """What messages between stages add while the pipeline fills and empties."""
+    """Delay by messages between stages while the pipeline fills and drains."""
     gradients: float
-    """Reduction over data-parallel ranks that no computation hides."""
+    """Gradient reduction over data-parallel ranks that does not overlap with computation."""
     optimizer: float
-    """The update, and the parameters gathered afterwards."""
+    """Optimizer update, and the parameter all-gather after it."""
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the step."""
         return self.schedule + self.messages + self.gradients + self.optimizer
 
 
-def stage_durations(job: Job, layout: Layout, cluster: Cluster) -> Durations:
-    """How long each stage's passes take.
+def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durations:
+    """Return the duration of each stage's passes.
 
-    A backward pass is two forwards, or three with recomputation. The loss scores all rows (one product), and
-    differentiates the kept ones (two), made again first unless it kept them. Collectives of tensor parallelism
-    wait for computations and are waited for: two all-reduces (or their halves) a block and direction.
+    A backward pass costs two forward passes, or three with recomputation. The loss head costs one matrix product over
+    all rows forward, and over the kept rows two backward, or three if it recomputes their logits. Tensor parallelism
+    adds two all-reduces (or their halves) per block and direction, which do not overlap with computation.
     """
-    rate = cluster.gpu.flops(bf16=job.config.training.bf16) * cluster.efficiency * layout.tensor
-    tokens = layout.micro_batch_size * job.config.data.seq_length
+    rate = cluster.gpu.flops(bf16=run.config.training.bf16) * cluster.efficiency * layout.tensor
+    tokens = layout.micro_batch_size * run.config.data.seq_length
 
     def passes(arch: Architecture) -> tuple[list[float], list[float], float]:
-        flops, head = forward_flops(arch, layout.pipeline, job.config.data.seq_length)
-        ring = _all_reduce_seconds(tokens * arch.hidden_size * job.dtype_bytes, layout.tensor, 1, cluster)
+        flops, head = forward_flops(arch, layout.pipeline, run.config.data.seq_length)
+        ring = _all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
         blocks = _blocks(arch, layout.pipeline)
         return [tokens * x / rate for x in flops], [2 * ring * n for n in blocks], tokens * head / rate
 
-    compute, talk, head = passes(job.architecture)
-    kept_units = 2 if loss_head_plan(job, layout).capacity else 3
-    recompute = float(layout.recomputes)
-    forward = [c + t for c, t in zip(compute, talk, strict=True)]
-    backward = [(2 + recompute) * c + (1 + recompute) * t for c, t in zip(compute, talk, strict=True)]
+    compute, communication, head = passes(run.architecture)
+    num_recomputations = 1 if layout.recomputes else 0
+    forward = [x + y for x, y in zip(compute, communication, strict=True)]
+    backward = [
+        (2 + num_recomputations) * x + (1 + num_recomputations) * y for x, y in zip(compute, communication, strict=True)
+    ]
     forward[-1] += head
-    backward[-1] += kept_units * job.keep_ratio * head
+    num_products = 2 if loss_head_plan(run, layout).capacity else 3
+    backward[-1] += num_products * run.keep_ratio * head
     reference = [0.0] * layout.pipeline
-    if job.reference is not None:
-        compute, talk, head = passes(job.reference)
-        reference = [c + t for c, t in zip(compute, talk, strict=True)]
+    if run.reference is not None:
+        compute, communication, head = passes(run.reference)
+        reference = [x + y for x, y in zip(compute, communication, strict=True)]
         reference[-1] += head
     return Durations(forward=tuple(forward), backward=tuple(backward), reference=tuple(reference))
 
 
-def step_time(job: Job, layout: Layout, cluster: Cluster, *, schedule_seconds: float) -> StepTime:
-    """A step around its schedule.
+def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_seconds: float) -> StepTime:
+    """Return the time of a step, given that of its schedule.
 
-    ZeRO-1 reduces gradients once a step, after the last backward pass (all-reduce, in communication_data_type), ZeRO-2
-    after every micro-batch, both waited for; ZeRO-3 gathers parameters twice and scatters gradients once a micro-batch,
-    beside the computation. An offloaded optimizer is bound by the host's memory, and waits for gradients to go down.
+    ZeRO-1 all-reduces gradients once per step, after the last backward pass and in communication_data_type; ZeRO-2
+    after every micro-batch; neither overlaps with computation. ZeRO-3 gathers parameters twice and scatters gradients
+    once per micro-batch, and overlaps both. An offloaded optimizer is bound by host memory bandwidth.
 
     Args:
-        schedule_seconds: of all passes as they are ordered.
+        schedule_seconds: duration of all passes in the schedule's order.
     """
-    size = max(stage.total for stage in model_parameters(job, layout))
-    weights = size * job.dtype_bytes
+    size = max(stage.total for stage in model_parameters(run, layout))
+    weights = size * run.dtype_bytes
     rounds = layout.num_micro_batches if layout.zero_stage > 1 else 1
     gather = _ring_seconds(weights, layout.data, layout.tensor, cluster)
-    sums = size * ds_config.communication_bytes(job.deepspeed)
-    scatter = _ring_seconds(sums, layout.data, layout.tensor, cluster)  # an all-reduce is two
+    sums = size * ds_config.communication_bytes(run.deepspeed)
+    scatter = _ring_seconds(sums, layout.data, layout.tensor, cluster)  # an all-reduce is two of these
     gradients = 2 * scatter * rounds
-    update = size / layout.data * 32 / cluster.gpu.memory_bytes_per_second  # reads 16 bytes, writes 16, about
+    update = size / layout.data * 32 / cluster.gpu.memory_bytes_per_second  # about 16 bytes read and 16 written
     if layout.zero_stage == 3:
         gradients, gather = max(0.0, (2 * gather + scatter) * rounds - schedule_seconds), 0.0
-        if ds_config.offloads_optimizer(job.deepspeed):
+        if ds_config.offloads_optimizer(run.deepspeed):
             update = size / layout.data * HOST_UPDATE_BYTES / HOST_BYTES_PER_SECOND
-    length = layout.micro_batch_size * job.config.data.seq_length // layout.sequence_shards
+    length = layout.micro_batch_size * run.config.data.seq_length // layout.sequence_shards
     stride = layout.tensor * layout.data
-    message = length * job.architecture.hidden_size * job.dtype_bytes / cluster.hop_bytes_per_second(stride)
+    message = length * run.architecture.hidden_size * run.dtype_bytes / cluster.hop_bytes_per_second(stride)
     hops = 2 * (layout.pipeline - 1)
     return StepTime(
         schedule=schedule_seconds,
@@ -140,11 +142,11 @@ def step_time(job: Job, layout: Layout, cluster: Cluster, *, schedule_seconds: f
 
 def _blocks(arch: Architecture, num_stages: int) -> list[int]:
     share, extra = divmod(arch.num_layers, num_stages)
-    return [share + (stage < extra) for stage in range(num_stages)]
+    return [share + 1 if stage < extra else share for stage in range(num_stages)]
 
 
 def _ring_seconds(num_bytes: float, num_ranks: int, stride: int, cluster: Cluster) -> float:
-    """An all-gather or a reduce-scatter of `num_bytes` in all."""
+    """Return the time of an all-gather or reduce-scatter of `num_bytes` in total."""
     if num_ranks == 1:
         return 0.0
     return (num_ranks - 1) / num_ranks * num_bytes / cluster.ring_bytes_per_second(num_ranks, stride)

@@ -1,1 +1,1 @@
-"""What a run will be, before a process group exists."""
+"""The plan of a run, made before any process group exists."""

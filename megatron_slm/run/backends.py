@@ -7,11 +7,14 @@ refused, never replaced.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Attention, BackendConfig, Backends, Norm, Optimizer
+from megatron_slm.config.run import RunConfig
 from megatron_slm.device import compute_capability, on_gpu
 from megatron_slm.errors import ConfigError
 from megatron_slm.model import sdpa
@@ -26,6 +29,18 @@ _HOPPER = 9
 _COMPARED = ("attention", "norm", "optimizer", "blocks", "loss head")
 
 
+def run_backends(config: RunConfig, user_deepspeed: dict[str, Any], architectures: Iterable[Architecture]) -> Backends:
+    """Choose a training run's backends (see `choose_backends`)."""
+    return choose_backends(
+        config.backend,
+        bf16=config.training.bf16,
+        zero_stage=ds_config.zero_stage(user_deepspeed),
+        architectures=architectures,
+        updates_on_host=ds_config.offloads_optimizer(user_deepspeed),
+        keeps_documents_apart=config.data.reset_attention_mask,
+    )
+
+
 def choose_backends(
     config: BackendConfig,
     *,
@@ -35,7 +50,7 @@ def choose_backends(
     updates_on_host: bool = False,
     keeps_documents_apart: bool = False,
 ) -> Backends:
-    """Turn `auto` into what works.
+    """Resolve `auto` to a backend that works.
 
     Args:
         architectures: of the model and the reference.
@@ -43,7 +58,7 @@ def choose_backends(
         keeps_documents_apart: attention runs inside documents, of any length.
 
     Raises:
-        ConfigError: something asked for by name does not work here.
+        ConfigError: a backend asked for by name does not work here.
     """
     models = list(architectures)
     if config.compile_blocks and zero_stage == 3:
@@ -72,9 +87,7 @@ def check_same_on_all_ranks(backends: Backends, loss_head: str) -> None:
     mine = (backends.attention, backends.norm, backends.optimizer, backends.compile_blocks, loss_head)
     held = all_gather_objects(mine)
     for rank, theirs in enumerate(held):
-        for what, first, other in zip(
-            ("attention", "norm", "optimizer", "blocks", "loss head"), held[0], theirs, strict=True
-        ):
+        for what, first, other in zip(_COMPARED, held[0], theirs, strict=True):
             if first != other:
                 raise ConfigError(
                     f"{what} backend of rank {rank}",
@@ -144,7 +157,7 @@ def _optimizer(asked: str, updates_on_host: bool, notes: dict[str, str]) -> Opti
     if asked == "apex":
         _require("--optimizer-backend", "apex", packages.APEX_ADAM, otherwise="torch")
     if asked in ("apex", "deepspeed") and updates_on_host:
-        rule = "be left to torch where zero_optimization.offload_optimizer updates on the host"
+        rule = "be torch or auto with zero_optimization.offload_optimizer, which updates on the host"
         raise ConfigError("--optimizer-backend", asked, rule, "use torch (or auto), or do not offload")
     if asked != "auto":
         return asked  # type: ignore[return-value]

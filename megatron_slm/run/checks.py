@@ -1,56 +1,63 @@
-"""Checks of a run that need more than one section or a file."""
+"""Validates a run's configuration across sections and against its files."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.backends import Backends
 from megatron_slm.config.blends import parse_phases
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.source import Model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer, check_same_vocabulary
+from megatron_slm.device import on_gpu
 from megatron_slm.errors import CheckpointError, ConfigError, ScoreStoreError, VocabularyError
+from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.planning.job import architecture_at
+from megatron_slm.planning.planned_run import architecture_at
 from megatron_slm.reference.stored import StoredScores
+from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.layout import check_layout
+from megatron_slm.run.models import Models
 from megatron_slm.run.resume import Resume
 from megatron_slm.selection.selector import Selector
+from megatron_slm.telemetry.monitors import check_monitors
 
 logger = logging.getLogger(__name__)
 
 
-def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:
-    """Warn of evaluations and data phases that this run will never reach."""
-    if config.logging.eval_interval is not None and not held_out and config.logging.probe_file is None:
-        logger.warning("--eval-interval has nothing to evaluate: no set is held out by --split or --valid-data-path")
-    for phase in parse_phases(config.data.data_phases):
-        if phase.first_step >= num_steps:
-            logger.warning("--data-phases: the phase at step %d never begins in %d steps", phase.first_step, num_steps)
+def check_environment(config: RunConfig, user_deepspeed: dict[str, Any]) -> None:
+    """Validate the DeepSpeed JSON, and check that its monitors and the loss head's kernels are installed.
+
+    Raises:
+        ConfigError: a field contradicts a flag, or a package is missing.
+    """
+    ds_config.check(user_deepspeed, config)
+    check_monitors(ds_config.monitors(user_deepspeed))
+    choose_kernels(config.loss_head.loss_head_backend, on_gpu=on_gpu())
 
 
-def check_models(
-    config: RunConfig,
-    topology: Topology,
-    arch: Architecture,
-    tokenizer: Tokenizer,
-    init: Model | None,
-    reference: Model | None,
-    resume: Resume | None,
-) -> None:
-    """Check model, reference and checkpoint against the layout, the vocabulary and each other."""
+def check_models(config: RunConfig, topology: Topology, models: Models, resume: Resume | None) -> None:
+    """Validate model, reference and checkpoint against the layout, the vocabulary and each other.
+
+    Raises:
+        SlmError: they do not match.
+    """
+    arch, init, reference = models.architecture, models.init, models.reference
     if resume is not None and resume.manifest.architecture != arch:
         raise CheckpointError(
             "--load",
             str(resume.folder),
-            "was written by a run of the same architecture",
+            "have been saved by a run of the same architecture",
             "use --init-from alone to start a new run from other weights",
         )
     check_layout(arch, config, topology, what="model")
     check_stages(arch.num_layers, topology.pipeline)
-    _check_vocabularies(config, arch, tokenizer, init, reference, resume)
+    _check_vocabularies(config, models, resume)
     if reference is not None:
         check_layout(reference.architecture, config, topology, what="reference")
         _check_reference_config(config, reference)
@@ -60,13 +67,66 @@ def check_models(
         check_tensors(reference.architecture, reference.source, field="--reference-load")
 
 
-def check_profile(config: RunConfig, topology: Topology) -> None:
-    """Check that the profiled ranks exist."""
-    ranks, logging_config = config.logging.profile_ranks, config.logging
-    if logging_config.profile_step_start is not None and max(ranks) >= topology.world_size:
+def check_documents(config: RunConfig, tokenizer: Tokenizer, backends: Backends) -> None:
+    """Validate the flags on document boundaries against the tokenizer and the backends.
+
+    Raises:
+        ConfigError: the tokenizer has no end-of-document token, or compiled blocks would see documents.
+    """
+    if config.data.eod_mask_loss and tokenizer.eod_id is None:
         raise ConfigError(
-            "--profile-ranks", ranks, f"are ranks of the world of {topology.world_size}", "name ranks that there are"
+            "--eod-mask-loss", True, "have a tokenizer with an end-of-document token", "leave it out, or use another"
         )
+    if backends.compile_blocks and boundaries(config, tokenizer).matter_to_layers:
+        raise ConfigError(
+            "--compile-blocks",
+            True,
+            "be off with --reset-attention-mask or --reset-position-ids (documents end elsewhere in every "
+            "micro-batch, so each would be compiled)",
+            "leave it out",
+        )
+
+
+def check_ranks_and_sets(config: RunConfig, topology: Topology, held_out: dict[str, SequentialSamples]) -> None:
+    """Check that the profiled ranks and the set of --keep-best exist.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    ranks, best = config.logging.profile_ranks, config.checkpoint.keep_best
+    if config.logging.profile_step_start is not None and max(ranks) >= topology.world_size:
+        rule = f"be ranks of the world, 0 to {topology.world_size - 1}"
+        raise ConfigError("--profile-ranks", ranks, rule, "correct them")
+    if best is not None and best not in held_out:
+        known = ", ".join(held_out) or "there is none"
+        rule = f"be the name of a held-out set ({known})"
+        raise ConfigError("--keep-best", best, rule, "name one, or add --valid-data-path")
+
+
+def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:
+    """Check that stored scores hold the entropies that the score needs.
+
+    Raises:
+        ScoreStoreError: they do not.
+    """
+    if scores is not None and selector.needs("reference-entropy") and not scores.has_entropy:
+        raise ScoreStoreError(
+            "--reference-scores",
+            config.selection.reference_scores,
+            "hold entropies, required by --slm-score reference-entropy",
+            "write them with tools/score_corpus.py --with-entropy, or choose another score",
+        )
+
+
+def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:
+    """Warn of evaluations and data phases that this run never reaches."""
+    if config.logging.eval_interval is not None and not held_out and config.logging.probe_file is None:
+        logger.warning("--eval-interval has no effect: --split and --valid-data-path hold out no set")
+    for phase in parse_phases(config.data.data_phases):
+        if phase.first_step >= num_steps:
+            logger.warning(
+                "--data-phases: the phase at step %d has no effect in a run of %d steps", phase.first_step, num_steps
+            )
 
 
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
@@ -83,71 +143,51 @@ def _check_reference_config(config: RunConfig, reference: Model) -> None:
             raise ConfigError(
                 f"--reference-config: {name}",
                 planned,
-                f"is that of the reference that is loaded ({loaded})",
+                f"be that of the loaded reference ({loaded})",
                 "name the shape of --reference-load, or leave it out",
             )
 
 
-def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:
-    """Check that stored scores hold the entropies that the score needs."""
-    if scores is not None and selector.needs("reference-entropy") and not scores.has_entropy:
-        raise ScoreStoreError(
-            "--reference-scores",
-            config.selection.reference_scores,
-            "hold entropies (--slm-score reference-entropy needs them)",
-            "write them with tools/score_corpus.py --with-entropy, or choose another score",
-        )
-
-
-def check_best(config: RunConfig, held_out: dict[str, SequentialSamples]) -> None:
-    """Check that --keep-best names a held-out set."""
-    best = config.checkpoint.keep_best
-    if best is not None and best not in held_out:
-        known = ", ".join(held_out) or "there is none"
-        raise ConfigError(
-            "--keep-best", best, f"is the name of a held-out set ({known})", "name one, or add --valid-data-path"
-        )
-
-
-def _check_vocabularies(
-    config: RunConfig,
-    arch: Architecture,
-    tokenizer: Tokenizer,
-    init: Model | None,
-    reference: Model | None,
-    resume: Resume | None,
-) -> None:
-    if tokenizer.vocab_size > arch.vocab_size:
+def _check_vocabularies(config: RunConfig, models: Models, resume: Resume | None) -> None:
+    tokenizer, vocab_size = models.tokenizer, models.architecture.vocab_size
+    if tokenizer.vocab_size > vocab_size:
         raise VocabularyError(
-            "vocabulary of the model",
-            arch.vocab_size,
-            f"holds the tokenizer's {tokenizer.vocab_size} tokens",
+            "vocabulary size of the model",
+            vocab_size,
+            f"be at least the tokenizer's {tokenizer.vocab_size}",
             "use the tokenizer that belongs to the model",
         )
-    for model, field in ((init, "--init-from"), (reference, "--reference-load")):
-        if model is not None:
-            check_model_vocabulary(model, field, tokenizer, config)
+    if models.init is not None:
+        check_model_vocabulary(models.init, config, tokenizer, field="--init-from", path=config.model.init_from)
+    if models.reference is not None:
+        path = config.selection.reference_load
+        check_model_vocabulary(models.reference, config, tokenizer, field="--reference-load", path=path)
     fingerprint = resume.manifest.tokenizer_fingerprint if resume else None
     if fingerprint is not None and fingerprint != tokenizer.fingerprint():
         raise VocabularyError(
             "--load: tokenizer",
             fingerprint[:12],
-            "is the run's tokenizer, by token table",
+            f"have the token table of the run's tokenizer ({tokenizer.fingerprint()[:12]})",
             "use the tokenizer of the run that is resumed",
         )
 
 
-def check_model_vocabulary(model: Model, field: str, tokenizer: Tokenizer, config: RunConfig) -> None:
-    """Make sure that a model's token ids mean what the run's tokenizer says.
+def check_model_vocabulary(
+    model: Model, config: RunConfig, tokenizer: Tokenizer, *, field: str, path: str | None
+) -> None:
+    """Check that a model on disk and the run's tokenizer give every token id the same meaning.
+
+    Args:
+        field, path: the flag that names the model and its value, for errors.
 
     Raises:
-        VocabularyError: it has too few tokens, another token table, or no tokenizer to compare.
+        VocabularyError: the model has too few tokens, another token table, or no tokenizer to compare.
     """
     if model.architecture.vocab_size < tokenizer.vocab_size:
         raise VocabularyError(
             f"{field}: vocabulary size",
             model.architecture.vocab_size,
-            f"is at least the tokenizer's {tokenizer.vocab_size}",
+            f"be at least the tokenizer's {tokenizer.vocab_size}",
             "use a model of the same vocabulary",
         )
     if config.data.tokenizer_type == "NullTokenizer":
@@ -155,8 +195,8 @@ def check_model_vocabulary(model: Model, field: str, tokenizer: Tokenizer, confi
     if model.tokenizer_folder is None:
         raise VocabularyError(
             f"{field}: tokenizer",
-            str(config.selection.reference_load if "ref" in field else config.model.init_from),
-            "comes with the tokenizer it was trained with, so that the vocabularies can be compared token by token",
+            path,
+            "contain the tokenizer it was trained with, so that the vocabularies can be compared token by token",
             "copy its tokenizer files into the folder",
         )
     theirs = build_tokenizer("HuggingFaceTokenizer", str(model.tokenizer_folder))

@@ -1,23 +1,24 @@
-"""The run's corpora: opened, checked against its vocabulary, and put into the order they are read in."""
+"""Opens a run's corpora, validates them against its vocabulary, and lays out its samples."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_slm.checkpoint.format import Manifest
-from megatron_slm.config import RunConfig
 from megatron_slm.config.blends import (
     Blend,
     NamedPrefix,
     check_names,
     parse_phases,
 )
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.best_fit import BestFitSamples
-from megatron_slm.data.blending import BlendedSamples, MakeSamples, OrderedSamples, Phase, Source, needed_samples
+from megatron_slm.data.blending import BlendedSamples, MakeSamples, Phase, Source, needed_samples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import find_loss_mask, read_sidecar_of
 from megatron_slm.data.corpus.staging import staged
@@ -25,18 +26,24 @@ from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
 from megatron_slm.data.packing import PackedSamples, SequentialSamples, has_share, split_bounds
+from megatron_slm.data.samples import OrderedSamples
+from megatron_slm.data.texts import TextSamples, read_texts
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError, CorpusError, VocabularyError
 from megatron_slm.run.data_paths import DataPaths, read_paths
+from megatron_slm.run.resume import Resume, num_run_samples
+from megatron_slm.run.sample_order import check_order
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a run reads."""
+    """The samples of a run."""
 
     train: BlendedSamples
+    keeps_order: bool
+    """The training samples continue those of the checkpoint; True without a checkpoint."""
     valid: dict[str, SequentialSamples] = field(default_factory=dict)
     """Held-out sets by name."""
     test: dict[str, SequentialSamples] = field(default_factory=dict)
@@ -49,91 +56,169 @@ class _Corpus:
     loss_mask: IndexedCorpus | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Opener:
+    """Opens each corpus once and validates it against the run's vocabulary."""
+
+    tokenizer: Tokenizer
+    num_tokens: int
+    cache: Path
+    """Folder for copies of remote corpora."""
+    opened: dict[str, _Corpus] = field(default_factory=dict)
+
+    def open(self, prefix: str) -> _Corpus:
+        if prefix not in self.opened:
+            local = staged(prefix, self.cache)
+            tokens, mask = open_corpus(local, self.tokenizer, self.num_tokens), find_loss_mask(local)
+            self.opened[prefix] = _Corpus(tokens=tokens, loss_mask=None if mask is None else IndexedCorpus(mask))
+        return self.opened[prefix]
+
+
+class _BlendFrom(NamedTuple):
+    """A blend of training corpora, in use from one of the run's samples on."""
+
+    first_sample: int
+    blend: Blend
+
+
+def open_run_data(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    num_tokens: int,
+    resume: Resume | None,
+    global_batch_size: int,
+    *,
+    dry: bool,
+) -> RunData:
+    """Open the data of a whole run, up to --train-iters, resumed or not (see `open_data`)."""
+    return open_data(
+        config,
+        tokenizer,
+        num_tokens,
+        num_run_samples(config, resume, global_batch_size),
+        global_batch_size=global_batch_size,
+        manifest=resume.manifest if resume else None,
+        dry=dry,
+    )
+
+
 def open_data(
     config: RunConfig,
     tokenizer: Tokenizer,
     num_tokens: int,
     num_samples: int,
+    *,
     global_batch_size: int,
     manifest: Manifest | None = None,
-    *,
     dry: bool = False,
 ) -> RunData:
-    """The training samples, `num_samples` of them, and the held-out sets by name.
+    """Open the run's corpora and lay out its samples.
 
     Args:
+        num_tokens: exclusive upper bound of the corpora's token ids.
+        num_samples: training samples that the run draws.
         global_batch_size: turns the steps of --data-phases into samples.
-        manifest: of the checkpoint that the run goes on from; its orders are kept and go on.
-        dry: make indices in memory, unless --data-cache-path says where they are wanted. (Corpora that are named by an
-            address are copied all the same: they cannot be opened otherwise.)
+        manifest: of the checkpoint that the run resumes from; the orders that it has begun are continued.
+        dry: make indices in memory, unless --data-cache-path names a folder for them. (Remote corpora are copied all
+            the same: they cannot be opened otherwise.)
 
     Raises:
-        SlmError: a corpus cannot be used, or two held-out sets have one name.
+        SlmError: a corpus cannot be used, two held-out sets have one name, or the samples are not the checkpoint's.
     """
     paths = read_paths(config.data)
-    phases = [(0, paths.train)]
+    blends = [_BlendFrom(0, paths.train)]
     for phase in parse_phases(config.data.data_phases):
         if phase.first_step * global_batch_size < num_samples:
-            phases.append((phase.first_step * global_batch_size, phase.blend))
-    named = {corpus.prefix: corpus for _, blend in phases for corpus in blend.corpora}
+            blends.append(_BlendFrom(phase.first_step * global_batch_size, phase.blend))
+    named = {corpus.prefix: corpus for _, blend in blends for corpus in blend.corpora}
     check_names(named.values(), "--data-phases")
     cache = cache_folder(config)
-    opened = {prefix: _open_with_mask(staged(prefix, cache), tokenizer, num_tokens) for prefix in named}
-    cut = tuple(named.values()) if paths.split else ()
-    valid = _held_out(config, paths, cut, paths.valid, opened, 1, "valid", tokenizer, num_tokens)
-    test = _held_out(config, paths, cut, paths.test, opened, 2, "test", tokenizer, num_tokens)
+    opener = _Opener(tokenizer=tokenizer, num_tokens=num_tokens, cache=cache)
+    opened = {prefix: opener.open(prefix) for prefix in named}
+    valid = _held_out(_VALID, paths, list(named.values()), opener, config.data.seq_length)
+    test = _held_out(_TEST, paths, list(named.values()), opener, config.data.seq_length)
     for title in valid.keys() & test.keys():
-        raise ConfigError("--valid-data-path", title, "has a name of its own (a test set has it)", "write NAME=PREFIX")
+        raise ConfigError("--valid-data-path", title, "be named unlike every test set", "write NAME=PREFIX")
     index_cache = IndexCache(None if dry and config.data.data_cache_path is None else cache)
-    train = _train_samples(config, paths.split, phases, named, opened, num_samples, manifest, index_cache)
-    return RunData(train=train, valid=valid, test=test)
+    laid_out = {}
+    if manifest is not None and not config.checkpoint.accept_new_sample_order:
+        laid_out = manifest.data.get("laid_out", {})
+    corpora = _TrainingCorpora(config, paths.split, named, opened, index_cache)
+    train = corpora.samples(blends, num_samples, laid_out)
+    return RunData(train=train, keeps_order=check_order(config, manifest, train), valid=valid, test=test)
 
 
 def cache_folder(config: RunConfig) -> Path:
-    """Where indices, and copies of corpora that lie elsewhere, are kept."""
+    """Folder for indices and for copies of remote corpora."""
     return Path(config.data.data_cache_path or Path(config.logging.run_dir) / "index-cache")
 
 
-def _train_samples(
-    config: RunConfig,
-    split: str | None,
-    phases: list[tuple[int, Blend]],
-    named: dict[str, NamedPrefix],
-    opened: dict[str, _Corpus],
-    num_samples: int,
-    manifest: Manifest | None,
-    cache: IndexCache,
-) -> BlendedSamples:
-    makers: dict[str, MakeSamples] = {}
-    sequences: dict[str, tuple[int, int]] = {}
-    for prefix, corpus in opened.items():
-        count = corpus.tokens.num_sequences
-        sequences[prefix] = split_bounds(split, count)[0] if split else (0, count)
-        makers[prefix] = partial(_make_samples, config, corpus, sequences[prefix], cache)
-    numbers = {prefix: number for number, prefix in enumerate(opened)}
-    ends = [*(first for first, _ in phases[1:]), num_samples]
-    needed, weighted = dict.fromkeys(opened, 0), []
-    for (first, blend), end in zip(phases, ends, strict=True):
+class _TrainingCorpora:
+    """The corpora that a run trains on, by prefix, and their blend."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        split: str | None,
+        named: dict[str, NamedPrefix],
+        opened: dict[str, _Corpus],
+        cache: IndexCache,
+    ) -> None:
+        self._named, self._cache = named, cache
+        self._sequences: dict[str, tuple[int, int]] = {}
+        self._makers: dict[str, MakeSamples] = {}
+        for prefix, corpus in opened.items():
+            count = corpus.tokens.num_sequences
+            self._sequences[prefix] = split_bounds(split, count)[0] if split else (0, count)
+            self._makers[prefix] = partial(_make_samples, config, corpus, self._sequences[prefix], cache)
+
+    def samples(
+        self, blends: Sequence[_BlendFrom], num_samples: int, laid_out_before: Mapping[str, list[int]]
+    ) -> BlendedSamples:
+        """Lay out the run's samples.
+
+        Args:
+            laid_out_before: lengths of the orders that an earlier part of the run has begun, by the corpus' name.
+        """
+        numbers = {prefix: number for number, prefix in enumerate(self._makers)}
+        needed, phases = dict.fromkeys(self._makers, 0), []
+        ends = [*(first for first, _ in blends[1:]), num_samples]
+        for (first, blend), end in zip(blends, ends, strict=True):
+            weights = self._weights(blend)
+            phases.append(Phase(first, {numbers[prefix]: weight for prefix, weight in weights.items()}))
+            for prefix, weight in weights.items():
+                needed[prefix] += end - first if len(weights) == 1 else needed_samples(weight, end - first)
+        laid_out: dict[str, list[int]] = {}
+        if len(self._makers) > 1 and all(blend.weights is None for _, blend in blends):
+            laid_out = self._one_epoch(num_samples)
+        laid_out |= {
+            prefix: laid_out_before[corpus.name]
+            for prefix, corpus in self._named.items()
+            if corpus.name in laid_out_before
+        }
+        sources = [
+            Source.for_samples(
+                self._named[prefix].name, make, needed[prefix], laid_out.get(prefix, ()), self._sequences[prefix]
+            )
+            for prefix, make in self._makers.items()
+        ]
+        return BlendedSamples(sources, phases, num_samples, self._cache)
+
+    def _weights(self, blend: Blend) -> dict[str, float]:
+        """Weights by prefix, with sum 1; corpora without weights weigh their samples of one epoch."""
         prefixes = [corpus.prefix for corpus in blend.corpora]
         # Megatron divides weights by their sum twice, sizes once: the last bits can decide a tie
-        given = normalized(blend.weights) if blend.weights else _sizes([makers[prefix] for prefix in prefixes])
-        weights = normalized(given)
-        weighted.append(Phase(first, {numbers[p]: w for p, w in zip(prefixes, weights, strict=True)}))
-        for prefix, weight in zip(prefixes, weights, strict=True):
-            needed[prefix] += end - first if len(prefixes) == 1 else needed_samples(weight, end - first)
-    laid_out = (
-        _one_epoch(makers, num_samples) if len(opened) > 1 and all(blend.weights is None for _, blend in phases) else {}
-    )
-    if manifest is not None and not config.checkpoint.accept_new_sample_order:
-        kept = manifest.data.get("laid_out", {})
-        laid_out |= {prefix: kept[corpus.name] for prefix, corpus in named.items() if corpus.name in kept}
-    sources = [
-        Source.for_samples(
-            named[prefix].name, makers[prefix], needed[prefix], laid_out.get(prefix, ()), sequences[prefix]
-        )
-        for prefix in opened
-    ]
-    return BlendedSamples(sources, weighted, num_samples, cache)
+        given: Sequence[float] = [1.0]
+        if blend.weights:
+            given = normalized(blend.weights)
+        elif len(prefixes) > 1:
+            given = [float(len(self._makers[prefix](None, 0))) for prefix in prefixes]
+        return dict(zip(prefixes, normalized(given), strict=True))
+
+    def _one_epoch(self, num_samples: int) -> dict[str, list[int]]:
+        """Lengths of one epoch of each corpus, where all of them suffice: without weights Megatron lays out these."""
+        lengths = {prefix: len(make(None, 0)) for prefix, make in self._makers.items()}
+        return {prefix: [n] for prefix, n in lengths.items()} if num_samples <= sum(lengths.values()) else {}
 
 
 def _make_samples(
@@ -156,68 +241,63 @@ def _make_samples(
     )
 
 
-def _sizes(makers: list[MakeSamples]) -> Sequence[float]:
-    """Samples of one epoch of each corpus, which are its weight where none is given; one corpus needs no weight."""
-    return [1.0] if len(makers) == 1 else [float(len(make(None, 0))) for make in makers]
+@dataclass(frozen=True)
+class _HeldOutKind:
+    name: str
+    part: int
+    """Index of its share in --split."""
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}-data-path"
+
+    def title(self, corpus: NamedPrefix) -> str:
+        """Name of a whole corpus as a set of this kind."""
+        return corpus.name if self is _VALID else f"{self.name}-{corpus.name}"
 
 
-def _one_epoch(makers: dict[str, MakeSamples], num_samples: int) -> dict[str, list[int]]:
-    """Without weights Megatron lays out one epoch of each corpus, and ends with the last; so here, where that lasts."""
-    lengths = {prefix: len(make(None, 0)) for prefix, make in makers.items()}
-    return {p: [n] for p, n in lengths.items()} if num_samples <= sum(lengths.values()) else {}
+_VALID, _TEST = _HeldOutKind("valid", 1), _HeldOutKind("test", 2)
 
 
 def _held_out(
-    config: RunConfig,
-    paths: DataPaths,
-    cut: tuple[NamedPrefix, ...],
-    given: Iterable[NamedPrefix],
-    opened: dict[str, _Corpus],
-    part: int,
-    name: str,
-    tokenizer: Tokenizer,
-    num_tokens: int,
+    kind: _HeldOutKind, paths: DataPaths, trained: Sequence[NamedPrefix], opener: _Opener, sequence_length: int
 ) -> dict[str, SequentialSamples]:
-    """The held-out parts of the training corpora, and the held-out corpora, by name."""
+    """Open the held-out sets of a kind, by name: shares of the training corpora, and corpora of their own."""
     found = {}
-    length = config.data.seq_length
-    for corpus in cut:
-        held = opened[corpus.prefix]
-        start, stop = split_bounds(paths.split or "", held.tokens.num_sequences)[part]
-        if has_share(paths.split or "", part):
-            if start == stop:
-                raise _no_sequence(paths.split, name, held.tokens)
-            title = name if len(cut) == 1 else f"{name}-{corpus.name}"
-            found[title] = SequentialSamples(held.tokens, start, stop, sequence_length=length, loss_mask=held.loss_mask)
-    for corpus in given:
-        title = corpus.name if name == "valid" else f"{name}-{corpus.name}"
-        if title in found:
-            flag = f"--{name}-data-path"
-            raise ConfigError(flag, corpus.prefix, f"has a name of its own ({title} is taken)", "write NAME=PREFIX")
-        held = opened.get(corpus.prefix) or _open_with_mask(
-            staged(corpus.prefix, cache_folder(config)), tokenizer, num_tokens
+
+    def add(title: str, corpus: _Corpus, start: int, stop: int) -> None:
+        found[title] = SequentialSamples(
+            corpus.tokens, start, stop, sequence_length=sequence_length, loss_mask=corpus.loss_mask
         )
-        whole = held.tokens.num_sequences
-        found[title] = SequentialSamples(held.tokens, 0, whole, sequence_length=length, loss_mask=held.loss_mask)
+
+    if paths.split is not None and has_share(paths.split, kind.part):
+        for named in trained:
+            corpus = opener.open(named.prefix)
+            start, stop = split_bounds(paths.split, corpus.tokens.num_sequences)[kind.part]
+            if start == stop:
+                raise _no_sequence(paths.split, kind, corpus.tokens)
+            add(kind.name if len(trained) == 1 else f"{kind.name}-{named.name}", corpus, start, stop)
+    for named in paths.valid if kind is _VALID else paths.test:
+        title = kind.title(named)
+        if title in found:
+            rule = f"have a name of its own ({title} is another set's)"
+            raise ConfigError(kind.flag, named.prefix, rule, "write NAME=PREFIX")
+        corpus = opener.open(named.prefix)
+        add(title, corpus, 0, corpus.tokens.num_sequences)
     return found
 
 
-def _no_sequence(split: str | None, name: str, corpus: IndexedCorpus) -> CorpusError:
+def _no_sequence(split: str, kind: _HeldOutKind, corpus: IndexedCorpus) -> CorpusError:
     return CorpusError(
-        f"sequences of {corpus.prefix} for the set {name} (--split {split})",
+        f"sequences of {corpus.prefix} for the set {kind.name} (--split {split})",
         0,
-        f"must be at least 1 of its {corpus.num_sequences}",
-        f"give the set a larger share or none with --split, or name its corpora with --{name}-data-path",
+        f"be at least 1 of its {corpus.num_sequences}",
+        f"give the set a larger share or none with --split, or name its corpora with {kind.flag}",
     )
 
 
-def _open_with_mask(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> _Corpus:
-    tokens, mask = open_corpus(prefix, tokenizer, num_tokens), find_loss_mask(prefix)
-    return _Corpus(tokens=tokens, loss_mask=None if mask is None else IndexedCorpus(mask))
-
-
 def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCorpus:
-    """Open a corpus and check that its token ids mean what the run's tokenizer says.
+    """Open a corpus and validate its token ids against the run's tokenizer and vocabulary.
 
     Raises:
         CorpusError, VocabularyError: it is damaged, empty, of another tokenizer, or holds ids beyond the vocabulary.
@@ -225,19 +305,19 @@ def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCo
     corpus = IndexedCorpus(prefix)
     sidecar = read_sidecar_of(corpus)
     if sidecar is None:
-        logger.warning("%s has no .meta.json, so its tokenizer cannot be checked; its token ids are", prefix)
+        logger.warning("%s has no .meta.json: its token ids are checked, its tokenizer cannot be", prefix)
     elif sidecar.tokenizer_fingerprint != tokenizer.fingerprint():
         raise VocabularyError(
             f"tokenizer of corpus {prefix}",
             sidecar.tokenizer_fingerprint[:12],
-            f"is the run's tokenizer ({tokenizer.fingerprint()[:12]}), by token table",
+            f"have the token table of the run's tokenizer ({tokenizer.fingerprint()[:12]})",
             "preprocess the text with the run's tokenizer, or name the corpus' tokenizer",
         )
     if sidecar is not None and sidecar.max_token_id >= num_tokens:
         raise VocabularyError(
             f"largest token id of corpus {prefix}",
             sidecar.max_token_id,
-            f"is below the models' {num_tokens} tokens",
+            f"be below the models' vocabulary size, {num_tokens}",
             "use models of the corpus' vocabulary",
         )
     corpus.check_vocabulary(num_tokens)
@@ -245,7 +325,7 @@ def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCo
 
 
 def boundaries(config: RunConfig, tokenizer: Tokenizer) -> Boundaries:
-    """What the ends of documents mean in this run."""
+    """Treatment of document ends in this run."""
     data = config.data
     return Boundaries(
         eod_id=tokenizer.eod_id,
@@ -253,3 +333,15 @@ def boundaries(config: RunConfig, tokenizer: Tokenizer) -> Boundaries:
         reset_attention_mask=data.reset_attention_mask,
         reset_position_ids=data.reset_position_ids,
     )
+
+
+def read_probe_texts(config: RunConfig, tokenizer: Tokenizer) -> TextSamples | None:
+    """Read the texts of --probe-file; None without the flag.
+
+    Raises:
+        SlmError: the file cannot be read, or a text cannot be tokenized.
+    """
+    path = config.logging.probe_file
+    if path is None:
+        return None
+    return read_texts(path, tokenizer, sequence_length=config.data.seq_length, field="--probe-file")

@@ -16,44 +16,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataPaths:
-    """Corpora as the flags or the files that they name give them."""
+    """Corpora of the training, validation and test sets, by flag or by the file a flag names."""
 
     train: Blend
     valid: tuple[NamedPrefix, ...]
     test: tuple[NamedPrefix, ...]
     split: str | None
-    """How the training corpora are cut; None where they are for training alone."""
+    """--split of the training corpora; None where all their sequences are for training."""
 
 
 def named_corpora(data: DataConfig) -> list[NamedPrefix]:
-    """Every corpus that a run names for any of its sets and phases, each once.
+    """List every corpus that a run names for any of its sets and phases, each once.
 
     Raises:
-        ConfigError: there is none to train on, or a file that names them cannot be read.
-    """
-    paths = read_paths(data)
-    trained = [paths.train, *(phase.blend for phase in parse_phases(data.data_phases))]
-    named = [corpus for blend in trained for corpus in blend.corpora]
-    return list({corpus.prefix: corpus for corpus in (*named, *paths.valid, *paths.test)}.values())
-
-
-def corpus_prefixes(data: DataConfig) -> list[str]:
-    """The prefixes of all corpora that a run may read, each once.
-
-    Raises:
-        ConfigError: a flag, or a file that it names, cannot be read.
+        ConfigError: no training corpus is named, or a file that names corpora cannot be read.
     """
     paths = read_paths(data)
     blends = [paths.train, *(phase.blend for phase in parse_phases(data.data_phases))]
-    corpora = [corpus for blend in blends for corpus in blend.corpora]
-    return list(dict.fromkeys(corpus.prefix for corpus in (*corpora, *paths.valid, *paths.test)))
+    named = [corpus for blend in blends for corpus in blend.corpora]
+    return list({corpus.prefix: corpus for corpus in (*named, *paths.valid, *paths.test)}.values())
 
 
 def read_paths(data: DataConfig) -> DataPaths:
-    """The corpora of all sets.
+    """Read the corpora of all sets from the flags.
 
     Raises:
-        ConfigError: there is none to train on, or a file that names them cannot be read.
+        ConfigError: no training corpus is named, or a file that names corpora cannot be read.
     """
     valid, test = data.valid_data_path, data.test_data_path
     words, flag, split = data.data_path, "--data-path", data.split
@@ -76,20 +64,20 @@ def _read(path: str, flag: str) -> str:
     try:
         return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(flag, path, f"is a readable file ({error})", "check the path") from error
+        raise ConfigError(flag, path, f"be a readable file ({error})", "check the path") from error
 
 
 def _read_sets(path: str, flag: str) -> tuple[list[str], list[str], list[str]]:
     try:
         found = json.loads(_read(path, flag))
         if not all(value is None or isinstance(value, list) for value in found.values()):
-            raise TypeError("a value is no list")
+            raise TypeError("a value is not a list")
         sets = [[str(word) for word in found.get(name) or []] for name in ("train", "valid", "test")]
     except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(flag, path, f"is a JSON object of lists ({error})", "see --help") from error
+        raise ConfigError(flag, path, f"be a JSON object of lists ({error})", "see --help") from error
     unknown = sorted(set(found) - {"train", "valid", "test"})
     if unknown:
-        raise ConfigError(f"{flag} {path}", unknown[0], "is train, valid or test", "rename the key")
+        raise ConfigError(f"{flag} {path}: key", unknown[0], "be train, valid or test", "rename the key")
     return sets[0], sets[1], sets[2]
 
 
@@ -97,6 +85,6 @@ def _without_weights(words: list[str], flag: str) -> tuple[NamedPrefix, ...]:
     if not words:
         return ()
     if len(words) % 2 == 0 and is_number(words[0]):
-        logger.warning("%s: held-out corpora are evaluated whole, each by itself; their weights are not used", flag)
+        logger.warning("%s: weights are ignored, since each held-out corpus is evaluated by itself", flag)
         return parse_blend(words, flag).corpora
     return tuple(named_prefix(word) for word in words)

@@ -1,59 +1,33 @@
-"""What a run would be, as tables: layout, batch arithmetic, tokens, backends."""
+"""Prints the plan of a run as tables: layout, batch arithmetic, tokens, backends."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.simulate import Simulation
-from megatron_slm.model.block import Block
-from megatron_slm.model.llama import Embedding, Head, layer_list
-from megatron_slm.model.partition import stage_bounds
-from megatron_slm.parallel.groups import TensorParallel
-from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.planning.parameters import StageParameters, stage_parameters
 from megatron_slm.run.plan import Plan
 from megatron_slm.run.sample_order import describe_sources, document_treatment
 from megatron_slm.run.schedule import plan_schedule
 from megatron_slm.selection.selector import Selector
 
 
-def stage_parameters(arch: Architecture, config: RunConfig, topology: Topology) -> list[tuple[str, int]]:
-    """For each stage, its layers in words and the parameters one tensor-parallel rank holds of them.
-
-    The layers are made on the meta device, so the numbers are those of the real modules.
-    """
-    tp = TensorParallel(size=topology.tensor)
-    layers = ParallelLayers(tp, vocabulary_divisible_by=config.model.make_vocab_size_divisible_by)
-    bounds = stage_bounds(arch.num_layers, topology.pipeline)
-    makers = layer_list(arch, layers)
-    rows = []
-    for begin, end in pairwise(bounds):
-        with torch.device("meta"):
-            modules = [maker.make() for maker in makers[begin:end]]
-        kinds = [maker.kind for maker in makers[begin:end]]
-        blocks = kinds.count(Block)
-        words = [f"{blocks} block{'s' * (blocks != 1)}"] * (blocks > 0)
-        words = ["embedding"] * (Embedding in kinds) + words + ["head"] * (Head in kinds)
-        count = sum(p.numel() for module in modules for p in module.parameters())
-        rows.append((", ".join(words) or "nothing", count))
-    return rows
-
-
 def print_dry_run(plan: Plan) -> None:
-    """Print the tables."""
+    """Print a plan."""
     console = Console()
-    reference = plan.reference.architecture if plan.reference else None
-    console.print(layout_table(plan.config, plan.topology, plan.zero_stage, plan.architecture, reference))
+    reference = plan.models.reference_architecture
+    console.print(layout_table(plan.config, plan.topology, plan.zero_stage, plan.models.architecture, reference))
     console.print(_batch_table(plan))
     table = Table(title="Backends", show_header=False)
-    for what, by in plan.describe_backends().items():
-        table.add_row(what, by)
-    if plan.reference is not None:
+    for part, backend in plan.describe_backends().items():
+        table.add_row(part, backend)
+    if plan.models.reference is not None:
         schedule = plan_schedule(plan)
         beside = f"predicted step {Simulation(schedule).ratio:.2f} x plain training's"
         table.add_row("reference schedule", f"{schedule.mode}, {beside} (costs counted)")
@@ -64,7 +38,7 @@ def print_dry_run(plan: Plan) -> None:
 def layout_table(
     config: RunConfig, topology: Topology, zero_stage: int, arch: Architecture, reference: Architecture | None
 ) -> Table:
-    """What each stage holds, and how many parameters of it a rank."""
+    """Tabulate each stage's layers and the parameters of one of its ranks."""
     title = (
         f"Layout: {topology.world_size} ranks = {topology.pipeline} stages x {topology.data} data parallel x "
         f"{topology.tensor} tensor parallel, ZeRO-{zero_stage}"
@@ -75,18 +49,38 @@ def layout_table(
     table.add_column("parameters a rank", justify="right")
     table.add_column("reference")
     table.add_column("parameters a rank", justify="right")
-    model = stage_parameters(arch, config, topology)
-    frozen = stage_parameters(reference, config, topology) if reference else [("-", 0)] * len(model)
-    for stage, (ours, theirs) in enumerate(zip(model, frozen, strict=True)):
-        table.add_row(str(stage), ours[0], f"{ours[1]:,}", theirs[0], f"{theirs[1]:,}")
+    model, frozen = (_stages(one, config, topology) for one in (arch, reference))
+    for stage, (trained, beside) in enumerate(zip(model, frozen, strict=True)):
+        table.add_row(str(stage), *_stage_cells(trained), *_stage_cells(beside))
     table.caption = f"{arch.num_parameters:,} parameters in all, vocabulary {arch.vocab_size:,}"
     return table
+
+
+def _stages(arch: Architecture | None, config: RunConfig, topology: Topology) -> Sequence[StageParameters | None]:
+    if arch is None:
+        return [None] * topology.pipeline
+    divisible = config.model.make_vocab_size_divisible_by
+    return stage_parameters(
+        arch, tensor=topology.tensor, num_stages=topology.pipeline, vocabulary_divisible_by=divisible
+    )
+
+
+def _stage_cells(stage: StageParameters | None) -> tuple[str, str]:
+    """Layers of a stage in words, and the parameters that one tensor-parallel rank holds of them."""
+    if stage is None:
+        return "-", "0"
+    layers = ["embedding"] if stage.has_embedding else []
+    if stage.num_blocks:
+        layers.append("1 block" if stage.num_blocks == 1 else f"{stage.num_blocks} blocks")
+    if stage.has_head:
+        layers.append("head")
+    return ", ".join(layers) or "nothing", f"{stage.total:,}"
 
 
 def batch_rows(
     config: RunConfig, topology: Topology, selector: Selector, global_batch_size: int, *, first_step: int = 0
 ) -> dict[str, str]:
-    """Batch arithmetic and tokens of the run, in words."""
+    """Describe batch arithmetic and tokens of a run."""
     tokens_per_step = global_batch_size * config.data.seq_length
     num_micro_batches = global_batch_size // (config.training.micro_batch_size * topology.data)
     return {
@@ -101,7 +95,7 @@ def batch_rows(
 
 
 def _batch_table(plan: Plan) -> Table:
-    config, samples = plan.config, plan.train_samples
+    config, samples = plan.config, plan.data.train
     first_step = plan.resume.manifest.step if plan.resume else 0
     rows = batch_rows(config, plan.topology, plan.selector, plan.global_batch_size, first_step=first_step)
     for line in describe_sources(samples):
@@ -113,13 +107,13 @@ def _batch_table(plan: Plan) -> Table:
         rows[f"scores {reader.folder}"] = (
             f"{stored.data.num_samples:,} samples in {stored.dtype}, of the reference {stored.reference}"
         )
-    for name, held_out in (*plan.held_out.items(), *plan.test.items()):
+    for name, held_out in (*plan.data.valid.items(), *plan.data.test.items()):
         rows[f"held-out {name}"] = f"{held_out.num_tokens:,} tokens"
     return rows_table("Batches and tokens", rows)
 
 
 def rows_table(title: str, rows: dict[str, str]) -> Table:
-    """Names and texts as a table."""
+    """Tabulate texts by name."""
     table = Table(title=title, show_header=False)
     for name, text in rows.items():
         table.add_row(name, text)

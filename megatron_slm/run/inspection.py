@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.indexed import IndexedCorpus
-from megatron_slm.data.corpus.inspection import document_parts, loss_mask_of, render, summary
+from megatron_slm.data.corpus.inspection import document_spans, loss_mask_of, render, summary
 from megatron_slm.data.corpus.sidecar import read_sidecar, verify_hashes
 from megatron_slm.data.corpus.staging import staged
 from megatron_slm.data.tokenizers.registry import Tokenizer
@@ -40,7 +40,7 @@ def print_corpora(config: RunConfig, *, documents: Sequence[int] = (), verify: b
         if verify:
             print(f"verified: {', '.join(path.name for path in verify_hashes(prefix))} match their recorded hashes")
         for document in documents:
-            text = render(document_parts(corpus, mask, document), _corpus_tokenizer(config, prefix))
+            text = render(document_spans(corpus, mask, document), _corpus_tokenizer(config, prefix))
             print(f"\n━━ document {document}\n{text}")
 
 

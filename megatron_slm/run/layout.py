@@ -1,4 +1,4 @@
-"""Whether an architecture fits the layout and the weights."""
+"""Lays the ranks out and validates architectures against the layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import LayoutError
 from megatron_slm.model.llama import layer_list
 from megatron_slm.parallel.groups import TensorParallel
@@ -14,8 +15,20 @@ from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
 
 
+def run_topology(config: RunConfig, world_size: int) -> Topology:
+    """Lay a world out over pipeline, data and tensor parallelism.
+
+    Raises:
+        LayoutError: its size is not a multiple of the model-parallel sizes.
+    """
+    parallel = config.parallel
+    return Topology.from_world(
+        world_size, tensor=parallel.tensor_model_parallel_size, pipeline=parallel.pipeline_model_parallel_size
+    )
+
+
 def check_layout(arch: Architecture, config: RunConfig, topology: Topology, *, what: str) -> None:
-    """Make every layer of one tensor-parallel rank on the meta device, which refuses what cannot be cut.
+    """Check that every layer can be cut, by making one tensor-parallel rank's on the meta device.
 
     Raises:
         LayoutError: heads, groups, widths, vocabulary or sequence are not divisible by the tensor-parallel size.
@@ -24,7 +37,7 @@ def check_layout(arch: Architecture, config: RunConfig, topology: Topology, *, w
         raise LayoutError(
             "--seq-length",
             config.data.seq_length,
-            f"is divisible by --tensor-model-parallel-size ({topology.tensor}) with sequence parallelism",
+            f"be divisible by --tensor-model-parallel-size ({topology.tensor}) with --sequence-parallel",
             "change one of them",
         )
     tp = TensorParallel(size=topology.tensor)

@@ -1,6 +1,6 @@
-"""Where a run's weights come from, written beside them: its start, its corpora, its reference.
+"""Writes the origin of a run's weights: initial weights, corpora and references.
 
-The folder goes into every checkpoint, and from there into the model card of an exported model.
+The folder is copied into every checkpoint, and ends up in the model card of an exported model.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from megatron_slm.run.plan import Plan
 
 
 def write_origin(plan: Plan, folder: Path) -> None:
-    """Write a run's origin, in place of an earlier one. On a resume its start is the start of the run that goes on.
+    """Write a run's origin and replace an earlier one. A resumed run keeps its initial weights.
 
     Reads the corpora and the models for their checksums.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     before = plan.resume.folder / ORIGIN if plan.resume is not None else None
-    if before is None and plan.init is not None:
-        before = plan.init.origin_folder
+    if before is None and plan.models.init is not None:
+        before = plan.models.init.origin_folder
     if before is not None and before.is_dir():
         copy_files(before, folder, ORIGIN_FILES)
     if plan.resume is not None:
         base = read_story(plan.resume.folder).get("base")
     else:
-        base = _model(plan.config.model.init_from, plan.init)
+        base = _model(plan.config.model.init_from, plan.models.init)
     story = {"base": base, "references": _references(plan), "data": _corpora(plan)}
     (folder / STORY).write_text(json.dumps(story, indent=1) + "\n", encoding="utf-8")
 
@@ -47,13 +47,13 @@ def _references(plan: Plan) -> list[dict[str, Any]]:
     if plan.scores is not None:
         manifests = [StoreManifest.read(Path(store)) for store in selection.reference_scores]
         return [{"path": manifest.reference, "sha256": manifest.reference_sha256} for manifest in manifests]
-    reference = _model(selection.reference_load, plan.reference)
+    reference = _model(selection.reference_load, plan.models.reference)
     return [] if reference is None else [reference]
 
 
 def _corpora(plan: Plan) -> list[dict[str, Any]]:
-    """Every corpus that is trained on, in all phases."""
-    corpora = [source.corpus for source in plan.train_samples.sources]
+    """Describe the training corpora of all phases."""
+    corpora = [source.corpus for source in plan.data.train.sources]
     return [
         {
             "path": str(corpus.prefix),

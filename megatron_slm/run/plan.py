@@ -1,83 +1,65 @@
-"""A run, checked and laid out: everything that can be known before a process group or a weight exists.
+"""Validates a run's configuration before any process group or weight is created.
 
-Whatever is wrong with flags, layout, files or vocabularies is found here, so that a dry run and a real run
-refuse the same things in the same words.
+A dry run and a real run make the same plan, so that both raise the same errors.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.backends import Backends
-from megatron_slm.config.resolve import resolve_architecture
-from megatron_slm.convert.source import Model
-from megatron_slm.data.blending import BlendedSamples
-from megatron_slm.data.packing import SequentialSamples
-from megatron_slm.data.texts import TextSamples, read_texts
-from megatron_slm.data.tokenizers.registry import Tokenizer
+from megatron_slm.config.run import RunConfig
+from megatron_slm.data.texts import TextSamples
 from megatron_slm.device import communication_backend, device_name, on_gpu
-from megatron_slm.errors import ConfigError
 from megatron_slm.loss.kernels import choose_kernels, triton_problem
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.stored import StoredScores
-from megatron_slm.run.backends import choose_backends
+from megatron_slm.run.backends import run_backends
 from megatron_slm.run.checks import (
-    check_best,
+    check_documents,
     check_entropies,
+    check_environment,
     check_models,
-    check_profile,
+    check_ranks_and_sets,
     warn_of_unused_flags,
 )
-from megatron_slm.run.corpora import boundaries, open_data
-from megatron_slm.run.resume import Resume, num_run_samples
-from megatron_slm.run.sample_order import check_order
-from megatron_slm.run.stores import open_scores, scored_data
-from megatron_slm.run.tokenizer import open_if_named, open_tokenizer
+from megatron_slm.run.corpora import RunData, open_run_data, read_probe_texts
+from megatron_slm.run.layout import run_topology
+from megatron_slm.run.models import Models, open_models
+from megatron_slm.run.resume import Resume
+from megatron_slm.run.stores import open_scores
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
-from megatron_slm.telemetry.monitors import check_monitors
 from megatron_slm.telemetry.utilization import Utilization
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that a run will be."""
+    """A validated run: its flags resolved, its files opened, no weight read."""
 
     config: RunConfig
     topology: Topology
-    architecture: Architecture
-    tokenizer: Tokenizer
-    init: Model | None
-    reference: Model | None
+    models: Models
+    data: RunData
     scores: StoredScores | None
-    """The reference's scores where they are read from stores; `reference` is None then."""
+    """The reference's stored scores; `models.reference` is None where there are some."""
     resume: Resume | None
     selector: Selector
-    num_tokens: int
-    """Every token id of the corpora is below this; the smaller vocabulary of model and reference."""
-    train_samples: BlendedSamples
-    keeps_order: bool
-    """Whether the samples go on from those of the checkpoint, where there is one."""
-    held_out: dict[str, SequentialSamples]
-    test: dict[str, SequentialSamples]
-    """Held-out sets for the end of the run."""
     probe_texts: TextSamples | None
     """The texts of --probe-file."""
     global_batch_size: int
     deepspeed: dict[str, Any]
+    """DeepSpeed's configuration, with every "auto" resolved."""
     backends: Backends
     monitors: dict[str, Any]
-    """The DeepSpeed JSON's sections of monitors."""
+    """Sections of monitors in the DeepSpeed JSON."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -85,152 +67,106 @@ class Plan:
         return self.global_batch_size // (self.config.training.micro_batch_size * self.topology.data)
 
     @property
+    def zero_stage(self) -> int:
+        """ZeRO stage, 1 to 3."""
+        return ds_config.zero_stage(self.deepspeed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the models' computations."""
+        return torch.bfloat16 if self.config.training.bf16 else torch.float32
+
+    @property
+    def has_reference(self) -> bool:
+        """True with a reference model or stored scores."""
+        return self.models.reference is not None or self.scores is not None
+
+    @property
+    def loss_head(self) -> LossHead:
+        """Settings of the loss head."""
+        return LossHead.from_config(self.config.loss_head)
+
+    @property
     def utilization(self) -> Utilization:
-        """How its speed compares with the hardware's."""
+        """Conversion of tokens per second into shares of the hardware's peak."""
         return Utilization.of(
-            self.architecture,
-            self.reference.architecture if self.reference else None,
+            self.models.architecture,
+            self.models.reference_architecture,
             seq_length=self.config.data.seq_length,
             num_devices=self.topology.world_size,
             bf16=self.config.training.bf16,
             peak_tflops=self.config.logging.peak_tflops,
         )
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether a reference takes part, be it computed or stored."""
-        return self.reference is not None or self.scores is not None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the models compute in."""
-        return torch.bfloat16 if self.config.training.bf16 else torch.float32
-
-    @property
-    def loss_head(self) -> LossHead:
-        """How the loss is computed."""
-        return LossHead.from_config(self.config.loss_head)
-
-    def describe_loss_head(self) -> str:
-        """What the loss will do with a micro-batch, in a line."""
-        training, tensor = self.config.training, self.topology.tensor
-        num_tokens = training.micro_batch_size * self.config.data.seq_length
-        divisible = self.config.model.make_vocab_size_divisible_by
-        num_columns = -(-self.architecture.vocab_size // divisible) * divisible // tensor
-        share = self.selector.expected_share(self.config.training.train_iters)
-        chosen = self.loss_head.plan(num_tokens, num_columns, share, self.dtype)
-        mib = chosen.capacity * num_columns * chosen.dtype.itemsize / 2**20
-        text = f"{chosen.variant} ({mib:,.0f} MiB kept of {chosen.capacity} of {num_tokens} tokens)"
-        problem = triton_problem() if on_gpu() and self.loss_head.backend == "auto" else None
-        return f"{text}, {self.loss_head_kernels} kernels" + (f" (triton: {problem})" if problem else "")
+    def describe_backends(self) -> dict[str, str]:
+        """Name the device and the implementations in use, for people."""
+        return {
+            "device": device_name(),
+            "communication": communication_backend(),
+            **self.backends.describe(),
+            "loss head": self._describe_loss_head(),
+        }
 
     @property
     def loss_head_kernels(self) -> str:
         """Name of the loss head's kernels in this process."""
         return choose_kernels(self.loss_head.backend, on_gpu=on_gpu()).name
 
-    def describe_backends(self) -> dict[str, str]:
-        """What this process computes and communicates with, for people."""
-        return {
-            "device": device_name(),
-            "communication": communication_backend(),
-            **self.backends.describe(),
-            "loss head": self.describe_loss_head(),
-        }
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage, 1 to 3."""
-        return ds_config.zero_stage(self.deepspeed)
+    def _describe_loss_head(self) -> str:
+        training, divisible = self.config.training, self.config.model.make_vocab_size_divisible_by
+        num_tokens = training.micro_batch_size * self.config.data.seq_length
+        num_columns = ceil_div(self.models.architecture.vocab_size, divisible) * divisible // self.topology.tensor
+        chosen = self.loss_head.plan(
+            num_tokens, num_columns, self.selector.expected_share(training.train_iters), self.dtype
+        )
+        mib = chosen.capacity * num_columns * chosen.dtype.itemsize / 2**20
+        kernels = self.loss_head_kernels
+        problem = triton_problem() if on_gpu() and self.loss_head.backend == "auto" else None
+        if problem:
+            kernels += f" (triton: {problem})"
+        return f"{chosen.variant} ({mib:,.0f} MiB kept of {chosen.capacity} of {num_tokens} tokens), {kernels} kernels"
 
 
 def make_plan(
     config: RunConfig, world_size: int, *, rank: int = 0, resume: Resume | None = None, dry: bool = False
 ) -> Plan:
-    """Check a configuration against the world, the files and itself.
+    """Validate a configuration against the world, the files and itself.
 
     Args:
-        rank: rank 0 also compares checksums of checkpoints.
-        resume: what `open_resume` found.
-        dry: nothing will be trained: leave no index of the samples in the run's folder (see `open_data`).
+        rank: rank 0 also compares checksums.
+        dry: nothing will be trained (see `open_run_data`).
 
     Raises:
-        SlmError: with the field, the value, the rule and the fix.
+        SlmError: something does not fit.
     """
-    parallel = config.parallel
-    topology = Topology.from_world(
-        world_size, tensor=parallel.tensor_model_parallel_size, pipeline=parallel.pipeline_model_parallel_size
-    )
-    user_deepspeed = ds_config.read_json(parallel.deepspeed_config)
-    ds_config.check(user_deepspeed, config)
-    monitors = ds_config.monitors(user_deepspeed)
-    check_monitors(monitors)
-    choose_kernels(config.loss_head.loss_head_backend, on_gpu=on_gpu())  # refuses what cannot run here
-    global_batch_size, num_micro_batches = batch_arithmetic(config, topology)
-    thorough = rank == 0
-    init = open_if_named(config.model.init_from, "--init-from", checksums=thorough)
-    tokenizer = open_tokenizer(config, init)
-    stored = init.architecture if init else resume.manifest.architecture if resume else None
-    architecture = resolve_architecture(config, stored, tokenizer.vocab_size)
-    stores = config.selection.reference_scores
-    reference = (
-        None if stores else open_if_named(config.selection.reference_load, "--reference-load", checksums=thorough)
-    )
-    check_models(config, topology, architecture, tokenizer, init, reference, resume)
-    if config.data.eod_mask_loss and tokenizer.eod_id is None:
-        raise ConfigError("--eod-mask-loss", True, "needs a tokenizer with an end-of-document token", "leave it out")
-    models = [architecture, *([reference.architecture] if reference else [])]
-    backends = choose_backends(
-        config.backend,
-        bf16=config.training.bf16,
-        zero_stage=ds_config.zero_stage(user_deepspeed),
-        architectures=models,
-        updates_on_host=ds_config.offloads_optimizer(user_deepspeed),
-        keeps_documents_apart=boundaries(config, tokenizer).matter_to_layers,
-    )
-    num_tokens = min(model.vocab_size for model in models)
-    selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=num_tokens)
-    num_samples = num_run_samples(config, resume, global_batch_size)
-    manifest = resume.manifest if resume else None
-    data = open_data(config, tokenizer, num_tokens, num_samples, global_batch_size, manifest, dry=dry)
-    check_profile(config, topology)
-    if backends.compile_blocks and boundaries(config, tokenizer).matter_to_layers:
-        raise ConfigError(
-            "--compile-blocks",
-            True,
-            "is off where documents are kept apart (they end elsewhere in every micro-batch: each would be compiled)",
-            "leave it out",
-        )
-    keeps_order = check_order(config, manifest, data.train)
-    scored = scored_data(config, tokenizer, data.train, num_samples, with_content=thorough and bool(stores))
-    scores = open_scores(config, scored, thorough=thorough) if stores else None
+    topology = run_topology(config, world_size)
+    user_deepspeed = ds_config.read_json(config.parallel.deepspeed_config)
+    check_environment(config, user_deepspeed)
+    batch_size, num_micro_batches = batch_arithmetic(config, topology)
+    models = open_models(config, resume, checksums=rank == 0)
+    check_models(config, topology, models, resume)
+    backends = run_backends(config, user_deepspeed, models.architectures)
+    check_documents(config, models.tokenizer, backends)
+    selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=models.num_tokens)
+    data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry)
+    check_ranks_and_sets(config, topology, data.valid)
+    warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
+    scores = open_scores(config, models.tokenizer, data.train, thorough=rank == 0)
     check_entropies(config, selector, scores)
-    check_best(config, data.valid)
-    warn_of_unused_flags(config, data.valid, num_samples // global_batch_size)
-    probe_texts, probe_file = None, config.logging.probe_file
-    if probe_file is not None:
-        length = config.data.seq_length
-        probe_texts = read_texts(probe_file, tokenizer, sequence_length=length, field="--probe-file")
+    resolved = ds_config.resolve(
+        user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
+    )
     return Plan(
         config=config,
         topology=topology,
-        architecture=architecture,
-        tokenizer=tokenizer,
-        init=init,
-        reference=reference,
+        models=models,
+        data=data,
         scores=scores,
         resume=resume,
         selector=selector,
-        num_tokens=num_tokens,
-        train_samples=data.train,
-        keeps_order=keeps_order,
-        held_out=data.valid,
-        test=data.test,
-        probe_texts=probe_texts,
-        global_batch_size=global_batch_size,
-        deepspeed=ds_config.resolve(
-            user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
-        ),
+        probe_texts=read_probe_texts(config, models.tokenizer),
+        global_batch_size=batch_size,
+        deepspeed=resolved,
         backends=backends,
-        monitors=monitors,
+        monitors=ds_config.monitors(user_deepspeed),
     )

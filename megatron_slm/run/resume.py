@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: found, verified, and the same on every rank."""
+"""Finds and verifies the checkpoint that a run resumes from, the same on every rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_slm.checkpoint.format import (
     step_of,
     verify_files,
 )
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
 
@@ -26,21 +26,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     folder: Path
     manifest: Manifest
     damaged: tuple[Path, ...] = ()
-    """Newer ones that were passed over."""
+    """Newer checkpoints that were skipped."""
 
 
 def open_resume(config: RunConfig) -> Resume | None:
-    """Find and verify what `--load` names. Collective over the world, where there is one.
+    """Find and verify the checkpoint of `--load`. Collective over the world, where there is one.
 
     Every rank compares the checksums of its share of the files.
 
     Returns:
-        None where `--load` is not given, or is the folder that the run saves to and holds no checkpoint yet.
+        None without `--load`, and where it is the folder that the run saves to and has no checkpoint yet.
 
     Raises:
         CheckpointError: there is none, it is damaged, or the run has nothing left to do.
@@ -61,7 +61,7 @@ def open_resume(config: RunConfig) -> Resume | None:
         except CheckpointError as error:
             if before is None or not config.checkpoint.load_fallback:
                 raise _damaged(error, before) from error
-            logger.warning("%s; --load-fallback takes %s instead", error, before.name)
+            logger.warning("%s; --load-fallback: trying %s instead", error, before.name)
         else:
             _check_length(config, manifest)
             return Resume(folder=folder, manifest=manifest, damaged=tuple(candidates[:number]))
@@ -69,13 +69,13 @@ def open_resume(config: RunConfig) -> Resume | None:
 
 
 def num_run_samples(config: RunConfig, resume: Resume | None, global_batch_size: int) -> int:
-    """Samples that a run has drawn at its end, those before its checkpoint included."""
-    step, consumed = (resume.manifest.step, resume.manifest.consumed_samples) if resume else (0, 0)
+    """Count the samples that a run draws until its end, those before its checkpoint included."""
+    step, consumed = (resume.manifest.step, resume.manifest.state.consumed_samples) if resume else (0, 0)
     return consumed + (config.training.train_iters - step) * global_batch_size
 
 
 def saves_where_it_loads(config: RunConfig) -> bool:
-    """Whether `--load` names the folder that the run saves to: one command that starts and resumes."""
+    """True if `--load` is the folder that the run saves to, so that one command starts and resumes."""
     load = config.checkpoint.load
     return config.checkpoint.enabled and load is not None and _same(Path(load), Path(config.save_folder))
 
@@ -85,25 +85,23 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _candidates(config: RunConfig) -> list[Path]:
-    """The checkpoints to try, newest first."""
+    """List the checkpoints to try, newest first."""
     path = Path(str(config.checkpoint.load))
     if (path / MANIFEST).exists() or (step_of(path) is not None and path.is_dir()):
         return [path]
     found = complete_checkpoints(path)[::-1]
     for other in checkpoint_folders(path):
         if other not in found and (not found or (step_of(other) or 0) > (step_of(found[0]) or 0)):
-            logger.warning("%s has no %s, so it is not complete: passed over", other, MANIFEST)
+            logger.warning("skipping %s: incomplete, without %s", other, MANIFEST)
     if found:
         return found
     if not saves_where_it_loads(config) or config.checkpoint.exit_on_missing_checkpoint:
-        raise CheckpointError(
-            "--load",
-            str(path),
-            "holds a complete checkpoint (a step_... folder with a manifest.json)",
-            "check the path; to start afresh leave --load out, or let it name the folder that the run saves to"
-            + " without --exit-on-missing-checkpoint" * config.checkpoint.exit_on_missing_checkpoint,
-        )
-    logger.warning("--load %s holds no checkpoint yet: the run starts afresh", path)
+        fix = "check the path; to start a new run leave --load out, or set it to the folder that the run saves to"
+        if config.checkpoint.exit_on_missing_checkpoint:
+            fix += " without --exit-on-missing-checkpoint"
+        rule = "contain a complete checkpoint (a step_... folder with a manifest.json)"
+        raise CheckpointError("--load", str(path), rule, fix)
+    logger.warning("--load %s contains no checkpoint yet: starting a new run", path)
     return []
 
 
@@ -115,7 +113,7 @@ def _verified(folder: Path, checksums: str, share: tuple[int, int]) -> Manifest:
 
 
 def _damaged(error: CheckpointError, before: Path | None) -> CheckpointError:
-    """The error with the way round it, where there is one."""
+    """Add the fallback to the error's fix, where there is one."""
     if before is None:
         return error
     fix = f"name another one with --load, or add --load-fallback (the one before is {before.name})"
@@ -125,11 +123,11 @@ def _damaged(error: CheckpointError, before: Path | None) -> CheckpointError:
 def _check_length(config: RunConfig, manifest: Manifest) -> None:
     last = config.training.train_iters
     if manifest.step == last and saves_where_it_loads(config):
-        logger.info("the run is complete: its checkpoint of step %d is the last of --train-iters", last)
+        logger.info("the run is complete: its checkpoint is of step %d, the last of --train-iters", last)
     elif manifest.step >= last:
         raise CheckpointError(
             "--train-iters",
             last,
-            f"is beyond the checkpoint's step {manifest.step}",
+            f"be greater than the checkpoint's step, {manifest.step}",
             "raise --train-iters, or load an earlier checkpoint",
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from megatron_slm.checkpoint.format import Manifest
-from megatron_slm.config import RunConfig
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.errors import CheckpointError
 
@@ -14,25 +14,28 @@ logger = logging.getLogger(__name__)
 
 
 def document_treatment(data: DataConfig) -> str:
-    """What a reference's losses depend on beside the samples' tokens, in words."""
+    """Describe the packing and the resets at document ends, on which a reference's losses depend."""
     words: list[str] = [data.packing]
-    words += ["attention reset"] * data.reset_attention_mask + ["positions reset"] * data.reset_position_ids
+    if data.reset_attention_mask:
+        words.append("attention reset")
+    if data.reset_position_ids:
+        words.append("positions reset")
     return ", ".join(words)
 
 
 def check_order(config: RunConfig, manifest: Manifest | None, samples: BlendedSamples) -> bool:
-    """Refuse to resume into another order of samples, in which some would repeat and others never come.
+    """Compare the order of the samples with a checkpoint's; in another order some would repeat and others be skipped.
 
     Returns:
-        whether the samples go on from those of the checkpoint, where there is one.
+        True if the samples continue those of the checkpoint, and without a checkpoint.
 
     Raises:
-        CheckpointError: they do not, and --accept-new-sample-order is not given.
+        CheckpointError: they do not, without --accept-new-sample-order.
     """
     if manifest is None or manifest.sample_order is None:
         return True
     if manifest.data:
-        found = samples.difference(manifest.data, manifest.consumed_samples)
+        found = samples.difference(manifest.data, manifest.state.consumed_samples)
     else:  # a checkpoint of a version before blends
         before, now = manifest.sample_order, samples.order_fingerprint
         found = None if before == now else ("order of the samples", before[:12], now[:12])
@@ -43,17 +46,17 @@ def check_order(config: RunConfig, manifest: Manifest | None, samples: BlendedSa
         raise CheckpointError(
             f"--load: {what}",
             here,
-            f"is that of the checkpoint's run ({there}): same corpora, weights, --split, --seed, --seq-length, "
+            f"match the checkpoint's run ({there}): same corpora, weights, --split, --seed, --seq-length, "
             "--packing and, up to the checkpoint, --data-phases and --global-batch-size",
             "restore these (to change the blend from here on, keep --data-path and add a phase to --data-phases), or "
-            "accept that samples repeat or are left out with --accept-new-sample-order",
+            "add --accept-new-sample-order: samples may repeat or be skipped",
         )
-    logger.warning("the order of the samples is not that of the checkpoint's run: samples may repeat or be left out")
+    logger.warning("the order of the samples differs from the checkpoint's run: samples may repeat or be skipped")
     return False
 
 
 def describe_sources(samples: BlendedSamples) -> list[str]:
-    """What a run draws from each of its corpora, a line each."""
+    """Describe the samples that a run draws, one line a corpus."""
     total = len(samples)
     return [
         f"corpus {source.name}: {source.orders[0].tokens_per_epoch:,} tokens, {drawn / total:.1%} of the samples, "

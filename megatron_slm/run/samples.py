@@ -1,4 +1,4 @@
-"""A run's training samples as text for people: the ones that its loader gives, with where their tokens come from."""
+"""Shows a run's training samples as text, as its loader yields them, with the origin of their tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.blending import BlendedSamples
-from megatron_slm.data.corpus.inspection import render, sample_parts
+from megatron_slm.data.corpus.inspection import render, sample_spans
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError
 from megatron_slm.run.corpora import boundaries, open_data
 from megatron_slm.run.resume import num_run_samples, open_resume
-from megatron_slm.run.sample_order import check_order, describe_sources, document_treatment
+from megatron_slm.run.sample_order import describe_sources, document_treatment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,42 +27,51 @@ class RunSamples:
 
     @classmethod
     def open(cls, config: RunConfig, tokenizer: Tokenizer, num_samples: int | None = None) -> RunSamples:
-        """Lay out the samples in the order of the run, that of its checkpoint with `--load`.
+        """Lay out the samples in the run's order, with `--load` in its checkpoint's.
 
         Args:
-            num_samples: how many the run draws; None: `--train-iters` x `--global-batch-size`.
+            num_samples: number of samples that the run draws; default: `--train-iters` x `--global-batch-size`.
 
         Raises:
-            SlmError: as the run itself would end, of its corpora and its checkpoint.
+            SlmError: an error of the run itself, in its corpora or its checkpoint.
         """
         training = config.training
         global_batch_size = training.global_batch_size or training.micro_batch_size
-        # nothing of the checkpoint but its few words on the order is used
+        # only the manifest of the checkpoint is used
         resume = open_resume(replace(config, checkpoint=replace(config.checkpoint, load_checksums="none")))
         manifest = resume.manifest if resume else None
         total = num_samples or num_run_samples(config, resume, global_batch_size)
-        data = open_data(config, tokenizer, tokenizer.vocab_size, total, global_batch_size, manifest, dry=True)
-        check_order(config, manifest, data.train)
+        data = open_data(
+            config,
+            tokenizer,
+            tokenizer.vocab_size,
+            total,
+            global_batch_size=global_batch_size,
+            manifest=manifest,
+            dry=True,
+        )
         return cls(config=config, tokenizer=tokenizer, samples=data.train, global_batch_size=global_batch_size)
 
     def describe(self) -> str:
-        """What the run draws, a line a corpus."""
+        """Describe the run's samples, one line a corpus."""
         length = f"a run of {len(self.samples):,} samples of {self.samples.sequence_length:,} tokens"
         return "\n".join(
             [f"{length}, documents: {document_treatment(self.config.data)}", *describe_sources(self.samples)]
         )
 
     def show(self, first: int, count: int) -> Iterator[str]:
-        """Samples from number `first` on, each with a title.
+        """Yield samples from number `first` on as text, each with a title.
 
         Raises:
-            ConfigError: the run draws no such samples.
-            CorpusError: one cannot be read.
+            ConfigError: the run does not draw these samples.
+            CorpusError: a sample cannot be read.
         """
         total = len(self.samples)
-        if not 0 <= first <= first + count - 1 < total:
-            shown = (first, first + count - 1)
-            raise ConfigError("first_sample, samples", shown, f"must lie below {total}", "ask less, or a longer run")
+        if first < 0:
+            raise ConfigError("--first-sample", first, "be at least 0", "correct it")
+        if first + count > total:
+            rule = f"be at most {total}, the run's number of samples"
+            raise ConfigError("--first-sample plus --samples", first + count, rule, "show fewer or earlier ones")
         source = MicroBatchSource(
             self.samples,
             micro_batch_size=1,
@@ -76,10 +85,10 @@ class RunSamples:
             corpus = self.samples.sources[number]
             batch = source.micro_batch(index, 0)
             tokens = [*batch.tokens_bs[0].tolist(), int(batch.labels_bs[0, -1])]
-            parts = sample_parts(corpus.corpus, corpus.pieces(sample), tokens, batch.valid_bs[0].numpy())
+            spans = sample_spans(corpus.corpus, corpus.pieces(sample), tokens, batch.valid_bs[0].numpy())
             step, place = divmod(index, self.global_batch_size)
             title = f"sample {index} of {total}: place {place} of step {step + 1}, sample {sample} of {corpus.name}"
-            yield f"━━ {title}{self._phase(index)}\n{render(parts, self.tokenizer)}"
+            yield f"━━ {title}{self._phase(index)}\n{render(spans, self.tokenizer)}"
 
     def _phase(self, index: int) -> str:
         phases = self.samples.phases

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_slm.config import Architecture, RunConfig
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.costs import arithmetic_costs
 from megatron_slm.engine.schedule.programs import Schedule
 from megatron_slm.engine.schedule.search import choose_schedule
@@ -11,19 +12,24 @@ from megatron_slm.run.plan import Plan
 
 
 def message_sizes(plan: Plan, *, message_length: int) -> Sizes:
-    """Sizes of a micro-batch, for the schedule's predictions in tokens and bytes."""
+    """Sizes of a micro-batch, for predictions in tokens and bytes."""
     num_samples, length = plan.config.training.micro_batch_size, plan.config.data.seq_length
-    width = plan.reference.architecture.hidden_size if plan.reference else 0
+    width = plan.models.reference.architecture.hidden_size if plan.models.reference else 0
     message = num_samples * message_length * width * plan.dtype.itemsize
     return Sizes.of_micro_batch(num_samples, length, reference_message=message)
 
 
 def plan_schedule(plan: Plan) -> Schedule:
-    """The schedule that a plan starts with."""
-    reference = plan.reference.architecture if plan.reference else None
+    """Choose the schedule that a plan's run starts with."""
+    reference = plan.models.reference_architecture
     share = plan.selector.expected_share(plan.config.training.train_iters)
     return counted_schedule(
-        plan.config, plan.architecture, reference, plan.topology.pipeline, plan.num_micro_batches, keep_ratio=share
+        plan.config,
+        plan.models.architecture,
+        reference,
+        plan.topology.pipeline,
+        plan.num_micro_batches,
+        keep_ratio=share,
     )
 
 

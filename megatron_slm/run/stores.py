@@ -1,31 +1,29 @@
-"""The run's stores of reference scores: opened, and compared with the run and with each other."""
+"""Opens a run's stores of reference scores and validates them against the run and each other."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.source import open_model
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.content import content_sha256
 from megatron_slm.data.corpus.indexed import bin_path
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ScoreStoreError
-from megatron_slm.reference.manifest import Manifest, ScoredData, check_data
+from megatron_slm.reference.manifest import Manifest as StoreManifest
+from megatron_slm.reference.manifest import ScoredData, check_data
 from megatron_slm.reference.store import ScoreReader, check_shards
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.sample_order import document_treatment
 
 
-def scored_data(
-    config: RunConfig, tokenizer: Tokenizer, samples: BlendedSamples, num_samples: int, *, with_content: bool
-) -> ScoredData:
-    """What identifies the samples that a run draws.
+def scored_data(config: RunConfig, tokenizer: Tokenizer, samples: BlendedSamples, *, with_content: bool) -> ScoredData:
+    """Identify the samples that a run draws.
 
     Args:
-        num_samples: how many it draws.
-        with_content: read the corpus for its checksum (up to 256 MiB of it).
+        with_content: read the corpora for their checksum (up to 256 MiB of each).
     """
     return ScoredData(
         sequence_length=config.data.seq_length,
@@ -36,19 +34,21 @@ def scored_data(
         tokenizer=tokenizer.fingerprint(),
         num_epochs=sum(order.num_epochs for source in samples.sources for order in source.orders),
         sample_order=samples.order_fingerprint,
-        num_samples=num_samples,
+        num_samples=len(samples),
         documents=document_treatment(config.data),
     )
 
 
 def _content(samples: BlendedSamples) -> str:
-    """Checksum of all corpora and their loss masks; of one corpus its own."""
+    """Checksum of all corpora and their loss masks; of a single corpus its own checksum."""
     parts = [content_sha256(corpus) for source in samples.sources for corpus in source.corpora]
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def open_scores(config: RunConfig, data: ScoredData, *, thorough: bool) -> StoredScores:
-    """Open the stores of `--reference-scores` for a run of these samples.
+def open_scores(
+    config: RunConfig, tokenizer: Tokenizer, samples: BlendedSamples, *, thorough: bool
+) -> StoredScores | None:
+    """Open the stores of `--reference-scores` for a run of these samples; None without the flag.
 
     Args:
         thorough: also compare checksums, and the reference of --reference-load; one rank of a run is enough.
@@ -58,10 +58,12 @@ def open_scores(config: RunConfig, data: ScoredData, *, thorough: bool) -> Store
             stores are of one reference.
     """
     selection = config.selection
+    if not selection.reference_scores:
+        return None
+    data = scored_data(config, tokenizer, samples, with_content=thorough)
     readers: list[ScoreReader] = []
-    for given in selection.reference_scores:
-        folder = Path(given)
-        manifest = Manifest.read(folder)
+    for folder in map(Path, selection.reference_scores):
+        manifest = StoreManifest.read(folder)
         check_data(folder, manifest.data, data)
         _check_references_differ(folder, manifest, readers)
         check_shards(folder, manifest, checksums=thorough, whole=selection.reference_scores_verify == "whole")
@@ -71,13 +73,13 @@ def open_scores(config: RunConfig, data: ScoredData, *, thorough: bool) -> Store
     return StoredScores(readers, selection.reference_scores_combine or "mean")
 
 
-def _check_references_differ(folder: Path, manifest: Manifest, others: list[ScoreReader]) -> None:
+def _check_references_differ(folder: Path, manifest: StoreManifest, others: list[ScoreReader]) -> None:
     for other in others:
         if other.manifest.reference_sha256 == manifest.reference_sha256:
             raise ScoreStoreError(
                 "--reference-scores",
                 f"{other.folder} and {folder}",
-                f"are of different references, but both are of {manifest.reference} ({manifest.reference_sha256[:12]})",
+                f"be of different references, but both are of {manifest.reference} ({manifest.reference_sha256[:12]})",
                 "name one of them",
             )
 
@@ -89,6 +91,6 @@ def _check_reference(path: str, reader: ScoreReader) -> None:
         raise ScoreStoreError(
             f"--reference-scores {reader.folder}: reference",
             f"{stored.reference} ({stored.reference_sha256[:12]})",
-            f"is the one of --reference-load, {path} ({wanted[:12]})",
+            f"be the one of --reference-load, {path} ({wanted[:12]})",
             "score with this reference, or leave --reference-load out",
         )

@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.scoring import ScoringOptions
 from megatron_slm.operations.preflight.run import preflight
-from megatron_slm.operations.reach import silent_nodes_named
+from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.reference.manifest import Manifest
@@ -24,21 +24,21 @@ logger = logging.getLogger(__name__)
 
 
 def score(config: RunConfig, options: ScoringOptions) -> Manifest:
-    """Score as configured, in the world the launcher made.
+    """Score as configured. Collective over the world.
 
     Raises:
-        SlmError: on every rank alike, before the first forward pass if it can be known by then.
+        SlmError: on every rank, before the first forward pass if it can be known by then.
     """
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with silent_nodes_named(), translate_peer_errors("the scoring pass"):
+    with name_silent_nodes(), translate_peer_errors("the scoring pass"):
         resume = open_resume(config)
         with raise_on_all_ranks():
             plan = make_scoring_plan(config, options, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         manifest = score_corpus(plan)
         logger.info("%s is complete: %s", plan.output, _size(manifest))
-        dist.barrier()  # nobody leaves while another still writes
+        dist.barrier()  # no rank leaves while another still writes
     return manifest
 
 
@@ -51,11 +51,14 @@ def print_plan(plan: ScoringPlan) -> None:
     """Print the pass as a table."""
     manifest, topology = plan.manifest(), plan.topology
     tokens = plan.num_samples * plan.config.data.seq_length
-    bytes_per_token = {"float32": 4, "bfloat16": 2, "float16": 2}[manifest.dtype] * (1 + manifest.with_entropy)
+    bytes_per_token = {"float32": 4, "bfloat16": 2, "float16": 2}[manifest.dtype]
+    stored: str = manifest.dtype
+    if manifest.with_entropy:
+        bytes_per_token, stored = 2 * bytes_per_token, f"{manifest.dtype} with entropies"
     rows = {
         "layout": f"{topology.pipeline} stages x {topology.data} data parallel x {topology.tensor} tensor parallel",
         "reference": f"{manifest.reference}, {plan.reference.architecture.num_parameters:,} parameters",
-        "computes in, stores": f"{manifest.computed_in}, {manifest.dtype}{' with entropies' * manifest.with_entropy}",
+        "computes in, stores": f"{manifest.computed_in}, {stored}",
         "samples": f"{plan.num_samples:,} of {plan.config.data.seq_length:,} tokens, {tokens:,} in all",
         "shards": f"{manifest.num_shards:,} of {manifest.samples_per_shard:,} samples",
         "on the disk": f"{tokens * bytes_per_token / 1e6:,.1f} MB in {plan.output}",

@@ -1,4 +1,4 @@
-"""The offline pass: a frozen reference, pipelined forwards only, over the samples that a run will draw."""
+"""The offline pass: scores the samples of a run with a frozen reference, in pipelined forward passes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.device import local_device
 from megatron_slm.engine.channels import Channel, Channels, Lane
@@ -31,17 +32,17 @@ from megatron_slm.types import MicroBatch
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 10.0
+_LOG_INTERVAL_SECONDS = 10.0
 
 
 def score_corpus(plan: ScoringPlan) -> Manifest:
-    """Write what the store of `plan.output` still lacks. Collective over the world.
+    """Write the missing shards of the store in `plan.output`. Collective over the world.
 
     Every pipeline (data-parallel rank) takes one missing shard at a time; after each round the manifest is
-    replaced, so that a pass that is killed loses a round and a pass at any other layout goes on.
+    replaced, so that a killed pass loses one round and can be resumed at any layout.
 
     Returns:
-        the complete store's manifest.
+        the manifest of the complete store.
 
     Raises:
         SlmError: on every rank alike.
@@ -49,37 +50,37 @@ def score_corpus(plan: ScoringPlan) -> Manifest:
     manifest = _agreed_manifest(plan)
     missing = [shard for shard in range(manifest.num_shards) if shard_name(shard) not in manifest.shards]
     if len(missing) < manifest.num_shards:
-        logger.info("%d of %d shards are there already", manifest.num_shards - len(missing), manifest.num_shards)
+        logger.info("%d of %d shards exist already", manifest.num_shards - len(missing), manifest.num_shards)
     if not missing:
         return manifest
     scorer = _Scorer(plan, sum(len(manifest.samples_of(shard)) for shard in missing))
     num_pipelines = plan.topology.data
     for first in range(0, len(missing), num_pipelines):
-        turn = missing[first : first + num_pipelines]
-        mine = turn[scorer.place.data] if scorer.place.data < len(turn) else None
+        shards = missing[first : first + num_pipelines]
+        mine = shards[scorer.rank.data] if scorer.rank.data < len(shards) else None
         scores = scorer.score(manifest, mine)
         written: dict[str, dict[str, Any]] = {}
         with raise_on_all_ranks():
             if mine is not None and scores is not None:
                 written[shard_name(mine)] = write_shard(plan.output, manifest, mine, *scores)
         manifest = _commit(plan, manifest, written)
-        scorer.progress.add(sum(len(manifest.samples_of(shard)) for shard in turn))
+        scorer.progress.add(sum(len(manifest.samples_of(shard)) for shard in shards))
     return manifest
 
 
 def _agreed_manifest(plan: ScoringPlan) -> Manifest:
-    """The store's manifest, made or taken up by rank 0, on every rank."""
+    """Begin or resume the store on rank 0; return its manifest on every rank."""
     found: Manifest | None = None
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             found = begin(plan.output, plan.manifest())
     found = broadcast_from_rank_0(found)
-    assert found is not None, "rank 0 sends a manifest"
+    assert found is not None, "rank 0 broadcasts a manifest"
     return found
 
 
 def _commit(plan: ScoringPlan, manifest: Manifest, written: dict[str, dict[str, Any]]) -> Manifest:
-    """Enter what every rank has written; rank 0 replaces the file."""
+    """Add every rank's shards to the manifest; rank 0 replaces the file."""
     entries = {name: entry for one in all_gather_objects(written) for name, entry in one.items()}
     manifest = manifest.with_shards({**manifest.shards, **entries})
     with raise_on_all_ranks():
@@ -93,8 +94,8 @@ class _Scorer:
 
     def __init__(self, plan: ScoringPlan, num_samples: int) -> None:
         parallel, data = plan.config.parallel, plan.config.data
-        self.place = plan.topology.coordinate(dist.get_rank())
-        self.is_first, self.is_last = self.place.pipeline == 0, self.place.pipeline == plan.topology.pipeline - 1
+        self.rank = plan.topology.coordinate(dist.get_rank())
+        self.is_first, self.is_last = self.rank.pipeline == 0, self.rank.pipeline == plan.topology.pipeline - 1
         tp = create_tensor_parallel_group(plan.topology, sequence_parallel=parallel.sequence_parallel)
         divisible = plan.config.model.make_vocab_size_divisible_by
         layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
@@ -108,8 +109,8 @@ class _Scorer:
         self.b = plan.config.training.micro_batch_size
         length = data.seq_length // (tp.size if tp.sequence_parallel else 1)
         self.message_shape = (length, self.b, plan.reference.architecture.hidden_size)
-        # Scores are kept of every position, so that they serve runs with any loss mask; positions beyond the
-        # last sample fill up the last micro-batch of a shard.
+        # Every position is scored, so that the store serves runs with any loss mask; padding completes the last
+        # micro-batch of a shard.
         self.source = MicroBatchSource(
             plan.samples,
             micro_batch_size=self.b,
@@ -122,13 +123,13 @@ class _Scorer:
         self.progress = _Progress(num_samples, plan.config.data.seq_length, plan.topology.data)
 
     def score(self, manifest: Manifest, shard: int | None) -> tuple[Scores, list[int]] | None:
-        """Run a shard through this pipeline; its scores and token checksums on the rank that writes them.
+        """Run a shard through this pipeline; return its scores and token checksums on the rank that writes them.
 
-        Micro-batches start at multiples of the micro-batch size where shards do, as they do in a run: each has
-        the samples, and so the bits, of one of the run's at the same micro-batch size.
+        Shards start at multiples of the micro-batch size: each micro-batch has the samples of one of the run's, and
+        the same bits at the same micro-batch size.
         """
         samples = range(0) if shard is None else manifest.samples_of(shard)
-        num_micro_batches = -(-len(samples) // self.b)
+        num_micro_batches = ceil_div(len(samples), self.b)
         batches: list[MicroBatch] = []
         with raise_on_all_ranks():
             if self.is_first or self.is_last or self.source.boundaries.matter_to_layers:
@@ -141,7 +142,7 @@ class _Scorer:
         return Scores(loss_bs, entropy[0] if entropy else None), digests
 
     def _forward(self, num_micro_batches: int, batches: Sequence[MicroBatch]) -> list[list[Tensor]]:
-        """All micro-batches through this stage; on the last one their statistics, each [b, s]."""
+        """Run all micro-batches through this stage; on the last one return their statistics, each [b, s]."""
         previous, following = self.channels.previous.get(Lane.REFERENCE), self.channels.next.get(Lane.REFERENCE)
         parts = []
         self._post_receive(previous, posted=0, of=num_micro_batches)
@@ -172,27 +173,27 @@ class _Scorer:
 
 
 class _Progress:
-    """Lines with the rate and the time left; rank 0's are shown."""
+    """Logs the rate and the time left; only rank 0's lines are shown."""
 
     def __init__(self, num_samples: int, sequence_length: int, num_pipelines: int) -> None:
         self.total, self.sequence_length, self.num_pipelines = num_samples, sequence_length, num_pipelines
         self.done = 0
-        self.started = self.said_at = time.monotonic()
+        self.started = self.logged_at = time.monotonic()
 
     def add(self, num_samples: int) -> None:
-        """Another round is on the disk."""
+        """Count the samples of a finished round."""
         self.done += num_samples
         if self.done == self.total:
-            self._say(self.done, time.monotonic())
+            self._log(self.done, time.monotonic())
 
     def show(self, in_this_shard: int) -> None:
-        """Say where the pass stands, now and then; all pipelines are taken to be as far as this one."""
+        """Log the progress every 10 s, as if all pipelines were as far as this one."""
         now = time.monotonic()
-        if now - self.said_at >= _SECONDS_BETWEEN_LINES:
-            self._say(min(self.total, self.done + in_this_shard * self.num_pipelines), now)
+        if now - self.logged_at >= _LOG_INTERVAL_SECONDS:
+            self._log(min(self.total, self.done + in_this_shard * self.num_pipelines), now)
 
-    def _say(self, done: int, now: float) -> None:
-        self.said_at, seconds = now, max(now - self.started, 1e-9)
+    def _log(self, done: int, now: float) -> None:
+        self.logged_at, seconds = now, max(now - self.started, 1e-9)
         left = (self.total - done) * seconds / max(done, 1)
         logger.info(
             "scored %s of %s samples, %s tokens/s, %s left",

@@ -1,1 +1,1 @@
-"""Which tokens are kept: pure functions of tensors."""
+"""Selection of the tokens to train on: pure functions of tensors."""

@@ -1,7 +1,8 @@
-"""The selector that a configuration asks for."""
+"""Builds a run's selector from its configuration."""
 
 from __future__ import annotations
 
+from megatron_slm.config.rules import flag
 from megatron_slm.config.selection import SelectionConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.selection.schedule import KeepSchedule
@@ -10,35 +11,34 @@ from megatron_slm.selection.selector import Selector
 
 
 def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int) -> Selector:
-    """Make the selector of a run.
+    """Build the selector of a run.
 
     Args:
-        seed: the run's, for scores and policies that draw random numbers.
-        vocabulary_size: protected ids are below it.
+        seed: the run's seed, for random scores and policies.
+        vocabulary_size: exclusive bound of --slm-always-keep and --slm-never-keep.
 
     Raises:
-        ConfigError: an unknown score, a reference that is needed and not given, or an id out of the vocabulary.
+        ConfigError: a missing reference, or a token id outside the vocabulary.
     """
     if config.objective == "clm":
         return Selector()
     scores = tuple(score_named(name) for name in config.slm_score)
-    wanting = [score.name for score in scores if score.needs_reference]
-    if wanting and config.reference_load is None and not config.reference_scores:
-        raise ConfigError(
+    need_reference = [score.name for score in scores if score.needs_reference]
+    if need_reference and config.reference_load is None and not config.reference_scores:
+        raise ConfigError.missing(
             "--reference-load",
-            None,
-            f"is given when --objective is slm and --slm-score is {wanting[0]}",
-            "name its folder or a store of its scores (--reference-scores), choose a score without one (loss, "
+            f"--objective slm with --slm-score {need_reference[0]}",
+            "set it to the reference's folder, use --reference-scores, choose a score without a reference (loss, "
             "entropy), or use --objective clm",
         )
-    for flag in ("slm_always_keep", "slm_never_keep"):
-        for token_id in getattr(config, flag):
+    for name in ("slm_always_keep", "slm_never_keep"):
+        for token_id in getattr(config, name):
             if token_id >= vocabulary_size:
                 raise ConfigError(
-                    "--" + flag.replace("_", "-"),
+                    flag(name),
                     token_id,
-                    f"holds ids of the vocabulary, below {vocabulary_size}",
-                    "give ids of this run's tokenizer",
+                    f"be an id of the vocabulary, below {vocabulary_size}",
+                    "use ids of this run's tokenizer",
                 )
     ratio, count = config.slm_keep_ratio, len(scores)
     return Selector(

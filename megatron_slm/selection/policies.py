@@ -1,4 +1,4 @@
-"""From scores to thresholds and weights: what is not an exact top share. Pure functions of flat tensors."""
+"""Thresholds, quantiles and soft weights of scores: pure functions of flat tensors."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ SCORE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Levels of the logged quantiles."""
 
 THRESHOLD_STEP = 2.0**-16
-"""Measured thresholds are multiples of this (1.5e-5 nats), so that sums of them are exact in fp64 whatever the
-order, and a running threshold does not depend on how the micro-batches are spread over ranks."""
+"""Grid of measured thresholds (1.5e-5 nats). Their sums are exact in fp64 in any order, so that a running threshold
+does not depend on the distribution of micro-batches over ranks."""
 
 
-def standardised(score_N: Tensor, ranked_N: Tensor) -> Tensor:
-    """(score - mean) / standard deviation over the ranked tokens, fp32 [N]; 0 for all where they are equal.
+def standardize(score_N: Tensor, ranked_N: Tensor) -> Tensor:
+    """Return (score - mean) / standard deviation over the ranked tokens, fp32 [N]; 0 where all are equal.
 
-    In fp64, with the population's deviation. What it says of tokens that are not ranked means nothing.
+    Computed in fp64 with the population's deviation. Values of unranked tokens are meaningless.
     """
     score_R = score_N[ranked_N].double()
     if score_R.numel() == 0:
         return torch.zeros_like(score_N)
     mean, deviation = score_R.mean(), score_R.std(correction=0)
-    centred_N = score_N.double() - mean
-    return torch.where(deviation > 0, centred_N / deviation, 0.0).float()
+    centered_N = score_N.double() - mean
+    return torch.where(deviation > 0, centered_N / deviation, 0.0).float()
 
 
 def soft_weights(score_N: Tensor, ranked_N: Tensor, temperature: float, floor: float) -> Tensor:
-    """`floor + (1 - floor) n softmax(score / temperature)` over the n ranked tokens, fp32 [N]; 0 elsewhere.
+    """Return `floor + (1 - floor) n softmax(score / temperature)` over the n ranked tokens, fp32 [N]; 0 elsewhere.
 
-    Their mean over the ranked tokens is 1, so that the count of trained tokens stays n; none is below `floor`.
+    The mean over the ranked tokens is 1, so that the number of trained tokens stays n; none is below `floor`.
     """
     score_N = (score_N.double() / temperature).masked_fill(~ranked_N, -torch.inf)
-    softmax_N = torch.softmax(score_N, 0).nan_to_num(0.0)  # of nothing: 0
+    softmax_N = torch.softmax(score_N, 0).nan_to_num(0.0)  # no ranked token: 0
     weight_N = floor + (1.0 - floor) * ranked_N.sum() * softmax_N
     return weight_N.masked_fill(~ranked_N, 0.0).float()
 
 
 def share_threshold(score_N: Tensor, ranked_N: Tensor, keep_ratio: float) -> Tensor:
-    """The lowest score of the top share, fp32 []; infinity where nothing is ranked.
+    """Return the lowest score of the top share, fp32 []; infinity where no token is ranked.
 
-    Keeping `score >= threshold` keeps `num_kept` tokens, and more only where the last place is shared.
+    `score >= threshold` keeps `num_kept` tokens, and more only if several have the lowest score.
     """
     descending_N = score_N.masked_fill(~ranked_N, -torch.inf).sort(descending=True).values
     count = kept_counts(score_N.numel(), keep_ratio, score_N.device).take(ranked_N.sum())
@@ -53,17 +53,18 @@ def share_threshold(score_N: Tensor, ranked_N: Tensor, keep_ratio: float) -> Ten
 
 
 def measured_threshold(score_N: Tensor, ranked_N: Tensor, keep_ratio: float) -> Tensor:
-    """`share_threshold` on a grid of `THRESHOLD_STEP`, fp64 []; 0 where nothing is ranked."""
+    """Return `share_threshold` on a grid of `THRESHOLD_STEP`, fp64 []; 0 where no token is ranked."""
     threshold = share_threshold(score_N, ranked_N, keep_ratio).double()
     return torch.where(threshold.isfinite(), (threshold / THRESHOLD_STEP).round() * THRESHOLD_STEP, 0.0)
 
 
 def running_threshold(before: float | None, measured_sum: float, num_ranked: float, decay: float) -> float | None:
-    """The threshold of the next step: `decay * before + (1 - decay) * measured_sum / num_ranked`.
+    """Return the threshold of the next step: `decay * before + (1 - decay) * measured_sum / num_ranked`.
 
     Args:
-        before: this step's; None where there was none yet.
-        measured_sum: over all micro-batches and ranks, each micro-batch's threshold times its ranked tokens.
+        before: the threshold of this step; None in the first step.
+        measured_sum: each micro-batch's threshold times its number of ranked tokens, summed over all micro-batches
+            and ranks.
     """
     if num_ranked == 0:
         return before
@@ -72,7 +73,7 @@ def running_threshold(before: float | None, measured_sum: float, num_ranked: flo
 
 
 def score_quantiles(score_N: Tensor, ranked_N: Tensor) -> Tensor:
-    """The quantiles at `SCORE_LEVELS` over ranked tokens, interpolated linearly, fp64 [5]; 0 where there are none."""
+    """Return the quantiles at `SCORE_LEVELS` over ranked tokens, interpolated linearly, fp64 [5]; 0 without tokens."""
     ascending_N = score_N.masked_fill(~ranked_N, torch.inf).double().sort().values
     last = ranked_N.sum() - 1
     place = _levels(score_N.device) * last

@@ -1,4 +1,4 @@
-"""The share of tokens that is kept, as a function of the step alone: a resumed run follows it by construction."""
+"""Schedule of the keep ratio: a function of the step alone, so that a resumed run follows it without saved state."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class KeepSchedule:
-    """Full training first, then from one share to another."""
+    """A warm-up on all tokens, then a change from one keep ratio to another."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     warmup_iters: int = 0
-    """Steps at the start that keep everything."""
+    """Number of first steps that keep all tokens."""
     decay_iters: int = 0
-    """Steps from `start` to the final share, after the warm-up."""
+    """Number of steps from `start` to the final ratio, after the warm-up."""
     start: float = 1.0
-    """The share at the decay's first step."""
+    """Ratio at the first step after the warm-up."""
 
     def warming_up(self, step: int) -> bool:
-        """Whether a step (counted from 0) keeps everything, whatever the policy."""
+        """Return True if a step (counted from 0) keeps all tokens, independent of the policy."""
         return step < self.warmup_iters
 
     def ratio(self, step: int, final: float) -> float:
-        """The share kept in a step (counted from 0): 1, then from `start` to `final`, then `final`.
+        """Return the ratio of a step (counted from 0): 1, then from `start` to `final`, then `final`.
 
         linear: start + (final - start) p; cosine: final + (start - final) (1 + cos(pi p)) / 2, with
         p = (step - warmup) / decay.

@@ -1,4 +1,4 @@
-"""The set of tokens that is ranked together."""
+"""Ranking of tokens within a scope."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_slm.selection.select import top_mask
 
 Scope = Literal["sequence", "micro-batch", "data-parallel"]
-"""`data-parallel` is the same as `micro-batch` to everything here: whoever has several ranks' tokens joins them first,
-in order of rank."""
+"""Set of tokens ranked against each other. `data-parallel` equals `micro-batch` here: callers first concatenate the
+ranks' tokens, by rank."""
 
 
 def select_in_scope(
@@ -20,7 +20,7 @@ def select_in_scope(
 ) -> Tensor:
     """Mark the kept positions of the flattened [b, s], bool [N]; see `top_mask`.
 
-    `sequence` ranks each of the b sequences by itself (the N of Rho-1's equation 4), the others all together.
+    `sequence` ranks each of the b sequences separately (the N of Rho-1's equation 4).
     """
     if scope != "sequence":
         always_N = None if always_bs is None else always_bs.flatten()
@@ -33,10 +33,10 @@ def select_in_scope(
 
 
 def in_scope(function: Callable[[Tensor, Tensor], Tensor], x_bs: Tensor, ranked_bs: Tensor, scope: Scope) -> Tensor:
-    """`function(values, ranked)` of every set that is ranked together, put back in place, [b, s].
+    """Apply `function(values, ranked)` to each scope separately, [b, s] to [b, s].
 
     Args:
-        function: takes flat values and a mask of the same length, and returns as many values.
+        function: maps flat values and a mask of the same length to as many values.
     """
     if scope == "sequence":
         return torch.stack([function(x_s, ranked_s) for x_s, ranked_s in zip(x_bs, ranked_bs, strict=True)])

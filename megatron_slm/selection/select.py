@@ -1,4 +1,4 @@
-"""The exact top share of a set of scores, the same on every rank that holds the same scores."""
+"""Exact top share of a set of scores, equal on all ranks with equal scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_slm.types import move
 
 
 def num_kept(num_valid: int, keep_ratio: float) -> int:
-    """`ceil(keep_ratio * num_valid)`: 0 where nothing is valid, else at least 1.
+    """Return `ceil(keep_ratio * num_valid)`: 0 where no token is valid, else at least 1.
 
     The product is rounded to 9 decimals first, so that 0.6 of 5 is 3 and not the ceiling of 3.0000000000000004.
     """
@@ -38,22 +38,21 @@ _NEAR = 1e-6
 
 
 def top_share(score_N: Tensor, valid_N: Tensor, keep_ratio: float, always_N: Tensor | None = None) -> Tensor:
-    """Positions of the `num_kept` highest valid scores, int64 [K], ascending; see `top_mask`."""
+    """Return the positions of the `num_kept` highest valid scores, int64 [K], ascending; see `top_mask`."""
     return top_mask(score_N, valid_N, keep_ratio, always_N).nonzero().squeeze(1)
 
 
 def top_mask(score_N: Tensor, valid_N: Tensor, keep_ratio: float, always_N: Tensor | None = None) -> Tensor:
     """Mark the `num_kept` highest valid scores; ties go to the lower position. Nothing waits for the device.
 
-    Every score becomes one integer whose order is that of (score, then lower position first), so the number
-    kept is exact and equal scores cannot be resolved differently by different ranks or devices.
-    `torch.topk` alone breaks ties arbitrarily, and `score >= threshold` keeps too many.
+    Each score is mapped to an integer ordered by (score, lower position first), so that the number kept is exact and
+    all ranks and devices resolve ties alike. `torch.topk` alone breaks ties arbitrarily, and `score >= threshold`
+    keeps too many.
 
     Args:
-        score_N: fp32 [N]; NaN is never kept, and does not count as valid.
+        score_N: fp32 [N]; NaN is never kept and does not count as valid.
         valid_N: bool [N].
-        always_N: bool [N]; those of them that are valid take the first places, and are all kept even where
-            they are more than the share.
+        always_N: bool [N]; valid ones rank first and are all kept, even if they exceed the share.
 
     Returns:
         bool [N].
@@ -73,10 +72,10 @@ def top_mask(score_N: Tensor, valid_N: Tensor, keep_ratio: float, always_N: Tens
 
 
 _ABOVE_ALL = 0x7FFFFFFF
-"""Above the image of infinity, 0x7F800000."""
+"""Key above that of infinity, 0x7F800000."""
 
 
 def _ordered(score_N: Tensor) -> Tensor:
-    """int64 images of fp32 numbers in the same order (-0 equals +0)."""
+    """Map fp32 numbers to int64 keys of the same order (-0 equals +0)."""
     bits_N = (score_N + 0.0).view(torch.int32)
     return torch.where(bits_N < 0, bits_N ^ 0x7FFFFFFF, bits_N).long()

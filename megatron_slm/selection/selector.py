@@ -1,7 +1,7 @@
-"""Scores, policy, scope, schedule and protected ids composed: from the models' statistics to the kept tokens.
+"""Selects the kept tokens from both models' statistics, by scores, policy, scope, schedule and protected ids.
 
-A selection has two halves, so that tokens of several ranks can be ranked together in between: `rank` looks at
-each token by itself; `choose` looks at all that compete. Neither knows of ranks.
+Selection has two steps, so that callers can concatenate the tokens of several ranks in between: `rank` computes the
+scores of each token by itself; `choose` compares the tokens. Neither depends on ranks.
 
 Shapes: N tokens, in (sequence, position) order; S scores; b sequences of s tokens.
 """
@@ -15,17 +15,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_slm.config.scores import ScoreInput
 from megatron_slm.selection import noise
 from megatron_slm.selection.policies import (
     measured_threshold,
     running_threshold,
     share_threshold,
     soft_weights,
-    standardised,
+    standardize,
 )
 from megatron_slm.selection.schedule import KeepSchedule
 from megatron_slm.selection.scope import Scope, in_scope, select_in_scope
-from megatron_slm.selection.scores import Need, Score, ScoreInputs
+from megatron_slm.selection.scores import Score, ScoreInputs
 from megatron_slm.types import MicroBatch, TokenStatistics, move
 
 Policy = Literal["top-k", "threshold", "quantile", "sample", "weights"]
@@ -33,58 +34,63 @@ Combine = Literal["intersection", "union", "sum"]
 
 
 class Ranking(NamedTuple):
-    """What each token brings into the competition."""
+    """Scores and eligibility of each token."""
 
     score_SN: Tensor
     """fp32 [S, N]."""
     finite_N: Tensor
-    """Valid, and every loss and score of it a finite number; bool [N]."""
+    """Valid, with finite losses and scores; bool [N]."""
     ranked_N: Tensor
-    """Takes part: of those, the ones whose id may be kept; bool [N]."""
+    """Subset of `finite_N` whose ids may be kept; bool [N]."""
     always_N: Tensor
-    """Is kept in any case: of those, the ones whose id says so; bool [N]."""
+    """Subset of `ranked_N` whose ids are always kept; bool [N]."""
     noise_N: Tensor | None = None
-    """Gumbel noise, fp32 [N]; only where the policy samples."""
+    """Gumbel noise, fp32 [N]; only with the policy `sample`."""
 
     def pack(self) -> Tensor:
-        """Everything as one fp32 table [R, N], to be sent; joining tables along N joins rankings."""
-        standing_N = torch.stack([self.finite_N, self.ranked_N, self.always_N]).sum(0)  # each is a part of the last
-        rows = [*self.score_SN, standing_N.float()]
-        return torch.stack(rows if self.noise_N is None else [*rows, self.noise_N])
+        """Return the ranking as one fp32 table [R, N] for communication; tables may be concatenated along N."""
+        masks = [self.finite_N.float(), self.ranked_N.float(), self.always_N.float()]
+        noise = [] if self.noise_N is None else [self.noise_N]
+        return torch.stack([*self.score_SN, *masks, *noise])
 
     @classmethod
     def unpack(cls, table_RN: Tensor, num_scores: int) -> Ranking:
-        """The ranking of a table."""
-        standing_N, *rest = table_RN[num_scores:]
-        noise_N = rest[0] if rest else None
-        return cls(table_RN[:num_scores], standing_N >= 1, standing_N >= 2, standing_N >= 3, noise_N)
+        """Return the ranking of a table from `pack`."""
+        finite_N, ranked_N, always_N, *noise = table_RN[num_scores:]
+        return cls(
+            score_SN=table_RN[:num_scores],
+            finite_N=finite_N.bool(),
+            ranked_N=ranked_N.bool(),
+            always_N=always_N.bool(),
+            noise_N=noise[0] if noise else None,
+        )
 
 
 class Choice(NamedTuple):
-    """What became of each token."""
+    """Result of the selection for each token."""
 
     kept_N: Tensor
     """bool [N]."""
     score_N: Tensor
-    """What was ranked by (of several scores that are not summed, the first), fp32 [N]."""
+    """The ranked score (the first of several, unless summed), fp32 [N]."""
     finite_N: Tensor
-    """This and the next two: see `Ranking`."""
+    """Same as in `Ranking`, like the next two."""
     ranked_N: Tensor
     always_N: Tensor
     weight_N: Tensor | None = None
-    """What each kept loss is multiplied by, fp32 [N]; None stands for ones."""
+    """Factor of each kept loss, fp32 [N]; None means 1 for all."""
     expected_ratio: float | None = None
-    """The share kept on average, where the count of a micro-batch is not what its loss is divided by."""
+    """Average share kept, where losses are divided by an expected count and not the micro-batch's own."""
 
     def rows(self, rows: slice) -> Choice:
-        """A part of the tokens, such as one rank's."""
+        """Return the choice for a slice of the tokens, such as one rank's."""
         tensors = [x[rows] if isinstance(x, Tensor) else x for x in self]
         return Choice(*tensors)  # type: ignore[arg-type]
 
     def divisor(self) -> Tensor:
-        """What a loss sum is to be divided by, fp64 []: the number of kept tokens, or what it is on average.
+        """Return the divisor of the loss sum, fp64 []: the number of kept tokens, or its expectation.
 
-        Soft weights have mean 1, so the number of tokens is their sum.
+        Soft weights have mean 1, so their sum is the number of tokens.
         """
         if self.expected_ratio is None:
             return self.kept_N.sum().double()
@@ -94,7 +100,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Selector:
-    """Which tokens are trained on, and how much each counts. Without scores every token is (CLM)."""
+    """Selects the tokens to train on and their weights; without scores, every token (CLM)."""
 
     scores: tuple[Score, ...] = ()
     keep_ratio: float = 1.0
@@ -102,9 +108,9 @@ class Selector:
     policy: Policy = "top-k"
     combine: Combine | None = None
     combine_ratios: tuple[float, ...] = ()
-    """Each selection's own share, for `intersection` and `union`."""
+    """Keep ratio of each score, for `intersection` and `union`."""
     combine_weights: tuple[float, ...] = ()
-    """Each score's factor, for `sum`."""
+    """Weight of each score, for `sum`."""
     schedule: KeepSchedule = field(default_factory=KeepSchedule)
     threshold: float = 0.0
     threshold_decay: float = 0.9
@@ -114,17 +120,17 @@ class Selector:
     never_keep: tuple[int, ...] = ()
     seed: int = 0
 
-    def needs(self, what: Need) -> bool:
-        """Whether any score reads this."""
-        return any(what in score.needs for score in self.scores)
+    def needs(self, score_input: ScoreInput) -> bool:
+        """Return True if any score needs the input."""
+        return any(score_input in score.needs for score in self.scores)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a reference model is needed at all."""
+        """True if any score needs a reference model."""
         return any(score.needs_reference for score in self.scores)
 
     def expected_share(self, step: int) -> float:
-        """The share of tokens that a step will keep, about: for planning, never for results."""
+        """Return the approximate share of tokens kept in a step; for planning, never for results."""
         if not self.scores or self.policy in ("weights", "threshold") or self.schedule.warming_up(step):
             return 1.0
         if self.combine == "intersection":
@@ -136,20 +142,20 @@ class Selector:
     # ---- each token by itself -----------------------------------------------------------------------------
 
     def rank(self, tokens: TokenStatistics, reference: TokenStatistics | None, batch: MicroBatch) -> Ranking:
-        """What each token of a micro-batch brings into the competition."""
+        """Compute the scores and eligibility of each token of a micro-batch."""
         return self._rank(slice(None), tokens, reference, batch)
 
     def row_scores(
         self, rows: slice, tokens: TokenStatistics, reference: TokenStatistics | None, batch: MicroBatch
     ) -> Tensor | None:
-        """What some rows will be ranked by, before the others' losses are known, fp32 [rows].
+        """Return the scores of some rows before the losses of the others are known, fp32 [rows].
 
-        Infinity for those kept in any case, -infinity for those that cannot be kept. None where a token's rank
-        depends on more than one number of its own (combinations), or all are kept (soft weights, CLM).
+        Infinity for tokens always kept, -infinity for tokens never kept. None where a token has more than one score
+        (combinations), or all are kept (soft weights, CLM).
 
         Args:
-            rows: which rows of the micro-batch.
-            tokens: the model's statistics of these rows; the others' are of the whole micro-batch.
+            rows: rows of the micro-batch.
+            tokens: the model's statistics of these rows only; `reference` and `batch` are of the whole micro-batch.
         """
         if len(self.scores) != 1 or self.policy == "weights":
             return None
@@ -164,44 +170,45 @@ class Selector:
         label_N = batch.labels_bs.flatten()[rows]
         sample_N = batch.sample_b[:, None].expand_as(batch.labels_bs).flatten()[rows]
         position_N = torch.arange(batch.labels_bs.shape[1], device=label_N.device).repeat(len(batch.sample_b))[rows]
-        loss_N, entropy_N = tokens
-        reference_loss_N, reference_entropy_N = (None, None) if reference is None else reference
-        inputs = ScoreInputs(
-            loss_N,
-            entropy_N,
-            None if reference_loss_N is None else reference_loss_N[rows],
-            None if reference_entropy_N is None else reference_entropy_N[rows],
-            noise.uniform(self.seed, noise.RANDOM_SCORE, sample_N, position_N) if self.needs("uniform") else None,
-        )
+        inputs = ScoreInputs(loss_N=tokens.loss_N, entropy_N=tokens.entropy_N)
+        if reference is not None:
+            entropy_N = None if reference.entropy_N is None else reference.entropy_N[rows]
+            inputs = inputs._replace(reference_loss_N=reference.loss_N[rows], reference_entropy_N=entropy_N)
+        if self.needs("uniform"):
+            uniform_N = noise.uniform(self.seed, noise.RANDOM_SCORE, sample_N, position_N)
+            inputs = inputs._replace(uniform_N=uniform_N)
         scores = [score.of(inputs) for score in self.scores]
-        finite_N = ranked_N = batch.valid_bs.flatten()[rows] & _finite(*inputs[:4], *scores)
+        statistics = (inputs.loss_N, inputs.entropy_N, inputs.reference_loss_N, inputs.reference_entropy_N)
+        finite_N = ranked_N = batch.valid_bs.flatten()[rows] & _all_finite(*statistics, *scores)
         if self.never_keep:
             ranked_N = ranked_N & ~torch.isin(label_N, _ids(self.never_keep, label_N.device))
         always_N = torch.zeros_like(ranked_N)
         if self.always_keep:
             always_N = ranked_N & torch.isin(label_N, _ids(self.always_keep, label_N.device))
+        no_scores_SN = tokens.loss_N.new_zeros((0, tokens.loss_N.numel()), dtype=torch.float32)
+        samples = self.policy == "sample"
         return Ranking(
-            torch.stack(scores) if scores else loss_N.new_zeros((0, loss_N.numel()), dtype=torch.float32),
-            finite_N,
-            ranked_N,
-            always_N,
-            noise.gumbel(self.seed, noise.GUMBEL, sample_N, position_N) if self.policy == "sample" else None,
+            score_SN=torch.stack(scores) if scores else no_scores_SN,
+            finite_N=finite_N,
+            ranked_N=ranked_N,
+            always_N=always_N,
+            noise_N=noise.gumbel(self.seed, noise.GUMBEL, sample_N, position_N) if samples else None,
         )
 
     def _with_noise(self, score_N: Tensor, noise_N: Tensor | None) -> Tensor:
-        """Gumbel top-k: the k highest of score / T + noise are a sample without replacement of softmax(score / T)."""
+        """Return score / T + noise, whose k highest sample softmax(score / T) without replacement (Gumbel top-k)."""
         return score_N if noise_N is None else score_N / self.temperature + noise_N
 
-    # ---- all that compete -----------------------------------------------------------------------------------
+    # ---- all tokens -----------------------------------------------------------------------------------
 
     def choose(self, ranking: Ranking, *, length: int, step: int, threshold: float | None = None) -> Choice:
-        """Which tokens are kept.
+        """Choose the kept tokens.
 
         Args:
-            ranking: of all tokens that are ranked together, or of several such sets.
-            length: tokens of a sequence, `s`.
-            step: steps done before this one.
-            threshold: the running one of the policy `quantile`; None in a run's first step.
+            ranking: all tokens of a scope, or of several scopes.
+            length: tokens per sequence, `s`.
+            step: index of the step, from 0.
+            threshold: running threshold of the policy `quantile`; None in a run's first step.
         """
         score_N, ranked_N, always_N = self._score(ranking, length), ranking.ranked_N, ranking.always_N
         keep_all = Choice(ranked_N, score_N, ranking.finite_N, ranked_N, always_N)
@@ -219,7 +226,7 @@ class Selector:
         return keep_all._replace(kept_N=self._top(ranking, score_N, length, step, ratio))
 
     def _score(self, ranking: Ranking, length: int) -> Tensor:
-        """The one score that is ranked by and logged, fp32 [N]."""
+        """Return the score that is ranked and logged, fp32 [N]."""
         if not self.scores:
             return torch.zeros_like(ranking.ranked_N, dtype=torch.float32)
         if self.combine != "sum":
@@ -227,7 +234,7 @@ class Selector:
         ranked_bs = ranking.ranked_N.view(-1, length)
         total_bs = torch.zeros_like(ranked_bs, dtype=torch.float32)
         for weight, score_N in zip(self.combine_weights, ranking.score_SN, strict=True):
-            total_bs += weight * in_scope(standardised, score_N.view(-1, length), ranked_bs, self.scope)
+            total_bs += weight * in_scope(standardize, score_N.view(-1, length), ranked_bs, self.scope)
         return total_bs.flatten()
 
     def _weights(self, score_N: Tensor, ranked_N: Tensor, length: int) -> Tensor:
@@ -253,9 +260,9 @@ class Selector:
     # ---- the running threshold ------------------------------------------------------------------------------
 
     def measure(self, choice: Choice, step: int) -> tuple[Tensor, Tensor]:
-        """What a micro-batch says of the next step's threshold: (threshold times its tokens, its tokens), fp64 [].
+        """Measure a micro-batch for the next step's threshold: (threshold x ranked tokens, ranked tokens), fp64 [].
 
-        Both are 0 where the policy keeps no threshold, and where the next step keeps everything.
+        Both are 0 if the policy has no running threshold or the next step keeps everything.
         """
         ordinary_N = choice.ranked_N & ~choice.always_N
         ratio = self.schedule.ratio(step + 1, self.keep_ratio)
@@ -266,11 +273,11 @@ class Selector:
         return measured_threshold(choice.score_N, ordinary_N, ratio) * count, count
 
     def next_threshold(self, before: float | None, measured_sum: float, num_ranked: float) -> float | None:
-        """The running threshold after a step, from `measure` summed over micro-batches and ranks."""
+        """Return the running threshold after a step, from `measure` summed over micro-batches and ranks."""
         return running_threshold(before, measured_sum, num_ranked, self.threshold_decay)
 
     def describe(self) -> str:
-        """In a few words, for tables."""
+        """Return a short description for tables."""
         if not self.scores:
             return "every token"
         joiner = {"intersection": " ∩ ", "union": " ∪ ", "sum": " + ", None: ""}[self.combine]
@@ -280,13 +287,13 @@ class Selector:
 
 @lru_cache(maxsize=16)
 def _ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Token ids on the device, int64; copied once."""
+    """Return token ids on the device, int64; copied once."""
     found = move(torch.tensor(ids, dtype=torch.int64, device="cpu"), device)
     assert found is not None, "a tensor was moved"
     return found
 
 
-def _finite(*columns: Tensor | None) -> Tensor:
-    """Where every number that is there is finite, bool [N]."""
+def _all_finite(*columns: Tensor | None) -> Tensor:
+    """Return True for rows whose numbers are all finite, bool [N]; None columns are ignored."""
     masks = [x.isfinite() for x in columns if x is not None]
     return torch.stack(masks).all(0)

@@ -1,1 +1,1 @@
-"""Metrics, histories, monitors, timers of resources."""
+"""Metrics, logs, monitors, profiles and utilization of a run."""

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that tell a run's history, once, however often it is resumed."""
+"""Append-only JSONL logs, deduplicated across resumes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megatron_slm.errors import RunFolderError, os_errors_as
 
 
 class History:
-    """A file that lines are appended to, each flushed as written.
+    """A JSONL file, opened and closed for each line.
 
-    A resumed run appends; lines of steps that are done again (those after the checkpoint) are dropped first. A run that
-    starts afresh keeps an older run's file beside its own, as NAME.1.jsonl, NAME.2.jsonl and so on.
+    A resumed run first drops the lines of steps after its checkpoint, then appends. A new run renames the file of an
+    older run to NAME.1.jsonl, NAME.2.jsonl and so on.
 
     Args:
-        path: of the file; it is made with the first line where there is none.
-        resume_step: the step that the run goes on from; 0 where it starts afresh.
+        path: created with the first line.
+        resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
@@ -29,24 +29,30 @@ class History:
             if resume_step:
                 kept = _lines_up_to(path, resume_step)
             else:
-                path.rename(next(p for i in count(1) if not (p := path.with_suffix(f".{i}.jsonl")).exists()))
+                path.rename(_unused(path))
         self.resumed_lines: list[dict[str, Any]] = [json.loads(line) for line in kept]
-        """What was recorded up to the step that the run resumes from."""
+        """Lines up to `resume_step`."""
         if path.exists():
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             temporary.replace(path)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write a line."""
+        """Append one line."""
         with self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def disk_errors(run_dir: str | Path) -> AbstractContextManager[None]:
-    """What the disk says inside becomes a `RunFolderError`."""
-    fix = "free the disk, or choose another folder; then resume"
-    return os_errors_as(RunFolderError, "--run-dir", run_dir, "can be written", fix)
+    """Translate operating system errors inside the context into a `RunFolderError`."""
+    fix = "free disk space or choose another folder, then resume"
+    return os_errors_as(RunFolderError, "--run-dir", run_dir, "be writable", fix)
+
+
+def _unused(path: Path) -> Path:
+    """Return the first of NAME.1.jsonl, NAME.2.jsonl, ... that does not exist."""
+    names = (path.with_suffix(f".{number}.jsonl") for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
@@ -56,5 +62,5 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError):
-            continue  # a line cut off by a kill
+            continue  # truncated by a kill
     return kept

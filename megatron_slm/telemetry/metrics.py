@@ -1,6 +1,6 @@
-"""What a run reports: metrics.jsonl, TensorBoard, monitors, and one line on the terminal.
+"""Writes a run's metrics to metrics.jsonl, TensorBoard and monitors, and its progress to the console.
 
-The names below are part of the public interface; docs/metrics.md explains them all.
+Names of metrics are part of the public interface; docs/metrics.md describes them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from megatron_slm.telemetry.history import History
 from megatron_slm.telemetry.monitors import Monitors, board_folder
 
 BAD_BATCHES = "bad_batches.jsonl"
-"""Of a run's folder: one JSON object for every step that went wrong."""
+"""File in the run's folder with one JSON object for each bad step."""
 _BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit")
 SCORE_QUANTILES = ("score_p05", "score_p25", "score_p50", "score_p75", "score_p95")
 
 
 def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, Any]:
-    """The losses of a step, in nats per token, and its token counts and norm.
+    """Return a step's losses in nats per token, token counts and gradient norm.
 
-    `loss` is the mean over kept tokens (each times its weight), `loss_all` over valid ones, `loss_unselected` over
-    the others. Values of the reference, and of sets that are empty, are None.
+    `loss` is the weighted mean over kept tokens, `loss_all` the mean over valid tokens, `loss_unselected` over valid
+    tokens that are not kept. Means over no tokens are None, and so is the reference's part without a reference.
     """
     sums = result.sums
     unselected = sums.valid_tokens - sums.kept_tokens
@@ -60,8 +60,8 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
 
 
 def source_metrics(sums: LossSums, names: Sequence[str], consumed: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Each corpus' part of a step, by its name: mean losses in nats over kept and over valid tokens, their counts, and
-    how many samples were drawn from it so far."""
+    """Return each corpus' part of a step: mean losses in nats over kept and over valid tokens, token counts, and the
+    number of samples drawn from it so far."""
     parts = {}
     for i, (name, samples) in enumerate(zip(names, consumed, strict=True)):
         values = sums.by_source[i * len(SOURCE_SUMS) : (i + 1) * len(SOURCE_SUMS)] or (0.0,) * len(SOURCE_SUMS)
@@ -72,7 +72,7 @@ def source_metrics(sums: LossSums, names: Sequence[str], consumed: Sequence[int]
 
 
 def evaluation_loss(sums: LossSums) -> float | None:
-    """Mean loss over a held-out set's valid tokens, in nats; None where it is not a finite number."""
+    """Return the mean loss over valid tokens, in nats; None if it is not finite."""
     return _mean(sums.valid_loss, sums.valid_tokens)
 
 
@@ -82,10 +82,10 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics by the names that TensorBoard and the monitors show them under.
+    """Return the numbers of a line of metrics under their names in TensorBoard and monitors.
 
-    `train/NAME` of training lines, `timers/NAME/min` and `/max`, `source/CORPUS/NAME`, `ranks/NAME`; `eval/SET` of
-    held-out losses; `probe/agreement`; `bad_batch/loss_all` and `bad_batch/skipped` of steps that went wrong.
+    `train/NAME`, `timers/NAME/min` and `/max`, `source/CORPUS/NAME` and `ranks/NAME` for steps; `eval/SET` for held-out
+    losses; `probe/agreement`; `bad_batch/loss_all` and `bad_batch/skipped` for bad steps.
     """
     event = line.get("event")
     if event == "eval":
@@ -103,12 +103,11 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Rank 0's sink: metrics.jsonl, and the same numbers to TensorBoard and the monitors.
+    """Writes metrics on rank 0: to metrics.jsonl, TensorBoard and monitors.
 
     Args:
-        run_dir: the run's folder.
-        resume_step: the step that the run goes on from; 0 where it starts afresh.
-        monitors: the DeepSpeed JSON's sections.
+        resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
+        monitors: monitor sections of the DeepSpeed JSON.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int, monitors: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -129,16 +128,16 @@ class MetricsWriter:
         self._monitors.write(values, line["step"])
 
     def bad_batch(self, line: dict[str, Any]) -> None:
-        """Append a step that went wrong to the record of these, and in short to the metrics."""
+        """Append a bad step to its own log, and its main fields to the metrics."""
         self._bad_batches.append(line)
         self.write({"event": "bad-batch", **{name: line[name] for name in _BAD_BATCH_METRICS}})
 
     def flush(self) -> None:
-        """Have everything written that is on its way to TensorBoard."""
+        """Flush TensorBoard's queue to disk."""
         self.board.flush()
 
     def close(self) -> None:
-        """Flush everything, and let go of it."""
+        """Flush and close all outputs."""
         try:
             self.board.close()
         finally:
@@ -146,7 +145,7 @@ class MetricsWriter:
 
 
 class ProgressLine:
-    """One line that follows the run: a live bar on a terminal, a plain line now and then elsewhere."""
+    """Progress on the console: a live bar on a terminal, else a plain line from time to time."""
 
     def __init__(self, title: str, total_steps: int, *, start: int) -> None:
         self.console = Console(stderr=True)
@@ -165,25 +164,25 @@ class ProgressLine:
             )
             self._bar.start()
             self._task = self._bar.add_task(title, total=total_steps, completed=start, text="")
-        self._every, self._said_at = max(1, total_steps // 20), 0.0
+        self._interval, self._printed_at = max(1, total_steps // 20), 0.0
 
     def update(self, step: int, values: dict[str, Any]) -> None:
-        """Show where the run stands after `step`."""
+        """Show the progress after `step`."""
         loss = values.get("loss")
         text = f"loss {loss:.3f}" if loss is not None else "loss -"
         text += f"  {values['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
-        elif step % self._every == 0 or step in (1, self.total) or time.monotonic() - self._said_at > 30:
-            self._said_at = time.monotonic()
+        elif step % self._interval == 0 or step in (1, self.total) or time.monotonic() - self._printed_at > 30:
+            self._printed_at = time.monotonic()
             self.say(f"{self.title}  step {step}/{self.total}  {text}")
 
     def say(self, text: str) -> None:
-        """A line of its own. A log that cannot be written (its disk is full, its terminal is gone) ends no run."""
+        """Print a line; a console that cannot be written (full disk, lost terminal) does not end the run."""
         with suppress(OSError):
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """End the live line."""
+        """End the live bar."""
         if self._bar is not None:
             self._bar.stop()

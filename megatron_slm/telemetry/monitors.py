@@ -1,7 +1,7 @@
-"""The scalars of a run in CSV files, Weights & Biases and Comet, through DeepSpeed's monitors.
+"""Writes a run's scalars to CSV files, Weights & Biases and Comet through DeepSpeed's monitors.
 
-They are configured by the DeepSpeed JSON's own sections. DeepSpeed's engine does not see these: it would write names
-and steps of its own, and again what a resumed run has written before.
+The monitor sections of the DeepSpeed JSON configure them. They are hidden from DeepSpeed's engine, which would write
+under its own names and steps, and write steps again after a resume.
 """
 
 from __future__ import annotations
@@ -23,35 +23,30 @@ from megatron_slm.errors import ConfigError, ServiceError
 
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 WANDB_RUN_ID = "wandb_run_id"
-"""File of a run's folder: what Weights & Biases calls the run, so that a resumed one is the same."""
+"""File in the run's folder with the run's id in Weights & Biases, reused on resume."""
 
 
 def check_monitors(sections: Mapping[str, Any]) -> None:
-    """Refuse what cannot work.
+    """Validate the monitor sections.
 
     Raises:
-        ConfigError: a field that DeepSpeed does not know or cannot read, or a package that is not installed.
+        ConfigError: DeepSpeed rejects a field, or a required package is not installed.
     """
     for name, section in sections.items():
         try:
             parsed = getattr(DeepSpeedMonitorConfig(**{name: section}), name)
         except ValueError as error:
             fields = "; ".join(str(error).splitlines()[1:3])
-            raise ConfigError(
-                f"DeepSpeed JSON: {name}", section, f"has the fields of DeepSpeed's monitor ({fields})", "correct them"
-            ) from error
+            rule = f"have the fields of DeepSpeed's monitor ({fields})"
+            raise ConfigError(f"DeepSpeed JSON: {name}", section, rule, "correct them") from error
         package = _PACKAGES.get(name)
         if parsed.enabled and package is not None and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"DeepSpeed JSON: {name}",
-                section,
-                f"needs the package {package}, which is not installed",
-                f"pip install {package}, or set enabled to false",
-            )
+            fix = f"pip install {package}, or set enabled to false in {name}"
+            raise ConfigError.missing(f"package {package}", f"section {name} of the DeepSpeed JSON", fix)
 
 
 def board_folder(sections: Mapping[str, Any], run_dir: Path) -> Path:
-    """Where TensorBoard's files go: where the section `tensorboard` says if enabled, else into the run's folder."""
+    """Return TensorBoard's folder: that of the section `tensorboard` if enabled, else one in the run's folder."""
     section = sections.get("tensorboard", {})
     if not section.get("enabled") or not section.get("output_path"):
         return run_dir / "tensorboard"
@@ -59,15 +54,15 @@ def board_folder(sections: Mapping[str, Any], run_dir: Path) -> Path:
 
 
 class Monitors:
-    """CSV, Weights & Biases and Comet, as far as they are enabled; on one rank.
+    """The enabled ones of CSV, Weights & Biases and Comet; used on one rank.
 
     Args:
-        sections: of the DeepSpeed JSON.
-        run_dir: the run's folder; CSV files go into its folder `csv` unless the section says where else.
-        resume_step: the step that the run goes on from; 0 where it starts afresh.
+        sections: monitor sections of the DeepSpeed JSON.
+        run_dir: the run's folder; CSV files go to its subfolder `csv` unless their section sets another.
+        resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
 
     Raises:
-        ServiceError: one of them cannot be opened.
+        ServiceError: a monitor failed to start.
     """
 
     def __init__(self, sections: Mapping[str, Any], run_dir: Path, *, resume_step: int) -> None:
@@ -87,29 +82,29 @@ class Monitors:
             self._master = MonitorMaster(config)
         except Exception as error:  # whatever a service's client raises
             fix = "log in, set WANDB_MODE=offline, or set enabled to false"
-            raise self._error("can be opened", error, fix) from error
+            raise self._error("start", error, fix) from error
         if self._master.csv_monitor is not None:
-            self._master.csv_monitor.filenames += known  # these have their header
+            self._master.csv_monitor.filenames += known  # their headers exist
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Hand over values of a step.
+        """Write the values of a step.
 
         Raises:
-            ServiceError: one of them does not take them.
+            ServiceError: a monitor failed.
         """
         if self._master is None:
             return
         try:
             self._master.write_events([(name, value, step) for name, value in scalars.items()])
         except Exception as error:  # whatever a service's client raises
-            raise self._error("takes metrics", error, "resume; set enabled to false to go on without it") from error
+            raise self._error("accept metrics", error, "resume, or set enabled to false first") from error
 
     def _error(self, rule: str, error: Exception, fix: str) -> ServiceError:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return ServiceError(f"DeepSpeed JSON: {', '.join(self._sections)}", self._sections, f"{rule} ({said})", fix)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return ServiceError(f"DeepSpeed JSON: {', '.join(self._sections)}", self._sections, f"{rule} ({reason})", fix)
 
     def close(self) -> None:
-        """Let the services send what they still hold; the process ends without its exit hooks."""
+        """Have the services send buffered values; the process ends without running exit hooks."""
         if self._master is None:
             return
         if self._master.wandb_monitor is not None:
@@ -119,11 +114,12 @@ class Monitors:
 
 
 def _csv_history(folder: Path, resume_step: int) -> list[str]:
-    """Drop what a resumed run does again, or put an older run's files aside; the names of the files that are left."""
+    """Drop rows after `resume_step`, or rename an older run's folder; return the names of the remaining files."""
     if not folder.exists():
         return []
     if not resume_step:
-        folder.rename(next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists()))
+        names = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
+        folder.rename(next(name for name in names if not name.exists()))
         return []
     for path in folder.glob("*.csv"):
         with path.open(newline="") as file:
@@ -136,11 +132,11 @@ def _csv_history(folder: Path, resume_step: int) -> list[str]:
 
 
 def _is_up_to(row: list[str], step: int) -> bool:
-    return len(row) == 2 and row[0].isdigit() and int(row[0]) <= step  # a line may be cut off by a kill
+    return len(row) == 2 and row[0].isdigit() and int(row[0]) <= step  # a kill may truncate a row
 
 
 def _name_wandb_run(run_dir: Path, resume_step: int) -> None:
-    """One name for all of a run's processes: Weights & Biases then goes on with its history, whose steps it keeps."""
+    """Set the run's id in Weights & Biases, kept across resumes so that its history continues."""
     path = run_dir / WANDB_RUN_ID
     if not resume_step or not path.exists():
         path.write_text(uuid.uuid4().hex[:16])

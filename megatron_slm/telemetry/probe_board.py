@@ -1,8 +1,8 @@
-"""The probe's texts in TensorBoard: as text, as pictures, and their tokens' losses and scores as histograms.
+"""Shows probed texts in TensorBoard: as text, as pictures, and their losses and scores as histograms.
 
-TensorBoard shows Markdown, and of HTML only what carries no style (`tensorboard.plugin_util`): a colour or a `span` of
-ours would be taken out. Links are left, with a title, and shown in the colour of links: so kept tokens are links that
-lead nowhere and say their losses when pointed at. Colour by loss is in the picture of the same name.
+TensorBoard renders Markdown and strips colors and spans from HTML (`tensorboard.plugin_util`), but keeps links and
+their titles. Kept tokens are therefore links to nowhere, with the token's losses as title. The picture of the same name
+has colors by loss.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megatron_slm.analysis.probe_records import ProbedTexts, ProbeRecord
 from megatron_slm.telemetry.text_picture import text_picture
 
 TEXTS_SHOWN, TOKENS_SHOWN = 8, 512
-"""As text and as pictures, which every evaluation adds to the event file; histograms and records are of all."""
+"""Limits for text and pictures, which grow the event file at every evaluation; histograms cover all texts."""
 
 
 def show_record(board: SummaryWriter, texts: ProbedTexts, record: ProbeRecord) -> None:
-    """Add what was seen at one step."""
+    """Add the record of one step."""
     valid, step = texts.valid_Ws, record.step
     columns = {"loss": record.loss_Ws[valid]}
     if record.score_Ws is not None and record.kept_Ws is not None:
@@ -42,34 +42,32 @@ def show_record(board: SummaryWriter, texts: ProbedTexts, record: ProbeRecord) -
 
 
 def _markdown(texts: ProbedTexts, record: ProbeRecord, number: int) -> str:
-    """A text whose kept tokens are links; of a run that selects nothing, those above the mean loss of all texts."""
+    """Return a text with links for kept tokens, or without a selection for tokens above the mean loss of all texts."""
     mean = float(record.loss_Ws[texts.valid_Ws].mean())
-    rule = f"in the colour of links: a loss above {mean:.2f} nats, the mean" if record.kept_Ws is None else (
-        "in the colour of links: kept"
-    )  # fmt: skip
-    return f"*{_escaped(texts.sources[number])}, step {record.step}; {rule}; point at a token for its losses*\n\n" + (
-        "".join(_tokens(texts, record, number, mean))
-    )
+    marked = f"loss above the mean of {mean:.2f} nats" if record.kept_Ws is None else "kept"
+    source = _escape(texts.sources[number])
+    header = f"*{source}, step {record.step}; in link color: {marked}; hover over a token for its losses*"
+    return f"{header}\n\n{''.join(_tokens(texts, record, number, mean))}"
 
 
 def _tokens(texts: ProbedTexts, record: ProbeRecord, number: int, mean: float) -> Iterator[str]:
     first, *pieces = texts.pieces[number][: TOKENS_SHOWN + 1]
-    yield _escaped(first)
+    yield _escape(first)
     for s, piece in enumerate(pieces):
         loss = float(record.loss_Ws[number, s])
         marked = loss > mean if record.kept_Ws is None else bool(record.kept_Ws[number, s])
         if not marked or not piece:
-            yield _escaped(piece)
+            yield _escape(piece)
             continue
-        said = [f"loss {loss:.3f}"]
+        title = [f"loss {loss:.3f}"]
         if texts.reference_loss_Ws is not None:
-            said.append(f"reference {texts.reference_loss_Ws[number, s]:.3f}")
+            title.append(f"reference {texts.reference_loss_Ws[number, s]:.3f}")
         if record.score_Ws is not None:
-            said.append(f"score {record.score_Ws[number, s]:+.3f}")
-        yield f'[{_escaped(piece)}](# "{", ".join(said)}")'
+            title.append(f"score {record.score_Ws[number, s]:+.3f}")
+        yield f'[{_escape(piece)}](# "{", ".join(title)}")'
 
 
-def _escaped(text: str) -> str:
-    """A text that Markdown shows as it is: what is not a letter or a digit becomes a character reference."""
+def _escape(text: str) -> str:
+    """Replace all but letters and digits by character references, so that Markdown renders the text verbatim."""
     shown = "".join(c if c.isalnum() or c in " \n" else f"&#{ord(c)};" for c in text)
     return shown.replace("\n", "&#8629;<br>")

@@ -1,4 +1,4 @@
-"""A profile of a few steps by torch's profiler."""
+"""Profiles a few steps with torch's profiler."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_slm.config import LoggingConfig
+from megatron_slm.config.logging import LoggingConfig
 from megatron_slm.device import on_gpu
 
 logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Profiles the steps from `--profile-step-start` up to and without `--profile-step-end`, on `--profile-ranks`.
+    """Profiles steps from `--profile-step-start` to `--profile-step-end` (exclusive) on `--profile-ranks`.
 
     Writes RUN_DIR/profile/rank-R-steps-A-B.json.gz, for chrome://tracing or ui.perfetto.dev, and a table of the
-    costliest operations beside it (.txt).
+    costliest operations (.txt).
     """
 
     def __init__(self, config: LoggingConfig) -> None:
@@ -28,30 +28,32 @@ class StepProfiler:
         self.end = config.profile_step_end or self.first + 2
         self._is_mine = self.first > 0 and dist.get_rank() in config.profile_ranks
         self._profile: Any = None
-        self._begun = self._last = 0  # the first step that is profiled, and the one that was begun last
+        self._first_profiled = self._latest = 0
 
     def before(self, step: int) -> None:
-        """Tell that `step` is about to begin (counted from 1, as in the metrics)."""
-        self._last = step
+        """Start the profile if `step` (from 1, as in the metrics) is in range; call before every step."""
+        self._latest = step
         if self._is_mine and self._profile is None and self.first <= step < self.end:
-            self._begun = step  # a resumed run's first may be beyond the first that was asked for
+            self._first_profiled = step  # a resumed run may start inside the range
             activities = [torch.profiler.ProfilerActivity.CPU]
-            activities += [torch.profiler.ProfilerActivity.CUDA] * on_gpu()
+            if on_gpu():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
             self._profile.start()
 
     def ends_with(self, step: int) -> bool:
-        """Whether `step` is the last that is profiled, on any rank; it is time to `close` then."""
+        """Return True on all ranks if `step` is the last to profile; call `close` then."""
         return self.first > 0 and step + 1 == self.end
 
     def close(self) -> None:
-        """Write what was profiled, unless it is written (a run may end before --profile-step-end). It takes a while."""
+        """Write the profile, if one is open; slow. Also called at the end of a run."""
         if self._profile is None:
             return
         profile, self._profile = self._profile, None
         profile.stop()
-        name = f"rank-{dist.get_rank()}-steps-{self._begun}-{self._last}"
-        order = f"self_{'cuda' if on_gpu() else 'cpu'}_time_total"
+        name = f"rank-{dist.get_rank()}-steps-{self._first_profiled}-{self._latest}"
+        steps = f"steps {self._first_profiled} to {self._latest}"
+        order = "self_cuda_time_total" if on_gpu() else "self_cpu_time_total"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
@@ -60,6 +62,6 @@ class StepProfiler:
         except OSError as error:
             for path in self.folder.glob(f"{name}.*"):
                 path.unlink()
-            logger.warning("the profile of steps %d to %d cannot be written (%s)", self._begun, self._last, error)
+            logger.warning("cannot write the profile of %s: %s", steps, error)
             return
-        logger.info("profile of steps %d to %d: %s.json.gz", self._begun, self._last, self.folder / name)
+        logger.info("wrote the profile of %s: %s.json.gz", steps, self.folder / name)

@@ -1,4 +1,4 @@
-"""What a run uses: memory, and with `--timing-log-level` the time of a step's parts."""
+"""Memory of a run and, with `--timing-log-level`, the times of a step's parts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_slm.device import local_device
 
 
 def resources(seconds: Mapping[str, float], names: Sequence[str], num_steps: int) -> dict[str, Any]:
-    """Memory of the rank that has most of it, and the times of the fastest and the slowest rank. Collective.
+    """Return the memory of the rank that uses most, and the times of the fastest and slowest rank. Collective.
 
     Args:
-        seconds: of the timers that ran here.
-        names: timers that are asked for.
-        num_steps: that they ran in.
+        seconds: total time of each timer that ran on this rank.
+        names: timers to report, the same on all ranks.
+        num_steps: number of steps the times cover.
 
     Returns:
-        values of a line of metrics; `timers_ms` only where something is timed.
+        fields of a line of metrics; `timers_ms` only if `names` is not empty.
     """
     accelerator = get_accelerator()
     memory = {
@@ -31,18 +31,24 @@ def resources(seconds: Mapping[str, float], names: Sequence[str], num_steps: int
         "memory_peak_mib": accelerator.max_memory_allocated() / 2**20,
         "memory_host_mib": psutil.Process().memory_info().rss / 2**20,
     }
-    times = [seconds.get(name, -math.inf) * 1e3 / num_steps for name in names]
-    fastest = [-x if x >= 0 else -math.inf for x in times]
-    values = torch.tensor([*memory.values(), *times, *fastest], dtype=torch.float64, device=local_device())
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    most = values.tolist()
-    found: dict[str, Any] = dict(zip(memory, most[: len(memory)], strict=True))
+    found: dict[str, Any] = dict(zip(memory, _reduce(list(memory.values()), dist.ReduceOp.MAX), strict=True))
     if names:
-        slowest, fastest = most[len(memory) : -len(times)], most[-len(times) :]
-        found["timers_ms"] = _spans(dict(zip(names, zip(fastest, slowest, strict=True), strict=True)))
+        found["timers_ms"] = _timer_range({name: 1e3 * x / num_steps for name, x in seconds.items()}, names)
     return found
 
 
-def _spans(times: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
-    """By timer, without those that ran nowhere."""
-    return {name: {"min": -low, "max": high} for name, (low, high) in times.items() if math.isfinite(high)}
+def _timer_range(times: Mapping[str, float], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return each timer's minimum and maximum over the ranks it ran on; timers that ran on no rank are left out."""
+    fastest = _reduce([times.get(name, math.inf) for name in names], dist.ReduceOp.MIN)
+    slowest = _reduce([times.get(name, -math.inf) for name in names], dist.ReduceOp.MAX)
+    return {
+        name: {"min": low, "max": high}
+        for name, low, high in zip(names, fastest, slowest, strict=True)
+        if math.isfinite(high)
+    }
+
+
+def _reduce(values: Sequence[float], op: Any) -> list[float]:
+    reduced = torch.tensor(values, dtype=torch.float64, device=local_device())
+    dist.all_reduce(reduced, op=op)
+    return reduced.tolist()

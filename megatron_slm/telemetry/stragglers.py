@@ -1,4 +1,4 @@
-"""Which ranks work longer than others: their own work a step, gathered now and then."""
+"""Finds ranks that work longer than their peers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from megatron_slm.parallel.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class RankTimes:
-    """Seconds a step of every rank, by rank: means over the steps since the last gathering."""
+    """Seconds per step of every rank, by rank: means over the steps since the last line of metrics."""
 
     work_seconds: tuple[float, ...]
-    """Reading, forward and (ZeRO-1) backward passes, with what tensor-parallel ranks wait for each other inside. Under
-    ZeRO-2 and 3 backward passes reduce gradients and are no part of it; forward passes of ZeRO-3 gather parameters, so
-    there a slow rank makes all look slow."""
+    """Data reading and forward passes, under ZeRO-1 also backward passes; includes waits inside tensor-parallel
+    collectives. ZeRO-2 and 3 reduce gradients in backward passes, which are left out. ZeRO-3 gathers parameters in
+    forward passes, so that one slow rank makes all ranks look slow."""
     step_seconds: tuple[float, ...]
     slowest_rank: int
-    """The one with the highest `slowness`."""
+    """Rank with the highest `slowness`."""
     slowness: float
-    """Its work over that of its peers: the (lower) median of the ranks that hold the same stage, who do as much."""
+    """Its work divided by the lower median of its peers, the ranks of the same stage."""
 
     def metrics(self) -> dict[str, Any]:
-        """What a metrics line says of it."""
+        """Return the fields of a line of metrics."""
         waits = [max(0.0, step - work) for step, work in zip(self.step_seconds, self.work_seconds, strict=True)]
         return {
             "slowest_rank": self.slowest_rank,
@@ -42,7 +42,7 @@ class RankTimes:
 
 
 def rank_times(work: Sequence[float], steps: Sequence[float], topology: Topology) -> RankTimes:
-    """Compare ranks with those of their stage; with one rank a stage, with all."""
+    """Compare each rank with the ranks of its stage, or with all ranks if each stage has one."""
     stages: dict[int, list[int]] = {}
     for rank in range(len(work)):
         stages.setdefault(topology.coordinate(rank).pipeline, []).append(rank)
@@ -58,7 +58,7 @@ def rank_times(work: Sequence[float], steps: Sequence[float], topology: Topology
 
 
 def gather_times(work_seconds: float, step_seconds: float, topology: Topology) -> RankTimes:
-    """Everyone's times from this rank's: means of a step. Collective: one all-gather of two numbers a rank."""
+    """Gather all ranks' mean times of a step. Collective: one all-gather of two numbers per rank."""
     mine = torch.tensor([work_seconds, step_seconds], device=local_device())
     out = mine.new_empty(2 * dist.get_world_size())
     dist.all_gather_into_tensor(out, mine)

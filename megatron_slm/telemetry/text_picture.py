@@ -1,4 +1,4 @@
-"""Text as a picture, each token on a colour, for viewers that take pictures but no page of ours."""
+"""Renders a text as a picture with a color per token, for viewers of pictures such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 LOSS_EDGES = (0.5, 1.0, 2.0, 4.0)
-"""Nats between the colours."""
-# One hue from light to dark: read by everyone, and in grey.
+"""Losses, in nats, at which the color changes."""
+# One hue from light to dark, distinguishable by color-blind readers and in grayscale.
 _FILLS = ("#ffffff", "#d6eaf8", "#a3cdee", "#4f97cf", "#0b4f82")
 _INKS = ("#374151", "#06283d", "#06283d", "#ffffff", "#ffffff")
 _MARK, _SOFT = "#D55E00", "#5b6470"
@@ -23,12 +23,12 @@ _COLUMNS, _SIZE, _MARGIN = 76, 15, 14
 def text_picture(
     pieces: Sequence[str], loss_s: npt.NDArray[np.float32], kept_s: npt.NDArray[np.bool_] | None
 ) -> npt.NDArray[np.uint8]:
-    """A text with the loss of each token behind it and kept tokens underlined, uint8 [height, width, 3].
+    """Return a picture of the text, uint8 [height, width, 3]: tokens colored by loss, kept tokens underlined.
 
     Args:
-        pieces: the text of each token, the first one, which is not predicted, included.
-        loss_s: losses of the others, in nats.
-        kept_s: which of them are kept; None where nothing is selected.
+        pieces: text of each token, including the first, which has no loss.
+        loss_s: losses of the other tokens, in nats.
+        kept_s: True for kept tokens; None without a selection.
     """
     font = ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"), _SIZE)
     width, height = round(font.getlength("x")), round(_SIZE * 1.75)
@@ -65,7 +65,7 @@ def _legend(
 
 
 def _cells(pieces: Sequence[str]) -> Iterator[tuple[int, int, str, int]]:
-    """Row, column, text and token of each stretch that is drawn; tokens are broken at the right edge and at lines."""
+    """Yield row, column, text and token of each cell to draw; tokens break at newlines and at the right edge."""
     row = column = 0
     for token, piece in enumerate(pieces):
         shown = piece.replace("\r", "").replace("\t", "    ").replace("\n", "↵\n")

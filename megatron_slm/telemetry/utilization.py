@@ -1,4 +1,4 @@
-"""How much of the hardware a run uses: operations counted from the architectures, over the time a step took."""
+"""Hardware utilization: floating-point operations of the architectures over the time of a step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from megatron_slm.planning.gpus import named_gpu
 
 @dataclass(frozen=True, kw_only=True)
 class Utilization:
-    """Turns tokens per second into operations per second and into a share of the peak.
+    """Converts tokens per second to FLOP/s per device and to MFU.
 
-    The model is counted as plain training would be (three forwards, the loss head whole), so that the figure compares
-    with other systems'; the reference as one forward. What the selection saves shows as a higher figure.
+    The model counts as three forward passes with the whole loss head, as in plain training and in other systems; the
+    reference counts as one forward pass. Work saved by the selection shows as higher utilization.
     """
 
     model_flops_per_token: float
     reference_flops_per_token: float
-    """0 where no reference runs."""
+    """0 without a reference."""
     num_devices: int
     peak_flops_per_device: float | None
-    """None where it is not known."""
+    """None if unknown."""
 
     @classmethod
     def of(
@@ -36,10 +36,10 @@ class Utilization:
         bf16: bool,
         peak_tflops: float | None,
     ) -> Utilization:
-        """Of a run.
+        """Build it for a run.
 
         Args:
-            peak_tflops: of one device; None looks this device up among the GPUs that can be planned for.
+            peak_tflops: peak of one device; None: looked up by the name of this device in `planning/gpus.py`.
         """
         gpu = named_gpu(device_name())
         peak = gpu.flops(bf16=bf16) if gpu else None
@@ -51,7 +51,7 @@ class Utilization:
         )
 
     def metrics(self, tokens_per_second: float) -> dict[str, float | None]:
-        """`tflops_per_device` of the model; `mfu` of the model, and with the reference's work (shares of the peak)."""
+        """Return the model's TFLOP/s per device, and MFU without and with the reference (None: unknown peak)."""
         rate = tokens_per_second / self.num_devices
         model, reference = self.model_flops_per_token * rate, self.reference_flops_per_token * rate
         peak = self.peak_flops_per_device

@@ -1,1 +1,1 @@
-"""The training run: what builds it, one step, the loop, and what a run writes."""
+"""The training run: build, step, loop, evaluation, records, replay."""

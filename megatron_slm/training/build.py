@@ -1,4 +1,4 @@
-"""The composition root: a plan becomes groups, models, an engine with weights in it, and sources of batches."""
+"""The composition root: builds groups, models, an engine with loaded weights, and sources of batches from a plan."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megatron_slm.analysis.probe_records import ProbeFolder
 from megatron_slm.checkpoint.fragments import fill_optimizer
-from megatron_slm.checkpoint.load import CheckpointSource, read_probe, restore_rng
+from megatron_slm.checkpoint.load import CheckpointSource, load_state, restore_rng
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.save import Saver, Writer
-from megatron_slm.checkpoint.state import Position
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import write_yaml
 from megatron_slm.convert.carried import ORIGIN
-from megatron_slm.data.loader import MicroBatchSource
+from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.device import local_device
 from megatron_slm.engine.flat import FlatModule, FlatTrainer
@@ -49,10 +49,10 @@ from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.origin import write_origin
 from megatron_slm.run.plan import Plan
 from megatron_slm.run.schedule import message_sizes, plan_schedule
-from megatron_slm.training.evaluation import HeldOutSet
+from megatron_slm.training.fixed_batch import FixedBatch
 from megatron_slm.training.optimizer import build_optimizer
-from megatron_slm.training.probe import Probe
-from megatron_slm.training.sources import held_out_sets, micro_batch_source, train_prefetcher
+from megatron_slm.training.selection_probe import SelectionProbe
+from megatron_slm.training.sources import HeldOutSet, held_out_sets, micro_batch_source, train_prefetcher
 from megatron_slm.training.text_probe import TextProbe
 
 logger = logging.getLogger(__name__)
@@ -60,60 +60,59 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is ready to step."""
+    """A run, ready for its next step."""
 
     plan: Plan
     trainer: Trainer
     train_source: Prefetcher
     held_out: list[HeldOutSet]
-    probe: Probe | None
+    selection_probe: SelectionProbe | None
     text_probe: TextProbe | None
     saver: Saver
-    position: Position
+    state: RunState
 
 
 def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
-    """Build everything a run needs on this rank. Collective over the world."""
+    """Build this rank's part of a run. Collective over the world."""
     saver = _saver(plan)
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
     tp = create_tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     divisible = plan.config.model.make_vocab_size_divisible_by
     layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
-    ranks_together = plan.selector.scope == "data-parallel"
-    dp = create_data_parallel_group(plan.topology) if ranks_together else DataParallel()
+    dp = create_data_parallel_group(plan.topology) if plan.selector.scope == "data-parallel" else DataParallel()
     objective = Objective(
         selector=plan.selector,
         tp=tp,
         dp=dp,
         head=plan.loss_head,
         observer=observer,
-        num_sources=len(plan.train_samples.sources),
+        num_sources=len(plan.data.train.sources),
     )
     reference = None
-    if (frozen := plan.reference) is not None:
+    if (frozen := plan.models.reference) is not None:
         reference = build_reference(frozen.architecture, frozen.source, plan.topology, layers, plan.dtype)
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference, tp)
-    position = _fill(plan, trainer.engine.optimizer)
-    source = micro_batch_source(plan, plan.train_samples, pads_at_end=False)
+    state = _load(plan, trainer.engine.optimizer)
+    source = micro_batch_source(plan, plan.data.train, pads_at_end=False)
     return Run(
         plan=plan,
         trainer=trainer,
         train_source=train_prefetcher(plan, source),
         held_out=held_out_sets(plan),
-        probe=_probe(plan, trainer, source),
+        selection_probe=_selection_probe(plan, trainer, source),
         text_probe=_text_probe(plan, trainer),
         saver=saver,
-        position=position,
+        state=state,
     )
 
 
 def _pipeline_trainer(
     plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
 ) -> Trainer:
-    module = StageModule(plan.architecture, layers, plan.topology)
+    module = StageModule(plan.models.architecture, layers, plan.topology)
     if plan.backends.compile_blocks:
         compile_blocks(module)
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
@@ -131,9 +130,9 @@ def _pipeline_trainer(
             scores=plan.scores,
             schedule=schedule,
             sizes=sizes,
-            message_shape=(length, plan.config.training.micro_batch_size, plan.architecture.hidden_size),
+            message_shape=(length, plan.config.training.micro_batch_size, plan.models.architecture.hidden_size),
             dtype=plan.dtype,
-            keeps_documents_apart=boundaries(plan.config, plan.tokenizer).matter_to_layers,
+            keeps_documents_apart=boundaries(plan.config, plan.models.tokenizer).matter_to_layers,
             timers=Timers(plan.config.logging.timing_log_level),
         )
     )
@@ -148,7 +147,9 @@ def _flat_trainer(
     recompute = plan.config.parallel.recompute_granularity == "full"
     # backward passes reduce gradients: they wait for other ranks
     timers = Timers(plan.config.logging.timing_log_level, work=[name for name in WORK if name != "backward-compute"])
-    module = FlatModule(plan.architecture, layers, objective, recompute=recompute, timers=timers).to(local_device())
+    module = FlatModule(plan.models.architecture, layers, objective, recompute=recompute, timers=timers).to(
+        local_device()
+    )
     if plan.backends.compile_blocks:
         compile_blocks(module)
     updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
@@ -159,28 +160,26 @@ def _flat_trainer(
     return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores, timers)
 
 
-def _fill(plan: Plan, optimizer: Any) -> Position:
-    """Bring the weights (and on a resume the moments and random states) into the engine."""
-    source: WeightSource = RandomWeights(plan.architecture, plan.config.training.seed)
+def _load(plan: Plan, optimizer: Any) -> RunState:
+    """Load the weights, and on a resume the moments, random states and run state. Collective over the world."""
+    source: WeightSource = RandomWeights(plan.models.architecture, plan.config.training.seed)
     adam_step: int | None = None
-    position = Position()
+    state = RunState()
     if plan.resume is not None:
         manifest = plan.resume.manifest
         source = CheckpointSource(plan.resume.folder)
-        position = Position(manifest.step, manifest.consumed_samples, manifest.adam_step, manifest.score_threshold)
-        position.tokens_seen, position.tokens_kept = manifest.tokens_seen, manifest.tokens_kept
-        position.recent_losses = list(manifest.recent_losses)
-        if plan.keeps_order:  # else the first batch is another one
-            position.probe_kept = read_probe(plan.resume.folder, manifest)
-        adam_step = manifest.adam_step or None  # an imported checkpoint has weights and no moments
-        logger.info("resuming after step %d (saved at %s)", manifest.step, manifest.describe_layout())
-    elif plan.init is not None:
-        source = plan.init.source
+        state = load_state(plan.resume.folder, manifest)
+        if not plan.data.keeps_order:
+            state.probe_kept = None  # it is of another first batch
+        adam_step = state.adam_step or None  # an imported checkpoint has weights and no moments
+        logger.info("resuming after step %d (saved at %s)", state.step, manifest.describe_layout())
+    elif plan.models.init is not None:
+        source = plan.models.init.source
     with raise_on_all_ranks():
         fill_optimizer(optimizer, source, adam_step=adam_step)
         if plan.resume is not None:
             restore_rng(plan.resume.folder, plan.resume.manifest, dist.get_rank())
-    return position
+    return state
 
 
 def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
@@ -188,32 +187,30 @@ def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
         return None
     selects = bool(plan.selector.scores)
     if plan.scores is not None and plan.selector.needs_reference:
-        logger.info("stored scores do not cover the texts of --probe-file: their losses are recorded, no selection")
+        logger.info("stored scores do not cover the texts of --probe-file: recording their losses without a selection")
         selects = False
+    source = micro_batch_source(plan, plan.probe_texts, pads_at_end=True)
     return TextProbe(
-        trainer=trainer,
         samples=plan.probe_texts,
-        source=micro_batch_source(plan, plan.probe_texts, pads_at_end=True),
-        topology=plan.topology,
-        decode=plan.tokenizer.decode,
+        batch=FixedBatch(
+            trainer=trainer,
+            source=source,
+            topology=plan.topology,
+            num_micro_batches=num_global_batches(len(plan.probe_texts), source.samples_together),
+        ),
+        decode=plan.models.tokenizer.decode,
         folder=ProbeFolder(plan.config.logging.run_dir),
-        has_reference=plan.reference is not None,
+        has_reference=plan.models.reference is not None,
         selects=selects,
     )
 
 
-def _probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> Probe | None:
+def _selection_probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> SelectionProbe | None:
     interval = plan.config.selection.slm_probe_interval
     if interval == 0 or not plan.selector.scores:
         return None
-    return Probe(
-        trainer=trainer,
-        source=source,
-        topology=plan.topology,
-        global_batch_size=plan.global_batch_size,
-        num_micro_batches=plan.num_micro_batches,
-        interval=interval,
-    )
+    batch = FixedBatch(trainer=trainer, source=source, topology=plan.topology, num_micro_batches=plan.num_micro_batches)
+    return SelectionProbe(batch=batch, interval=interval)
 
 
 def _saver(plan: Plan) -> Saver:
@@ -224,17 +221,18 @@ def _saver(plan: Plan) -> Saver:
         folder=Path(plan.config.save_folder),
         topology=plan.topology,
         zero_stage=plan.zero_stage,
-        architecture=plan.architecture,
-        tokenizer_fingerprint=plan.tokenizer.fingerprint(),
-        sample_order=plan.train_samples.order_fingerprint,
+        architecture=plan.models.architecture,
+        tokenizer_fingerprint=plan.models.tokenizer.fingerprint(),
+        sample_order=plan.data.train.order_fingerprint,
         extras=tuple(folder for folder in (tokenizer, run_dir / ORIGIN) if folder is not None),
         write_config=lambda path: write_yaml(plan.config, path),
+        describe_data=plan.data.train.state,
     )
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             _prepare_run_dir(run_dir)
-            if tokenizer is not None:  # now, and not at the first save: it may have no Hugging Face form
-                plan.tokenizer.save_pretrained(tokenizer)
+            if tokenizer is not None:  # before training, since it may have no Hugging Face form
+                plan.models.tokenizer.save_pretrained(tokenizer)
             write_origin(plan, run_dir / ORIGIN)
             if config.enabled and plan.resume is not None:
                 writer.check(plan.resume.manifest.step, plan.resume.damaged)
@@ -247,7 +245,7 @@ def _saver(plan: Plan) -> Saver:
 
 
 def _prepare_run_dir(run_dir: Path) -> None:
-    rule = "is a folder that can be made and written"
+    rule = "be a writable folder"
     with os_errors_as(ConfigError, "--run-dir", str(run_dir), rule, "choose another"):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / ".writable").touch()

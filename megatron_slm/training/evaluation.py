@@ -1,54 +1,117 @@
-"""Held-out losses during training."""
+"""Evaluation during training: mean losses of held-out sets, and the texts of --probe-file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-from megatron_slm.data.loader import MicroBatchSource
-from megatron_slm.engine.trainer import Trainer
+import torch.distributed as dist
+
+from megatron_slm.analysis.probe_records import ProbeFolder
 from megatron_slm.loss.sums import LossSums
-from megatron_slm.parallel.collectives import raise_on_all_ranks
+from megatron_slm.operations.stopping import StopAskedError, StopRequest
+from megatron_slm.operations.watchdog import Watchdog
+from megatron_slm.parallel.activity import LoopState
+from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
+from megatron_slm.telemetry.history import disk_errors
 from megatron_slm.telemetry.metrics import evaluation_loss
+from megatron_slm.training.build import Run
+from megatron_slm.training.intervals import is_due
+from megatron_slm.training.recorder import Recorder
+from megatron_slm.training.sources import HeldOutSet
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldOutSet:
-    """A named set, read from its start on every evaluation."""
+class Evaluator:
+    """Evaluates the run with its current weights and records the losses. All methods are collective.
 
-    name: str
-    source: MicroBatchSource
-    num_global_batches: int
-    reads: bool
-    """Whether this rank's stage needs the micro-batches."""
-    only_at_end: bool = False
-    """Evaluated at the end of the run alone (a test set)."""
-
-
-def evaluate(
-    trainer: Trainer,
-    held_out: HeldOutSet,
-    *,
-    global_batch_size: int,
-    num_micro_batches: int,
-    before_batch: Callable[[], None] = lambda: None,
-) -> float | None:
-    """Mean loss in nats over the set's valid tokens, each counted once at any layout; None where not finite.
-
-    Collective. One pass through the pipeline for each global batch.
-
-    Args:
-        before_batch: what it raises, on all ranks alike, ends the evaluation.
-
-    Raises:
-        CorpusError, VocabularyError: the set cannot be read; on every rank alike, with nothing under way.
+    A stop request is answered before each global batch of a held-out set: the evaluation ends there, and the resumed
+    run makes up for the rest (`catch_up`).
     """
-    sums = LossSums()
-    for batch in range(held_out.num_global_batches):
-        before_batch()
-        read = partial(held_out.source.micro_batch, batch * global_batch_size)
-        with raise_on_all_ranks():  # before anything is sent, so that no rank waits for one that cannot read
-            micro_batches = [read(i) for i in range(num_micro_batches)] if held_out.reads else []
-        sums = sums + trainer.evaluate(micro_batches.__getitem__, num_micro_batches)
-    return evaluation_loss(sums)
+
+    def __init__(self, run: Run, recorder: Recorder, watchdog: Watchdog, stop: StopRequest) -> None:
+        self._run, self._recorder, self._watchdog, self._stop = run, recorder, watchdog, stop
+
+    def prepare(self) -> None:
+        """Prepare the texts of --probe-file and their folder, before the first step."""
+        run, step = self._run, self._run.state.step
+        if run.text_probe is not None:
+            self._watchdog.enter(LoopState.PROBE, step)
+            run.text_probe.prepare(resume_step=step)
+            return
+        run_dir = run.plan.config.logging.run_dir
+        with raise_on_all_ranks(), disk_errors(run_dir):
+            if dist.get_rank() == 0:
+                ProbeFolder(run_dir).go_on_after(step)
+
+    def catch_up(self) -> str | None:
+        """Evaluate what is due at the step resumed from and has no record, because the run was killed before.
+
+        Returns:
+            the reason of a stop requested meanwhile, else None.
+        """
+        run, step = self._run, self._run.state.step
+        config = run.plan.config
+        if step == 0 or not is_due(step, config.logging.eval_interval, config.training.train_iters):
+            return None
+        reason = self._evaluate(self._without_record())
+        if reason is None and run.text_probe is not None and not run.text_probe.is_recorded(step):
+            self._measure_texts()
+        return reason
+
+    def evaluate(self) -> str | None:
+        """Evaluate every held-out set, and the texts of --probe-file.
+
+        Returns:
+            the reason of a stop requested meanwhile, else None.
+
+        Raises:
+            CorpusError, VocabularyError: a held-out set cannot be read; on every rank.
+        """
+        reason = self._evaluate(self._due())
+        if reason is None:
+            self._measure_texts()
+            reason = self._stop.agreed(must_stop=self._recorder.error is not None)
+        return reason
+
+    def _due(self) -> list[HeldOutSet]:
+        """The held-out sets to evaluate after this step: test sets after the last one only."""
+        run = self._run
+        is_end = run.state.step == run.plan.config.training.train_iters
+        return [held_out for held_out in run.held_out if is_end or not held_out.only_at_end]
+
+    def _without_record(self) -> list[HeldOutSet]:
+        step, lines = self._run.state.step, self._recorder.resumed_lines
+        done = {line["set"] for line in lines if line["step"] == step and line.get("event") == "eval"}
+        missing = [held_out.name for held_out in self._due() if held_out.name not in done] if lines else []
+        missing = broadcast_from_rank_0(missing)  # which alone has the record
+        return [held_out for held_out in self._due() if held_out.name in missing]
+
+    def _evaluate(self, held_out_sets: list[HeldOutSet]) -> str | None:
+        run = self._run
+        try:
+            for held_out in held_out_sets:
+                loss = self._mean_loss(held_out)
+                if run.plan.config.checkpoint.enabled and dist.get_rank() == 0:
+                    run.saver.evaluated(run.state.step, {held_out.name: loss})  # before the line that marks it as done
+                self._recorder.evaluation(held_out.name, loss)
+        except StopAskedError as asked:
+            return str(asked)
+        return None
+
+    def _mean_loss(self, held_out: HeldOutSet) -> float | None:
+        """Mean loss in nats over the set's valid tokens, each counted once at any layout; None where not finite."""
+        run, plan, sums = self._run, self._run.plan, LossSums()
+        for batch in range(held_out.num_global_batches):
+            self._watchdog.enter(LoopState.EVALUATION, run.state.step)
+            if (reason := self._stop.agreed()) is not None:
+                raise StopAskedError(reason)
+            read = partial(held_out.source.micro_batch, batch * plan.global_batch_size)
+            with raise_on_all_ranks():  # before anything is sent, so that no rank waits for one that cannot read
+                micro_batches = [read(i) for i in range(plan.num_micro_batches)] if held_out.reads else []
+            sums = sums + run.trainer.evaluate(micro_batches.__getitem__, plan.num_micro_batches)
+        return evaluation_loss(sums)
+
+    def _measure_texts(self) -> None:
+        run = self._run
+        if run.text_probe is not None:
+            self._watchdog.enter(LoopState.PROBE, run.state.step)
+            self._recorder.texts(run.text_probe, run.text_probe.measure(run.state))

@@ -1,4 +1,4 @@
-"""Steps that went wrong: found on all ranks alike, written down with their samples, and bounded in number."""
+"""Detects bad steps, describes their samples, and stops the run after too many in a row."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from megatron_slm.training.build import Run
 
 @dataclass(frozen=True, kw_only=True)
 class BadBatch:
-    """A step that went wrong, and what is known of its samples."""
+    """A bad step and its samples, as recorded in bad_batches.jsonl."""
 
     step: int
-    """Its number, counted from 1 as in the metrics."""
+    """Counted from 1, as in the metrics."""
     reason: Reason
     skipped: bool
-    """Whether nothing was updated; a spike may have been applied."""
+    """Nothing was updated; False for a spike that was applied."""
     first_sample: int
-    """Its samples are this one and the following ones, by their number in the run's order."""
+    """Number of its first sample in the run's order."""
     num_samples: int
     micro_batch_size: int
     loss_all: float | None
     """Mean loss over valid, finite tokens, in nats."""
     loss_limit: float | None
-    """What counted as a spike; None where nothing did."""
+    """Loss above which the step is a spike; None without a limit."""
     score_threshold: float | None
-    """The running threshold of `--slm-policy quantile` that its selection used."""
+    """Running threshold of `--slm-policy quantile` in its selection."""
     micro_batches: list[dict[str, Any]]
-    """Each one's number, data-parallel rank, samples, sources, losses and what was not finite in it."""
+    """For each: number, data-parallel rank, samples, sources, losses and counts of non-finite values."""
 
 
 def spike_limit(losses: Sequence[float], config: HealthConfig) -> float | None:
-    """The loss above which the next step is a spike; None where few steps were seen, or none is asked for."""
+    """Return the loss above which the next step is a spike; None after too few steps or with detection off."""
     if config.loss_spike_sigmas is None or len(losses) < config.loss_spike_window // 2:
         return None
     return fmean(losses) + config.loss_spike_sigmas * pstdev(losses)
 
 
 def with_loss(losses: Sequence[float], loss: float | None, config: HealthConfig) -> list[float]:
-    """The losses to compare the next step with.
+    """Add a step's loss to the window that the next step is compared with.
 
-    A spike enters as the limit that it went over: one of them does not hide the next one, and a loss that has come to
-    stay stops being a spike after a while.
+    A spike enters as the limit that it exceeded: it does not hide the next one, and a lasting rise of the loss stops
+    being a spike after a while.
     """
     if config.loss_spike_sigmas is None:
         return []
@@ -68,28 +68,28 @@ def with_loss(losses: Sequence[float], loss: float | None, config: HealthConfig)
 
 
 class Health:
-    """Follows the steps of a run. Every rank holds the same."""
+    """Examines every step of a run; the same on every rank."""
 
     def __init__(self, run: Run) -> None:
         self._run, self._config = run, run.plan.config.health
         self._in_a_row: list[Reason] = []
 
     def settings(self) -> StepSettings:
-        """What the next step's objective depends on."""
-        position = self._run.position
-        limit = spike_limit(position.recent_losses, self._config) if self._config.skip_loss_spikes else None
-        return StepSettings(step=position.step, score_threshold=position.score_threshold, loss_limit=limit)
+        """Build the settings of the next step's objective."""
+        state = self._run.state
+        limit = spike_limit(state.recent_losses, self._config) if self._config.skip_loss_spikes else None
+        return StepSettings(step=state.step, score_threshold=state.score_threshold, loss_limit=limit)
 
     def examine(self, result: StepResult) -> BadBatch | None:
-        """What was wrong with the step at hand, before the run's position moves past it. Collective where it was.
+        """Examine a step before the run's state moves past it. Collective for bad steps.
 
         Returns:
-            None where nothing was; the same on every rank otherwise.
+            the description of a bad step, the same on every rank; None for a good one.
         """
-        position, loss = self._run.position, mean_loss(result.sums)
-        limit = spike_limit(position.recent_losses, self._config)
+        state, loss = self._run.state, mean_loss(result.sums)
+        limit = spike_limit(state.recent_losses, self._config)
         if result.refused in (None, "loss-spike"):
-            position.recent_losses = with_loss(position.recent_losses, loss, self._config)
+            state.recent_losses = with_loss(state.recent_losses, loss, self._config)
         self._in_a_row = [*self._in_a_row, result.refused] if result.refused else []
         reason = result.refused
         if reason is None and limit is not None and loss is not None and loss > limit:
@@ -98,7 +98,7 @@ class Health:
 
     def _describe(self, result: StepResult, reason: Reason, loss: float | None, limit: float | None) -> BadBatch:
         run, rank = self._run, dist.get_rank()
-        plan, position = run.plan, run.position
+        plan, state = run.plan, run.state
         coordinate = plan.topology.coordinate(rank)
         mine = (coordinate.pipeline, coordinate.data, run.trainer.micro_batch_facts())
         found: dict[tuple[int, int], dict[str, Any]] = {}
@@ -107,28 +107,28 @@ class Health:
                 key = (fact.micro_batch, data_rank)
                 _merge(found.setdefault(key, self._micro_batch(*key)), fact, stage)
         return BadBatch(
-            step=position.step + 1,
+            step=state.step + 1,
             reason=reason,
             skipped=result.skipped,
-            first_sample=position.consumed_samples,
+            first_sample=state.consumed_samples,
             num_samples=plan.global_batch_size,
             micro_batch_size=plan.config.training.micro_batch_size,
             loss_all=loss,
             loss_limit=limit,
-            score_threshold=position.score_threshold,
+            score_threshold=state.score_threshold,
             micro_batches=[found[key] for key in sorted(found)],
         )
 
     def _micro_batch(self, number: int, data_rank: int) -> dict[str, Any]:
         plan = self._run.plan
         samples = sample_indices(
-            self._run.position.consumed_samples,
+            self._run.state.consumed_samples,
             number,
             micro_batch_size=plan.config.training.micro_batch_size,
             data_parallel_rank=data_rank,
             data_parallel_size=plan.topology.data,
         )
-        sources = [plan.train_samples.sources[plan.train_samples.locate(i)[0]].name for i in samples]
+        sources = [plan.data.train.sources[plan.data.train.locate(i)[0]].name for i in samples]
         return {
             "micro_batch": number,
             "data_parallel_rank": data_rank,
@@ -143,30 +143,28 @@ class Health:
 
     @property
     def must_stop(self) -> bool:
-        """Whether too many steps in a row were not applied."""
+        """True after --max-skipped-steps skipped steps in a row."""
         return len(self._in_a_row) >= self._run.plan.config.training.max_skipped_steps
 
     def error(self) -> TrainingError:
-        """Why the run stops."""
-        count, step = len(self._in_a_row), self._run.position.step
+        """Build the error that stops the run."""
+        count, step = len(self._in_a_row), self._run.state.step
         reasons = ", ".join(f"{self._in_a_row.count(r)} x {r}" for r in dict.fromkeys(self._in_a_row))
-        saves = self._run.plan.config.checkpoint.enabled
-        kept = (
-            "the checkpoint just saved has the weights before them and goes on behind them"
-            if saves
-            else ("no checkpoint was saved, because the run saves none")
-        )
+        saved = "the checkpoint just saved has the weights before them and resumes after their samples"
+        if not self._run.plan.config.checkpoint.enabled:
+            saved = "no checkpoint was saved, since the run saves none"
+        run_dir = self._run.plan.config.logging.run_dir
         return TrainingError(
-            "steps in a row that were not applied",
+            "number of steps skipped in a row",
             f"{count} up to step {step} ({reasons})",
-            f"are fewer than --max-skipped-steps ({count}); {kept}",
-            f"look at their samples with tools/replay.py {self._run.plan.config.logging.run_dir}/{BAD_BATCHES}, then "
-            "resume with a lower --lr, other data or an earlier checkpoint",
+            f"be less than --max-skipped-steps ({count}); {saved}",
+            f"inspect their samples with tools/replay.py {run_dir}/{BAD_BATCHES}, then resume with a lower --lr, other "
+            "data or an earlier checkpoint",
         )
 
 
 def mean_loss(sums: LossSums) -> float | None:
-    """Mean loss over valid tokens in nats; None where there is none or it is not finite."""
+    """Return the mean loss over valid tokens in nats; None without tokens and where it is not finite."""
     loss = sums.valid_loss / sums.valid_tokens if sums.valid_tokens else math.nan
     return loss if math.isfinite(loss) else None
 

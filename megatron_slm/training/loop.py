@@ -1,4 +1,4 @@
-"""The training loop: step, record, evaluate, save, stop."""
+"""The training loop: step, record, probe, save, evaluate, stop."""
 
 from __future__ import annotations
 
@@ -18,125 +18,162 @@ from megatron_slm.parallel.activity import LoopState
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.telemetry.profiling import StepProfiler
 from megatron_slm.training.build import Run
+from megatron_slm.training.checkpointing import Checkpointer
+from megatron_slm.training.evaluation import Evaluator
 from megatron_slm.training.health import Health
+from megatron_slm.training.intervals import is_due
 from megatron_slm.training.lr_schedule import learning_rate
-from megatron_slm.training.recorder import Recorder, is_due
+from megatron_slm.training.recorder import Recorder
 from megatron_slm.training.step import train_step
 
 
 def train(run: Run) -> None:
-    """Train from where the run stands to `--train-iters`, or until asked to stop. Collective."""
-    config, position = run.plan.config, run.position
-    last, run_dir = config.training.train_iters, Path(config.logging.run_dir)
+    """Train from the run's state to `--train-iters`, or until asked to stop. Collective over the world.
+
+    Raises:
+        SlmError: data cannot be read, records cannot be written, or too many steps were skipped; on every rank, with
+            the state saved first if the run saves.
+    """
+    config, run_dir = run.plan.config, Path(run.plan.config.logging.run_dir)
     stop = StopRequest(local_device(), config.resilience, run_dir)
     watchdog = Watchdog(run.trainer.activity, config.resilience, run_dir)
-    health = Health(run)
     with (
         watchdog,
-        translate_peer_errors(_OUTSIDE),
-        _leaving_together(),
+        translate_peer_errors("outside of the pipeline's schedule"),
+        _barrier_at_end(),
         closing(run.train_source),
         closing(StepProfiler(config.logging)) as profiler,
-        Recorder(run, watchdog, stop) as recorder,
+        Recorder(run) as recorder,
     ):
-        _raise_together(run.train_source.prepare(position.consumed_samples))
-        if run.probe is not None and any(map(run.probe.due, range(position.step + 1, last + 1))):
-            run.probe.prepare()
-        stopping = stop.agreed() or recorder.evaluations(recorder.evaluations_cut_off())
-        recorder.texts_begin()
-        while position.step < last and not stopping:
-            watchdog.enter(LoopState.STEP, position.step + 1)
-            rate, is_last = learning_rate(position.step, config.optimizer, last), position.step + 1 == last
-            source = partial(run.train_source.micro_batch, position.consumed_samples)
-            profiler.before(position.step + 1)
-            result = train_step(run.trainer, source, health.settings(), learning_rate=rate, is_last=is_last)
-            bad = health.examine(result)
-            _advance(run, result)
-            if profiler.ends_with(position.step):  # on some ranks; all of them wait
-                watchdog.enter(LoopState.PROFILE, position.step)
-                profiler.close()
-            recorder.step(result, rate)
-            recorder.bad_batch(bad)
-            if health.must_stop:  # the weights are those before these steps, the position is behind their samples
-                recorder.save()
-                recorder.saved(run.saver.finish())
-                raise health.error()
-            if run.probe is not None and run.probe.due(position.step):
-                recorder.probe(run.probe)  # before saving: what was kept is a part of the checkpoint
-            with run.trainer.timers.timing("batch-generator"):
-                unreadable = run.train_source.prepare(position.consumed_samples)
-            must_stop = unreadable is not None or recorder.unwritten is not None
-            stopping = stop.agreed(step_done=None if is_last else position.step, must_stop=must_stop)
-            recorder.saved(run.saver.poll())
-            saves = stopping is not None or is_due(position.step, config.checkpoint.save_interval, last)
-            if saves:
-                recorder.save()  # before evaluating: what ends a run early does not wait
-            if stopping is None:
-                if is_due(position.step, config.logging.eval_interval, last):
-                    stopping = _evaluate(run, recorder, stop, is_saved=saves)
-            else:  # what is under way is committed before anything that can fail
-                recorder.saved(run.saver.finish())
-                _raise_together(unreadable or recorder.unwritten)
-        watchdog.enter(LoopState.SAVING, position.step)
-        recorder.saved(run.saver.finish())
-        watchdog.enter(LoopState.ENDING, position.step)
-        recorder.flush()
-        _raise_together(recorder.unwritten)
+        _Loop(run, stop, watchdog, profiler, recorder).run()
+
+
+class _Loop:
+    """The loop and what it calls. Every rank runs the same methods in the same order."""
+
+    def __init__(
+        self, run: Run, stop: StopRequest, watchdog: Watchdog, profiler: StepProfiler, recorder: Recorder
+    ) -> None:
+        self._run, self._state, self._config = run, run.state, run.plan.config
+        self._last = self._config.training.train_iters
+        self._stop, self._watchdog, self._profiler, self._recorder = stop, watchdog, profiler, recorder
+        self._health = Health(run)
+        self._checkpoints = Checkpointer(run, recorder, watchdog)
+        self._evaluator = Evaluator(run, recorder, watchdog, stop)
+
+    def run(self) -> None:
+        """Train, step by step."""
+        stopping = self._prepare()
+        while self._state.step < self._last and stopping is None:
+            self._train_step()
+            self._end_profile()
+            self._check_health()
+            self._probe_selection()
+            error = self._read_ahead() or self._recorder.error
+            stopping = self._agree_to_stop(must_stop=error is not None)
+            self._checkpoints.poll()
+            if stopping is not None or is_due(self._state.step, self._config.checkpoint.save_interval, self._last):
+                self._checkpoints.save()  # before evaluating, so that an early end does not wait for it
+            if stopping is not None:
+                self._checkpoints.finish()
+                _raise_on_all_ranks(error)
+            elif is_due(self._state.step, self._config.logging.eval_interval, self._last):
+                stopping = self._evaluate()
+        self._finish(stopping)
+
+    def _prepare(self) -> str | None:
+        """Read the first batches, run what the probes need, and make up for evaluations that a kill cut off."""
+        _raise_on_all_ranks(self._run.train_source.prepare(self._state.consumed_samples))
+        if self._run.selection_probe is not None:
+            self._run.selection_probe.prepare(self._state.step, self._last)
+        self._evaluator.prepare()
+        return self._stop.agreed() or self._evaluator.catch_up()
+
+    def _train_step(self) -> None:
+        run, step = self._run, self._state.step
+        self._watchdog.enter(LoopState.STEP, step + 1)
+        self._profiler.before(step + 1)
+        rate = learning_rate(step, self._config.optimizer, self._last)
+        source = partial(run.train_source.micro_batch, self._state.consumed_samples)
+        is_last = step + 1 == self._last
+        result = train_step(run.trainer, source, self._health.settings(), learning_rate=rate, is_last=is_last)
+        bad = self._health.examine(result)
+        self._advance(result)
+        self._recorder.step(result, rate)
+        self._recorder.bad_batch(bad)
+
+    def _advance(self, result: StepResult) -> None:
+        """Move the run's state past a step; a skipped one consumes its samples and changes nothing else."""
+        state, sums = self._state, result.sums
+        state.advance(self._run.plan.global_batch_size, None if result.skipped else sums)
+        if not result.skipped:
+            state.score_threshold = self._run.plan.selector.next_threshold(
+                state.score_threshold, sums.threshold, sums.threshold_tokens
+            )
+
+    def _end_profile(self) -> None:
+        if self._profiler.ends_with(self._state.step):  # some ranks write a profile, and all of them wait
+            self._watchdog.enter(LoopState.PROFILE, self._state.step)
+            self._profiler.close()
+
+    def _check_health(self) -> None:
+        """Save and stop after too many skipped steps in a row.
+
+        The checkpoint has the weights before these steps and resumes after their samples.
+        """
+        if self._health.must_stop:
+            self._checkpoints.save()
+            self._checkpoints.finish()
+            raise self._health.error()
+
+    def _probe_selection(self) -> None:
+        """Probe where it is due; before saving, since the probe's selection is a part of the state."""
+        probe = self._run.selection_probe
+        if probe is not None and probe.is_due(self._state.step):
+            self._watchdog.enter(LoopState.PROBE, self._state.step)
+            self._recorder.selection(probe.measure(self._state))
+
+    def _read_ahead(self) -> SlmError | None:
+        """Wait until the next two steps' micro-batches are in memory; this rank's read error."""
+        with self._run.trainer.timers.timing("batch-generator"):
+            return self._run.train_source.prepare(self._state.consumed_samples)
+
+    def _agree_to_stop(self, *, must_stop: bool) -> str | None:
+        """The reason to stop after this step, the same on all ranks; None to continue."""
+        step_done = None if self._state.step == self._last else self._state.step
+        return self._stop.agreed(step_done=step_done, must_stop=must_stop)
+
+    def _evaluate(self) -> str | None:
+        """Evaluate; whatever ends the run meanwhile finds this step saved."""
+        try:
+            stopping = self._evaluator.evaluate()
+        except (CorpusError, VocabularyError):
+            self._checkpoints.save()
+            self._checkpoints.finish()
+            raise
         if stopping is not None:
-            recorder.say(f"asked to stop ({stopping}); stopped after step {position.step}")
+            self._checkpoints.save()
+        return stopping
 
-
-_OUTSIDE = "outside of the pipeline's schedule"
+    def _finish(self, stopping: str | None) -> None:
+        self._watchdog.enter(LoopState.SAVING, self._state.step)
+        self._checkpoints.finish()
+        self._watchdog.enter(LoopState.ENDING, self._state.step)
+        self._recorder.flush()
+        _raise_on_all_ranks(self._recorder.error)
+        if stopping is not None:
+            self._recorder.log(f"asked to stop ({stopping}); stopped after step {self._state.step}")
 
 
 @contextmanager
-def _leaving_together() -> Iterator[None]:
-    """Nobody leaves while another still writes: a metrics service, a profile. Collective, where nothing was raised."""
+def _barrier_at_end() -> Iterator[None]:
+    """Keep ranks until all have written their files. Collective; does nothing after an error."""
     yield
     dist.barrier()
 
 
-def _evaluate(run: Run, recorder: Recorder, stop: StopRequest, *, is_saved: bool) -> str | None:
-    """Evaluate what is due; what ends a run meanwhile finds the step saved, and the resumed run makes up for the rest.
-
-    Collective.
-
-    Returns:
-        why a stop was asked for meanwhile; None where none was.
-
-    Raises:
-        CorpusError, VocabularyError: a held-out set cannot be read; on every rank alike.
-    """
-    try:
-        stopping = recorder.evaluations(recorder.evaluations_due())
-    except (CorpusError, VocabularyError):
-        if not is_saved:
-            recorder.save()
-        recorder.saved(run.saver.finish())
-        raise
-    if stopping is None:
-        recorder.texts()
-        stopping = stop.agreed(must_stop=recorder.unwritten is not None)
-    if stopping is not None and not is_saved:
-        recorder.save()
-    return stopping
-
-
-def _raise_together(error: SlmError | None) -> None:
-    """What any rank has is raised on every rank. Collective."""
+def _raise_on_all_ranks(error: SlmError | None) -> None:
+    """Raise any rank's error on all ranks. Collective."""
     with raise_on_all_ranks():
         if error is not None:
             raise error
-
-
-def _advance(run: Run, result: StepResult) -> None:
-    run.position.step += 1
-    run.position.consumed_samples += run.plan.global_batch_size
-    if result.skipped:
-        return
-    run.position.adam_step += 1
-    sums = result.sums
-    run.position.count(sums)
-    run.position.score_threshold = run.plan.selector.next_threshold(
-        run.position.score_threshold, sums.threshold, sums.threshold_tokens
-    )

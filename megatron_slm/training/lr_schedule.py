@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from megatron_slm.config import OptimizerConfig
+from megatron_slm.config.optimizer import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float:
-    """Learning rate of the step that follows `step` finished ones.
+    """Return the learning rate of the step after `step` finished ones.
 
     A linear warm-up to `lr` (the first step takes lr / warm-up), then one of: `constant`; `linear` or `cosine`
     down to `min_lr` at `lr_decay_iters`; `WSD`, constant until the last `lr_wsd_decay_iters` steps before

@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters; ZeRO partitions what it is given."""
+"""AdamW over the trained parameters, before ZeRO partitions them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from megatron_slm.config import OptimizerConfig
+from megatron_slm.config.optimizer import OptimizerConfig
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices with weight decay, vectors (norms, biases) without."""
+    """Group matrices with weight decay and vectors (norms, biases) without."""
     matrices = [p for p in module.parameters() if p.dim() > 1]
     vectors = [p for p in module.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -21,7 +21,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 def build_optimizer(
     module: nn.Module, config: OptimizerConfig, backend: Literal["torch", "apex", "deepspeed"], device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW of one of three makers: the same update, up to rounding."""
+    """Build one of three implementations of AdamW; their updates agree up to rounding."""
     groups = parameter_groups(module, config.weight_decay)
     options: dict[str, Any] = {
         "lr": config.lr,

@@ -1,4 +1,4 @@
-"""Runs a training from its configuration, in the world the launcher made."""
+"""Runs a training from its configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_slm.config.run import RunConfig
 from megatron_slm.loss.objective import Observer
 from megatron_slm.operations.preflight.run import preflight
-from megatron_slm.operations.reach import silent_nodes_named
+from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.run.backends import check_same_on_all_ranks
@@ -27,7 +27,7 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
     """Train as configured. Collective over the world.
 
     Raises:
-        SlmError: on every rank alike, before the first step if it can be known by then.
+        SlmError: on every rank, before the first step if it can be known by then.
     """
     run = prepare(config, observer=observer)
     train_prepared(run)
@@ -35,22 +35,24 @@ def pretrain(config: RunConfig, *, observer: Observer | None = None) -> Run:
 
 
 def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
-    """Join the process group, check everything, and build the run. Collective over the world."""
+    """Join the process group, validate the configuration, and build the run. Collective over the world."""
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    with silent_nodes_named(), translate_peer_errors("outside of the pipeline's schedule"):
+    with name_silent_nodes(), translate_peer_errors("outside of the pipeline's schedule"):
         resume = open_resume(config)
         with raise_on_all_ranks():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         check_same_on_all_ranks(plan.backends, plan.loss_head_kernels)
-        logger.info("computing with: %s", "; ".join(f"{what}: {by}" for what, by in plan.describe_backends().items()))
-        for line in describe_sources(plan.train_samples):
+        logger.info(
+            "computing with: %s", "; ".join(f"{part}: {backend}" for part, backend in plan.describe_backends().items())
+        )
+        for line in describe_sources(plan.data.train):
             logger.info("%s", line)
         return build_run(plan, observer=observer)
 
 
 def train_prepared(run: Run) -> None:
     """Train a prepared run to its end. Collective over the world."""
-    with silent_nodes_named(), translate_peer_errors("at the start of training"):
+    with name_silent_nodes(), translate_peer_errors("at the start of training"):
         train(run)

@@ -1,7 +1,7 @@
-"""Batches that went wrong, once more: micro-batch by micro-batch, through a checkpoint's weights, changing nothing.
+"""Replays the micro-batches of bad steps one by one with a checkpoint's weights, without changing them.
 
-A step with a learning rate of 0 leaves the weights as they are, bit for bit, and has a gradient norm. All data-parallel
-ranks are given the same micro-batch, so that the norm is that micro-batch's own, whatever the layout.
+A step with a learning rate of 0 leaves the weights unchanged, bit for bit, and has a gradient norm. All data-parallel
+ranks read the same micro-batch, so that the norm is that micro-batch's own, at any layout.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.config import RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.errors import ConfigError, TrainingError
@@ -35,16 +35,16 @@ from megatron_slm.types import MicroBatch
 
 @dataclass(frozen=True, kw_only=True)
 class SampleReplay:
-    """What the model says of one sample now. Losses are in nats; None where nothing in them is finite."""
+    """Losses of one sample with the weights of the replay, in nats; None where no token has a finite one."""
 
     sample: int
     source: str
     loss_all: float | None
     """Mean over valid tokens."""
     worst_loss: float | None
-    """The highest of a valid token; None where one is not finite."""
+    """Highest loss of a valid token; None where one is not finite."""
     worst_position: int
-    """Where that label, or the first one whose loss or reference loss is not finite, stands in the sample."""
+    """Position of that label, or of the first one with a non-finite loss or reference loss."""
     reference_loss: float | None
     nonfinite_losses: int
     nonfinite_references: int
@@ -54,25 +54,25 @@ class SampleReplay:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchReplay:
-    """One micro-batch by itself."""
+    """A replayed micro-batch."""
 
     samples: tuple[SampleReplay, ...]
     loss: float | None
     """Mean over kept tokens."""
     loss_all: float | None
     recorded_loss_all: float | None
-    """What the run recorded of the same samples; None where it was cut into other micro-batches, or not finite."""
+    """`loss_all` in the run's record; None where the run cut other micro-batches, or it was not finite."""
     nonfinite_losses: int
     nonfinite_scores: int
     grad_norm: float | None
-    """Of the gradient of its mean loss over kept tokens; None where it is not finite or there is none."""
+    """Norm of the gradient of its mean loss over kept tokens; None where it is not finite or there is none."""
     skip_reason: str | None
-    """Why a step on this micro-batch alone would not be applied."""
+    """Reason to skip a step on this micro-batch alone; None to apply it."""
     nonfinite_gradient_below_stages: list[int]
 
 
 def read_records(word: str) -> list[BadBatch]:
-    """The records that `FILE[:STEPS]` names; STEPS is like `17,20-22`, and left out means all.
+    """Read the records of `FILE[:STEPS]`; STEPS is like `17,20-22`, and all by default.
 
     Raises:
         ConfigError: the file cannot be read or has no record of such a step.
@@ -86,13 +86,13 @@ def read_records(word: str) -> list[BadBatch]:
         records = [BadBatch(**{name: value for name, value in line.items() if name in names}) for line in lines]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        rule, fix = f"is a readable bad_batches.jsonl of a run ({why})", "give RUN_DIR/bad_batches.jsonl[:STEPS] first"
+        rule, fix = f"be a readable bad_batches.jsonl of a run ({why})", "pass RUN_DIR/bad_batches.jsonl[:STEPS] first"
         raise ConfigError("records", path, rule, fix) from error
     wanted = {record.step for record in records} if not steps else set(_steps(steps))
     missing = sorted(wanted - {record.step for record in records})
     if missing or not records:
         there = ", ".join(str(record.step) for record in records) or "none"
-        raise ConfigError("records", word, f"names steps that {path} records (it has {there})", "choose among these")
+        raise ConfigError("records", word, f"name recorded steps of {path} ({there})", "choose among these")
     return [record for record in records if record.step in wanted]
 
 
@@ -100,12 +100,12 @@ def _steps(text: str) -> Iterator[int]:
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise ConfigError("replay", text, "lists steps like 17,20-22", "correct it")
+            raise ConfigError("records: steps", text, "list steps like 17,20-22", "correct it")
         yield from range(int(first), int(last or first) + 1)
 
 
 def open_weights(config: RunConfig) -> Resume | None:
-    """The checkpoint that `--load` names, of a finished run too. Collective.
+    """Open the checkpoint of `--load`, of a finished run too. Collective.
 
     Raises:
         CheckpointError: see `open_resume`.
@@ -115,12 +115,12 @@ def open_weights(config: RunConfig) -> Resume | None:
 
 
 class Replay:
-    """A run that is built to replay: it reads single micro-batches and saves nothing. Collective, as all its methods.
+    """A run that replays single micro-batches and saves nothing. Collective, as all its methods.
 
     Args:
         config: the run's.
-        resume: the checkpoint whose weights are used; None uses those that the run starts with.
-        scratch: a folder for what a run writes.
+        resume: the checkpoint to load weights from; None uses the run's initial weights.
+        scratch: a folder for the files that a run writes.
 
     Raises:
         SlmError: see `make_plan`.
@@ -133,27 +133,27 @@ class Replay:
         self._seen: list[tuple[MicroBatch, Tensor, Tensor | None, Tensor]] = []
         self.run: Run = build_run(self.plan, observer=lambda *seen: self._seen.append(seen))
         self._source = MicroBatchSource(
-            self.plan.train_samples,
+            self.plan.data.train,
             micro_batch_size=config.training.micro_batch_size,
             data_parallel_rank=0,
             data_parallel_size=1,
-            vocab_size=self.plan.num_tokens,
-            boundaries=boundaries(config, self.plan.tokenizer),
+            vocab_size=self.plan.models.num_tokens,
+            boundaries=boundaries(config, self.plan.models.tokenizer),
         )
 
     def batch(self, record: BadBatch) -> list[MicroBatchReplay]:
-        """Every micro-batch of a recorded step; the same on every rank.
+        """Replay every micro-batch of a recorded step; the same results on every rank.
 
         Raises:
-            TrainingError: the run as configured does not draw these samples.
+            TrainingError: the configured run does not draw these samples.
         """
         size = self.plan.config.training.micro_batch_size
-        if record.first_sample + record.num_samples > len(self.plan.train_samples) or record.num_samples % size:
+        if record.first_sample + record.num_samples > len(self.plan.data.train) or record.num_samples % size:
             raise TrainingError(
                 f"samples of step {record.step}",
                 f"{record.first_sample} and the following {record.num_samples - 1}",
-                f"are among the run's {len(self.plan.train_samples)}, in whole micro-batches of {size}",
-                "give the run's own configuration (RUN_DIR/config.yaml)",
+                f"be among the run's {len(self.plan.data.train)}, in whole micro-batches of {size}",
+                "pass the run's own configuration (RUN_DIR/config.yaml)",
             )
         recorded = {tuple(part["samples"]): part["loss_all"] for part in record.micro_batches}
         return [self._micro_batch(record, i, recorded) for i in range(record.num_samples // size)]
@@ -167,7 +167,7 @@ class Replay:
         result = train_step(self.run.trainer, read, settings, learning_rate=0.0, is_last=True)
         coordinate = self.plan.topology.coordinate(dist.get_rank())
         below = any(fact.gradient_is_finite is False for fact in self.run.trainer.micro_batch_facts())
-        sources = self.plan.train_samples.sources
+        sources = self.plan.data.train.sources
         mine = [_samples(*seen, names=[source.name for source in sources]) for seen in self._seen]
         everyones = all_gather_objects((coordinate.pipeline if below else None, mine))
         samples = next(found[0] for _, found in everyones if found)
@@ -185,19 +185,19 @@ class Replay:
         )
 
     def text(self, sample: SampleReplay, context: int) -> str:
-        """A sample's text around its worst label, which stands within ⟦ ⟧; on one rank.
+        """Decode a sample's text around its worst label, which is put in ⟦ ⟧; on one rank.
 
         Args:
             context: tokens on either side.
         """
-        tokens, at = self.plan.train_samples[sample.sample].tokens.tolist(), sample.worst_position + 1
-        decode = self.plan.tokenizer.decode
+        tokens, at = self.plan.data.train[sample.sample].tokens.tolist(), sample.worst_position + 1
+        decode = self.plan.models.tokenizer.decode
         before, after = tokens[max(0, at - context) : at], tokens[at + 1 : at + 1 + context]
         return f"{decode(before)}{MASKED_OPEN}{decode(tokens[at : at + 1])}{MASKED_CLOSE}{decode(after)}"
 
 
 def _quiet(config: RunConfig, scratch: Path) -> RunConfig:
-    """The same samples, model and selection; nothing saved, nothing done ahead, no rank ranked with another."""
+    """The same samples, model and selection, without saving, computing ahead or ranking over data-parallel ranks."""
     scope = config.selection.slm_scope
     return replace(
         config,
@@ -215,15 +215,14 @@ def _quiet(config: RunConfig, scratch: Path) -> RunConfig:
 
 
 def _alone(plan: Plan) -> Plan:
-    """The plan with steps of one micro-batch."""
+    """The plan with steps of one micro-batch on each data-parallel rank."""
     config, data = plan.config, plan.topology.data
     user = ds_config.read_json(config.parallel.deepspeed_config)
     return replace(
         plan,
         global_batch_size=config.training.micro_batch_size * data,
         deepspeed=ds_config.resolve(user, config, data_parallel_size=data, num_micro_batches=1),
-        held_out={},
-        test={},
+        data=replace(plan.data, valid={}, test={}),
         monitors={},
     )
 
@@ -231,7 +230,7 @@ def _alone(plan: Plan) -> Plan:
 def _samples(
     batch: MicroBatch, loss_N: Tensor, reference_N: Tensor | None, kept_K: Tensor, *, names: list[str]
 ) -> tuple[SampleReplay, ...]:
-    """What the last stage saw, sample by sample."""
+    """Summarize the last stage's losses and selection, sample by sample."""
     valid_bs = batch.valid_bs
     loss_bs = loss_N.detach().double().view_as(valid_bs)
     reference_bs = None if reference_N is None else reference_N.double().view_as(valid_bs)
@@ -266,7 +265,7 @@ def _mean(loss_s: Tensor, valid_s: Tensor) -> float | None:
 
 
 def worst_samples(micro_batches: list[MicroBatchReplay], count: int) -> list[SampleReplay]:
-    """Those with numbers that are not finite first, then those of the highest losses."""
+    """Sort samples by non-finite values, then by loss, and return the worst ones."""
 
     def badness(sample: SampleReplay) -> tuple[int, float]:
         bad = sample.nonfinite_losses + sample.nonfinite_references
@@ -277,5 +276,5 @@ def worst_samples(micro_batches: list[MicroBatchReplay], count: int) -> list[Sam
 
 
 def as_json(record: BadBatch, micro_batches: list[MicroBatchReplay]) -> dict[str, Any]:
-    """A replayed step as JSON."""
+    """Convert a replayed step to JSON."""
     return {"step": record.step, "reason": record.reason, "micro_batches": [asdict(part) for part in micro_batches]}

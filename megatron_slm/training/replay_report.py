@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_slm.config.run import RunConfig
 from megatron_slm.files import write_json
-from megatron_slm.operations.reach import silent_nodes_named
+from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.health import BadBatch
@@ -42,7 +42,7 @@ def replay(
     """
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     found: list[dict[str, Any]] = []
-    with silent_nodes_named(), translate_peer_errors("the replay"), tempfile.TemporaryDirectory() as scratch:
+    with name_silent_nodes(), translate_peer_errors("the replay"), tempfile.TemporaryDirectory() as scratch:
         resume = open_weights(config)
         with raise_on_all_ranks():
             if output is not None and dist.get_rank() == 0:

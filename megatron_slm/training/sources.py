@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.distributed as dist
 
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
-from megatron_slm.data.packing import Samples
 from megatron_slm.data.prefetch import Prefetcher
+from megatron_slm.data.samples import Samples
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.plan import Plan
-from megatron_slm.training.evaluation import HeldOutSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutSet:
+    """A named held-out set, read from its start at every evaluation."""
+
+    name: str
+    source: MicroBatchSource
+    num_global_batches: int
+    reads: bool
+    """This rank's stage needs the micro-batches."""
+    only_at_end: bool = False
+    """A test set: evaluated after the last step only."""
 
 
 def micro_batch_source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> MicroBatchSource:
@@ -19,24 +33,24 @@ def micro_batch_source(plan: Plan, samples: Samples, *, pads_at_end: bool) -> Mi
         micro_batch_size=plan.config.training.micro_batch_size,
         data_parallel_rank=plan.topology.coordinate(dist.get_rank()).data,
         data_parallel_size=plan.topology.data,
-        vocab_size=plan.num_tokens,
-        boundaries=boundaries(plan.config, plan.tokenizer),
+        vocab_size=plan.models.num_tokens,
+        boundaries=boundaries(plan.config, plan.models.tokenizer),
         pads_at_end=pads_at_end,
     )
 
 
 def train_prefetcher(plan: Plan, source: MicroBatchSource) -> Prefetcher:
-    """Reads ahead on the ranks that read at all."""
+    """Build the reader of training batches, which reads ahead on the stages that need micro-batches."""
     return Prefetcher(
         source,
         num_micro_batches=plan.num_micro_batches,
-        num_samples=len(plan.train_samples),
+        num_samples=len(plan.data.train),
         num_threads=plan.config.data.num_workers if _reads(plan, source) else 0,
     )
 
 
 def _reads(plan: Plan, source: MicroBatchSource) -> bool:
-    """Whether this rank's stage needs micro-batches: the first and the last do, the others where documents matter."""
+    """True on the first and the last stage, and on every stage where attention keeps documents apart."""
     stage = plan.topology.coordinate(dist.get_rank()).pipeline
     return stage in (0, plan.topology.pipeline - 1) or source.boundaries.matter_to_layers
 
@@ -44,11 +58,11 @@ def _reads(plan: Plan, source: MicroBatchSource) -> bool:
 def held_out_sets(plan: Plan) -> list[HeldOutSet]:
     """Build the held-out sets of the run, each with its own source."""
     sets = []
-    for name, samples in (*plan.held_out.items(), *plan.test.items()):
+    for name, samples in (*plan.data.valid.items(), *plan.data.test.items()):
         count = num_global_batches(len(samples), plan.global_batch_size)
         if plan.config.logging.eval_iters is not None:
             count = min(count, plan.config.logging.eval_iters)
-        source, at_end = micro_batch_source(plan, samples, pads_at_end=True), name in plan.test
+        source, at_end = micro_batch_source(plan, samples, pads_at_end=True), name in plan.data.test
         reads = _reads(plan, source)
         sets.append(HeldOutSet(name=name, source=source, num_global_batches=count, reads=reads, only_at_end=at_end))
     return sets

@@ -15,9 +15,9 @@ import pytest
 
 from megatron_slm.checkpoint import format as checkpoint_format
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
-from megatron_slm.checkpoint.load import CheckpointSource, read_probe
-from megatron_slm.config import RunConfig
+from megatron_slm.checkpoint.load import CheckpointSource, load_state
 from megatron_slm.config.load import parse
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError
 from megatron_slm.run.resume import Resume, open_resume
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
@@ -118,7 +118,7 @@ def test_what_is_read_without_checksums_fails_by_name_too(run: Path, tmp_path: P
             for name in shapes:
                 for quantity in ("weight", "exp_avg", "exp_avg_sq"):
                     source.whole(name, quantity)
-            read_probe(resume.folder, resume.manifest)
+            load_state(resume.folder, resume.manifest)
         except CheckpointError:
             pass
         shutil.rmtree(tmp_path / str(number))
@@ -137,12 +137,12 @@ def test_checksums_of_large_files_are_compared_on_request(
 
     shutil.copytree(run / SAVED, tmp_path / SAVED)
     flip_last_byte(tmp_path / SAVED / "step_00000004" / "optimizer_00001.safetensors")
-    with pytest.raises(CheckpointError, match=r"optimizer_00001.*has the checksum"):
+    with pytest.raises(CheckpointError, match=r"optimizer_00001.*match its checksum"):
         opened(tmp_path)
     monkeypatch.setattr(resume, "CHECKSUM_LIMIT_BYTES", 10_000)
     assert opened(tmp_path) is not None
     assert opened(tmp_path, load_checksums="none") is not None
-    with pytest.raises(CheckpointError, match=r"optimizer_00001.*has the checksum"):
+    with pytest.raises(CheckpointError, match=r"optimizer_00001.*match its checksum"):
         opened(tmp_path, load_checksums="all")
     assert checkpoint_format.CHECKSUM_LIMIT_BYTES == 256 * 2**20
 
@@ -195,6 +195,6 @@ def test_a_folder_without_a_manifest_is_passed_over(
     resume = opened(tmp_path)
     assert resume is not None
     assert resume.folder.name == "step_00000002"
-    assert "step_00000004 has no manifest.json" in caplog.text
-    with pytest.raises(CheckpointError, match=r"holds a manifest\.json"):
+    assert "step_00000004: incomplete, without manifest.json" in caplog.text
+    with pytest.raises(CheckpointError, match=r"contain a manifest\.json"):
         opened(tmp_path, f"{SAVED}/step_00000004")

@@ -16,7 +16,8 @@ from megatron_slm.checkpoint.format import (
     step_of,
     verify_files,
 )
-from megatron_slm.config import Architecture
+from megatron_slm.checkpoint.state import RunState
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.files import write_durably
 
@@ -30,7 +31,7 @@ def write(folder: Path, step: int) -> Path:
     target.mkdir(parents=True)
     (target / "weights_00000.safetensors").write_bytes(b"weights" * step)
     Manifest(
-        step=step, consumed_samples=step * 8, adam_step=step, architecture=ARCH, layout={"pipeline": 1},
+        state=RunState(step=step, consumed_samples=step * 8, adam_step=step), architecture=ARCH, layout={"pipeline": 1},
         tokenizer_fingerprint=None, sample_order=None, files={"weights_00000.safetensors": file_entry(target / "weights_00000.safetensors")},
     ).write(target)  # fmt: skip
     return target
@@ -39,16 +40,17 @@ def write(folder: Path, step: int) -> Path:
 def test_a_manifest_reads_back(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
     manifest = Manifest.read(folder)
-    assert (manifest.step, manifest.consumed_samples, manifest.architecture) == (3, 24, ARCH)
+    assert (manifest.step, manifest.state.consumed_samples, manifest.architecture) == (3, 24, ARCH)
     verify_files(folder, manifest)
 
 
 def test_a_threshold_reads_back_to_the_last_bit(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
     manifest = Manifest.read(folder)
-    assert manifest.score_threshold is None
-    dataclasses.replace(manifest, score_threshold=0.1 + 0.2).write(folder)
-    assert Manifest.read(folder).score_threshold == 0.1 + 0.2
+    assert manifest.state.score_threshold is None
+    manifest.state.score_threshold = 0.1 + 0.2
+    manifest.write(folder)
+    assert Manifest.read(folder).state.score_threshold == 0.1 + 0.2
 
 
 def test_the_newest_complete_one_is_found_whatever_latest_says(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_the_newest_complete_one_is_found_whatever_latest_says(tmp_path: Path) -
 def test_no_complete_one_is_an_error(tmp_path: Path) -> None:
     (tmp_path / folder_name(11)).mkdir()
     for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match="holds a complete checkpoint"):
+        with pytest.raises(CheckpointError, match="contain a complete checkpoint"):
             find_checkpoint(path)
 
 
@@ -74,11 +76,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
     manifest = Manifest.read(folder)
     path = folder / "weights_00000.safetensors"
     path.write_bytes(b"Weights" * 5)
-    with pytest.raises(CheckpointError, match="has the checksum of the manifest"):
+    with pytest.raises(CheckpointError, match=r"match its checksum in manifest\.json"):
         verify_files(folder, manifest)
     verify_files(folder, manifest, checksums=False)
     path.write_bytes(b"weights" * 4)
-    with pytest.raises(CheckpointError, match="'28 bytes': is 35 bytes long"):
+    with pytest.raises(CheckpointError, match="'28 bytes': must be 35 bytes long"):
         verify_files(folder, manifest, checksums=False)
     path.unlink()
     with pytest.raises(CheckpointError, match="missing"):
@@ -88,7 +90,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 def test_a_file_that_no_manifest_lists_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path, 5)
     (folder / "weights_00007.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"weights_00007.*is listed in manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"weights_00007.*must be listed in manifest\.json"):
         verify_files(folder, Manifest.read(folder))
 
 
@@ -122,21 +124,21 @@ def test_manifests_that_cannot_be_used(tmp_path: Path) -> None:
     folder = write(tmp_path, 5)
     manifest = Manifest.read(folder)
     dataclasses.replace(manifest, format_version=99).write(folder)
-    with pytest.raises(CheckpointError, match="checkpoint format = 99"):
+    with pytest.raises(CheckpointError, match="checkpoint format is 99"):
         Manifest.read(folder)
     manifest.write(folder)
     raw = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({key: raw[key] for key in raw if key != "manifest_sha256"}))
-    with pytest.raises(CheckpointError, match="by its own checksum"):
+    with pytest.raises(CheckpointError, match="match its own checksum"):
         Manifest.read(folder)
     (folder / MANIFEST).write_text(json.dumps({**raw, "consumed_samples": 41}))
-    with pytest.raises(CheckpointError, match="by its own checksum"):
+    with pytest.raises(CheckpointError, match="match its own checksum"):
         Manifest.read(folder)
     (folder / MANIFEST).write_text(json.dumps(raw, indent=3))
     assert Manifest.read(folder) == manifest, "white space is no damage"
     (folder / MANIFEST).write_text('{"step"')
-    with pytest.raises(CheckpointError, match="is readable JSON"):
+    with pytest.raises(CheckpointError, match="be valid JSON"):
         Manifest.read(folder)
     (folder / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match=r"holds a manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"contain a manifest\.json"):
         Manifest.read(folder)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megatron_slm.checkpoint.load import CheckpointSource
-from megatron_slm.checkpoint.weights import RandomWeights, read_range, slice_of
-from megatron_slm.config import Architecture
+from megatron_slm.checkpoint.weights import RandomWeights, cut_range, read_range
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
@@ -31,7 +31,7 @@ def write(folder: Path, dim: int | None, size: int, data_ranks: int) -> None:
     """One file for every (tensor rank, data rank), the flattened slice cut evenly over the data ranks."""
     for rank in range(size if dim is not None else 1):
         held = part(dim, size, rank)
-        flat = slice_of(WHOLE, held, 0, held.numel)
+        flat = cut_range(WHOLE, held, 0, held.numel)
         step = -(-held.numel // data_ranks)
         for data_rank in range(data_ranks):
             begin, end = min(data_rank * step, held.numel), min((data_rank + 1) * step, held.numel)
@@ -57,26 +57,26 @@ def test_any_cut_reads_any_other(tmp_path_factory, wrote, reads, data_ranks, ran
     wanted = part(*reads, random.randrange(reads[1]) if reads[0] is not None else 0)
     begin = random.randrange(wanted.numel)
     end = random.randrange(begin, wanted.numel) + 1
-    assert torch.equal(source.read("weight", wanted, begin, end), slice_of(WHOLE, wanted, begin, end))
-    assert torch.equal(source.read("exp_avg", wanted, begin, end), -slice_of(WHOLE, wanted, begin, end))
+    assert torch.equal(source.read("weight", wanted, begin, end), cut_range(WHOLE, wanted, begin, end))
+    assert torch.equal(source.read("exp_avg", wanted, begin, end), -cut_range(WHOLE, wanted, begin, end))
 
 
 def test_a_missing_piece_is_never_filled_in(tmp_path: Path) -> None:
     write(tmp_path, 0, 2, 2)
     (tmp_path / "weights_00001.safetensors").unlink()
     source = CheckpointSource(tmp_path)
-    with pytest.raises(CheckpointError, match="holds all of w"):
+    with pytest.raises(CheckpointError, match="contain all of w"):
         source.whole("w")
-    with pytest.raises(CheckpointError, match="holds all of w"):
+    with pytest.raises(CheckpointError, match="contain all of w"):
         source.read("weight", part(0, 2, 0), 0, 48)
 
 
 def test_other_names_and_shapes_are_refused(tmp_path: Path) -> None:
     write(tmp_path, 0, 2, 1)
     source = CheckpointSource(tmp_path)
-    with pytest.raises(CheckpointError, match="holds v"):
+    with pytest.raises(CheckpointError, match="contain v"):
         source.read("weight", Part(name="v", shape=(2,)), 0, 2)
-    with pytest.raises(CheckpointError, match=r"has shape \(12, 4\)"):
+    with pytest.raises(CheckpointError, match=r"must be \(12, 4\)"):
         source.read("weight", Part(name="w", shape=(12, 4)), 0, 2)
 
 
@@ -101,5 +101,5 @@ def test_a_parameter_of_several_parts_reads_across_their_borders() -> None:
 def test_a_slice_that_no_file_holds_is_an_error(tmp_path: Path, dim: int, missing: int) -> None:
     write(tmp_path, dim, size=2, data_ranks=1)
     (tmp_path / f"weights_{missing:05d}.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="holds all of w"):
+    with pytest.raises(CheckpointError, match="contain all of w"):
         CheckpointSource(tmp_path).whole("w")

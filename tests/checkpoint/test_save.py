@@ -17,7 +17,7 @@ from megatron_slm.checkpoint.format import Manifest, complete_checkpoints, folde
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.save import Saver, Writer
 from megatron_slm.checkpoint.snapshot import TensorFile
-from megatron_slm.checkpoint.state import Progress
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.topology import Topology
 from tests.checkpoint.test_format import ARCH
@@ -31,7 +31,7 @@ def world_of_one(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def state(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def tensor(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """What there is to save: one tensor."""
     tensor = torch.zeros(1000)
     files = [TensorFile("weights_00000.safetensors", {"0.weight": tensor}, {"pieces": "[]"})]
@@ -59,24 +59,25 @@ def saver(folder: Path, *, asynchronous: bool = True, **retention: Any) -> Saver
         folder=folder, topology=Topology(pipeline=1, data=1, tensor=1), zero_stage=1, architecture=ARCH,
         tokenizer_fingerprint=None, sample_order="order", extras=(),
         write_config=lambda path: path.write_text("seed: 1\n") and None,
+        describe_data=lambda num_samples: {"consumed": num_samples},
     )  # fmt: skip
     return Saver(writer, asynchronous=asynchronous, retention=Retention(**retention))
 
 
-def progress(step: int) -> Progress:
-    return Progress(step=step, consumed_samples=8 * step, adam_step=step)
+def after(step: int) -> RunState:
+    return RunState(step=step, consumed_samples=8 * step, adam_step=step)
 
 
 OPTIMIZER = SimpleNamespace()
 
 
-def test_training_goes_on_while_the_copy_is_written(tmp_path: Path, state: torch.Tensor, monkeypatch) -> None:
+def test_training_goes_on_while_the_copy_is_written(tmp_path: Path, tensor: torch.Tensor, monkeypatch) -> None:
     folder = tmp_path / "saved"
-    saver(folder, asynchronous=False).save(OPTIMIZER, progress(1))
+    saver(folder, asynchronous=False).save(OPTIMIZER, after(1))
     gate, ours = Gate(monkeypatch), saver(folder)
-    assert ours.save(OPTIMIZER, progress(2)) is None
+    assert ours.save(OPTIMIZER, after(2)) is None
     assert gate.entered.wait(20)
-    state.fill_(7.0)  # the next optimizer step
+    tensor.fill_(7.0)  # the next optimizer step
     assert ours.poll() is None
     assert [path.name for path in complete_checkpoints(folder)] == [folder_name(1)]
     gate.open.set()
@@ -91,13 +92,13 @@ def test_training_goes_on_while_the_copy_is_written(tmp_path: Path, state: torch
     assert ours.finish() is None
 
 
-def test_one_save_at_a_time(tmp_path: Path, state: torch.Tensor, monkeypatch) -> None:
+def test_one_save_at_a_time(tmp_path: Path, tensor: torch.Tensor, monkeypatch) -> None:
     folder, gate = tmp_path / "saved", Gate(monkeypatch)
     ours = saver(folder)
-    ours.save(OPTIMIZER, progress(1))
+    ours.save(OPTIMIZER, after(1))
     threading.Timer(0.3, gate.open.set).start()
-    state.fill_(1.0)
-    first = ours.save(OPTIMIZER, progress(2))
+    tensor.fill_(1.0)
+    first = ours.save(OPTIMIZER, after(2))
     assert first is not None
     assert first.folder.name == folder_name(1)
     assert first.blocked_seconds > 0.1, "the wait counts"
@@ -109,11 +110,11 @@ def test_one_save_at_a_time(tmp_path: Path, state: torch.Tensor, monkeypatch) ->
 
 
 def test_a_failure_surfaces_at_the_next_step_and_leaves_what_was(
-    tmp_path: Path, state: torch.Tensor, monkeypatch
+    tmp_path: Path, tensor: torch.Tensor, monkeypatch
 ) -> None:
     folder = tmp_path / "saved"
     ours = saver(folder, keep_last=1)
-    ours.save(OPTIMIZER, progress(1))
+    ours.save(OPTIMIZER, after(1))
     assert ours.finish() is not None
 
     def failing(path: Path, *args: Any) -> Any:
@@ -121,20 +122,20 @@ def test_a_failure_surfaces_at_the_next_step_and_leaves_what_was(
 
     with monkeypatch.context() as patched:
         patched.setattr(save, "write_tensor_file", failing)
-        ours.save(OPTIMIZER, progress(2))
+        ours.save(OPTIMIZER, after(2))
         ours._saving.writing._thread.join()
         with pytest.raises(CheckpointError, match=r"No space left on device: .*weights_00000\.safetensors"):
             ours.poll()
     assert sorted(path.name for path in folder.iterdir()) == ["latest", folder_name(1)]
     assert ours.poll() is None
-    ours.save(OPTIMIZER, progress(3))
+    ours.save(OPTIMIZER, after(3))
     ours.finish()
     assert [path.name for path in complete_checkpoints(folder)] == [folder_name(3)]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_nothing_is_deleted_before_the_next_is_committed(
-    asynchronous: bool, tmp_path: Path, state: torch.Tensor, monkeypatch
+    asynchronous: bool, tmp_path: Path, tensor: torch.Tensor, monkeypatch
 ) -> None:
     folder, present = tmp_path / "saved", []
     real = Manifest.write
@@ -146,29 +147,29 @@ def test_nothing_is_deleted_before_the_next_is_committed(
     monkeypatch.setattr(Manifest, "write", looking)
     ours = saver(folder, asynchronous=asynchronous, keep_last=1, retain_interval=2)
     for step in (1, 2, 3, 4):
-        ours.save(OPTIMIZER, progress(step))
+        ours.save(OPTIMIZER, after(step))
     ours.finish()
     assert present == [[], [folder_name(1)], [folder_name(2)], [folder_name(2), folder_name(3)]]
     assert [path.name for path in complete_checkpoints(folder)] == [folder_name(2), folder_name(4)]
 
 
-def test_the_best_by_a_held_out_set_stays(tmp_path: Path, state: torch.Tensor) -> None:
+def test_the_best_by_a_held_out_set_stays(tmp_path: Path, tensor: torch.Tensor) -> None:
     folder = tmp_path / "saved"
     ours = saver(folder, keep_last=1, keep_best="clean")
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
-        ours.save(OPTIMIZER, progress(step))
+        ours.save(OPTIMIZER, after(step))
         ours.evaluated(step, {"clean": loss, "noisy": -float(step)})
     ours.finish()
     assert [path.name for path in complete_checkpoints(folder)] == [folder_name(2), folder_name(4)]
 
 
-def test_checkpoints_in_the_way(tmp_path: Path, state: torch.Tensor) -> None:
+def test_checkpoints_in_the_way(tmp_path: Path, tensor: torch.Tensor) -> None:
     folder = tmp_path / "saved"
     ours = saver(folder, asynchronous=False)
     for step in (1, 2, 3):
-        ours.save(OPTIMIZER, progress(step))
+        ours.save(OPTIMIZER, after(step))
     (folder / folder_name(4)).mkdir()
-    with pytest.raises(CheckpointError, match="but step_00000003 is there"):
+    with pytest.raises(CheckpointError, match="but has step_00000003"):
         ours.writer.check(1, (folder / folder_name(2),))
     (folder / f"{folder_name(3)}.damaged").mkdir()
     ours.writer.check(1, (folder / folder_name(2), folder / folder_name(3)))

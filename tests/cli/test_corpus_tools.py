@@ -56,13 +56,13 @@ def test_merge_inspect_verify(corpora: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     broken = run("inspect_data", *show, "--verify")
     assert broken.returncode == 1
-    assert broken.stderr.startswith(f"error: SHA-256 of {path} = ")
+    assert broken.stderr.startswith(f"error: {path}: SHA-256 is ")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--samples", 1), "--tokenizer-model = None: is given (the tokenizer the corpus was made with)"),
+        (("--samples", 1), "--tokenizer-model is missing: required by"),
         (("--samples", 1, *NULL[:-1], 99), "tokenizer of corpus"),
         (("--documents", 1, *NULL[:-1], 99), "must be the tokenizer that is given"),
         (("--samples", 1, "--first-sample", 99, "--train-iters", 9, *NULL), "first_sample, samples = (99, 99): must"),
@@ -94,7 +94,7 @@ add = JoinedCorpus.add
 
 def add_and_be_stopped(self, part):
     add(self, part)
-    assert self._bin_part.exists()
+    assert self._temporary_bin.exists()
     os.kill(os.getpid(), signal.{signal})
 
 JoinedCorpus.add = add_and_be_stopped

@@ -53,7 +53,7 @@ def test_writes_a_corpus_and_says_what_it_did(documents: Path, tmp_path: Path) -
 def test_one_line_for_an_error_of_the_user(documents: Path, tmp_path: Path) -> None:
     done = run("--input", documents, "--output-prefix", tmp_path / "c", *NULL)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: input = ")
+    assert done.stderr.startswith("error: --input is ")
     assert "in.jsonl:501" in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

@@ -43,7 +43,7 @@ def test_one_line_for_an_error_of_the_user(tmp_path: Path) -> None:
     options = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "t")
     done = run(*options, "--vocab-size", 9000)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("error: vocab_size = 9000: must suit the text")
+    assert done.stderr.startswith("error: --vocab-size is 9000: must fit the text")
     done = run(*options, "--vocabsize", 9000)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "did you mean --vocab-size?" in done.stderr

@@ -54,24 +54,24 @@ def test_what_trains_silently_wrong_is_always_off() -> None:
 @pytest.mark.parametrize(
     ("user", "match"),
     [
-        ({"zero_optimization": {"stage": 1}, "train_batch_size": 7}, "train_batch_size = 7"),
-        ({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.3}, "gradient_clipping = 0.3"),
-        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "bf16.enabled = True"),
+        ({"zero_optimization": {"stage": 1}, "train_batch_size": 7}, "train_batch_size is 7"),
+        ({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.3}, "gradient_clipping is 0.3"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "bf16.enabled is True"),
         ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, "fp16"),
         ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, "optimizer"),
-        ({"zero_optimization": {"stage": 1}, "pipeline": {"pipe_partitioned": True}}, "pipe_partitioned = True"),
-        ({}, "zero_optimization.stage = 0"),
-        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage = 'auto'"),
-        ({"zero_optimization": True}, "is an object"),
-        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "reduce_bucket_size = 'auto'"),
+        ({"zero_optimization": {"stage": 1}, "pipeline": {"pipe_partitioned": True}}, "pipe_partitioned is True"),
+        ({}, "zero_optimization.stage is 0"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage is 'auto'"),
+        ({"zero_optimization": True}, "must be an object"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, "reduce_bucket_size is 'auto'"),
         ({"zero_optimisation": {"stage": 1}}, r"did you mean zero_optimization\?"),
         ({"zero_optimization": {"stage": 1}, "flops_profiler": {"enabled": True}}, "flops_profiler"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "goes with stage 3"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "must be used with stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device cpu"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "is an object with device cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "must be an object with device cpu"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "no ratio below 1"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "parameters stay on the device"),
-        ({"zero_optimization": {"stage": 1}, "communication_data_type": "fp16"}, "is fp32 or bf16"),
+        ({"zero_optimization": {"stage": 1}, "communication_data_type": "fp16"}, "must be fp32 or bf16"),
     ],
 )
 def test_contradictions_are_refused(user: dict[str, Any], match: str) -> None:
@@ -87,7 +87,7 @@ def test_gradients_are_reduced_in_fp32_unless_the_file_says_otherwise() -> None:
 
 
 def test_the_file_for_the_cpu_is_for_fp32() -> None:
-    with pytest.raises(ConfigError, match=r"bf16\.enabled = False"):
+    with pytest.raises(ConfigError, match=r"bf16\.enabled is False"):
         resolve(ds_config.read_json("ds_configs/fp32_cpu.json"), run("--bf16"))
 
 
@@ -96,10 +96,10 @@ def test_zero_2_and_3_need_one_stage() -> None:
         resolve({"zero_optimization": {"stage": 3}}, run("--pipeline-model-parallel-size", "2"))
 
 
-@pytest.mark.parametrize(("text", "match"), [("{", "is JSON"), ("[1]", "is a JSON object")])
+@pytest.mark.parametrize(("text", "match"), [("{", "must be JSON"), ("[1]", "must contain a JSON object")])
 def test_unreadable_files_are_refused(text: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ConfigError, match=match):
         ds_config.read_json(str(tmp_path / "ds.json"))
-    with pytest.raises(ConfigError, match="is a readable file"):
+    with pytest.raises(ConfigError, match="must be a readable file"):
         ds_config.read_json(str(tmp_path / "absent.json"))

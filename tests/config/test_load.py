@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_slm.config.load import parse, to_flat_dict, write_yaml
+from megatron_slm.config.scores import SCORE_DEFINITIONS
 from megatron_slm.errors import ConfigError
 
 BASE = ["--train-iters", "3", "--objective", "clm"]
@@ -51,23 +54,30 @@ def test_the_written_configuration_repeats_the_run(tmp_path: Path) -> None:
     ("argv", "match"),
     [
         (["--trian-iters", "3"], r"did you mean --train-iters\?"),
-        (["--xyzzy"], "see --help for the known names"),
-        ([], r"--train-iters = None"),
-        (["--objective", "clm"], r"--train-iters = None"),
-        ([*BASE, "--lr", "fast"], r"--lr = 'fast'"),
-        ([*BASE, "--lr", "-1"], "greater than 0"),
-        ([*BASE, "--objective", "rlhf"], "--objective"),
-        ([*BASE, "--min-lr", "1"], r"is at most --lr"),
+        (["--xyzzy"], "see --help for all flags"),
+        ([], r"--train-iters is missing: required by every run"),
+        (["--objective", "clm"], r"--train-iters is missing: required by every run"),
+        ([*BASE, "--lr", "fast"], r"--lr is 'fast': must be a number"),
+        ([*BASE, "--lr", "-1"], "--lr is -1.0: must be positive"),
+        ([*BASE, "--objective", "rlhf"], "--objective is 'rlhf': must be one of slm, clm"),
+        ([*BASE, "--micro-batch-size", "1.5"], "--micro-batch-size is .*must be a whole number"),
+        ([*BASE, "--profile-ranks", "0", "a"], "--profile-ranks is .*must be a whole number"),
+        ([*BASE, "--recompute-granularity", "half"], "must be one of full"),
+        ([*BASE, "--without-files"], "--dry-run is missing: required by --without-files"),
+        ([*BASE, "--keep-best", "web"], "--keep-last is missing: required by --keep-best"),
+        ([*BASE, "--load-fallback"], "--load is missing: required by --load-fallback"),
+        ([*BASE, "--skip-loss-spikes"], "--loss-spike-sigmas is missing: required by --skip-loss-spikes"),
+        ([*BASE, "--min-lr", "1"], r"must not exceed --lr"),
         ([*BASE, "--lr-decay-style", "WSD"], "lr-wsd-decay-iters"),
-        ([*BASE, "--adam-beta2", "1.0"], r"lies in \[0, 1\)"),
-        ([*BASE, "--weight-decay", "-0.1"], "is 0 or more"),
-        ([*BASE, "--seed", "-1"], "is 0 or more"),
+        ([*BASE, "--adam-beta2", "1.0"], r"must be in \[0, 1\)"),
+        ([*BASE, "--weight-decay", "-0.1"], "must be at least 0"),
+        ([*BASE, "--seed", "-1"], "must be at least 0"),
         (
             [*BASE, "--data-path", "1", "a", "0", "b"],
-            r"--data-path = 0.0: is a finite number above 0 \(the weight of b\)",
+            r"--data-path is 0.0: must be a finite number above 0 \(weight of b\)",
         ),
-        ([*BASE, "--config", "/nonexistent.yaml"], "is a readable file"),
-        ([*BASE, "--config", "a.yaml", "--config=b.yaml"], r"--config = \['a.yaml', 'b.yaml'\]: is given once"),
+        ([*BASE, "--config", "/nonexistent.yaml"], "must be a readable file"),
+        ([*BASE, "--config", "a.yaml", "--config=b.yaml"], r"--config is \['a.yaml', 'b.yaml'\]: must be used once"),
         ([*BASE, "stray"], "command line"),
     ],
 )
@@ -80,10 +90,10 @@ def test_refused(argv: list[str], match: str) -> None:
     ("text", "match"),
     [
         ("train_itres: 3", r"did you mean --train-iters\?"),
-        ("lr: fast", r"lr in .*run.yaml = 'fast'"),
-        ("- a\n- b", "is a mapping"),
-        ("a: [", "is a YAML file"),
-        ("sequence-parallel: 7", "sequence_parallel in"),
+        ("lr: fast", r"run.yaml: lr is 'fast': must be a number"),
+        ("- a\n- b", "must map flag names to values"),
+        ("a: [", "must be a YAML file"),
+        ("sequence-parallel: 7", "run.yaml: sequence-parallel is .*must be true or false"),
     ],
 )
 def test_refused_in_yaml(text: str, match: str, tmp_path: Path) -> None:
@@ -107,3 +117,10 @@ def test_help_is_grouped_and_says_what_every_flag_is(capsys: pytest.CaptureFixtu
     config, _ = parse(BASE)
     for flag in to_flat_dict(config):
         assert f"--{flag}" in text
+    for score in SCORE_DEFINITIONS.values():
+        assert f"{score.formula}  [{score.source}]" in " ".join(text.split()).replace(" [", "  [")
+
+
+def test_the_help_needs_neither_torch_nor_deepspeed() -> None:
+    code = "import sys, megatron_slm.config.load; print({'torch', 'deepspeed', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "set()\n"

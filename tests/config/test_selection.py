@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import SelectionConfig
 from megatron_slm.config.load import parse, write_yaml
+from megatron_slm.config.selection import SelectionConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.selection.configure import build_selector
 
@@ -58,47 +58,72 @@ def test_the_written_configuration_repeats_a_selection(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "match"),
     [
-        (["--slm-score", "loss", "loss", "--slm-combine", "sum"], "--slm-score = .*names each score once"),
-        (["--slm-combine", "sum"], r"--slm-combine = 'sum': combines two or more scores \(--slm-score names excess"),
-        (TWO, "--slm-combine = None: is given when --slm-score names several"),
+        (
+            ["--slm-score", "loss", "loss", "--slm-combine", "sum"],
+            "--slm-score is .*must name one or more scores, each once",
+        ),
+        (["--slm-score", "exces"], r"--slm-score is 'exces': must be one of .*did you mean excess\?"),
+        (
+            ["--slm-combine", "sum"],
+            r"--slm-combine is 'sum': must be used with two or more scores \(--slm-score is excess",
+        ),
+        (TWO, "--slm-combine is missing: required by --slm-score with several scores"),
         ([*TWO, "--slm-combine", "average"], "--slm-combine"),
-        ([*TWO, "--slm-combine", "union", "--slm-combine-ratios", "0.7"], "has a number for each of the 2 scores"),
-        ([*TWO, "--slm-combine", "union", "--slm-combine-ratios", "0.7", "1.2"], r"-ratios = .*lies in \(0, 1\]"),
-        ([*TWO, "--slm-combine", "sum", "--slm-combine-ratios", "0.7", "0.7"], "is for --slm-combine intersection or"),
-        ([*TWO, "--slm-combine", "union", "--slm-combine-weights", "1", "1"], "is for --slm-combine sum"),
-        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "1"], "has a number for each of the 2 scores"),
-        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "0", "0"], "greater than 0 for at least one score"),
-        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "-1", "0"], "greater than 0 for at least one score"),
+        (
+            [*TWO, "--slm-combine", "union", "--slm-combine-ratios", "0.7"],
+            "must contain one number for each of the 2 scores",
+        ),
+        ([*TWO, "--slm-combine", "union", "--slm-combine-ratios", "0.7", "1.2"], r"-ratios is .*must be in \(0, 1\]"),
+        (
+            [*TWO, "--slm-combine", "sum", "--slm-combine-ratios", "0.7", "0.7"],
+            "must be used with --slm-combine intersection or",
+        ),
+        ([*TWO, "--slm-combine", "union", "--slm-combine-weights", "1", "1"], "must be used with --slm-combine sum"),
+        (
+            [*TWO, "--slm-combine", "sum", "--slm-combine-weights", "1"],
+            "must contain one number for each of the 2 scores",
+        ),
+        (
+            [*TWO, "--slm-combine", "sum", "--slm-combine-weights", "0", "0"],
+            "must be finite, with at least one above 0",
+        ),
+        (
+            [*TWO, "--slm-combine", "sum", "--slm-combine-weights", "-1", "0"],
+            "must be finite, with at least one above 0",
+        ),
         ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "1", "nan"], "--slm-combine-weights"),
-        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "1", ".inf"], "is finite"),
-        ([*TWO, "--slm-combine", "union", "--slm-policy", "sample"], "is top-k with --slm-combine union"),
-        ([*TWO, "--slm-combine", "sum", "--slm-policy", "quantile"], "is top-k or sample or weights with"),
+        ([*TWO, "--slm-combine", "sum", "--slm-combine-weights", "1", ".inf"], "must be finite"),
+        ([*TWO, "--slm-combine", "union", "--slm-policy", "sample"], "must be top-k with --slm-combine union"),
+        ([*TWO, "--slm-combine", "sum", "--slm-policy", "quantile"], "must be top-k or sample or weights with"),
         (["--slm-policy", "best"], "--slm-policy"),
-        (["--slm-policy", "threshold"], "--slm-threshold = None: is given when --slm-policy is threshold"),
-        (["--slm-threshold", "1"], "--slm-threshold = 1.0: is given when --slm-policy is threshold, and only then"),
+        (["--slm-policy", "threshold"], "--slm-threshold is missing: required by --slm-policy threshold"),
+        (["--slm-threshold", "1"], "--slm-threshold is 1.0: must be used with --slm-policy threshold"),
         (["--slm-policy", "threshold", "--slm-threshold", ".nan"], "--slm-threshold"),
-        (["--slm-threshold-decay", "1"], r"--slm-threshold-decay = 1.0: lies in \[0, 1\)"),
-        (["--slm-temperature", "0"], "--slm-temperature = 0.0: is greater than 0"),
-        (["--slm-temperature", "-1"], "--slm-temperature = -1.0: is greater than 0"),
-        (["--slm-policy", "weights", "--slm-weight-floor", "1.5"], "--slm-weight-floor = 1.5"),
-        (["--slm-weight-floor", "0.1"], "is for --slm-policy weights"),
+        (["--slm-threshold-decay", "1"], r"--slm-threshold-decay is 1.0: must be in \[0, 1\)"),
+        (["--slm-temperature", "0"], "--slm-temperature is 0.0: must be positive"),
+        (["--slm-temperature", "-1"], "--slm-temperature is -1.0: must be positive"),
+        (["--slm-policy", "weights", "--slm-weight-floor", "1.5"], "--slm-weight-floor is 1.5"),
+        (["--slm-weight-floor", "0.1"], "must be used with --slm-policy weights"),
         (["--slm-scope", "world"], "--slm-scope"),
-        (["--slm-scope", "sequence", "--slm-policy", "quantile"], "is micro-batch with --slm-policy quantile"),
+        (["--slm-scope", "sequence", "--slm-policy", "quantile"], "must be micro-batch with --slm-policy quantile"),
         (["--slm-keep-ratio", "0"], "--slm-keep-ratio"),
         (["--slm-keep-ratio", ".nan"], "--slm-keep-ratio"),
-        (["--slm-keep-schedule", "linear"], "--slm-keep-decay-iters = None: is given when --slm-keep-schedule is"),
-        (["--slm-keep-decay-iters", "5"], "--slm-keep-decay-iters = 5: is given when"),
-        (["--slm-keep-schedule", "linear", "--slm-keep-decay-iters", "0"], "is greater than 0"),
+        (
+            ["--slm-keep-schedule", "linear"],
+            "--slm-keep-decay-iters is missing: required by --slm-keep-schedule linear",
+        ),
+        (["--slm-keep-decay-iters", "5"], "--slm-keep-decay-iters is 5: must be used with --slm-keep-schedule"),
+        (["--slm-keep-schedule", "linear", "--slm-keep-decay-iters", "0"], "must be positive"),
         (["--slm-keep-schedule", "step"], "--slm-keep-schedule"),
-        (["--slm-keep-warmup-iters", "-1"], "is 0 or more"),
+        (["--slm-keep-warmup-iters", "-1"], "must be at least 0"),
         (["--slm-keep-start", "0"], "--slm-keep-start"),
         (["--slm-keep-schedule", "cosine", "--slm-keep-decay-iters", "5", "--slm-policy", "weights"], "fixed share"),
-        (["--slm-always-keep", "-3"], "holds token ids, 0 or more"),
+        (["--slm-always-keep", "-3"], "must contain token ids of at least 0"),
         (["--slm-never-keep", "x"], "--slm-never-keep"),
-        (["--slm-always-keep", "3", "4", "--slm-never-keep", "4"], r"\(both hold \[4\]\)"),
-        (["--slm-always-keep", "3", "--slm-policy", "weights"], "is for policies that leave tokens out"),
+        (["--slm-always-keep", "3", "4", "--slm-never-keep", "4"], r"\(both contain 4\)"),
+        (["--slm-always-keep", "3", "--slm-policy", "weights"], "must not be used with --slm-policy weights"),
         (["--slm-probe-interval", "-1"], "--slm-probe-interval"),
-        (["--objective", "clm", "--reference-load", "x"], "is left out when --objective is clm"),
+        (["--objective", "clm", "--reference-load", "x"], "must not be used with --objective clm"),
     ],
 )
 def test_refused(argv: list[str], match: str) -> None:
@@ -113,14 +138,13 @@ def build(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"slm_score": ["exces"]}, r"--slm-score = 'exces': is one of .*did you mean excess\?"),
-        ({}, "--reference-load = None: is given when --objective is slm and --slm-score is excess"),
-        ({"slm_score": ["loss", "reference-entropy"], "slm_combine": "sum"}, "--slm-score is reference-entropy"),
-        ({"slm_score": ["loss"], "slm_always_keep": [3, 50]}, "--slm-always-keep = 50: holds ids .*below 50"),
-        ({"slm_score": ["loss"], "slm_never_keep": [50]}, "--slm-never-keep = 50"),
+        ({}, "--reference-load is missing: required by --objective slm with --slm-score excess"),
+        ({"slm_score": ["loss", "reference-entropy"], "slm_combine": "sum"}, "--slm-score reference-entropy"),
+        ({"slm_score": ["loss"], "slm_always_keep": [3, 50]}, "--slm-always-keep is 50: must be an id .*below 50"),
+        ({"slm_score": ["loss"], "slm_never_keep": [50]}, "--slm-never-keep is 50"),
     ],
 )
-def test_refused_where_names_and_ids_are_known(options: dict[str, Any], match: str) -> None:
+def test_refused_by_the_selector(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         build(**options)
 

@@ -58,8 +58,8 @@ def test_a_trained_run_exports_what_it_trained_and_says_where_it_comes_from(tmp_
     manifest = Manifest.read(checkpoint)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert manifest.step == 3
-    assert manifest.tokens_seen == sum(line["valid_tokens"] for line in lines) > 0
-    assert manifest.tokens_kept == sum(line["kept_tokens"] for line in lines) > 0
+    assert manifest.state.tokens_seen == sum(line["valid_tokens"] for line in lines) > 0
+    assert manifest.state.tokens_kept == sum(line["kept_tokens"] for line in lines) > 0
 
     done = export_checkpoint(str(tmp_path / "run" / "checkpoints"), str(tmp_path / "hf"))
     assert done.report is not None
@@ -74,7 +74,7 @@ def test_a_trained_run_exports_what_it_trained_and_says_where_it_comes_from(tmp_
     card = (done.folder / "README.md").read_text()
     story = json.loads((checkpoint / "origin" / "origin.json").read_text())
     for expected in (
-        "base_model: base", f"tokens seen | {manifest.tokens_seen:,}", f"{manifest.tokens_kept:,} (", "keep ratio | 0.5",
+        "base_model: base", f"tokens seen | {manifest.state.tokens_seen:,}", f"{manifest.state.tokens_kept:,} (", "keep ratio | 0.5",
         str(corpus), str(base), str(reference), "Qwen3ForCausalLM", "slm-keep-ratio: 0.5", manifest.sample_order,
         story["data"][0]["sha256"], story["references"][0]["sha256"], story["base"]["sha256"],
     ):  # fmt: skip

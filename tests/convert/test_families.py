@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_slm.checkpoint.load import CheckpointSource
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.export import export_checkpoint
 from megatron_slm.convert.families import family_of
 from megatron_slm.convert.hf_config import exported_config, read_architecture

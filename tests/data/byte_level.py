@@ -1,4 +1,4 @@
-"""Byte-level tokenizers of GPT-2's kind, trained on the spot, in the file forms they come in."""
+"""Small byte-level tokenizers like GPT-2's, trained on the spot, in every file format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ END = "<|endoftext|>"
 
 
 def byte_level(vocab_size: int = 600) -> Tokenizer:
-    """A byte-level BPE whose last token ends documents."""
+    """Train a byte-level BPE whose last token ends documents."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(alphabet), show_progress=False)
     tokenizer = Tokenizer(models.BPE())
@@ -27,14 +27,14 @@ def byte_level(vocab_size: int = 600) -> Tokenizer:
 
 
 def byte_level_folder(folder: Path) -> Path:
-    """As Hugging Face keeps it."""
+    """Write it as a Hugging Face folder."""
     fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token=END, bos_token=END)
     fast.save_pretrained(str(folder))
     return folder
 
 
 def gpt2_files(folder: Path) -> tuple[Path, Path]:
-    """GPT-2's vocab.json and merges.txt."""
+    """Write GPT-2's vocab.json and merges.txt."""
     tokenizer = byte_level()
     tokenizer.model.save(str(folder))
     vocabulary = json.loads((folder / "vocab.json").read_text()) | {END: tokenizer.token_to_id(END)}
@@ -43,7 +43,7 @@ def gpt2_files(folder: Path) -> tuple[Path, Path]:
 
 
 def byte_ranks() -> list[bytes]:
-    """The tokens' bytes by rank, single bytes first, in their order."""
+    """Return the tokens' bytes by rank, single bytes first, in order."""
     tokenizer = byte_level()
     letters = dict(zip(_letters(), range(256), strict=True))
     vocabulary = {token: index for token, index in tokenizer.get_vocab().items() if token != END}
@@ -52,14 +52,14 @@ def byte_ranks() -> list[bytes]:
 
 
 def tiktoken_file(folder: Path) -> Path:
-    """As OpenAI keeps it."""
+    """Write OpenAI's .tiktoken file."""
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(byte_ranks())]
     (folder / "ranks.tiktoken").write_text("\n".join(lines))
     return folder / "ranks.tiktoken"
 
 
 def megatron_json_file(folder: Path) -> Path:
-    """As Megatron takes it."""
+    """Write Megatron's JSON file."""
     entries = [
         {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": token.decode("utf-8", "replace")}
         for rank, token in enumerate(byte_ranks())

@@ -1,4 +1,4 @@
-"""Tokenizers that are trained once for all tests of this folder."""
+"""Tokenizers trained once for all tests of this folder."""
 
 from __future__ import annotations
 

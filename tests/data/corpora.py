@@ -20,7 +20,7 @@ def make_corpus(
     first_id: int = 0,
     vocab_size: int = 50_000,
 ) -> IndexedCorpus:
-    """One sequence a document, of these lengths; the token ids count up from `first_id`."""
+    """Write a corpus of one sequence per document, of these lengths; the token ids count up from `first_id`."""
     ids = np.fmod(np.arange(sum(lengths)) + first_id, vocab_size)
     with IndexedCorpusWriter(prefix, dtype) as writer:
         for document in np.split(ids, np.cumsum(lengths)[:-1]):
@@ -29,5 +29,5 @@ def make_corpus(
 
 
 def write_sidecar(prefix: str | Path, sidecar: Sidecar) -> None:
-    """Put a sidecar beside a corpus."""
+    """Write a sidecar beside a corpus."""
     sidecar_path(prefix).write_text(sidecar_text(sidecar), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Megatron-core's reader, writer and sample order, without its start-up warnings: what ours must equal."""
+"""Megatron-core's reader, writer and sample order, without its start-up warnings: the oracle for ours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EOD_ID = 0
 
 
 class StubTokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     vocab_size = 60_000
     eod = EOD_ID
@@ -46,7 +46,7 @@ def gpt_dataset(
     seed: int,
     eod_mask_loss: bool = False,
 ) -> GPTDataset:
-    """Megatron's training samples of these sequences."""
+    """Build Megatron's training samples of these sequences."""
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -66,7 +66,7 @@ def gpt_dataset(
 
 
 def megatron_bounds(split: str, num_sequences: int) -> list[tuple[int, int] | None]:
-    """The sequences of train, validation and test, by the lines of Megatron's dataset builder."""
+    """Return the sequences of train, validation and test, as Megatron's dataset builder cuts them."""
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     return [
         None if ends is None else (round(ends[0] * float(num_sequences)), round(ends[1] * float(num_sequences)))

@@ -17,7 +17,7 @@ from tests.data.corpora import make_corpus
 
 
 def plain_loop(sizes: list[int], capacity: int) -> list[int]:
-    """Rooms left in the bins, by the definition: each into the fullest that takes it."""
+    """Return the rooms left in the bins, by definition: each size goes into the fullest bin with room for it."""
     rooms: list[int] = []
     for size in sizes:
         fitting = [room for room in rooms if room >= size]
@@ -78,7 +78,7 @@ def test_documents_that_fit_are_whole_and_padding_is_masked(tmp_path: Path) -> N
 
 
 def test_no_token_is_a_label_twice(tmp_path: Path) -> None:
-    """Also where documents see each other, so that the first token of a cut document's tail could be one again."""
+    """Also the first token of a cut document's tail, which the previous piece already has as a label."""
     samples = samples_of(tmp_path / "c", [2, 2, 3, 20, 4, 20, 13])
     labels: Counter[int] = Counter()
     for i in range(len(samples)):
@@ -88,7 +88,7 @@ def test_no_token_is_a_label_twice(tmp_path: Path) -> None:
     assert set(range(1, 65)) - set(labels) <= {1, 3, 5, 8, 28, 32, 52}, "only first tokens of documents are no labels"
 
 
-def test_the_order_does_not_depend_on_how_many_are_asked_for(tmp_path: Path) -> None:
+def test_the_order_does_not_depend_on_the_number_of_samples(tmp_path: Path) -> None:
     lengths = np.random.default_rng(0).integers(2, 20, size=40).tolist()
     short, long = samples_of(tmp_path / "a", lengths), samples_of(tmp_path / "b", lengths, num_samples=100)
     assert len(long) >= 100 > len(short)
@@ -99,10 +99,10 @@ def test_the_order_does_not_depend_on_how_many_are_asked_for(tmp_path: Path) -> 
     assert long.order_fingerprint == short.order_fingerprint
 
 
-def test_refused(tmp_path: Path) -> None:
+def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="must be at least 2"):
         samples_of(tmp_path / "c", [1, 1])
-    with pytest.raises(ConfigError, match="seed = -1"):
+    with pytest.raises(ConfigError, match="--seed is -1: must be in"):
         samples_of(tmp_path / "c", [5], seed=-1)
     with pytest.raises(IndexError, match="sample 7"):
         samples_of(tmp_path / "c", [5])[7]

@@ -1,4 +1,4 @@
-"""Blends equal megatron-core's; phases and longer runs leave every corpus its place."""
+"""Blends equal megatron-core's; phases and longer runs keep every corpus's read position."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train_samples(folder: Path, num_samples: int, manifest: Any = None, **change
     values = run_flags(folder, run_dir, **{"vocab_size": 60_000, "seq_length": 16, **changes})
     config, _ = parse(flags(values))
     tokenizer = build_tokenizer("NullTokenizer", None, 60_000)
-    return open_data(config, tokenizer, 60_001, num_samples, 8, manifest).train
+    return open_data(config, tokenizer, 60_001, num_samples, global_batch_size=8, manifest=manifest).train
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def numbers(samples: BlendedSamples, stop: int) -> list[tuple[str, int]]:
     return [(samples.sources[s].name, n) for s, n in map(samples.locate, range(stop))]
 
 
-def test_phases_leave_each_corpus_its_place(folder: Path) -> None:
+def test_phases_keep_each_corpuss_read_position(folder: Path) -> None:
     web, books, code = (str(folder / name) for name in LENGTHS)
     first = ["0.7", web, "0.3", books]
     plain = train_samples(folder, 400, data_path=first)
@@ -119,7 +119,7 @@ def test_phases_leave_each_corpus_its_place(folder: Path) -> None:
 
 
 class Stored:
-    """What of a checkpoint's manifest the data looks at."""
+    """The fields of a checkpoint's manifest that the data reads."""
 
     def __init__(self, samples: BlendedSamples, consumed: int) -> None:
         self.data, self.consumed_samples = samples.state(consumed), consumed
@@ -149,7 +149,7 @@ def test_every_token_of_an_epoch_comes_before_the_next_order_begins(folder: Path
     assert len({longer[i].tokens.tobytes() for i in range(length)}) == length
 
 
-def test_a_phase_added_on_resume_goes_on(folder: Path) -> None:
+def test_a_phase_added_on_resume_continues(folder: Path) -> None:
     web, books = str(folder / "web"), str(folder / "books")
     words = ["0.7", web, "0.3", books]
     before = train_samples(folder, 400, data_path=words)
@@ -189,26 +189,26 @@ def test_a_corpus_of_other_tokens_is_named(folder: Path, tmp_path: Path) -> None
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "weight zero": ({"data_path": ["0", "{web}", "1", "{books}"]}, r"--data-path = 0.0: .*above 0 \(the weight of .*web\)"),
-    "weight negative": ({"data_path": ["1", "{web}", "-1", "{books}"]}, "--data-path = -1.0: .*above 0"),
-    "weight not a number": ({"data_path": ["nan", "{web}", "1", "{books}"]}, "--data-path = nan: is a finite number"),
-    "weight infinite": ({"data_path": ["inf", "{web}", "1", "{books}"]}, "--data-path = inf: is a finite number"),
-    "weights of an infinite sum": ({"data_path": ["1e308", "{web}", "1e308", "{books}"]}, r"--data-path = \[1e\+308, 1e\+308\]: has weights with a finite sum"),
-    "some weights": ({"data_path": ["1", "{web}", "{books}"]}, "gives a weight to every corpus or to none"),
-    "twice": ({"data_path": ["{web}", "{books}", "{web}"]}, "names each corpus once"),
-    "one name": ({"data_path": ["a={web}", "a={books}"]}, "has a name of its own"),
-    "two flags": ({"data_path": ["{web}"], "train_data_path": ["{web}"]}, "--train-data-path = .*is left out beside --data-path"),
-    "nothing": ({"data_path": None}, "--data-path = .*names a corpus"),
-    "no file of words": ({"data_path": None, "data_args_path": "{web}.words"}, "--data-args-path = .*is a readable file"),
+    "weight zero": ({"data_path": ["0", "{web}", "1", "{books}"]}, r"--data-path is 0.0: .*above 0 \(weight of .*web\)"),
+    "weight negative": ({"data_path": ["1", "{web}", "-1", "{books}"]}, "--data-path is -1.0: .*above 0"),
+    "weight not a number": ({"data_path": ["nan", "{web}", "1", "{books}"]}, "--data-path is nan: .* a finite number"),
+    "weight infinite": ({"data_path": ["inf", "{web}", "1", "{books}"]}, "--data-path is inf: .* a finite number"),
+    "weights of an infinite sum": ({"data_path": ["1e308", "{web}", "1e308", "{books}"]}, r"--data-path is \[1e\+308, 1e\+308\]: .* finite sum"),
+    "some weights": ({"data_path": ["1", "{web}", "{books}"]}, r"--data-path is '1 .*web .*books': .*weight"),
+    "twice": ({"data_path": ["{web}", "{books}", "{web}"]}, r"--data-path is '.*web': .*once"),
+    "one name": ({"data_path": ["a={web}", "a={books}"]}, r"--data-path is '.*books': .*name"),
+    "two flags": ({"data_path": ["{web}"], "train_data_path": ["{web}"]}, "--train-data-path is .*--data-path"),
+    "nothing": ({"data_path": None}, r"--data-path is (\[\]|missing): "),
+    "no file of words": ({"data_path": None, "data_args_path": "{web}.words"}, "--data-args-path is .*readable"),
     "bad json": ({"data_path": None, "per_split_data_args_path": "{web}.bin"}, "--per-split-data-args-path"),
-    "phase without a step": ({"data_path": ["{web}"], "data_phases": ["{books}"]}, "--data-phases = .*is STEP: BLEND"),
-    "phase at 0": ({"data_path": ["{web}"], "data_phases": ["0: {books}"]}, "with a step above 0"),
-    "phases out of order": ({"data_path": ["{web}"], "data_phases": ["5: {books}", "5: {web}"]}, "have steps that rise"),
-    "weight in a phase": ({"data_path": ["{web}"], "data_phases": ["5: 0 {books} 1 {web}"]}, "--data-phases at step 5 = 0.0"),
-    "held-out split without a sample": ({"data_path": ["{code}"], "split": "999,1,0"}, r"sequences of .*code for the set valid \(--split 999,1,0\) = 0: must be at least 1 of its"),
-    "test split without a sample": ({"data_path": ["0.9", "{web}", "0.1", "{code}"], "split": "8,1,0.001"}, "for the set test .*--test-data-path"),
-    "split without a sample": ({"data_path": ["0.9", "{web}", "0.1", "{code}"], "split": "1,99,0"}, "tokens in sequences .*code = 0: must be at least"),
-    "threads": ({"data_path": ["{web}"], "num_workers": -1}, "--num-workers = -1"),
+    "phase without a step": ({"data_path": ["{web}"], "data_phases": ["{books}"]}, "--data-phases is .*STEP: BLEND"),
+    "phase at 0": ({"data_path": ["{web}"], "data_phases": ["0: {books}"]}, r"--data-phases is '0: .*books': .*step above 0"),
+    "phases out of order": ({"data_path": ["{web}"], "data_phases": ["5: {books}", "5: {web}"]}, r"--data-phases is \[5, 5\]: "),
+    "weight in a phase": ({"data_path": ["{web}"], "data_phases": ["5: 0 {books} 1 {web}"]}, "--data-phases at step 5 is 0.0"),
+    "held-out split without a sample": ({"data_path": ["{code}"], "split": "999,1,0"}, r"valid.*--split 999,1,0.* is 0: must be at least 1"),
+    "test split without a sample": ({"data_path": ["0.9", "{web}", "0.1", "{code}"], "split": "8,1,0.001"}, r"test.*--split 8,1,0.001.* is 0: .*--test-data-path"),
+    "split without a sample": ({"data_path": ["0.9", "{web}", "0.1", "{code}"], "split": "1,99,0"}, "number of tokens in sequences .*code is 0: must be at least"),
+    "threads": ({"data_path": ["{web}"], "num_workers": -1}, "--num-workers is -1"),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ EOD, LENGTH = 7, 24
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> PackedSamples:
-    """One sequence that holds many documents, so that the token alone says where they end."""
+    """One sequence of many documents, whose ends are marked by the token alone."""
     prefix = tmp_path_factory.mktemp("eod") / "c"
     tokens = np.random.default_rng(0).integers(0, 9, size=2000)
     tokens[100:104] = EOD  # documents of one token

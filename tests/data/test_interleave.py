@@ -56,7 +56,7 @@ def test_equals_megatrons_helper_for_any_weights(weights: list[float], size: int
 @settings(max_examples=60, deadline=None)
 @given(weights=st.lists(st.floats(1e-3, 10), min_size=2, max_size=9), size=st.integers(1, 3000))
 def test_no_corpus_is_more_than_one_sample_ahead_of_its_weight(weights: list[float], size: int) -> None:
-    """What is laid out of each corpus relies on it: nothing is drawn beyond."""
+    """`needed_samples` relies on this bound."""
     shares = np.array(normalized(weights))
     choice, _ = greedy_choices(shares, size)
     drawn = np.cumsum(choice[:, None] == np.arange(len(shares)), axis=0)

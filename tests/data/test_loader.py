@@ -1,4 +1,4 @@
-"""Micro-batches: shifted labels, masks, padding beyond the end, and the same samples at any layout."""
+"""Micro-batches: shifted labels, masks, padding beyond the end, and the same samples for any layout."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from megatron_slm.data.loader import Boundaries, MicroBatchSource, num_global_batches
-from megatron_slm.data.packing import PackedSamples, Samples, SequentialSamples
+from megatron_slm.data.packing import PackedSamples, SequentialSamples
+from megatron_slm.data.samples import Samples
 from megatron_slm.errors import ConfigError, VocabularyError
 from tests.data.corpora import make_corpus
 from tests.data.megatron_oracle import EOD_ID, gpt_dataset
 
 
 def source(samples: Samples, *, micro_batch_size: int = 1, rank: int = 0, size: int = 1, **options) -> MicroBatchSource:
-    """A source with the defaults of these tests."""
+    """Make a source with the defaults of these tests."""
     return MicroBatchSource(
         samples,
         micro_batch_size=micro_batch_size,
@@ -47,7 +48,7 @@ def test_beyond_the_end_nothing_is_valid(held_out: SequentialSamples) -> None:
     assert batch.valid_bs.tolist() == [[True, False, False, False], [False] * 4, [False] * 4]
 
 
-def test_training_never_goes_on_with_padding(held_out: SequentialSamples) -> None:
+def test_training_never_continues_on_padding(held_out: SequentialSamples) -> None:
     with pytest.raises(IndexError, match="sample 6 of"):
         source(held_out, pads_at_end=False).micro_batch(6, 0)
 
@@ -113,17 +114,19 @@ def test_without_the_option_nothing_is_masked(tmp_path: Path) -> None:
 def test_token_id_outside_the_vocabulary(tmp_path: Path, first_id: int, vocab_size: int, value: int) -> None:
     corpus = make_corpus(tmp_path / "c", [18], dtype="int32", first_id=first_id)
     samples = SequentialSamples(corpus, 0, 1, sequence_length=17)
-    message = rf"token id in sample 0 of .*/c = {value}: must be within \[0, 17\)"
+    message = rf"/c: token id in sample 0 is {value}: must be in \[0, 17\)"
     with pytest.raises(VocabularyError, match=message):
         source(samples, vocab_size=vocab_size).micro_batch(0, 0)
 
 
 def test_bad_options(held_out: SequentialSamples) -> None:
-    with pytest.raises(ConfigError, match="eod_mask_loss = True: needs an end-of-document token"):
+    with pytest.raises(
+        ConfigError, match="--eod-mask-loss is True: must be used with a tokenizer that has an end-of-document token"
+    ):
         source(held_out, boundaries=Boundaries(eod_mask_loss=True))
-    with pytest.raises(ConfigError, match="micro_batch_size = 0: must be at least 1"):
+    with pytest.raises(ConfigError, match="--micro-batch-size is 0: must be at least 1"):
         source(held_out, micro_batch_size=0)
-    with pytest.raises(ConfigError, match="vocab_size = 0: must be at least 1"):
+    with pytest.raises(ConfigError, match="--vocab-size is 0: must be at least 1"):
         source(held_out, vocab_size=0)
     with pytest.raises(ValueError, match="data-parallel rank 1 must be within"):
         source(held_out, rank=1, size=1).micro_batch(0, 0)

@@ -1,4 +1,4 @@
-"""Sample order: Megatron's to the token for training, every label exactly once for held-out sets."""
+"""Sample order: Megatron's, token by token, for training; every label exactly once for held-out sets."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_equals_megatrons_gpt_dataset_on_any_corpus(
         np.testing.assert_array_equal(ours[index].tokens, theirs._query_document_sample_shuffle_indices(index)[0])
 
 
-def test_cases_cover_what_they_say(tmp_path: Path) -> None:
+def test_cases_match_their_names(tmp_path: Path) -> None:
     separate = {}
     for case, (lengths, sequence_length, num_samples) in CASES.items():
         samples = PackedSamples(
@@ -99,7 +99,7 @@ def test_cases_cover_what_they_say(tmp_path: Path) -> None:
             num_samples=num_samples,
             seed=1,
         )
-        separate[case] = (samples.num_epochs, samples._samples_shuffled_first(num_samples) < len(samples))
+        separate[case] = (samples.num_epochs, samples._num_shuffled_first < len(samples))
     assert separate["one epoch"] == (1, False)
     assert separate["two epochs, last one little used"] == (2, True)
     assert separate["two epochs, last one much used"] == (2, False)
@@ -123,20 +123,20 @@ def test_split_bounds_are_megatrons(split: str, num_sequences: int) -> None:
 
 @pytest.mark.parametrize("split", ["", "1,2,3,4", "a,b", "-1,2", "0,0,0", "1;2", "1e3,1", "1,,2"])
 def test_split_that_is_not_numbers(split: str) -> None:
-    with pytest.raises(ConfigError, match=r"split = .*must be one to three numbers"):
+    with pytest.raises(ConfigError, match=r"--split is .*must be one to three numbers"):
         split_bounds(split, 10)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_samples": 0}, "num_samples = 0: must be at least 1"),
-        ({"seed": -1}, "seed = -1: must be within"),
-        ({"seed": 2**32}, "seed = 4294967296: must be within"),
-        ({"sequence_length": 0}, "sequence_length = 0: must be at least 1"),
+        ({"num_samples": 0}, "number of samples is 0: must be at least 1"),
+        ({"seed": -1}, "--seed is -1: must be in"),
+        ({"seed": 2**32}, "--seed is 4294967296: must be in"),
+        ({"sequence_length": 0}, "--seq-length is 0: must be at least 1"),
     ],
 )
-def test_packed_samples_refuse_bad_numbers(tmp_path: Path, changed: dict[str, int], message: str) -> None:
+def test_packed_samples_reject_bad_numbers(tmp_path: Path, changed: dict[str, int], message: str) -> None:
     corpus = make_corpus(tmp_path / "c", [5, 5])
     with pytest.raises(ConfigError, match=message):
         PackedSamples(corpus, 0, 2, **{"sequence_length": 4, "num_samples": 2, "seed": 1, **changed})
@@ -144,19 +144,19 @@ def test_packed_samples_refuse_bad_numbers(tmp_path: Path, changed: dict[str, in
 
 @pytest.mark.parametrize("bounds", [(-1, 1), (0, 3), (2, 1)])
 def test_sequences_outside_the_corpus(tmp_path: Path, bounds: tuple[int, int]) -> None:
-    with pytest.raises(ConfigError, match=r"sequences = .*must lie within the 2 of"):
+    with pytest.raises(ConfigError, match=r"range of sequences is .*must lie within the 2 sequences of"):
         SequentialSamples(make_corpus(tmp_path / "c", [5, 5]), *bounds, sequence_length=4)
 
 
 def test_sets_with_too_few_tokens(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c", [0, 1, 4])
-    with pytest.raises(CorpusError, match=r"tokens in sequences \[0, 1\) of .* = 0: must be at least"):
+    with pytest.raises(CorpusError, match=r"number of tokens in sequences \[0, 1\) of .* is 0: must be at least"):
         PackedSamples(corpus, 0, 1, sequence_length=4, num_samples=1, seed=1)
-    with pytest.raises(CorpusError, match="= 4: must be at least 5"):
+    with pytest.raises(CorpusError, match="is 4: must be at least 5"):
         PackedSamples(corpus, 2, 3, sequence_length=4, num_samples=None, seed=1)
-    with pytest.raises(CorpusError, match="= 1: must be at least 2"):
+    with pytest.raises(CorpusError, match="is 1: must be at least 2"):
         SequentialSamples(corpus, 0, 2, sequence_length=4)
-    with pytest.raises(CorpusError, match=r"sequences \[1, 1\) of .* = 0"):
+    with pytest.raises(CorpusError, match=r"sequences \[1, 1\) of .* is 0"):
         SequentialSamples(corpus, 1, 1, sequence_length=4)
 
 
@@ -183,7 +183,7 @@ def test_no_sample_outside_the_order(tmp_path: Path, kind: str) -> None:
 def test_every_held_out_token_is_a_label_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], sequence_length: int
 ) -> None:
-    """Not the first document: the set need not start where the corpus does."""
+    """The set starts at the second document."""
     corpus = make_corpus(tmp_path_factory.mktemp("held") / "c", lengths)
     samples = SequentialSamples(corpus, 1, len(lengths), sequence_length=sequence_length)
     tokens = np.arange(lengths[0], sum(lengths))

@@ -1,4 +1,4 @@
-"""Reading ahead changes no micro-batch, and an unreadable shard is known before the step that needs it."""
+"""Reading ahead changes no micro-batch, and an unreadable corpus is reported before the step that needs it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_next_steps_micro_batches_may_be_taken_early(samples: PackedSamples)
     ahead.close()
 
 
-def test_a_shard_that_fails_for_a_moment_is_read_again(
+def test_a_corpus_that_fails_for_a_moment_is_read_again(
     samples: PackedSamples, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(reading, "RETRY_SECONDS", (0.0, 0.0))
@@ -66,10 +66,10 @@ def test_a_shard_that_fails_for_a_moment_is_read_again(
 
     monkeypatch.setattr(os, "pread", failing)
     assert samples[3].tokens.tolist() == expected.tokens.tolist()
-    assert "c.bin could not be read (Input/output error); trying again" in caplog.text
+    assert "c.bin (Input/output error): retrying" in caplog.text
 
 
-def test_a_shard_that_stays_unreadable_is_named_before_the_step(
+def test_a_corpus_that_stays_unreadable_is_reported_before_the_step(
     samples: PackedSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "RETRY_SECONDS", (0.0,))
@@ -80,8 +80,8 @@ def test_a_shard_that_stays_unreadable_is_named_before_the_step(
     found = [error for error in errors if error is not None]
     assert found
     assert all(isinstance(error, CorpusError) for error in found)
-    assert "c.bin = 'sequence " in str(found[0])
-    assert "it ends at byte" in str(found[0])
+    assert "c.bin': must be readable in sequence " in str(found[0])
+    assert "the file ends at byte" in str(found[0])
     assert "tried 2 times" in str(found[0])
     ahead.close()
 
@@ -90,5 +90,7 @@ def test_a_shard_that_stays_unreadable_is_named_before_the_step(
 def test_a_loss_mask_of_another_corpus(tmp_path: Path, changed: str) -> None:
     corpus = make_corpus(tmp_path / "c", [3, 4, 5])
     mask = make_corpus(tmp_path / "m", [3, 4, 5, 1] if changed == "a sequence more" else [3, 5, 4])
-    with pytest.raises(CorpusError, match=r"loss mask .*m.idx: (sequences|length of sequence 1) = (4|5): is that of"):
+    with pytest.raises(
+        CorpusError, match=r"m.idx: (number of sequences|length of sequence 1) is (4|5): must be that of"
+    ):
         SequentialSamples(corpus, 0, 3, sequence_length=4, loss_mask=mask)

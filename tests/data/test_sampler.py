@@ -1,4 +1,4 @@
-"""The sampler: Megatron's order, and the same global batch at any layout."""
+"""The sampler: Megatron's order, and the same global batch for any layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small texts that hold what tokenizers differ in, and what is made of them."""
+"""Small texts on which tokenizers tend to differ."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TEXTS = (*PROSE, *CODE, *SCRIPTS, *EDGES)
 
 
 def training_texts() -> list[str]:
-    """Enough text for a few hundred pieces."""
+    """Return enough text to train a few hundred pieces."""
     return [*PROSE, *CODE, *SCRIPTS] * 5 + [f"{text} {at}" for at, text in enumerate(PROSE * 10)]
 
 
 def write_json_lines(path: Path, texts: Sequence[object], key: str = "text") -> Path:
-    """One object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
     return path

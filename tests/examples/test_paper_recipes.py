@@ -10,9 +10,9 @@ import pytest
 from transformers import LlamaConfig, MistralConfig
 
 from megatron_slm.cli.pretrain import main
-from megatron_slm.config.load import _fields, parse
+from megatron_slm.config.load import known_flags, parse
 from megatron_slm.convert.hf_config import architecture_of
-from megatron_slm.planning.job import open_job
+from megatron_slm.planning.planned_run import plan_run
 from tests.data.byte_level import byte_level_folder
 from tests.examples.recipes import CONFIGS, EXAMPLES, FOLDERS, ROOT, name_of
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
@@ -68,7 +68,7 @@ def test_a_dry_run_needs_no_files(
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert f"Layout: {world} ranks" in printed.out
-    for part in ("tokens of the run", "optimizer (master weights, moments)", "Not looked at", "--init-from"):
+    for part in ("tokens of the run", "optimizer (master weights, moments)", "Not checked", "--init-from"):
         assert part in printed.out
     assert ("reference schedule" in printed.out) is ("reference-config" in config.read_text()), (
         "where a reference runs beside the model, its shape is known"
@@ -102,12 +102,12 @@ def test_numbers_are_the_papers(config: Path) -> None:
 def test_shapes_are_those_of_the_models(config: Path) -> None:
     """So that --init-from, which is compared with them, is accepted."""
     run, _ = parse(["--config", str(config)])
-    job = open_job(run)
+    job = plan_run(run)
     real = HF_CONFIGS[PAPER[name_of(config)]["model"]]
     assert job.architecture == architecture_of({**real.to_dict(), "architectures": None}, "test")
     if job.reference is not None:
         small = name_of(config).startswith("weak")
-        assert job.reference == (open_job(parse(["--config", "examples/rho1_math_1b/slm.yaml"])[0]).architecture if small else job.architecture)  # fmt: skip
+        assert job.reference == (plan_run(parse(["--config", "examples/rho1_math_1b/slm.yaml"])[0]).architecture if small else job.architecture)  # fmt: skip
 
 
 def test_the_blend_is_six_to_three_to_one() -> None:
@@ -131,8 +131,7 @@ def test_a_control_without_selection_is_a_command_away() -> None:
 
 
 def test_every_flag_in_the_pages_and_scripts_exists() -> None:
-    known = {"--" + name.replace("_", "-") for name in _fields()}
-    known |= {"--config", "--dry-run", "--without-files", "--help"}
+    known = set(known_flags())
     for source in (*(ROOT / "tools").glob("*.py"), *(ROOT / "megatron_slm/cli").glob("*.py"), *EXAMPLES.rglob("*.py")):  # fmt: skip
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source.read_text()))
     known |= {"--num_gpus", "--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port", "--log_level"}
@@ -169,7 +168,7 @@ def test_every_deepspeed_file_is_described_and_used() -> None:
     ("changes", "world", "match"),
     [
         (["--micro-batch-size", "3"], 8, "--micro-batch-size"),
-        (["--pipeline-model-parallel-size", "3"], 8, "world size = 8: is a multiple of"),
+        (["--pipeline-model-parallel-size", "3"], 8, "world size is 8: must be a multiple of"),
         (["--tensor-model-parallel-size", "8"], 8, "tensor"),
         (["--num-layers", "12", "--pipeline-model-parallel-size", "16"], 16, "16"),
         (["--reference-config", "nowhere/config.json"], 8, "--reference-config = 'nowhere/config.json'"),
@@ -189,7 +188,7 @@ def test_what_needs_no_file_is_refused(
 
 def test_without_files_goes_with_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "examples/rho1_math_1b/slm.yaml", "--without-files"]) == 2
-    assert "--without-files = True: goes with --dry-run" in capsys.readouterr().err
+    assert "--dry-run is missing: required by --without-files" in capsys.readouterr().err
 
 
 def test_a_loaded_reference_must_have_the_planned_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +199,7 @@ def test_a_loaded_reference_must_have_the_planned_shape(tmp_path: Path, capsys: 
             corpus, tmp_path / "run", objective="slm", reference_load=reference, reference_config=shape / "config.json"
         )
         assert main([*flags(values), "--dry-run"]) == code
-    assert "--reference-config: num_layers = 2: is that of the reference that is loaded (3)" in capsys.readouterr().err
+    assert "--reference-config: num_layers is 2: must be that of the loaded reference (3)" in capsys.readouterr().err
 
 
 def test_a_tokenizers_size_must_be_the_one_planned_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,4 +208,4 @@ def test_a_tokenizers_size_must_be_the_one_planned_with(tmp_path: Path, capsys: 
     values = run_flags(corpus, tmp_path / "run", tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tokenizer)
     values["vocab-size"] = 77
     assert main([*flags(values), "--dry-run"]) == 2
-    assert "--vocab-size = 77: is the tokenizer's" in capsys.readouterr().err
+    assert "--vocab-size is 77: must be the tokenizer's" in capsys.readouterr().err

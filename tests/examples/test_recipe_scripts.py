@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from megatron_slm.checkpoint.format import Manifest
+from megatron_slm.checkpoint.state import RunState
 from megatron_slm.cli.score import parse_scoring
-from megatron_slm.config import RunConfig
 from megatron_slm.config.load import parse
-from megatron_slm.planning.job import open_job
+from megatron_slm.config.run import RunConfig
+from megatron_slm.planning.planned_run import plan_run
 from tests.examples.recipes import EXAMPLES, FOLDERS, ROOT, flags_of_tool
 
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch"), ROOT / "tools/environment.sh"])
@@ -164,12 +165,16 @@ def test_every_command_of_a_recipe_is_accepted(folder: Path, variant: str, tmp_p
 
 def save_checkpoint(folder: Path, step: int) -> None:
     """What is read of a checkpoint to know how far its run is."""
-    architecture = open_job(parse(["--config", "examples/rho1_math_1b/slm.yaml"])[0]).architecture
+    architecture = plan_run(parse(["--config", "examples/rho1_math_1b/slm.yaml"])[0]).architecture
     made = folder / f"step_{step:08d}"
     made.mkdir(parents=True)
     nothing: dict[str, Any] = dict.fromkeys(("tokenizer_fingerprint", "sample_order"))
     Manifest(
-        step=step, consumed_samples=step, adam_step=step, architecture=architecture, layout={}, files={}, **nothing
+        state=RunState(step=step, consumed_samples=step, adam_step=step),
+        architecture=architecture,
+        layout={},
+        files={},
+        **nothing,
     ).write(made)
 
 

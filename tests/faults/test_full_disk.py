@@ -27,7 +27,7 @@ MIB = 2**20
 
 @pytest.fixture
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system of as many bytes."""
+    """A file system of the given size, in bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -71,7 +71,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("small_disk", [64 * 2**10], indirect=True)
 def test_no_room_for_the_metrics(small_disk: Path, tmp_path: Path) -> None:
-    """The step is saved elsewhere, every rank says why the run ends, and the run can be gone on with."""
+    """The step is saved elsewhere, every rank prints the error, and the run can be resumed."""
     saved = tmp_path / "checkpoints"
     values = run_flags(
         write_corpus(tmp_path / "corpus"), small_disk / "run", train_iters=100, save_interval=100, save=saved,
@@ -80,7 +80,7 @@ def test_no_room_for_the_metrics(small_disk: Path, tmp_path: Path) -> None:
     with pytest.raises(WorldError) as failed:
         run_world(command, 2, flags(values))
     assert failed.value.codes == [1, 1]
-    assert all("--run-dir = " in line and "No space left on device" in line for line in errors(failed.value))
+    assert all("--run-dir is " in line and "No space left on device" in line for line in errors(failed.value))
     [folder] = complete_checkpoints(saved)
     step = Manifest.read(folder).step
     assert 1 < step < 100
@@ -122,18 +122,18 @@ def test_what_rank_0_alone_writes(where: str, tmp_path: Path) -> None:
     with pytest.raises(WorldError) as failed:
         run_world(command_on_a_full_disk, 2, flags(values), where)
     assert failed.value.codes == [1, 1]
-    fix = "free the disk, or choose another folder; then resume"
+    fix = "free disk space or choose another folder, then resume"
     folder = str(tmp_path / "run")
     assert (
         errors(failed.value)
-        == [f"error: --run-dir = {folder!r}: can be written (No space left on device: {where}). Fix: {fix}"] * 2
+        == [f"error: --run-dir is {folder!r}: must be writable (No space left on device: {where}). Fix: {fix}"] * 2
     )
     [saved] = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert Manifest.read(saved).step == {"metrics": 3, "TensorBoard": 1, "texts": 3}.get(where, 4)
 
 
 def train_with_a_full_log(values: dict[str, Any]) -> int:
-    """What is said on standard error has no room; the step that the run ends with."""
+    """Standard error is full; returns the step that the run ends with."""
     full, log = os.open("/dev/full", os.O_WRONLY), os.dup(2)
     os.dup2(full, 2)
     try:
@@ -179,6 +179,6 @@ def test_no_room_for_the_record_of_a_bad_batch(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(WorldError) as failed:
         run_world(spike_on_a_full_disk, 2, flags(values))
-    assert all("--run-dir = " in line and "No space left on device" in line for line in errors(failed.value))
+    assert all("--run-dir is " in line and "No space left on device" in line for line in errors(failed.value))
     [saved] = complete_checkpoints(tmp_path / "checkpoints")
     assert Manifest.read(saved).step == 1

@@ -37,7 +37,7 @@ def train_until_killed(values: dict[str, Any], at_micro_batch: int) -> int:
             os.kill(os.getpid(), signal.SIGTERM)  # DeepSpeed's launcher sends it again
 
     config, _ = parse(flags(values))
-    return pretrain(config, observer=observe).position.step
+    return pretrain(config, observer=observe).state.step
 
 
 def train_and_signal(values: dict[str, Any], rank: int, where: str, moment: int, number: int) -> int:
@@ -70,7 +70,7 @@ def train_and_signal(values: dict[str, Any], rank: int, where: str, moment: int,
 
 def train(values: dict[str, Any]) -> int:
     config, _ = parse(flags(values))
-    return pretrain(config).position.step
+    return pretrain(config).state.step
 
 
 class Runs:

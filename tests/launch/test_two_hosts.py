@@ -161,7 +161,7 @@ def test_a_cable_pulled_in_the_middle_of_a_step(tmp_path: Path) -> None:
         errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, log.read_text()
         assert f"rank {rank}: " in errors[0]
-        assert f"no sign of life from node{1 - rank} (rank {1 - rank})" in errors[0]
+        assert f"no response from node{1 - rank} (rank {1 - rank})" in errors[0]
         assert "--distributed-timeout-minutes" in errors[0]
 
 
@@ -237,10 +237,9 @@ def test_preflight_without_a_shared_file_system(cluster_without_ssh: Cluster) ->
     wrong = {c["name"]: c["problems"] for c in json.loads(written.read_text())["checks"] if c["status"] == "failed"}
     assert wrong == {
         "files": [
-            f"node1: corpus {own}/corpus{end} is not there, or cannot be read (others have it)"
-            for end in (".bin", ".idx")
+            f"node1: corpus {own}/corpus{end} is missing or unreadable (others have it)" for end in (".bin", ".idx")
         ],
-        "shared checkpoint folder": ["node1: does not see what node0 writes"],
+        "shared checkpoint folder": ["node1: does not see files that node0 writes"],
     }
 
     loopback = cluster.folder / "hosts" / "hosts.loopback"
@@ -251,6 +250,4 @@ def test_preflight_without_a_shared_file_system(cluster_without_ssh: Cluster) ->
     finally:
         cluster.hosts[1].run("umount", "/etc/hosts")
     wrong = {c["name"]: c["problems"] for c in json.loads(written.read_text())["checks"] if c["status"] == "failed"}
-    assert wrong["connections"] == [
-        "node0: cannot connect to node1: its own address there is 127.0.1.1, which only it can reach"
-    ]
+    assert wrong["connections"] == ["node0: cannot connect to node1: its address is 127.0.1.1, which only it can reach"]

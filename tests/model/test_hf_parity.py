@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.loss import token_statistics
 from tests.support.models import dense_stage, logits_bsV, random_hf_model

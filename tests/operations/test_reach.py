@@ -1,4 +1,4 @@
-"""Nodes that give no sign of life are told from those whose ranks have merely ended."""
+"""Nodes that do not respond, apart from those whose ranks have merely ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_slm.errors import PeerError
 from megatron_slm.operations import reach
-from megatron_slm.operations.reach import Listener, Place, nccl_address, own_address, silent_nodes, silent_nodes_named
+from megatron_slm.operations.reach import Host, Listener, name_silent_nodes, nccl_address, own_address, silent_nodes
 
 NOWHERE = "192.0.2.1"
 
@@ -30,16 +30,16 @@ def test_only_hosts_that_do_not_answer_are_silent(error: OSError, monkeypatch: p
     with pytest.raises(ConnectionRefusedError):
         real(("127.0.0.1", closed.port), 5.0)
     with Listener() as listener:
-        places = [
-            Place(host="own", address=NOWHERE, port=1),
-            Place(host="alive", address="127.0.0.1", port=listener.port),
-            Place(host="ended", address="127.0.0.1", port=closed.port),
-            Place(host="gone", address=NOWHERE, port=listener.port),
-            Place(host="gone", address=NOWHERE, port=listener.port),
-            Place(host="never known", address=None, port=1),
+        hosts = [
+            Host(name="own", address=NOWHERE, port=1),
+            Host(name="alive", address="127.0.0.1", port=listener.port),
+            Host(name="ended", address="127.0.0.1", port=closed.port),
+            Host(name="gone", address=NOWHERE, port=listener.port),
+            Host(name="gone", address=NOWHERE, port=listener.port),
+            Host(name="never known", address=None, port=1),
         ]
-        assert silent_nodes(places, "own") == ["gone (ranks 3, 4)"]
-        assert silent_nodes(places[:1], "own") == []
+        assert silent_nodes(hosts, "own") == ["gone (ranks 3, 4)"]
+        assert silent_nodes(hosts[:1], "own") == []
 
 
 def test_the_address_that_other_nodes_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,5 +72,5 @@ def test_a_rank_that_is_lost_at_the_start_is_one_error(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(reach, "all_gather_objects", lost)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    with pytest.raises(PeerError, match="rank 0: telling the others how to reach this node"), silent_nodes_named():
+    with pytest.raises(PeerError, match="rank 0: exchanging addresses"), name_silent_nodes():
         pass

@@ -1,4 +1,4 @@
-"""What a supervisor makes of a run's exit codes and checkpoints; the run is a stand-in that a script of lives drives."""
+"""The supervisor's restarts, by exit codes and checkpoints of a stand-in that plays a list of lives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from megatron_slm.cli.supervise import main
 from megatron_slm.errors import ConfigError
-from megatron_slm.operations.supervisor import Job, Policy
+from megatron_slm.operations.supervisor import Command, RestartPolicy
 
 STAND_IN = """
 import json, os, pathlib, subprocess, sys, time
@@ -93,7 +93,7 @@ def test_a_run_that_fails_is_started_again_from_its_newest_checkpoint(tmp_path: 
     assert [(e["exit_code"], e["checkpoint_step"], e["step"]) for e in run.events("exit")] == [
         (1, 5, 5), (137, 10, 10), (0, 100, 100),
     ]  # fmt: skip
-    assert run.events("end")[0]["reason"] == "the run ended well"
+    assert run.events("end")[0]["reason"] == "finished"
 
 
 def test_the_first_life_keeps_its_own_load(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_without_progress_it_gives_up(tmp_path: Path) -> None:
         tmp_path, [{"code": 1}, {"saves": 5, "code": 1}, {"code": 1}, {"code": 7}, {}], "--max-without-progress", "2"
     )
     assert run.wait() == 7
-    assert "no newer checkpoint in 2 lives" in run.events("end")[0]["reason"]
+    assert "no newer checkpoint in 2 consecutive attempts" in run.events("end")[0]["reason"]
     assert [e["lives_without_progress"] for e in run.events("wait")] == [1, 0, 1]
 
 
@@ -116,7 +116,7 @@ def test_restarts_are_bounded_in_all(tmp_path: Path) -> None:
     run = Supervised(tmp_path, lives, "--max-restarts", "2")
     assert run.wait() == 1
     assert len(run.loads()) == 3
-    assert "started again 2 times" in run.events("end")[0]["reason"]
+    assert "restarted 2 times" in run.events("end")[0]["reason"]
 
 
 def test_what_cannot_be_used_is_not_started_again(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_signal_stops_the_run_through_the_file(number: int, tmp_path: Path) ->
     run.wait_until_ready()
     run.process.send_signal(number)
     assert run.wait() == 0
-    assert run.events("end")[0]["reason"] == "asked to stop"
+    assert run.events("end")[0]["reason"] == "stopped on request"
     assert not (tmp_path / "run" / "STOP").exists()
 
 
@@ -149,7 +149,7 @@ def test_a_run_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     run.wait_until_ready()
     run.process.terminate()
     assert run.wait() == 137
-    assert run.events("kill")[0]["reason"] == "not over after --grace-seconds"
+    assert run.events("kill")[0]["reason"] == "still running after --grace-seconds"
     assert not psutil.pid_exists(int((tmp_path / "child").read_text()))
 
 
@@ -162,31 +162,34 @@ def test_orphans_are_waited_for_before_the_next_start(tmp_path: Path) -> None:
 
 
 def test_it_waits_longer_the_longer_nothing_comes_of_it() -> None:
-    policy = Policy(backoff_seconds=10.0, max_backoff_seconds=60.0)
+    policy = RestartPolicy(backoff_seconds=10.0, max_backoff_seconds=60.0)
     assert [policy.delay_seconds(n) for n in range(4)] == [10, 20, 40, 60]
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("bash run.sh", "has pretrain_slm.py and the run's flags as words of their own"),
-        ("deepspeed tools/pretrain_slm.py --train-iters 5", "--save-interval = None"),
+        ("bash run.sh", "must contain pretrain_slm.py once, with the run's flags after it"),
+        ("deepspeed tools/pretrain_slm.py --train-iters 5", "--save-interval is missing: required by supervise.py"),
         ("deepspeed tools/pretrain_slm.py --train-itres 5", "did you mean --train-iters"),
-        ("nowhere tools/pretrain_slm.py --train-iters 5 --save-interval 1", "command = 'nowhere': is a program"),
+        (
+            "nowhere tools/pretrain_slm.py --train-iters 5 --save-interval 1",
+            "command is 'nowhere': must name an executable file",
+        ),
     ],
 )
 def test_commands_it_cannot_use(command: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Job.of(command.split())
+        Command.parse(command.split())
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--max-restart 3", "did you mean --max-restarts?"),
-        ("--max-restarts many", "command line = 'supervise.py': argument --max-restarts: invalid int value: 'many'"),
-        ("--max-without-progress 0", "--max-without-progress = 0: is at least 1"),
-        ("--grace-seconds nan", "--grace-seconds = nan: is at least 0"),
+        ("--max-restarts many", "--max-restarts: invalid int value: 'many'"),
+        ("--max-without-progress 0", "--max-without-progress is 0: must be at least 1"),
+        ("--grace-seconds nan", "--grace-seconds is nan: must be at least 0"),
     ],
 )
 def test_flags_it_cannot_use(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,4 +203,4 @@ def test_such_a_command_ends_it_with_exit_code_2(tmp_path: Path) -> None:
         env={**os.environ}, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("error: command = 'bash run.sh'")
+    assert done.stderr.startswith("error: command is 'bash run.sh'")

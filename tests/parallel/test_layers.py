@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_slm.checkpoint.weights import RandomWeights, fill_module
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import LayoutError
 from megatron_slm.parallel.groups import TensorParallel, create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.layers import ParallelLayers
@@ -100,9 +100,9 @@ def test_shards_are_marked_for_deepspeeds_norms() -> None:
 
 def test_widths_that_cannot_be_cut_are_refused() -> None:
     layers = ParallelLayers(TensorParallel(size=4), vocabulary_divisible_by=2)
-    with pytest.raises(LayoutError, match=r"x.a = 6: is divisible by --tensor-model-parallel-size \(4\)"):
+    with pytest.raises(LayoutError, match=r"x.a is 6: must be divisible by --tensor-model-parallel-size \(4\)"):
         layers.linear_in("x.", 8, {"a": 6})
-    with pytest.raises(LayoutError, match="padded vocabulary = 14"):
+    with pytest.raises(LayoutError, match="padded vocabulary is 14"):
         layers.embedding("e", 13, 8)
 
 

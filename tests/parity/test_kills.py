@@ -64,7 +64,7 @@ class Runs:
                 for m in (manifest, whole)
             ]
             assert of_tensors[0] == of_tensors[1], path
-            assert (manifest.step, manifest.consumed_samples) == (whole.step, whole.consumed_samples)
+            assert (manifest.step, manifest.state.consumed_samples) == (whole.step, whole.state.consumed_samples)
 
     def resumed_to_the_end(self, name: str) -> None:
         """Resume once more, undisturbed: the same weights, random states and history."""

@@ -34,7 +34,6 @@ def values(folder: Path, layout: str, name: str, **changes: Any) -> dict[str, An
 
 
 def save_what_was_loaded(flag_values: dict[str, Any]) -> None:
-    from megatron_slm.checkpoint.state import Progress
     from megatron_slm.config.load import parse
     from megatron_slm.parallel.groups import init_distributed
     from megatron_slm.run.plan import make_plan
@@ -46,9 +45,7 @@ def save_what_was_loaded(flag_values: dict[str, Any]) -> None:
     config = parse(flags({**flag_values, "save": f"{flag_values['run-dir']}/at_once"}))[0]
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     run = build_run(make_plan(config, num_ranks, rank=rank, resume=open_resume(config)))
-    position = run.position
-    progress = Progress(step=position.step, consumed_samples=position.consumed_samples, adam_step=position.adam_step)
-    run.saver.save(run.trainer.engine.optimizer, progress)
+    run.saver.save(run.trainer.engine.optimizer, run.state)
 
 
 def assert_same_state(one: Path, other: Path) -> None:

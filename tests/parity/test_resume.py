@@ -208,7 +208,7 @@ def test_a_folder_with_a_later_checkpoint_is_not_mixed_up(tmp_path: Path) -> Non
     run_world(train_and_report, 1, run_flags(corpus, tmp_path / "a", train_iters=3, save=saved, save_interval=1))
     for changes in ({"seed": 7}, {"load": saved / "step_00000001", "save_interval": 1}):
         values = run_flags(corpus, tmp_path / "b", **{"train_iters": 3, "save": saved, **changes})
-        with pytest.raises(WorldError, match="holds no checkpoint beyond the step the run starts from"):
+        with pytest.raises(WorldError, match="contain no checkpoint beyond the step that the run starts from"):
             run_world(train_and_report, 2, values)
 
 

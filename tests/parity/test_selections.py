@@ -233,7 +233,7 @@ def test_a_running_threshold_does_not_depend_on_how_micro_batches_are_spread(fol
     thresholds = []
     for layout in ("111", "112"):
         train(folder, tmp_path / layout, layout, slm_score="loss", slm_policy="quantile", lr=1e-30, save_interval=3)
-        thresholds.append(Manifest.read(tmp_path / layout / "checkpoints" / "step_00000003").score_threshold)
+        thresholds.append(Manifest.read(tmp_path / layout / "checkpoints" / "step_00000003").state.score_threshold)
     assert thresholds[0] == thresholds[1] is not None
 
 

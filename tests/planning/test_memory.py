@@ -1,4 +1,4 @@
-"""What is predicted is what is there: bytes of tensors on every rank of small runs, part by part."""
+"""Predicted memory against measured memory: bytes of tensors on every rank of small runs, by part."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from megatron_slm.config.load import parse
 from megatron_slm.planning.estimates import estimate
 from megatron_slm.planning.gpus import GPUS, Cluster
-from megatron_slm.planning.job import Job, open_job
 from megatron_slm.planning.layouts import configured_layout
 from megatron_slm.planning.memory import StageMemory, stash_bytes
+from megatron_slm.planning.planned_run import PlannedRun, plan_run
 from tests.support.memory import measure
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import run_world
@@ -52,12 +52,12 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {  # pipeline, tensor, data
 }
 
 
-def plan(values: dict[str, Any], layout: str) -> tuple[Job, list[StageMemory]]:
-    job = open_job(parse(flags(values))[0])
+def plan(values: dict[str, Any], layout: str) -> tuple[PlannedRun, list[StageMemory]]:
+    run = plan_run(parse(flags(values))[0])
     pipeline, tensor, data = (int(x) for x in layout)
     world = pipeline * tensor * data
     cluster = Cluster(gpu=GPUS["h100"], num_nodes=1, gpus_per_node=world)
-    return job, list(estimate(job, configured_layout(job, world), cluster).stages)
+    return run, list(estimate(run, configured_layout(run, world), cluster).stages)
 
 
 def layout_values(folder: Path, layout: str, **changes: Any) -> tuple[dict[str, Any], int]:
@@ -87,9 +87,9 @@ def test_predicted_bytes_are_there(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_what_the_loss_keeps(bf16: bool, tmp_path: Path) -> None:
     values, world = layout_values(tmp_path, "111", loss_head_variant="stash", bf16=bf16 or None)
-    job = plan(values, "111")[0]
+    run = plan(values, "111")[0]
     (found,) = run_world(measure, world, values)
-    assert stash_bytes(job, configured_layout(job, 1)) == pytest.approx(found["stash"], rel=TOLERANCE)
+    assert stash_bytes(run, configured_layout(run, 1)) == pytest.approx(found["stash"], rel=TOLERANCE)
 
 
 def test_the_reference_is_held_whole_and_its_work_ahead_counts(tmp_path: Path) -> None:
@@ -97,9 +97,9 @@ def test_the_reference_is_held_whole_and_its_work_ahead_counts(tmp_path: Path) -
     reference = save_hf_llama(tmp_path / "reference", num_hidden_layers=2)
     slm = {"objective": "slm", "reference_load": reference}
     values, _ = layout_values(tmp_path, "211", **slm)
-    job, stages = plan(values, "211")
+    run, stages = plan(values, "211")
     alone = plan(layout_values(tmp_path, "211")[0], "211")[1]
-    assert sum(stage.reference for stage in stages) == pytest.approx(4 * job.reference.num_parameters, rel=TOLERANCE)
+    assert sum(stage.reference for stage in stages) == pytest.approx(4 * run.reference.num_parameters, rel=TOLERANCE)
     assert [stage.reference for stage in alone] == [0, 0]
     assert stages[1].window > alone[1].window
     assert all(with_it.total > without.total for with_it, without in zip(stages, alone, strict=True))

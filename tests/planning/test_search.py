@@ -1,4 +1,4 @@
-"""The search against going through everything."""
+"""The search against an exhaustive one."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from megatron_slm.config.load import parse
 from megatron_slm.errors import LayoutError
 from megatron_slm.planning.estimates import EQUAL, Estimate, estimate, search
 from megatron_slm.planning.gpus import GPUS, Cluster
-from megatron_slm.planning.job import Job, open_job
 from megatron_slm.planning.layouts import candidate_layouts
+from megatron_slm.planning.planned_run import PlannedRun, plan_run
 from tests.support.runs import flags, run_flags, save_hf_llama
 
 CLUSTER = Cluster(gpu=GPUS["l40s"], num_nodes=2, gpus_per_node=2)
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def run(tmp_path: Path) -> PlannedRun:
     slm = {"objective": "slm", "reference_load": save_hf_llama(tmp_path / "reference")}
     sizes = {"hidden_size": 1024, "ffn_hidden_size": 2816, "seq_length": 1024, "bf16": True}
-    return open_job(parse(flags(run_flags(tmp_path / "none", tmp_path, **slm, **sizes, global_batch_size=16)))[0])
+    return plan_run(parse(flags(run_flags(tmp_path / "none", tmp_path, **slm, **sizes, global_batch_size=16)))[0])
 
 
-def test_nothing_faster_is_missed(job: Job) -> None:
+def test_nothing_faster_is_missed(run: PlannedRun) -> None:
     best: dict[tuple[int, int, int], float] = {}
-    for layout in candidate_layouts(job, 4, max_tensor=2):
-        planned = estimate(job, layout, CLUSTER)
+    for layout in candidate_layouts(run, 4, max_tensor=2):
+        planned = estimate(run, layout, CLUSTER)
         key = (layout.tensor, layout.pipeline, layout.zero_stage)
         if planned.fits:
             best[key] = min(best.get(key, planned.time.total), planned.time.total)
     assert len(best) > 6
-    found = search(job, CLUSTER, num_results=6)
+    found = search(run, CLUSTER, num_results=6)
     assert [e.time.total for e in found] == pytest.approx(sorted(best.values())[:6], rel=2 * EQUAL)
     assert len({(e.layout.tensor, e.layout.pipeline, e.layout.zero_stage) for e in found}) == 6
 
 
-def test_what_does_not_fit_under_its_schedule_is_not_proposed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_under_its_schedule_is_not_proposed(run: PlannedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Estimate, "fits", property(lambda self: False))
-    with pytest.raises(LayoutError, match="holds one of"):
-        search(job, CLUSTER, num_results=3)
+    with pytest.raises(LayoutError, match=r"--gpu is .*must fit one of \d+ layouts on 4 GPUs"):
+        search(run, CLUSTER, num_results=3)

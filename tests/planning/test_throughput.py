@@ -18,8 +18,8 @@ from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.planning.estimates import Estimate, estimate
 from megatron_slm.planning.gpus import GPUS, Cluster
-from megatron_slm.planning.job import open_job
 from megatron_slm.planning.layouts import configured_layout
+from megatron_slm.planning.planned_run import plan_run
 from megatron_slm.run.plan import make_plan
 from megatron_slm.training.build import build_run
 from tests.support.runs import VOCAB_SIZE, flags, run_flags, save_hf_llama, write_corpus
@@ -30,9 +30,9 @@ STEP_SECONDS = 2.0
 
 
 def planned(values: dict[str, Any], world: int) -> Estimate:
-    job = open_job(parse(flags(values))[0])
+    run = plan_run(parse(flags(values))[0])
     cluster = Cluster(gpu=GPUS["h100"], num_nodes=1, gpus_per_node=world)
-    return estimate(job, configured_layout(job, world), cluster)
+    return estimate(run, configured_layout(run, world), cluster)
 
 
 def stepped(values: dict[str, Any], lengths: dict[str, tuple[float, ...]]) -> float:

@@ -60,7 +60,9 @@ def read_back(text: str, folder: Path) -> tuple[list[int], list[bool]]:
             tokens += [0] * int(padding[1])
             trained += [False] * int(padding[1])
             continue
-        found = re.match(r"── sequence (\d+), tokens \[(\d+), (\d+)\), (\d+) trained on, (ends here|goes on)$", heading)
+        found = re.match(
+            r"── sequence (\d+), tokens \[(\d+), (\d+)\), (\d+) trained on, (ends here|continues)$", heading
+        )
         assert found is not None, heading
         sequence, start, stop, count = map(int, found.groups()[:4])
         here, inside = [], False
@@ -117,6 +119,6 @@ def test_a_run_of_no_said_length_is_as_long_as_what_is_shown(folder: Path, tmp_p
     assert [read_back(text, folder) for text in samples.show(3, 2)] == [
         read_back(text, folder) for text in shown(straight, 3, 2)
     ]
-    with pytest.raises(ConfigError, match=r"first_sample, samples = \(4, 5\): must lie below 5"):
+    with pytest.raises(ConfigError, match=r"--first-sample plus --samples is 6: must be at most 5"):
         list(samples.show(4, 2))
     assert np.unique([read_back(text, folder)[0] for text in samples.show(0, 5)], axis=0).shape[0] == 5

@@ -69,9 +69,9 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a folder of another kind": ({"reference_scores": ["{folder}/reference"]}, r"holds a manifest\.json"),
     "another reference": ({"reference_load": "{folder}/other_reference"}, r"of_reference: reference = '.*/reference \(\w+\)': is the one of --reference-load, .*other_reference \(\w+\)"),
     "one reference twice": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_reference"], "reference_scores_combine": "mean"}, "are of different references, but both are of .*/reference"),
-    "several, not combined": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"]}, r"--reference-scores-combine = None: is given with several"),
+    "several, not combined": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"]}, r"--reference-scores-combine is missing: required by several"),
     "one, combined": ({"reference_scores_combine": "mean"}, "--reference-scores-combine = 'mean'"),
-    "several and a model": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"], "reference_scores_combine": "mean", "reference_load": "{folder}/reference"}, r"--reference-load = .*is left out with several"),
+    "several and a model": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"], "reference_scores_combine": "mean", "reference_load": "{folder}/reference"}, r"--reference-load is .*must not be used with several"),
     "plain objective": ({"objective": "clm"}, "--reference-scores = "),
 }  # fmt: skip
 

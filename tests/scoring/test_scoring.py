@@ -77,18 +77,18 @@ def test_a_score_that_reads_entropies_needs_a_store_with_them(folder: Path, tmp_
     )  # fmt: skip
     with pytest.raises(WorldError) as failed:
         run_world(command, 1, flags(run))
-    assert re.search(r"error: --reference-scores = .*hold entropies.*--with-entropy", failed.value.outputs[0])
+    assert re.search(r"error: --reference-scores is .*hold entropies.*--with-entropy", failed.value.outputs[0])
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 3}, r"--seed = 1234: is what this pass is asked for, 3"),
-    "dtype": ({"score_dtype": "float16"}, r"--score-dtype = 'float32': .*'float16'"),
-    "length of run": ({"train_iters": 4}, r"samples.* = 40: .*32"),
-    "no reference": ({"reference_load": None, "reference_scores": "{folder}/whole"}, "--reference-load = None"),
-    "no output": ({"output": None}, "--output = None"),
-    "output of another kind": ({"output": "{folder}/reference"}, "holds a store's manifest.json, not"),
-    "no batch size": ({"global_batch_size": None}, "--global-batch-size = None"),
-    "unknown flag": ({"score_dtypes": "float16"}, "score.dtypes.*is a known name"),
+    "dtype": ({"score_dtype": "float16"}, r"--score-dtype is 'float32': .*'float16'"),
+    "length of run": ({"train_iters": 4}, r"samples.* is 40: .*32"),
+    "no reference": ({"reference_load": None, "reference_scores": "{folder}/whole"}, "--reference-load is missing"),
+    "no output": ({"output": None}, "--output is missing"),
+    "output of another kind": ({"output": "{folder}/reference"}, "store's manifest.json, not"),
+    "no batch size": ({"global_batch_size": None}, "--global-batch-size is missing"),
+    "unknown flag": ({"score_dtypes": "float16"}, "score.dtypes.*known flag"),
     "unknown dtype": ({"score_dtype": "int8"}, "score-dtype.*int8"),
     "plain objective": ({"objective": "clm"}, "--reference-load"),
     "another vocabulary": ({"vocab_size": 200}, "--reference-load: vocabulary size"),

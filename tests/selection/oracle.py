@@ -25,7 +25,7 @@ def top(score: list[float], competing: list[int], always: set[int], ratio: float
     return set(ranked[: max(share, sum(i in always for i in competing))])
 
 
-def standardised(score: list[float], competing: list[int]) -> dict[int, float]:
+def standardize(score: list[float], competing: list[int]) -> dict[int, float]:
     values = [score[i] for i in competing]
     mean, deviation = statistics.fmean(values), statistics.pstdev(values)
     return {i: (score[i] - mean) / deviation if deviation else 0.0 for i in competing}
@@ -42,7 +42,7 @@ def naive_kept(
         if combine == "sum" and competing:
             total = [0.0] * len(scores[0])
             for weight, score in zip(weights, scores, strict=True):
-                for i, z in standardised(score, competing).items():
+                for i, z in standardize(score, competing).items():
                     total[i] += weight * z
             kept |= top(total, competing, always, ratios[0])
         else:

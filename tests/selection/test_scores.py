@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_slm.errors import ConfigError
-from megatron_slm.selection.scores import SCORES, ScoreInputs, score_named
+from megatron_slm.selection.scores import _FUNCTIONS, SCORES, ScoreInputs, score_named
 
 INPUTS = ScoreInputs(
     torch.tensor([1.0, 4.0, 2.0]), torch.tensor([0.5, 1.5, 2.5]), torch.tensor([2.0, 1.0, 0.0]),
@@ -26,7 +26,7 @@ EXPECTED = {
 
 
 def test_every_score_is_tested() -> None:
-    assert set(EXPECTED) == set(SCORES)
+    assert set(EXPECTED) == set(SCORES) == set(_FUNCTIONS)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -44,7 +44,7 @@ def test_a_score_reads_only_what_it_declares(name: str) -> None:
     rest = INPUTS._replace(**{f: None for need, f in fields.items() if need not in SCORES[name].needs})
     assert SCORES[name].of(rest).tolist() == pytest.approx(EXPECTED[name])
     for need in SCORES[name].needs:
-        with pytest.raises(AssertionError, match="what it needs"):
+        with pytest.raises(AssertionError, match="the inputs it needs"):
             SCORES[name].of(rest._replace(**{fields[need]: None}))
 
 
@@ -54,7 +54,7 @@ def test_only_scores_of_the_reference_need_one() -> None:
 
 
 def test_an_unknown_name_is_told_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"--slm-score = 'exces': is one of excess, .*did you mean excess\?"):
+    with pytest.raises(ConfigError, match=r"--slm-score is 'exces': must be one of excess, .*did you mean excess\?"):
         score_named("exces")
     with pytest.raises(ConfigError, match="choose one of them"):
         score_named("zzz")

@@ -47,7 +47,7 @@ def test_top_k_is_the_oracles(
 ) -> None:
     table = table[: len(table) // LENGTH * LENGTH]
     loss, reference, label, luck = (list(column) for column in zip(*table, strict=True))
-    # on a grid the standardised sums of both sides order alike unless they are equal
+    # on a grid the standardized sums of both sides order alike unless they are equal
     loss, reference = ([round(x * 4) / 4 for x in column] for column in (loss, reference))
     valid = [x > 0 for x in luck]
     names = ["excess"] if combine is None else ["excess", "reference-loss"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_slm.checkpoint.weights import Quantity, fill_module, slice_of
-from megatron_slm.config import Architecture
+from megatron_slm.checkpoint.weights import Quantity, cut_range, fill_module
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import Part
 from megatron_slm.reference.frozen import FrozenStage
@@ -22,7 +22,7 @@ class StateDictSource:
 
     def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
         assert tuple(self.state[part.name].shape) == part.shape
-        return slice_of(self.state[part.name], part, begin, end)
+        return cut_range(self.state[part.name], part, begin, end)
 
 
 def dense_stage(arch: Architecture, state: dict[str, Tensor]) -> FrozenStage:

@@ -76,15 +76,14 @@ def plant(kind: Kind, samples: list[int]) -> None:
 
 def state(run: Run) -> dict[str, Any]:
     """All that a step could have changed."""
-    position = run.position
     return {
         "parameters": [p.detach().float().clone().numpy() for p in run.trainer.engine.module.parameters()],
         "owned": owned_numbers(run.trainer.engine.optimizer),
-        "adam_step": position.adam_step,
-        "threshold": position.score_threshold,
-        "tokens": (position.tokens_seen, position.tokens_kept),
-        "recent": position.recent_losses,
-        "step": position.step,
+        "adam_step": run.state.adam_step,
+        "threshold": run.state.score_threshold,
+        "tokens": (run.state.tokens_seen, run.state.tokens_kept),
+        "recent": run.state.recent_losses,
+        "step": run.state.step,
     }
 
 

@@ -58,7 +58,7 @@ def train_and_report(values: dict[str, Any]) -> dict[str, Any]:
         ),
         "parameters": [p.detach().float().clone().numpy() for p in run.trainer.engine.module.parameters()],
         "owned": owned_numbers(optimizer),
-        "step": run.position.step,
+        "step": run.state.step,
         "schedule": getattr(run.trainer.engine, "schedule", None),
         "rng": torch.get_rng_state().numpy(),
     }

@@ -1,4 +1,4 @@
-"""What a run reports, where: every name is explained, every sink has the same numbers, a resume tells nothing twice."""
+"""Metrics of a run: every name is documented, all outputs have the same numbers, a resume writes nothing twice."""
 
 from __future__ import annotations
 
@@ -193,7 +193,9 @@ def test_the_engine_does_not_see_them() -> None:
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("comet", "comet_ml")])
 def test_a_package_that_is_missing_is_named(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None)
-    with pytest.raises(ConfigError, match=rf"DeepSpeed JSON: {name} .*needs the package {package}"):
+    with pytest.raises(
+        ConfigError, match=rf"package {package} is missing: required by section {name} of the DeepSpeed JSON"
+    ):
         check_monitors({name: {"enabled": True}})
     check_monitors({name: {"enabled": False}})
 
@@ -220,8 +222,8 @@ def test_what_cannot_be_opened_ends_all_ranks_before_the_first_step(folder: Path
     assert failed.value.codes == [1, 1]
     for output in failed.value.outputs:
         (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert "DeepSpeed JSON: wandb" in error
-        assert "no route to host" in error
+        assert "DeepSpeed JSON: wandb is " in error
+        assert "must start (RuntimeError: no route to host)" in error
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

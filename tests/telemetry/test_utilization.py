@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slm.config import Architecture
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.load import parse
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError, TrainingError
 from megatron_slm.operations.watchdog import Watchdog
@@ -100,8 +100,8 @@ def test_a_profile_of_some_steps(folder: Path, tmp_path: Path) -> None:
     assert names.count("slm::ReferenceForward") == 8
     assert "aten::mm" in (tmp_path / "run" / "profile" / "rank-1-steps-2-3.txt").read_text()
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
-        said = json.loads(line)
-        assert said["mfu"] == pytest.approx(said["tflops_per_device"] * 1e3)
+        values = json.loads(line)
+        assert values["mfu"] == pytest.approx(values["tflops_per_device"] * 1e3)
 
 
 def test_a_run_that_ends_in_the_profile_writes_it(folder: Path, tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def train_with_a_slow_profile(values: dict[str, Any], slow: int) -> list[str]:
 
 def fail_with_a_slow_profile(values: dict[str, Any], slow: int) -> None:
     slow_profile(slow)
-    Health.must_stop = property(lambda self: self._run.position.step == 2)  # type: ignore[assignment, method-assign]
-    Health.error = lambda self: TrainingError("loss", "nan", "is finite", "start again")  # type: ignore[method-assign]
+    Health.must_stop = property(lambda self: self._run.state.step == 2)  # type: ignore[assignment, method-assign]
+    Health.error = lambda self: TrainingError("loss", "nan", "be finite", "start again")  # type: ignore[method-assign]
     command(flags(values))
 
 
@@ -197,9 +197,9 @@ def test_nor_where_the_run_ends_with_an_error(folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"profile_step_start": 4, "profile_step_end": 4}, "--profile-step-end = 4: is after --profile-step-start"),
+        ({"profile_step_start": 4, "profile_step_end": 4}, "--profile-step-end is 4: must "),
         ({"profile_step_end": 4}, "--profile-step-end"),
-        ({"profile_step_start": 0}, "--profile-step-start = 0"),
+        ({"profile_step_start": 0}, "--profile-step-start is 0"),
         ({"profile_ranks": [-1]}, "--profile-ranks"),
         ({"profile_ranks": []}, "--profile-ranks"),
         ({"peak_tflops": 0.0}, "--peak-tflops"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from megatron_slm.config import OptimizerConfig
 from megatron_slm.config.load import parse
+from megatron_slm.config.optimizer import OptimizerConfig
 from megatron_slm.engine.trainer import StepResult
 from megatron_slm.loss.sums import LossSums
 from megatron_slm.telemetry.metrics import MetricsWriter, training_metrics

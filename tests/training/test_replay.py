@@ -140,7 +140,7 @@ def test_the_command_prints_and_writes_it(folder: Path, tmp_path: Path) -> None:
     ("word", "message"),
     [
         ("{0}/run/bad_batches.jsonl:3", "records .it has 2."),
-        ("{0}/run/bad_batches.jsonl:2-x", "lists steps like 17,20-22"),
+        ("{0}/run/bad_batches.jsonl:2-x", "list steps like 17,20-22"),
         ("{0}/run/none.jsonl", "is a readable bad_batches.jsonl"),
         ("{0}/run/config.yaml", "is a readable bad_batches.jsonl"),
     ],

@@ -245,11 +245,11 @@ def read(path: Path, length: int = SEQ_LENGTH) -> Any:
 
 
 def test_the_files_that_are_read(files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """JSON lines, compressed or not, and plain text; what is cut is said."""
+    """JSON lines, compressed or not, and plain text; truncation is logged."""
     with caplog.at_level(logging.WARNING):
         samples = read(files / "texts.jsonl")
     assert samples.cut == (1,)
-    assert re.search(r"line 2: its first 17 of 20 tokens are taken", caplog.text)
+    assert re.search(r"line 2: using the first 17 of 20 tokens", caplog.text)
     tokens, valid, starts, _ = samples[1]
     assert tokens.tolist() == [int(word) for word in TEXTS[1].split()][: SEQ_LENGTH + 1]
     assert valid.all()
@@ -266,16 +266,16 @@ def test_the_files_that_are_read(files: Path, tmp_path: Path, caplog: pytest.Log
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "is a file that can be read"),
-        ("empty.jsonl", b"", "holds a text"),
-        ("blank.txt", b" \n\n", "holds a text"),
-        ("latin.jsonl", '{"text": "1 2"}\n{"text": "é"}'.encode("latin-1"), r"line 2.*: is UTF-8"),
-        ("latin.txt", b"1 2 \xff", r"latin.txt': is UTF-8"),
-        ("plain.jsonl", b"1 2 3", r"line 1.*is a JSON object"),
-        ("keys.jsonl", b'{"text": "1 2"}\n{"content": "1 2"}', r"line 2.*has a text under `text`"),
-        ("short.jsonl", b'{"text": "5"}', r"line 1.*two tokens or more"),
-        ("many.jsonl", b'{"text": "1 2"}\n' * (MOST_TEXTS + 1), "holds at most 256 texts"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "1 2"}' * 99)[:-12], "is a file that can be read"),
+        ("missing.jsonl", None, "must be readable to its end"),
+        ("empty.jsonl", b"", "must have at least one text"),
+        ("blank.txt", b" \n\n", "must have at least one text"),
+        ("latin.jsonl", '{"text": "1 2"}\n{"text": "é"}'.encode("latin-1"), r"line 2.*: must be UTF-8"),
+        ("latin.txt", b"1 2 \xff", r"latin.txt': must be UTF-8"),
+        ("plain.jsonl", b"1 2 3", r"line 1.*must be a JSON object"),
+        ("keys.jsonl", b'{"text": "1 2"}\n{"content": "1 2"}', r"line 2.*must have a text under `text`"),
+        ("short.jsonl", b'{"text": "5"}', r"line 1.*must have at least two tokens"),
+        ("many.jsonl", b'{"text": "1 2"}\n' * (MOST_TEXTS + 1), "must have at most 256 texts"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "1 2"}' * 99)[:-12], "must be readable to its end"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -287,7 +287,7 @@ def test_files_that_are_refused(tmp_path: Path, name: str, content: bytes | None
 
 def test_a_text_of_other_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "words.jsonl").write_text('{"text": "1 two"}')
-    with pytest.raises(VocabularyError, match="must be ids"):
+    with pytest.raises(VocabularyError, match="must be an id in"):
         read(tmp_path / "words.jsonl")
 
 
@@ -296,7 +296,7 @@ def test_records_of_losses_that_are_not_finite(one_rank: Path, tmp_path: Path) -
     loss_Ws = ProbeFolder(tmp_path).read(4).loss_Ws.copy()
     loss_Ws[0, 0] = np.nan
     ProbeFolder(tmp_path).write(ProbeRecord(step=4, loss_Ws=loss_Ws))
-    with pytest.raises(AnalysisError, match="step 4 = 'a loss that is not finite'"):
+    with pytest.raises(AnalysisError, match="step 4 is 'a loss that is not finite'"):
         recorded_losses(str(tmp_path))
 
 

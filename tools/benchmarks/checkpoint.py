@@ -115,7 +115,7 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
     for _ in range(job["rounds"] + 1):
         for kind, saver in savers.items():
             found[kind].append(loop.saved_and_committed(saver))
-    records = [_record(job, trained.plan.architecture.num_parameters, kind, found[kind]) for kind in savers]
+    records = [_record(job, trained.plan.models.architecture.num_parameters, kind, found[kind]) for kind in savers]
     for record in records:
         record["blocked_share"] = round(record["blocked_seconds"] / records[0]["blocked_seconds"], 4)
     return records
@@ -139,12 +139,12 @@ class _Loop:
 
     def saved_and_committed(self, saver: Any) -> dict[str, float]:
         """One save, training on until it is committed; what it took."""
-        from megatron_slm.checkpoint.state import Progress
+        from megatron_slm.checkpoint.state import RunState
 
         free = [self.step() for _ in range(2)]
-        progress = Progress(step=self.number, consumed_samples=4 * self.number, adam_step=self.number)
+        state = RunState(step=self.number, consumed_samples=4 * self.number, adam_step=self.number)
         started = time.perf_counter()
-        saved, beside = saver.save(self.trained.trainer.engine.optimizer, progress), []
+        saved, beside = saver.save(self.trained.trainer.engine.optimizer, state), []
         while saved is None:
             beside.append(self.step())
             saved = saver.poll()

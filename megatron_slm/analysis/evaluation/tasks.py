@@ -86,8 +86,8 @@ def read_task(text: str, *, limit: int | None = None) -> Task:
     if not separator or form is None:
         raise TaskError("--task", text, f"is FORM=FILE or NAME:FORM=FILE with one of {', '.join(FORMS)}", "name a form")
     questions: list[Question] = []
-    for file in expand_inputs([path]):
-        for number, line in enumerate(read_lines(file), 1):
+    for file in expand_inputs([path], "--task"):
+        for number, line in enumerate(read_lines(file, "--task"), 1):
             if line.strip() and (limit is None or len(questions) < limit):
                 questions.append(_question(line, form, f"{file}: line {number}"))
     if not questions:

@@ -1,1 +1,1 @@
-"""Corpora on disk."""
+"""Corpora on disk: Megatron's .bin/.idx format, sidecars, merging, inspection."""

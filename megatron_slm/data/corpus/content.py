@@ -1,4 +1,4 @@
-"""What a corpus holds, as a checksum whose cost does not grow with the corpus."""
+"""Checksum of a corpus, at a cost that is bounded for corpora of any size."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from megatron_slm.data.corpus.indexed import IndexedCorpus, bin_path
 
 WHOLE_UP_TO_BYTES = 256 << 20
-"""A `.bin` up to this size is read whole, a larger one in blocks that add up to it."""
+"""A `.bin` up to this size is read whole, a larger one in blocks that add up to this size."""
 
 _BLOCK_BYTES = 1 << 20
 
 
 def content_sha256(corpus: IndexedCorpus) -> str:
-    """SHA-256 over a corpus' token dtype, size and tokens, hexadecimal.
+    """Return the SHA-256 of a corpus's token dtype, size and tokens, hexadecimal.
 
-    Of a `.bin` above `WHOLE_UP_TO_BYTES`, evenly spread blocks are read, the first and the last among them. A
-    change between them is not seen here; stored scores carry a checksum of every sample's tokens besides.
+    A `.bin` above `WHOLE_UP_TO_BYTES` is sampled in evenly spaced blocks, the first and the last included. A change
+    between them goes unnoticed here; stored scores also carry a checksum of every sample's tokens.
     """
     path = bin_path(corpus.prefix)
     size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Megatron's corpus format, and its reader: token ids in `.bin`, their boundaries in `.idx`.
+"""Megatron's corpus format and its reader: token ids in `.bin`, sequence and document boundaries in `.idx`.
 
 `.idx` (little-endian): magic `MMIDIDX\\0\\0` (9 bytes) | version u64 = 1 | dtype code u8 | N sequences u64 |
 M documents + 1 u64 | lengths i32[N] (tokens) | pointers i64[N] (bytes into `.bin`) | document_indices i64[M]
@@ -38,39 +38,39 @@ _SEQUENCES_PER_CHECK = 1 << 20
 _TOKENS_PER_SCAN = 1 << 22
 _SAMPLED_BLOCKS = 64
 DEFAULT_SCAN_BYTES = 256 << 20
-_AGAIN = "make the corpus again, or copy it again from where it was made"
+_REPLACE = "preprocess the corpus again, or copy it again from its source"
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """The file that holds the tokens of the corpus `prefix`."""
+    """Return the path of the file of tokens of the corpus `prefix`."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """The file that holds the index of the corpus `prefix`."""
+    """Return the path of the index of the corpus `prefix`."""
     return Path(f"{prefix}.idx")
 
 
 def sidecar_path(prefix: str | Path) -> Path:
-    """The small JSON file that says how the corpus `prefix` was made (see `sidecar.py`)."""
+    """Return the path of the JSON file that records how the corpus `prefix` was made (see `sidecar.py`)."""
     return Path(f"{prefix}.meta.json")
 
 
 def dtype_for_vocabulary(vocab_size: int) -> np.dtype[Any]:
-    """Megatron's choice of token dtype: uint16 when `vocab_size` < 65500, else int32."""
+    """Return Megatron's choice of token dtype: uint16 when `vocab_size` < 65500, else int32."""
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
 class CorpusIndex:
-    """The boundaries of a corpus on disk, memory-mapped, validated against its `.bin` when they are opened.
+    """The boundaries of a corpus on disk, memory-mapped, validated against its `.bin` on opening.
 
     Attributes:
         prefix: path without `.bin` and `.idx`.
         dtype: dtype of the token ids.
         sequence_lengths: tokens of every sequence, int32 [N].
-        sequence_pointers: where every sequence starts in `.bin`, bytes, int64 [N].
+        sequence_pointers: start of every sequence in `.bin`, bytes, int64 [N].
         document_indices: first sequence of every document, then N, int64 [documents + 1].
-        num_tokens: tokens of the whole corpus; may be 0 here.
+        num_tokens: tokens of the whole corpus, possibly 0.
 
     Raises:
         CorpusError: a file is missing, truncated, damaged, or of another format.
@@ -93,12 +93,12 @@ class CorpusIndex:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in the corpus (Megatron packs and splits by sequence)."""
+        """Number of sequences (Megatron packs and splits by sequence)."""
         return int(self.sequence_lengths.shape[0])
 
     @property
     def num_documents(self) -> int:
-        """Documents in the corpus, those without a token included."""
+        """Number of documents, empty ones included."""
         return int(self.document_indices.shape[0]) - 1
 
     def _require_files(self) -> None:
@@ -106,53 +106,50 @@ class CorpusIndex:
             if path.is_file():
                 continue
             bare = self.prefix.removesuffix(".bin").removesuffix(".idx")
-            fix = f"give the prefix {bare!r}" if bare != self.prefix else "check the prefix, or preprocess again"
-            raise CorpusError("corpus prefix", self.prefix, f"{path} must exist; the prefix has no .bin or .idx", fix)
+            fix = f"pass the prefix {bare!r}" if bare != self.prefix else "check the prefix, or preprocess again"
+            raise CorpusError("corpus prefix", self.prefix, f"name existing files; {path} is missing", fix)
 
     def _map_index(self) -> npt.NDArray[np.uint8]:
         path = idx_path(self.prefix)
         size = path.stat().st_size
         if size < HEADER.size:
-            raise CorpusError(f"size of {path}", size, f"must hold a header of {HEADER.size} bytes", _AGAIN)
+            raise CorpusError(
+                f"{path}: size", size, f"be at least {HEADER.size} bytes, the size of the header", _REPLACE
+            )
         return np.memmap(path, mode="r", dtype=np.uint8)
 
     def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
         path = idx_path(self.prefix)
         magic, version, code, num_sequences, num_boundaries = HEADER.unpack(index[: HEADER.size].tobytes())
         if magic != MAGIC:
-            raise CorpusError(f"magic of {path}", magic, f"must be {MAGIC!r} (Megatron's index)", _AGAIN)
+            raise CorpusError(f"{path}: magic", magic, f"be {MAGIC!r} (Megatron's index)", _REPLACE)
         if version != VERSION:
-            raise CorpusError(f"version of {path}", version, f"must be {VERSION}", _AGAIN)
+            raise CorpusError(f"{path}: version", version, f"be {VERSION}", _REPLACE)
         if code not in INTEGER_CODES:
-            raise CorpusError(f"dtype code of {path}", code, f"must be one of {INTEGER_CODES} (integers)", _AGAIN)
+            raise CorpusError(f"{path}: dtype code", code, f"be one of {INTEGER_CODES} (integers)", _REPLACE)
         expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
         if index.size not in (expected, expected + num_sequences):
             raise CorpusError(
-                f"size of {path}",
+                f"{path}: size",
                 index.size,
-                f"must be {expected} bytes for {num_sequences} sequences and {num_boundaries - 1} documents",
-                _AGAIN,
+                f"be {expected} bytes for {num_sequences} sequences and {num_boundaries - 1} documents",
+                _REPLACE,
             )
         return np.dtype(_DTYPE_BY_CODE[code]).newbyteorder("<"), num_sequences, num_boundaries
 
     def _check_documents(self) -> None:
-        boundaries, field = self.document_indices, f"document_indices of {idx_path(self.prefix)}"
+        boundaries, field = self.document_indices, f"{idx_path(self.prefix)}: document_indices"
         ends = (int(boundaries[0]), int(boundaries[-1])) if boundaries.size else ()
         if ends != (0, self.num_sequences):
-            raise CorpusError(
-                field,
-                ends,
-                f"must start at 0 and end at {self.num_sequences}, its sequences",
-                _AGAIN,
-            )
+            raise CorpusError(field, ends, f"start at 0 and end at {self.num_sequences}, the sequences", _REPLACE)
         for start in range(0, boundaries.size, _SEQUENCES_PER_CHECK):
             block = boundaries[start : start + _SEQUENCES_PER_CHECK + 1]
             if np.any(block[1:] < block[:-1]):
                 at = start + int(np.argmax(block[1:] < block[:-1])) + 1
-                raise CorpusError(f"{field} [{at}]", int(boundaries[at]), "must not decrease", _AGAIN)
+                raise CorpusError(f"{field}[{at}]", int(boundaries[at]), "not decrease", _REPLACE)
 
     def _check_sequences(self) -> int:
-        """Check lengths and pointers block by block (an index can be big); the number of tokens."""
+        """Check lengths and pointers block by block (an index can be big), and return the number of tokens."""
         num_tokens = 0
         for start in range(0, self.num_sequences, _SEQUENCES_PER_CHECK):
             lengths = self.sequence_lengths[start : start + _SEQUENCES_PER_CHECK].astype(np.int64)
@@ -162,10 +159,10 @@ class CorpusIndex:
             if wrong.any():
                 at = int(np.argmax(wrong))
                 raise CorpusError(
-                    f"sequence {start + at} of {idx_path(self.prefix)}",
+                    f"{idx_path(self.prefix)}: (length, pointer) of sequence {start + at}",
                     (int(lengths[at]), int(pointers[at])),
-                    "(length, pointer) must be a length >= 0 and the end of the sequence before",
-                    _AGAIN,
+                    "be a length >= 0 and the end of the sequence before",
+                    _REPLACE,
                 )
             num_tokens = int(ends[-1])
         return num_tokens
@@ -176,15 +173,15 @@ class CorpusIndex:
         if size != expected:
             relation = "shorter" if size < expected else "longer"
             raise CorpusError(
-                f"size of {path}",
+                f"{path}: size",
                 size,
-                f"must be {expected} bytes ({self.num_tokens} tokens of {self.dtype.name}); it is {relation}",
-                "the copy was cut off, or .bin and .idx are of two runs: copy or preprocess again",
+                f"be {expected} bytes ({self.num_tokens} tokens of {self.dtype.name}); it is {relation}",
+                "copy the corpus again, or preprocess again (a copy was cut off, or .bin and .idx are of two runs)",
             )
 
 
 class IndexedCorpus(CorpusIndex):
-    """A corpus on disk, memory-mapped, validated when it is opened.
+    """A corpus on disk, memory-mapped, validated on opening.
 
     Raises:
         CorpusError: a file is missing, truncated, damaged, of another format, or holds no token.
@@ -193,7 +190,7 @@ class IndexedCorpus(CorpusIndex):
     def __init__(self, prefix: str | Path) -> None:
         super().__init__(prefix)
         if self.num_tokens == 0:
-            raise CorpusError(f"tokens in {bin_path(prefix)}", 0, "must be at least 1", "preprocess again")
+            raise CorpusError(f"{bin_path(prefix)}: number of tokens", 0, "be at least 1", "preprocess again")
         self._tokens = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=self.dtype))
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
@@ -203,10 +200,10 @@ class IndexedCorpus(CorpusIndex):
         return f"IndexedCorpus({self.prefix!r}, {self.num_sequences} sequences, {self.num_tokens} tokens)"
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """Tokens [offset, offset + length) of one sequence: a read-only view in the corpus' dtype.
+        """Return tokens [offset, offset + length) of one sequence: a read-only view in the corpus's dtype.
 
         Args:
-            index: which sequence.
+            index: number of the sequence.
             offset: first token within the sequence.
             length: number of tokens; up to the end of the sequence when None.
 
@@ -225,26 +222,26 @@ class IndexedCorpus(CorpusIndex):
         return self._tokens[start : start + count]
 
     def max_token_id(self, byte_budget: int = DEFAULT_SCAN_BYTES) -> int:
-        """The largest token id: of the whole corpus when `.bin` is within the budget, else of sampled blocks.
+        """Return the largest token id: of the whole corpus when `.bin` is within the budget, else of sampled blocks.
 
         Args:
-            byte_budget: how much of `.bin` may be read, in bytes.
+            byte_budget: bytes of `.bin` that may be read.
         """
         return self._token_id_range(byte_budget)[1]
 
     def check_vocabulary(self, vocab_size: int, byte_budget: int = DEFAULT_SCAN_BYTES) -> None:
-        """Check that the token ids (all, or a sample: see `max_token_id`) fall into [0, vocab_size).
+        """Check that the token ids (all, or a sample: see `max_token_id`) are in [0, vocab_size).
 
         Raises:
-            VocabularyError: one does not; it is named.
+            VocabularyError: a token id is not; the error names it.
         """
         lowest, highest = self._token_id_range(byte_budget)
         if highest >= vocab_size or lowest < 0:
             raise VocabularyError(
-                f"token id in {bin_path(self.prefix)}",
+                f"{bin_path(self.prefix)}: token id",
                 highest if highest >= vocab_size else lowest,
-                f"must be within [0, {vocab_size}), the vocabulary of this run",
-                "tokenize the corpus again with this run's tokenizer, or give the tokenizer it was made with",
+                f"be in [0, {vocab_size}), the vocabulary of this run",
+                "tokenize the corpus again with this run's tokenizer, or name the tokenizer it was made with",
             )
 
     def _token_id_range(self, byte_budget: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Writing a corpus in Megatron's format (see `indexed.py`) so that half of one is never read as whole."""
+"""Writes a corpus in Megatron's format (see `indexed.py`); a half-written one never reads as whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from megatron_slm.data.corpus.indexed import (
     idx_path,
     sidecar_path,
 )
-from megatron_slm.errors import CorpusError, VocabularyError
+from megatron_slm.errors import CorpusError, VocabularyError, os_errors_as
+from megatron_slm.files import sync_folder
 
 Document = npt.NDArray[Any] | Sequence[int] | Sequence[npt.NDArray[Any]] | Sequence[Sequence[int]]
 """One sequence of token ids, or several."""
@@ -33,22 +34,24 @@ Document = npt.NDArray[Any] | Sequence[int] | Sequence[npt.NDArray[Any]] | Seque
 class IndexedCorpusWriter:
     """Writes a corpus document by document; nothing is at `prefix` before `close`.
 
-    Both files are written under temporary names in the same folder. `close` (or leaving the `with` block)
-    first takes an older index away, then puts `.bin` and last `.idx` in place, so that a writer killed at any
-    moment leaves either the older corpus, or one without an index, or the new one. An exception in the `with`
-    block removes the temporary files.
+    Both files are written under temporary names in the same folder. `close` (or the end of the `with` block) first
+    removes an older index, then renames `.bin` and last `.idx` into place, so that a writer killed at any moment
+    leaves the older corpus, a corpus without an index, or the new one. An exception in the `with` block removes the
+    temporary files.
 
     Args:
-        prefix: path without `.bin` and `.idx`; its folder is made.
+        prefix: path without `.bin` and `.idx`; its folder is created.
         dtype: token dtype (see `dtype_for_vocabulary`).
-        may_be_empty: whether a corpus without a token is written (a part of one may have none).
+        may_be_empty: whether to write a corpus without a token (a shard may have none).
 
     Attributes:
-        num_tokens, num_empty, longest_document, max_token_id: of the documents added so far; empty ones have no token,
-            the longest one's length is in tokens, and the largest id is None before the first token.
+        num_tokens: tokens of the documents added so far.
+        num_empty: documents without a token.
+        longest_document: its length in tokens.
+        max_token_id: the largest token id; None before the first token.
 
     Raises:
-        CorpusError: the files cannot be made there, or (at close) no token was added.
+        CorpusError: the files cannot be created, or (at close) no token was added.
     """
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, *, may_be_empty: bool = False) -> None:
@@ -56,7 +59,7 @@ class IndexedCorpusWriter:
         self._may_be_empty = may_be_empty
         self.dtype = np.dtype(dtype)
         if CODE_BY_DTYPE.get(self.dtype) not in INTEGER_CODES:
-            raise CorpusError("corpus dtype", str(self.dtype), "must be an integer dtype of the format", "use uint16")
+            raise CorpusError("corpus dtype", str(self.dtype), "be an integer dtype of the format", "use uint16")
         self.num_tokens = 0
         self.num_empty = 0
         self.longest_document = 0
@@ -64,20 +67,19 @@ class IndexedCorpusWriter:
         self._lengths = array("i")
         self._boundaries = array("q", [0])
         self._limits = np.iinfo(self.dtype)
-        self._bin_part, self._idx_part = part_path(bin_path(prefix)), part_path(idx_path(prefix))
-        try:
-            self._bin_part.parent.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = io.BufferedWriter(io.FileIO(self._bin_part, "w"))
-        except OSError as error:
-            raise CorpusError("output prefix", self.prefix, f"must be writable: {error}", "give another") from error
+        self._temporary_bin = temporary_path(bin_path(prefix))
+        self._temporary_idx = temporary_path(idx_path(prefix))
+        with os_errors_as(CorpusError, "--output-prefix", self.prefix, "be writable", "choose another prefix"):
+            self._temporary_bin.parent.mkdir(parents=True, exist_ok=True)
+            self._bin: BinaryIO = io.BufferedWriter(io.FileIO(self._temporary_bin, "w"))
 
     @property
     def num_documents(self) -> int:
-        """Documents added so far, those without a token included."""
+        """Number of documents added so far, empty ones included."""
         return len(self._boundaries) - 1
 
     def add_document(self, document: Document) -> None:
-        """Append one document: one sequence of token ids, or a list of several (sentences, for example).
+        """Append one document: one sequence of token ids, or several (sentences, for example).
 
         An empty list is a document without a sequence, as Megatron's preprocessing writes it.
 
@@ -98,20 +100,20 @@ class IndexedCorpusWriter:
         """Append many documents at once.
 
         Args:
-            tokens: of all of them, end to end, [T].
+            tokens: token ids of all documents, end to end, [T].
             sequence_lengths: tokens of every sequence, [S]; their sum is T.
             sequences_per_document: [D]; their sum is S, 0 for a document without a sequence.
 
         Raises:
             VocabularyError: a token id does not fit the dtype.
-            CorpusError: a sequence is longer than the format can say.
+            CorpusError: a sequence is too long for the format.
         """
         if sequence_lengths.size and int(sequence_lengths.max()) > np.iinfo(np.int32).max:
             raise CorpusError(
-                "tokens of a sequence",
+                "length of a sequence",
                 int(sequence_lengths.max()),
-                "must fit the format's 32-bit lengths",
-                "cut the document",
+                "fit the format's 32-bit lengths",
+                "split the document",
             )
         self._bin.write(self._checked(tokens).tobytes())
         self._boundaries.frombytes((len(self._lengths) + np.cumsum(sequences_per_document, dtype=np.int64)).tobytes())
@@ -123,27 +125,27 @@ class IndexedCorpusWriter:
         self.longest_document = max(self.longest_document, int(lengths.max(initial=0)))
 
     def close(self) -> None:
-        """Put the corpus in place: durable on disk when this returns. A second call does nothing.
+        """Put the corpus in place, durable on disk. A second call does nothing.
 
         Raises:
-            CorpusError: no token was added; nothing is left behind.
+            CorpusError: no token was added; the temporary files are removed.
         """
         if self._bin.closed:
             return
         if self.num_tokens == 0 and not self._may_be_empty:
             self.abort()
-            raise CorpusError("tokens to write", 0, "a corpus needs at least one token", "check the input")
+            raise CorpusError("number of tokens to write", 0, "be at least 1", "check the input")
         sync_and_close(self._bin)
-        with open(self._idx_part, "wb") as index:
+        with open(self._temporary_idx, "wb") as index:
             self._write_index(index)
             sync_and_close(index)
-        put_in_place(self.prefix, self._bin_part, self._idx_part)
+        put_in_place(self.prefix, self._temporary_bin, self._temporary_idx)
 
     def abort(self) -> None:
-        """Remove what was written so far; an older corpus at `prefix` stays."""
+        """Remove the temporary files; an older corpus at `prefix` stays."""
         self._bin.close()
-        for part in (self._bin_part, self._idx_part):
-            part.unlink(missing_ok=True)
+        for path in (self._temporary_bin, self._temporary_idx):
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedCorpusWriter:
         return self
@@ -164,7 +166,7 @@ class IndexedCorpusWriter:
             raise VocabularyError(
                 "token id to write",
                 highest if highest > self._limits.max else lowest,
-                f"must fit {self.dtype.name}",
+                f"fit {self.dtype.name}",
                 "choose the dtype with the tokenizer's true vocabulary size",
             )
         self.max_token_id = highest if self.max_token_id is None else max(self.max_token_id, highest)
@@ -181,40 +183,34 @@ class IndexedCorpusWriter:
         index.write(np.frombuffer(self._boundaries, dtype=np.int64).astype("<i8").tobytes())
 
 
-def part_path(path: Path) -> Path:
-    """The name under which this process writes what will be at `path`."""
+def temporary_path(path: Path) -> Path:
+    """Return the path at which this process writes a file until it is whole."""
     return path.with_name(f"{path.name}.part-{os.getpid()}")
 
 
-def put_in_place(prefix: str | Path, bin_part: Path, idx_part: Path, sidecar_part: Path | None = None) -> None:
-    """Make whole files, already durable, the corpus `prefix`: an older one goes first, the index comes last.
+def put_in_place(
+    prefix: str | Path, temporary_bin: Path, temporary_idx: Path, temporary_sidecar: Path | None = None
+) -> None:
+    """Rename whole, durable files to those of the corpus `prefix`, after removing an older corpus; the index last.
 
     Args:
-        prefix: of the corpus.
-        bin_part, idx_part: the files, on its file system.
-        sidecar_part: its `.meta.json`, if that file exists; it is there before the corpus is.
+        prefix: path of the corpus without `.bin` and `.idx`.
+        temporary_bin, temporary_idx: the files, on the file system of `prefix`.
+        temporary_sidecar: its `.meta.json`, renamed before the index if that file exists.
     """
     # An old index over a new .bin of the same size would read as whole.
     for stale in (idx_path(prefix), sidecar_path(prefix)):
         stale.unlink(missing_ok=True)
-    os.replace(bin_part, bin_path(prefix))
-    if sidecar_part is not None and sidecar_part.exists():
-        os.replace(sidecar_part, sidecar_path(prefix))
-    os.replace(idx_part, idx_path(prefix))
-    _sync_folder(bin_path(prefix).parent)
+    os.replace(temporary_bin, bin_path(prefix))
+    if temporary_sidecar is not None and temporary_sidecar.exists():
+        os.replace(temporary_sidecar, sidecar_path(prefix))
+    os.replace(temporary_idx, idx_path(prefix))
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+        sync_folder(bin_path(prefix).parent)
 
 
 def sync_and_close(stream: BinaryIO) -> None:
-    """Make what was written durable, and close."""
+    """Flush a stream to disk and close it."""
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

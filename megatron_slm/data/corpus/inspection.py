@@ -1,4 +1,4 @@
-"""What a corpus holds and what training reads of it, as text for people."""
+"""Human-readable text of a corpus and of the samples that training reads from it."""
 
 from __future__ import annotations
 
@@ -18,38 +18,34 @@ MASKED_OPEN, MASKED_CLOSE = "⟦", "⟧"
 
 
 class Decoder(Protocol):
-    """What turns ids into text."""
+    """Turns token ids into text."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
 
 
-class Part(NamedTuple):
+class Span(NamedTuple):
     """Consecutive tokens of one sequence of the corpus, or padding."""
 
     sequence: int | None
-    """Which; None for padding."""
-
+    """Number of the sequence; None for padding."""
     offset: int
-    """Its first token here."""
-
+    """Position of the first token in its sequence."""
     tokens: npt.NDArray[np.int64]
-    """Their ids, [n]."""
-
+    """Token ids, [n]."""
     trained: npt.NDArray[np.bool_]
-    """Whether the token is trained on, as a label, [n]."""
-
+    """True where the token is trained on, as a label, [n]."""
     ends: bool
-    """Whether the sequence's last token is among them."""
+    """True if the span includes the last token of the sequence."""
 
 
 def loss_mask_of(corpus: IndexedCorpus) -> IndexedCorpus | None:
-    """The corpus' loss mask, if it has one (see `find_loss_mask`).
+    """Open the loss mask of a corpus; None if it has none (see `find_loss_mask`).
 
     Raises:
-        CorpusError: it is missing, damaged, or of another corpus; or the sidecar is.
+        CorpusError: the mask or the sidecar is missing, damaged, or of another corpus.
     """
-    read_sidecar_of(corpus)  # one of another corpus would name its mask
+    read_sidecar_of(corpus)  # a sidecar of another corpus would name that corpus's mask
     found = find_loss_mask(corpus.prefix)
     if found is None:
         return None
@@ -59,64 +55,66 @@ def loss_mask_of(corpus: IndexedCorpus) -> IndexedCorpus | None:
     )
     if not same or mask.dtype != np.uint8:
         raise CorpusError(
-            "loss mask", mask.prefix, f"must hold one uint8 for every token of {corpus.prefix}", "preprocess again"
+            "loss mask", mask.prefix, f"hold one uint8 for every token of {corpus.prefix}", "preprocess again"
         )
     return mask
 
 
-def document_parts(corpus: IndexedCorpus, mask: IndexedCorpus | None, document: int) -> list[Part]:
-    """The sequences of a document.
+def document_spans(corpus: IndexedCorpus, mask: IndexedCorpus | None, document: int) -> list[Span]:
+    """Return the sequences of a document.
 
     Raises:
-        ConfigError: there is no such document.
+        ConfigError: the corpus has no such document.
     """
     if not 0 <= document < corpus.num_documents:
         raise ConfigError(
-            "documents", document, f"must be within [0, {corpus.num_documents})", "give the number of a document"
+            "--documents", document, f"be in [0, {corpus.num_documents})", "pass the number of a document"
         )
     first, stop = corpus.document_indices[document : document + 2].tolist()
-    return [_part(corpus, mask, sequence, 0, int(corpus.sequence_lengths[sequence])) for sequence in range(first, stop)]
+    return [_whole_sequence(corpus, mask, sequence) for sequence in range(first, stop)]
 
 
-def sample_parts(
+def sample_spans(
     corpus: IndexedCorpus, pieces: Sequence[Piece], tokens: Sequence[int], valid: npt.NDArray[np.bool_]
-) -> list[Part]:
-    """What a sample of training is made of, in order, padding last.
+) -> list[Span]:
+    """Return the spans of a training sample, in order, padding last.
 
     Args:
-        corpus: where it is from.
-        pieces: what it is made of (see `pieces` of its samples).
-        tokens: all of them, [s + 1], as training reads them.
-        valid: whether each label counts, [s]; the first token is no label.
+        corpus: source of the sample.
+        pieces: its pieces (see `CorpusSamples.pieces`).
+        tokens: its token ids as training reads them, [s + 1].
+        valid: True where the label counts, [s]; the first token is no label.
     """
-    ids, trained, filled = np.asarray(tokens, np.int64), np.append(False, valid), 0
-    parts = []
+    ids = np.asarray(tokens, np.int64)
+    trained = np.append(False, valid)
+    filled = 0
+    spans = []
     for piece in pieces:
         place = slice(filled, filled + piece.length)
         ends = piece.offset + piece.length == int(corpus.sequence_lengths[piece.sequence])
-        parts.append(Part(piece.sequence, piece.offset, ids[place], trained[place], ends))
+        spans.append(Span(piece.sequence, piece.offset, ids[place], trained[place], ends))
         filled += piece.length
     if filled < ids.size:
-        parts.append(Part(None, 0, ids[filled:], trained[filled:], True))
-    return parts
+        spans.append(Span(None, 0, ids[filled:], trained[filled:], True))
+    return spans
 
 
-def render(parts: Sequence[Part], decoder: Decoder) -> str:
-    """Text of the parts, one below the other: a line that says where each is from, then its text.
+def render(spans: Sequence[Span], decoder: Decoder) -> str:
+    """Return the text of the spans, each under a line with its source.
 
-    What is not trained on stands within ⟦ ⟧. A character that spans tokens on both sides of a border shows as two.
+    Tokens that are not trained on are enclosed in ⟦ ⟧. A character whose tokens lie on both sides of a ⟦ or ⟧ shows as
+    two.
     """
     lines = []
-    for part in parts:
-        if part.sequence is None:
-            lines.append(f"── padding, {part.tokens.size} tokens, {int(part.trained.sum())} trained on")
+    for span in spans:
+        trained = f"{int(span.trained.sum())} trained on"
+        if span.sequence is None:
+            lines.append(f"── padding, {span.tokens.size} tokens, {trained}")
             continue
-        stop = part.offset + part.tokens.size
-        end = "ends here" if part.ends else "goes on"
-        lines.append(
-            f"── sequence {part.sequence}, tokens [{part.offset}, {stop}), {int(part.trained.sum())} trained on, {end}"
-        )
-        lines.append("".join(_runs(part.tokens, part.trained, decoder)))
+        stop = span.offset + span.tokens.size
+        end = "ends here" if span.ends else "continues"
+        lines.append(f"── sequence {span.sequence}, tokens [{span.offset}, {stop}), {trained}, {end}")
+        lines.append("".join(_runs(span.tokens, span.trained, decoder)))
     return "\n".join(lines)
 
 
@@ -129,7 +127,7 @@ def _runs(tokens: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_], decoder
 
 
 def summary(corpus: IndexedCorpus, mask: IndexedCorpus | None) -> str:
-    """Counts, sizes, the spread of lengths, and what the sidecar says."""
+    """Return a table of counts, sizes, quantiles of lengths, and the sidecar's fields."""
     bounds = np.append(0, np.cumsum(corpus.sequence_lengths, dtype=np.int64))
     lengths = np.diff(bounds[corpus.document_indices])
     size = sum(path(corpus.prefix).stat().st_size for path in (bin_path, idx_path))
@@ -153,7 +151,7 @@ def summary(corpus: IndexedCorpus, mask: IndexedCorpus | None) -> str:
 
 def _sidecar_rows(sidecar: Sidecar | None) -> list[tuple[str, str]]:
     if sidecar is None:
-        return [("sidecar", "none: its tokenizer and its hashes cannot be checked")]
+        return [("sidecar", "none: tokenizer and hashes cannot be checked")]
     ends = [
         f"{name} {index}" for name, index in (("BOS", sidecar.bos_id), ("EOD", sidecar.eod_id)) if index is not None
     ]
@@ -164,7 +162,7 @@ def _sidecar_rows(sidecar: Sidecar | None) -> list[tuple[str, str]]:
     ]
 
 
-def _part(corpus: IndexedCorpus, mask: IndexedCorpus | None, sequence: int, offset: int, count: int) -> Part:
-    trained = np.ones(count, np.bool_) if mask is None else mask.get(sequence, offset, count).astype(np.bool_)
-    ends = offset + count == int(corpus.sequence_lengths[sequence])
-    return Part(sequence, offset, corpus.get(sequence, offset, count).astype(np.int64), trained, ends)
+def _whole_sequence(corpus: IndexedCorpus, mask: IndexedCorpus | None, sequence: int) -> Span:
+    tokens = corpus.get(sequence).astype(np.int64)
+    trained = np.ones(tokens.size, np.bool_) if mask is None else mask.get(sequence).astype(np.bool_)
+    return Span(sequence, 0, tokens, trained, ends=True)

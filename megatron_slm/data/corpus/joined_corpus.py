@@ -1,4 +1,4 @@
-"""A corpus that is made of whole corpora, end to end: tokens copied, pointers and document indices moved along."""
+"""Joins corpora end to end into one: copies the tokens, shifts pointers and document indices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_slm.data.corpus.indexed import (
     idx_path,
     sidecar_path,
 )
-from megatron_slm.data.corpus.indexed_writer import part_path, put_in_place, sync_and_close
+from megatron_slm.data.corpus.indexed_writer import put_in_place, sync_and_close, temporary_path
 from megatron_slm.data.corpus.sidecar import Sidecar, sidecar_text
 from megatron_slm.errors import CorpusError, os_errors_as
 
@@ -30,100 +30,96 @@ _ENTRIES_PER_BLOCK = 1 << 20
 
 
 class Merged(NamedTuple):
-    """What was written."""
+    """Counts and hashes of a joined corpus."""
 
     num_documents: int
-    """Documents, empty ones included."""
-
+    """Empty documents included."""
     num_tokens: int
-    """Tokens."""
-
     bin_sha256: str
     """SHA-256 of the `.bin`, hexadecimal."""
-
     idx_sha256: str
-    """SHA-256 of the `.idx`."""
+    """SHA-256 of the `.idx`, hexadecimal."""
 
 
 class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
-    """Takes corpora in order and is whole at its prefix after `finish` and `put_in_place`.
+    """Appends corpora in order; the result is at its prefix after `finish` and `put_in_place`.
 
-    Left before that, nothing of it stays. Memory does not grow with the corpora.
+    Leaving the `with` block before removes the temporary files. Memory does not grow with the corpora.
 
     Args:
-        prefix: path without `.bin` and `.idx`; its folder is made.
-        folder: where it grows, on the same file system; None: where it will be.
+        prefix: path without `.bin` and `.idx`; its folder is created.
+        folder: folder of the temporary files, on the same file system; None: that of `prefix`.
 
     Raises:
-        CorpusError: it cannot be written there; the same of all methods.
+        CorpusError: a file cannot be written, here and in every method.
     """
 
     def __init__(self, prefix: str | Path, folder: Path | None = None) -> None:
         self.prefix = prefix
         self._dtype: np.dtype[Any] | None = None
-        self._parts: list[_Part] = []
+        self._members: list[_Member] = []
         paths = bin_path(prefix), idx_path(prefix), sidecar_path(prefix)
-        self._files = [part_path((folder or path.parent) / path.name) for path in paths]
-        self._bin_part, self._idx_part, self._sidecar_part = self._files
+        self._temporary = [temporary_path((folder or path.parent) / path.name) for path in paths]
+        self._temporary_bin, self._temporary_idx, self._temporary_sidecar = self._temporary
         self._digest = hashlib.sha256()
         with self._writable():
-            self._bin_part.parent.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = open(self._bin_part, "wb")
+            self._temporary_bin.parent.mkdir(parents=True, exist_ok=True)
+            self._bin: BinaryIO = open(self._temporary_bin, "wb")
 
-    def add(self, part: CorpusIndex) -> None:
-        """Copy the tokens of another corpus to the end; its files must stay until `finish`.
+    def add(self, corpus: CorpusIndex) -> None:
+        """Append the tokens of another corpus; its files must stay until `finish`.
 
         Raises:
-            CorpusError: its token dtype is another one than the first's, or it became shorter.
+            CorpusError: its token dtype differs from the first corpus's, or its `.bin` was truncated meanwhile.
         """
-        self._dtype = self._dtype or part.dtype
-        require_dtype(part, self._dtype)
-        for block in _token_blocks(part):
+        self._dtype = self._dtype or corpus.dtype
+        require_dtype(corpus, self._dtype)
+        for block in _token_blocks(corpus):
             self._digest.update(block)
             with self._writable():
                 self._bin.write(block)
-        self._parts.append(_Part(part.prefix, part.num_sequences, part.num_documents, part.num_tokens))
+        self._members.append(_Member(corpus.prefix, corpus.num_sequences, corpus.num_documents, corpus.num_tokens))
 
     def finish(self, sidecar_of: Callable[[Merged], Sidecar | None] = lambda _: None) -> Merged:
-        """Make it whole and durable where it grows.
+        """Complete the temporary files and sync them to disk.
 
         Args:
-            sidecar_of: makes its sidecar.
+            sidecar_of: returns the sidecar of the joined corpus, or None for no sidecar.
 
         Raises:
-            CorpusError: there is no token.
+            CorpusError: the corpora hold no token.
         """
-        num_tokens = sum(part.num_tokens for part in self._parts)
+        num_tokens = sum(member.num_tokens for member in self._members)
         if self._dtype is None or num_tokens == 0:
-            raise CorpusError("tokens to write", 0, "a corpus needs at least one token", "check the input")
+            raise CorpusError("number of tokens to write", 0, "be at least 1", "check the input")
         with self._writable():
             sync_and_close(self._bin)
-            idx_sha256 = _write(self._idx_part, _index_blocks(self._parts, self._dtype))
-            num_documents = sum(part.num_documents for part in self._parts)
+            idx_sha256 = _write(self._temporary_idx, _index_blocks(self._members, self._dtype))
+            num_documents = sum(member.num_documents for member in self._members)
             merged = Merged(num_documents, num_tokens, self._digest.hexdigest(), idx_sha256)
             if (sidecar := sidecar_of(merged)) is not None:
-                _write(self._sidecar_part, [sidecar_text(sidecar).encode()])
+                _write(self._temporary_sidecar, [sidecar_text(sidecar).encode()])
         return merged
 
     def put_in_place(self) -> None:
-        """Give what is whole its names: the sidecar is there before the corpus is."""
+        """Rename the temporary files to those of the corpus, the index last."""
         with self._writable():
-            put_in_place(self.prefix, self._bin_part, self._idx_part, self._sidecar_part)
+            put_in_place(self.prefix, self._temporary_bin, self._temporary_idx, self._temporary_sidecar)
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # of a disk that is full still
+        with contextlib.suppress(OSError):  # the disk may still be full
             self._bin.close()
-        for part in self._files:
-            part.unlink(missing_ok=True)
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
 
     def _writable(self) -> contextlib.AbstractContextManager[None]:
         return os_errors_as(
-            CorpusError, "output prefix", str(self.prefix), "must be writable", "give another, or free space"
+            CorpusError, "--output-prefix", str(self.prefix), "be writable", "choose another prefix, or free space"
         )
 
 
-class _Part(NamedTuple):
-    """A corpus that was added. Its index is not kept open: there can be more of them than a process may have files."""
+class _Member(NamedTuple):
+    """A corpus that was added. Its index is not kept open: corpora can outnumber the files a process may open."""
 
     prefix: str
     num_sequences: int
@@ -132,7 +128,7 @@ class _Part(NamedTuple):
 
 
 def _write(path: Path, blocks: Iterable[bytes]) -> str:
-    """Write a file, durable; its SHA-256."""
+    """Write a file, sync it to disk, and return its SHA-256, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         for block in blocks:
@@ -142,13 +138,13 @@ def _write(path: Path, blocks: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def require_dtype(part: CorpusIndex, dtype: np.dtype[Any]) -> None:
-    """Raise CorpusError where a corpus cannot be joined to others, which have this dtype."""
-    if part.dtype != dtype:
+def require_dtype(corpus: CorpusIndex, dtype: np.dtype[Any]) -> None:
+    """Raise CorpusError if the token dtype of a corpus is not `dtype`, that of the corpora to join it to."""
+    if corpus.dtype != dtype:
         raise CorpusError(
-            f"token dtype of {part.prefix}",
-            part.dtype.name,
-            f"must be {dtype.name}, that of the corpora before it",
+            f"{corpus.prefix}: token dtype",
+            corpus.dtype.name,
+            f"be {dtype.name}, as in the corpora before it",
             "preprocess one of them again, with the other's tokenizer",
         )
 
@@ -161,29 +157,29 @@ def _token_blocks(index: CorpusIndex) -> Iterator[Any]:
             count = file.readinto(buffer[: min(left, len(buffer))])
             if not count:
                 raise CorpusError(
-                    f"size of {bin_path(index.prefix)}", left, "became shorter while it was read", "start again"
+                    f"{bin_path(index.prefix)}: bytes left to read", left, "be 0 at the end of the file", "start again"
                 )
             left -= count
             yield buffer[:count]
 
 
-def _index_blocks(parts: Sequence[_Part], dtype: np.dtype[Any]) -> Iterator[bytes]:
-    num_sequences = sum(part.num_sequences for part in parts)
-    num_documents = sum(part.num_documents for part in parts)
+def _index_blocks(members: Sequence[_Member], dtype: np.dtype[Any]) -> Iterator[bytes]:
+    num_sequences = sum(member.num_sequences for member in members)
+    num_documents = sum(member.num_documents for member in members)
     yield HEADER.pack(MAGIC, VERSION, CODE_BY_DTYPE[dtype], num_sequences, num_documents + 1)
-    for part in parts:
-        yield from (block.astype("<i4").tobytes() for block in _entries(CorpusIndex(part.prefix).sequence_lengths))
-    moved = 0
-    for part in parts:
-        pointers = CorpusIndex(part.prefix).sequence_pointers
-        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(pointers))
-        moved += part.num_tokens * dtype.itemsize
+    for member in members:
+        yield from (block.astype("<i4").tobytes() for block in _entries(CorpusIndex(member.prefix).sequence_lengths))
+    shift_bytes = 0
+    for member in members:
+        pointers = CorpusIndex(member.prefix).sequence_pointers
+        yield from ((block + shift_bytes).astype("<i8").tobytes() for block in _entries(pointers))
+        shift_bytes += member.num_tokens * dtype.itemsize
     yield np.zeros(1, "<i8").tobytes()
-    moved = 0
-    for part in parts:
-        boundaries = CorpusIndex(part.prefix).document_indices[1:]
-        yield from ((block + moved).astype("<i8").tobytes() for block in _entries(boundaries))
-        moved += part.num_sequences
+    shift_sequences = 0
+    for member in members:
+        boundaries = CorpusIndex(member.prefix).document_indices[1:]
+        yield from ((block + shift_sequences).astype("<i8").tobytes() for block in _entries(boundaries))
+        shift_sequences += member.num_sequences
 
 
 def _entries(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Merging corpora of users, with their loss masks and sidecars."""
+"""Merges corpora, with their loss masks and sidecars."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ def concatenate(
     output_prefix: str | Path,
     sidecar_of: Callable[[Merged], Sidecar | None] = lambda _: None,
 ) -> Merged:
-    """Write the corpora `prefixes`, in this order, as the corpus `output_prefix`: whole, or not there.
+    """Write the corpora `prefixes`, in this order, as the corpus `output_prefix`: whole, or not at all.
 
-    Memory does not grow with the corpora. Some may have no token; all together must have one. What a writer that was
-    killed left there of the same corpus, or of its loss mask, is removed.
+    Memory does not grow with the corpora. Some may be empty, not all. Temporary files that a killed writer left of the
+    same corpus or its loss mask are removed.
 
     Args:
         prefixes: the corpora, in order.
-        output_prefix: of the new corpus.
-        sidecar_of: makes its sidecar, which is there before the corpus is.
+        output_prefix: prefix of the new corpus.
+        sidecar_of: returns its sidecar, which is put in place before the corpus, or None.
 
     Raises:
-        CorpusError: a corpus is damaged, they have several token dtypes, the output is one of them or cannot be
-            written, or there is no token.
+        CorpusError: a corpus is damaged, the token dtypes differ, the output is one of the inputs or cannot be
+            written, or no corpus holds a token.
     """
     if not prefixes:
-        raise CorpusError("corpora to merge", 0, "must be at least one", "name some")
+        raise CorpusError.missing("--input", "merging", "name at least one corpus")
     dtype = CorpusIndex(prefixes[0]).dtype
     for prefix in prefixes:
         if bin_path(prefix).resolve() == bin_path(output_prefix).resolve():
-            raise CorpusError("output prefix", str(output_prefix), "must not be one of the inputs", "give another")
-        require_dtype(CorpusIndex(prefix), dtype)  # all of them before the first is copied
+            raise CorpusError(
+                "--output-prefix", str(output_prefix), "not be one of the inputs", "choose another prefix"
+            )
+        require_dtype(CorpusIndex(prefix), dtype)  # check all before copying the first
     for prefix in (output_prefix, loss_mask_prefix(output_prefix)):
-        _remove_parts_of_the_dead(prefix)
+        _remove_orphans(prefix)
     with JoinedCorpus(output_prefix) as joined:
         for prefix in prefixes:
             joined.add(CorpusIndex(prefix))
@@ -57,17 +59,17 @@ def merge_corpora(
     command: str,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Merged:
-    """`concatenate` for corpora of users: with their loss masks and sidecars.
+    """Concatenate corpora with their loss masks and sidecars.
 
     Args:
         prefixes: the corpora, in order.
-        output_prefix: of the new corpus.
-        command: the command line, for the sidecar.
-        warn: called with a message where something cannot be checked.
+        output_prefix: prefix of the new corpus.
+        command: the command line, recorded in the sidecar.
+        warn: called with a message if something cannot be checked.
 
     Raises:
-        VocabularyError: the corpora were made with several tokenizers, or end their documents in several ways.
-        CorpusError: see `concatenate`; some have a loss mask and some have not; or a sidecar is of another corpus.
+        VocabularyError: the corpora's tokenizers or their BOS and EOD ids differ.
+        CorpusError: see `concatenate`; or only some corpora have a loss mask; or a sidecar is of another corpus.
     """
     sidecars = [read_sidecar_of(CorpusIndex(prefix)) for prefix in prefixes]
     known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
@@ -77,7 +79,7 @@ def merge_corpora(
     if masked and len(masked) != len(prefixes):
         without = next(str(prefix) for prefix in prefixes if str(prefix) not in masked)
         raise CorpusError(
-            "loss mask", without, f"must exist, as {masked[0]} has one", "merge corpora with masks apart from others"
+            f"{without}: loss mask", "none", f"exist, since {masked[0]} has one", "merge corpora with masks separately"
         )
     if len(known) != len(prefixes):
         for prefix, found in zip(prefixes, sidecars, strict=True):
@@ -85,28 +87,31 @@ def merge_corpora(
                 raise CorpusError(
                     "loss mask",
                     str(find_loss_mask(prefix)),
-                    "is named by its corpus' .meta.json, to be merged with it",
+                    "be named in its corpus's .meta.json to be merged with it",
                     "preprocess with --loss-mask-key, or move the mask away",
                 )
         without = next(str(prefix) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is None)
-        warn(f"{without} has no .meta.json, so its tokenizer cannot be checked, and the new corpus has none either")
+        warn(f"{without} has no .meta.json: its tokenizer cannot be checked, and the new corpus gets no .meta.json")
         return concatenate(prefixes, output_prefix)
     mask: Merged | None = None
     if masked:
         masks = [Path(prefix).parent / str(sidecar.loss_mask) for prefix, sidecar in known]
         mask = concatenate(masks, loss_mask_prefix(output_prefix))
-    of_all = [sidecar for _, sidecar in known]
-    return concatenate(prefixes, output_prefix, lambda merged: _combined(of_all, merged, mask, output_prefix, command))
+
+    def sidecar_of(merged: Merged) -> Sidecar:
+        return _combined([sidecar for _, sidecar in known], merged, mask, output_prefix, command)
+
+    return concatenate(prefixes, output_prefix, sidecar_of)
 
 
-def _remove_parts_of_the_dead(prefix: str | Path) -> None:
-    """Remove the files of `part_path` at a prefix whose process is gone from this machine."""
+def _remove_orphans(prefix: str | Path) -> None:
+    """Remove the temporary files at a prefix (see `temporary_path`) whose process no longer runs on this machine."""
     for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix)):
-        for part in path.parent.glob(f"{glob.escape(path.name)}.part-*"):
-            number = part.name.rpartition("-")[2]
-            if number.isascii() and number.isdigit() and not _is_alive(int(number)):
-                with contextlib.suppress(OSError):  # it is in nobody's way
-                    part.unlink()
+        for orphan in path.parent.glob(f"{glob.escape(path.name)}.part-*"):
+            pid = orphan.name.rpartition("-")[2]
+            if pid.isascii() and pid.isdigit() and not _is_alive(int(pid)):
+                with contextlib.suppress(OSError):  # a leftover file does no harm
+                    orphan.unlink()
 
 
 def _is_alive(pid: int) -> bool:
@@ -114,7 +119,7 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # of another user; no process' number
+    except (PermissionError, OverflowError):  # another user's process; a number too large for a process
         return True
     return True
 
@@ -122,17 +127,17 @@ def _is_alive(pid: int) -> bool:
 def _require_same(prefix: str | Path, sidecar: Sidecar, first: str | Path, expected: Sidecar) -> None:
     if sidecar.tokenizer_fingerprint != expected.tokenizer_fingerprint:
         raise VocabularyError(
-            f"tokenizer of corpus {prefix}",
+            f"{prefix}: tokenizer",
             sidecar.tokenizer_fingerprint[:12],
-            f"must be that of {first} ({expected.tokenizer_fingerprint[:12]}), by token table",
+            f"have the token table of {first} ({expected.tokenizer_fingerprint[:12]})",
             "preprocess one of them again with the other's tokenizer",
         )
     ends = {(one.bos_id, one.eod_id) for one in (sidecar, expected)}
     if len(ends) > 1:
         raise VocabularyError(
-            f"ids around the documents of {prefix} (BOS, EOD)",
+            f"{prefix}: (BOS, EOD) ids",
             (sidecar.bos_id, sidecar.eod_id),
-            f"must be those of {first}: {(expected.bos_id, expected.eod_id)}",
+            f"be those of {first}: {(expected.bos_id, expected.eod_id)}",
             "preprocess one of them again with the other's flags",
         )
 

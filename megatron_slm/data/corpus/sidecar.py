@@ -1,9 +1,8 @@
-"""How a corpus was made: a small JSON file beside `.bin` and `.idx`, written by our preprocessing only."""
+"""Sidecar of a corpus: a JSON file beside `.bin` and `.idx` that records how preprocessing made them."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import typing
@@ -12,114 +11,101 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.data.corpus.indexed import CorpusIndex, bin_path, idx_path, sidecar_path
-from megatron_slm.errors import CorpusError
+from megatron_slm.errors import CorpusError, os_errors_as
+from megatron_slm.files import file_sha256
 
 logger = logging.getLogger(__name__)
 
 LOSS_MASK_SUFFIX = "_loss_mask"
-_BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """What is known of a corpus beyond its tokens."""
+    """Origin, counts and hashes of a corpus; Megatron's corpora have no sidecar."""
 
     tokenizer_fingerprint: str
-    """SHA-256 of the token table it was made with (`Tokenizer.fingerprint`)."""
-
+    """SHA-256 of the tokenizer's token table (`Tokenizer.fingerprint`)."""
     vocab_size: int
-    """True size of that table, not padded."""
-
+    """True size of the token table, not padded."""
     num_documents: int
-    """Documents, those without a token included."""
-
+    """Empty documents included."""
     num_tokens: int
-    """Tokens, end-of-document tokens included."""
-
+    """BOS and end-of-document tokens included."""
     max_token_id: int
-    """The largest token id that occurs."""
-
+    """The largest token id in the corpus."""
     eod_id: int | None
-    """The id appended to every document, None when none was."""
-
+    """The id appended to every document; None if none was."""
     command: str
-    """The command line it was made with."""
-
+    """The command line that made the corpus."""
     bos_id: int | None = None
-    """The id put before every document, None when none was."""
-
+    """The id prepended to every document; None if none was."""
     bin_sha256: str | None = None
     """SHA-256 of the `.bin` file, hexadecimal, as `sha256sum` prints it; None in sidecars of older versions."""
-
     idx_sha256: str | None = None
-    """The same of the `.idx` file."""
-
+    """SHA-256 of the `.idx` file, hexadecimal; None in sidecars of older versions."""
     num_empty: int | None = None
     """Documents without a token."""
-
     num_invalid: int | None = None
-    """Lines of the input that were left out."""
-
+    """Input lines that were skipped."""
     longest_document: int | None = None
     """Tokens of the longest document."""
-
     loss_mask: str | None = None
-    """Name of the corpus' loss mask, a prefix in the same folder: a corpus of uint8 with the same documents and
-    lengths, 1 for a token that is trained on, 0 for one that is only read. None where all are trained on."""
-
+    """Prefix of the loss mask in the same folder: a uint8 corpus with the same documents and lengths, 1 for a token
+    that is trained on, 0 for context only. None if all tokens are trained on."""
     loss_mask_bin_sha256: str | None = None
     """SHA-256 of the mask's `.bin`."""
-
     loss_mask_idx_sha256: str | None = None
     """SHA-256 of the mask's `.idx`."""
 
 
 def loss_mask_prefix(prefix: str | Path) -> Path:
-    """Where the loss mask of the corpus `prefix` is, if it has one."""
+    """Return the default prefix of the loss mask of the corpus `prefix`."""
     return Path(f"{prefix}{LOSS_MASK_SUFFIX}")
 
 
 def find_loss_mask(prefix: str | Path) -> Path | None:
-    """The loss mask of a corpus: the one its sidecar names; without a word of it, the one that lies beside it.
+    """Return the prefix of a corpus's loss mask: the one its sidecar names, else the one beside the corpus, or None.
 
-    A sidecar that says that all tokens are trained on is believed: a mask may be left of an earlier corpus there.
+    A sidecar whose `loss_mask` is null rules out a mask beside the corpus: it may be left from an earlier corpus.
 
     Raises:
-        CorpusError: the sidecar names one that is not there.
+        CorpusError: the sidecar names a mask that does not exist.
     """
-    said: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     if read_sidecar(prefix) is not None:
-        said = json.loads(sidecar_path(prefix).read_text(encoding="utf-8"))
+        recorded = json.loads(sidecar_path(prefix).read_text(encoding="utf-8"))
     beside = loss_mask_prefix(prefix)
-    if "loss_mask" not in said:
+    if "loss_mask" not in recorded:
         return beside if idx_path(beside).is_file() else None
-    if said["loss_mask"] is None:
+    if recorded["loss_mask"] is None:
         if idx_path(beside).is_file():
-            logger.warning("%s is not used: %s says that all tokens are trained on", beside, sidecar_path(prefix))
+            logger.warning(
+                "ignoring the loss mask %s: according to %s all tokens are trained on", beside, sidecar_path(prefix)
+            )
         return None
-    named = Path(prefix).parent / str(said["loss_mask"])
+    named = Path(prefix).parent / str(recorded["loss_mask"])
     if not idx_path(named).is_file():
         raise CorpusError(
-            f"loss mask of corpus {prefix}",
-            str(named),
-            "is there, as its .meta.json says",
+            f"{sidecar_path(prefix)}: loss_mask",
+            str(recorded["loss_mask"]),
+            f"be a loss mask in the same folder; {idx_path(named)} does not exist",
             "copy PREFIX_loss_mask.bin and .idx beside the corpus, or preprocess it again",
         )
     return named
 
 
 def sidecar_text(sidecar: Sidecar) -> str:
-    """What the file holds."""
+    """Return the content of the sidecar file."""
     return json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n"
 
 
 def read_sidecar(prefix: str | Path) -> Sidecar | None:
-    """The sidecar of the corpus `prefix`; None when it has none (a corpus made by Megatron).
+    """Read the sidecar of the corpus `prefix`; None if it has none (a corpus made by Megatron).
 
-    Fields that this version does not know are ignored. Where the corpus is open, see `read_sidecar_of`.
+    Unknown fields are ignored. For an open corpus, use `read_sidecar_of`.
 
     Raises:
-        CorpusError: the file is not such an object, or a field has another type.
+        CorpusError: the file is not a JSON object with these fields, or a field has another type.
     """
     path = sidecar_path(prefix)
     if not path.is_file():
@@ -133,27 +119,27 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
         raise CorpusError(
             "corpus sidecar",
             str(path),
-            f"must be a JSON object with the fields of Sidecar ({type(error).__name__}: {error})",
+            f"be a JSON object with the fields of a sidecar ({type(error).__name__}: {error})",
             "delete it (it is optional), or preprocess the corpus again",
         ) from error
 
 
 def read_sidecar_of(corpus: CorpusIndex) -> Sidecar | None:
-    """The sidecar of a corpus that is open, which must tell of these files and not of earlier ones there.
+    """Read the sidecar of an open corpus and check that it belongs to these files, not to earlier ones.
 
     Raises:
-        CorpusError: see `read_sidecar`; or it counts other documents or tokens than the index.
+        CorpusError: see `read_sidecar`; or its counts of documents or tokens differ from the index.
     """
     sidecar = read_sidecar(corpus.prefix)
     if sidecar is None:
         return None
     for name, here in (("num_documents", corpus.num_documents), ("num_tokens", corpus.num_tokens)):
-        said = getattr(sidecar, name)
-        if said != here:
+        recorded = getattr(sidecar, name)
+        if recorded != here:
             raise CorpusError(
-                f"{name} of {sidecar_path(corpus.prefix)}",
-                said,
-                f"must be {here}, as in {idx_path(corpus.prefix)}; it is of another corpus",
+                f"{sidecar_path(corpus.prefix)}: {name}",
+                recorded,
+                f"be {here}, as in {idx_path(corpus.prefix)}; the sidecar is of another corpus",
                 "preprocess the corpus again, or move the stale .meta.json away",
             )
     return sidecar
@@ -162,54 +148,39 @@ def read_sidecar_of(corpus: CorpusIndex) -> Sidecar | None:
 def _check_types(values: dict[str, Any]) -> None:
     hints, words = typing.get_type_hints(Sidecar), Sidecar.__annotations__
     for name, value in values.items():
-        if type(value) not in (typing.get_args(hints[name]) or (hints[name],)):  # a bool is an int to isinstance
+        if type(value) not in (typing.get_args(hints[name]) or (hints[name],)):  # isinstance counts a bool as an int
             raise TypeError(f"{name} is {value!r}, not {words[name]}")
 
 
 def verify_hashes(prefix: str | Path) -> list[Path]:
-    """Read a corpus' files whole, its loss mask's too, and compare them with the sidecar.
+    """Hash the files of a corpus and its loss mask, and compare the hashes with the sidecar.
 
     Returns:
         The files that were compared.
 
     Raises:
-        CorpusError: there is nothing to compare with, or a file is another one than was written.
+        CorpusError: no sidecar with hashes exists, or a file differs from what was written.
     """
     sidecar = read_sidecar(prefix)
     if sidecar is None or sidecar.bin_sha256 is None:
         raise CorpusError(
             "corpus sidecar",
             str(sidecar_path(prefix)),
-            "must exist and hold hashes to compare with",
-            "preprocess the corpus again (Megatron's corpora have none)",
+            "exist and hold hashes to compare with",
+            "preprocess the corpus again (Megatron's corpora have no hashes)",
         )
     expected = {bin_path(prefix): sidecar.bin_sha256, idx_path(prefix): sidecar.idx_sha256}
     if sidecar.loss_mask is not None:
         mask = Path(prefix).parent / sidecar.loss_mask
         expected |= {bin_path(mask): sidecar.loss_mask_bin_sha256, idx_path(mask): sidecar.loss_mask_idx_sha256}
     for path, wanted in expected.items():
-        found = file_sha256(path)
+        with os_errors_as(CorpusError, "corpus file", str(path), "be readable", "copy it again"):
+            found = file_sha256(path)
         if found != wanted:
             raise CorpusError(
-                f"SHA-256 of {path}",
+                f"{path}: SHA-256",
                 found,
-                f"must be {wanted}, which it was when it was written",
-                "copy the file again from where it was made, or preprocess again",
+                f"be {wanted}, as recorded when it was written",
+                "copy the file again from its source, or preprocess again",
             )
     return list(expected)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal.
-
-    Raises:
-        CorpusError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-    except OSError as error:
-        raise CorpusError("corpus file", str(path), f"cannot be read ({error})", "copy it again") from error
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Corpora that lie elsewhere (s3://, gs://, https:// and whatever else fsspec opens), copied to this node once."""
+"""Copies remote corpora (s3://, gs://, https:// and anything else fsspec opens) to this node, once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _OPTIONAL = (".meta.json", "_loss_mask.idx", "_loss_mask.bin")
 
 
 def staged(prefix: str, folder: Path) -> str:
-    """The prefix itself where it is a local path; else that of a whole copy in `folder`.
+    """Return a local prefix unchanged; copy a remote corpus into `folder` and return the prefix of the copy.
 
-    The copy's place is made from the address and from what the file system says of each file (size, checksum or time
-    of change), so a corpus that is rewritten there is copied again. Ranks of a node that start together copy once.
+    The path of the copy depends on the address and on each file's size, checksum or modification time, so a corpus that
+    changes is copied again. Ranks of a node that start together copy once.
 
     Raises:
-        CorpusError: a file is not there, or cannot be copied.
+        CorpusError: a file is missing, or cannot be copied.
     """
     if "://" not in prefix:
         return prefix
@@ -38,23 +38,23 @@ def staged(prefix: str, folder: Path) -> str:
         if missing:
             raise FileNotFoundError(f"{prefix}{missing[0]} does not exist")
         key = hashlib.sha256(f"{prefix} {sorted(marks.items())}".encode()).hexdigest()[:16]
-        place = folder / "corpora" / key / path.rpartition("/")[2]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.parent / ".lock"):
+        copy = folder / "corpora" / key / path.rpartition("/")[2]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(copy.parent / ".lock"):
             for end in found:
-                _copy(system, path + end, Path(f"{place}{end}"))
+                _copy(system, path + end, Path(f"{copy}{end}"))
     except (OSError, ValueError, ImportError) as error:
         raise CorpusError(
             "corpus prefix",
             prefix,
-            f"can be read through fsspec ({error})",
-            "check the address and the credentials, and that the package for its protocol is installed",
+            f"be readable through fsspec ({error})",
+            "check the address, the credentials, and that the package for its protocol is installed",
         ) from error
-    return str(place)
+    return str(copy)
 
 
 def _copy(system: fsspec.AbstractFileSystem, source: str, target: Path) -> None:
-    if target.exists():  # renamed into place when it was whole
+    if target.exists():  # renamed into place when whole
         return
     logger.info("copying %s to %s", source, target)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)

@@ -1,1 +1,1 @@
-"""Text to corpora."""
+"""Tokenizes text into corpora, in parallel and resumably."""

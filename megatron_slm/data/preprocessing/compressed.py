@@ -1,4 +1,4 @@
-"""Files of lines, plain or compressed, as streams of bytes that notice a cut-off end."""
+"""Reads plain and compressed files of lines; a truncated file raises an error."""
 
 from __future__ import annotations
 
@@ -17,53 +17,59 @@ _CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def open_decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A file's bytes, decompressed by its suffix (.gz, .zst), and the file beneath, whose position says how far it is.
+def open_decompressed(path: Path, flag: str = "--input") -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file as a decompressed stream (by its suffix: .gz, .zst), and the raw file, whose position shows progress.
+
+    Args:
+        flag: the flag that names the file, for errors.
 
     Raises:
-        CorpusError: it cannot be read to its end.
+        CorpusError: the file cannot be read to its end.
     """
     try:
-        with open(path, "rb", buffering=_CHUNK_BYTES) as file, _decompressed(path, file) as stream:
+        with open(path, "rb", buffering=_CHUNK_BYTES) as file, _decompressed(path, file, flag) as stream:
             yield stream, file
     except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(
-            "input",
+            flag,
             str(path),
-            f"cannot be read to its end ({type(error).__name__}: {error})",
+            f"be readable to its end ({type(error).__name__}: {error})",
             "copy the file again",
         ) from error
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, decompressed by its suffix (.gz, .zst), without line breaks.
+def read_lines(path: Path, flag: str = "--input") -> Iterator[bytes]:
+    """Yield the lines of a file, decompressed by its suffix (.gz, .zst), without line breaks.
+
+    Args:
+        flag: the flag that names the file, for errors.
 
     Raises:
-        CorpusError: it cannot be read to its end.
+        CorpusError: the file cannot be read to its end.
     """
-    with open_decompressed(path) as (stream, _):
+    with open_decompressed(path, flag) as (stream, _):
         for line in stream:
             yield line.rstrip(b"\r\n")
 
 
-def _decompressed(path: Path, file: BinaryIO) -> Any:
+def _decompressed(path: Path, file: BinaryIO, flag: str) -> Any:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
     if path.suffix == ".zst":
-        return io.BufferedReader(_ZstandardFile(path, file), _CHUNK_BYTES)
+        return io.BufferedReader(_ZstandardFile(path, file, flag), _CHUNK_BYTES)
     return file
 
 
 class _ZstandardFile(io.RawIOBase):
-    """The frames of a .zst file one after another; unlike the library's reader it notices a cut-off file."""
+    """Reads the frames of a .zst file in turn; unlike the library's reader it detects a truncated file."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, flag: str) -> None:
         self._file = file
         try:
             import zstandard
         except ImportError as error:
             raise CorpusError(
-                "input", str(path), "needs the package zstandard", "pip install zstandard, or decompress it"
+                flag, str(path), "be read with the package zstandard", "pip install zstandard, or decompress it"
             ) from error
         self._error = zstandard.ZstdError
         self._library = zstandard.ZstdDecompressor()
@@ -72,11 +78,11 @@ class _ZstandardFile(io.RawIOBase):
         self._plain = memoryview(b"")
 
     def readable(self) -> bool:
-        """True: the only thing it does."""
+        """Return True: the stream can only be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with decompressed bytes; 0 at the end of the file."""
+        """Fill `buffer` with decompressed bytes and return their number; 0 at the end of the file."""
         while not self._plain:
             if not self._compressed:
                 self._compressed = self._file.read(_CHUNK_BYTES)

@@ -1,4 +1,4 @@
-"""Documents to token ids, many at once, as arrays."""
+"""Encodes many documents at once into arrays of token ids."""
 
 from __future__ import annotations
 
@@ -14,48 +14,43 @@ from megatron_slm.data.tokenizers.base import Ragged
 
 
 class Encoder(Protocol):
-    """What turns texts into ids: a tokenizer, or a faster library checked against one."""
+    """Turns texts into token ids: a tokenizer, or a faster library checked against one."""
 
     def encode_ragged(self, texts: Sequence[str]) -> Ragged:
-        """Token ids of several texts, nothing added at their ends."""
+        """Return the token ids of several texts, without BOS or EOD."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How documents become sequences; travels to worker processes."""
+    """Settings that turn documents into sequences; pickled to the workers."""
 
     keys: DocumentKeys
-    """Which keys hold what."""
-
+    """Keys of the texts and of the loss mask."""
     bos_id: int | None
-    """Begins every document that has a token; None: nothing does."""
-
+    """Prepended to every document that has a token; None: no BOS."""
     eod_id: int | None
-    """Ends every document that has a token; None: nothing does."""
+    """Appended to every document that has a token; None: no EOD."""
 
 
 class EncodedDocuments(NamedTuple):
     """Documents of one corpus as token ids."""
 
     tokens: npt.NDArray[np.int32]
-    """All of them, end to end, int32 [T]."""
-
+    """Token ids of all documents, end to end, int32 [T]."""
     sequence_lengths: npt.NDArray[np.int64]
-    """Tokens of every sequence [S]; none is 0."""
-
+    """Tokens of every sequence, int64 [S], none 0."""
     sequences_per_document: npt.NDArray[np.int64]
-    """Sequences of every document [D]; 0 where the document has no token."""
-
+    """Sequences of every document, int64 [D], 0 for a document without a token."""
     loss_mask: npt.NDArray[np.uint8] | None
-    """1 for every token that is trained on, uint8 [T]; None where all are."""
+    """1 for every token that is trained on, uint8 [T]; None without a mask."""
 
 
 def encode_documents(documents: Sequence[Texts], encoding: Encoding, encoder: Encoder) -> EncodedDocuments:
     """Tokenize documents of one corpus.
 
     Without a mask every text is a sequence, as in Megatron's preprocessing: a text without a token is no sequence, and
-    a document of none stays as one without a sequence. With a mask the texts of a document, tokenized one by one, are
-    one sequence; its end-of-document token is trained on where its last text is, its first token of BOS never.
+    a document without a token stays as one without a sequence. With a mask the texts of a document, tokenized one by
+    one, form one sequence; its end-of-document token is trained on if its last text is, BOS never.
     """
     ids, lengths = encoder.encode_ragged([text for document in documents for text in document.texts])
     texts_per_document = np.fromiter((len(document.texts) for document in documents), np.int64, len(documents))
@@ -65,7 +60,7 @@ def encode_documents(documents: Sequence[Texts], encoding: Encoding, encoder: En
         trained = np.fromiter((bit for document in documents for bit in document.trained or ()), np.uint8, owner.size)
         mask = np.repeat(trained, lengths)
         last_trained = np.zeros(len(documents), np.uint8)
-        last_trained[owner] = trained  # of a document's texts the last one stays
+        last_trained[owner] = trained  # a document's last text overwrites the earlier ones
         lengths = np.bincount(owner, weights=lengths, minlength=len(documents)).astype(np.int64)
         owner = np.arange(len(documents))
     is_sequence = lengths > 0
@@ -83,7 +78,7 @@ def _with_ends(
     last_trained: npt.NDArray[np.uint8] | None,
     encoding: Encoding,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8] | None, npt.NDArray[np.int64]]:
-    """Put the end-of-document token after every document's last sequence, and BOS before its first."""
+    """Insert the end-of-document token after every document's last sequence, and BOS before its first."""
     changes = np.flatnonzero(np.diff(owner)) if owner.size else np.empty(0, np.int64)
     ends = np.cumsum(lengths)
     lengths = lengths.copy()

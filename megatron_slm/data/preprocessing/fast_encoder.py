@@ -1,4 +1,4 @@
-"""A faster library in a tokenizer's place, compared with it on samples of the text and given up where it differs."""
+"""Encodes with a library faster than the tokenizer, and checks its ids on samples of the text."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from megatron_slm.data.tokenizers.base import PROBES, Ragged, Tokenizer
 LIBRARY = "gigatoken"
 _CHECKED_CHARACTERS = 8192
 _REBUILT_AFTER_CHARACTERS = 1 << 28
-"""The library remembers every word it has seen: starting anew now and then bounds its memory."""
+"""The library caches every word it has seen: rebuilding it from time to time bounds its memory."""
 
 
 class FastEncoderError(Exception):
-    """The library cannot stand in for the tokenizer; its text says why. Never leaves the package."""
+    """Raised if the library cannot replace the tokenizer; the message is the reason. Internal to preprocessing."""
 
 
 class FastEncoder:
     """Encodes with gigatoken, in the calling thread.
 
-    Of every batch one text is encoded by the tokenizer too: the whole of it, or of a long one a slice whose ids must be
-    the same from both (about 1 % of the text where batches are of a megabyte).
+    One text of every batch, or a slice of it if it is long, is also encoded by the tokenizer, and the ids must agree
+    (about 1 % of the text for batches of a megabyte).
 
     Args:
-        tokenizer: what the ids must equal.
+        tokenizer: the tokenizer to agree with.
 
     Raises:
-        FastEncoderError: gigatoken is not installed, does not know this kind of tokenizer, or gives other ids for the
-            texts that hold what tokenizers differ in.
+        FastEncoderError: gigatoken is not installed, does not support this kind of tokenizer, or returns other ids for
+            a special token or one of `PROBES`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         definition = tokenizer.fast_definition()
         if definition is None:
-            raise FastEncoderError("this tokenizer has no form that it reads")
+            raise FastEncoderError(f"this tokenizer has no form that {LIBRARY} supports")
         self._tokenizer = tokenizer
         self._definition = definition
         self._build()
@@ -54,10 +54,10 @@ class FastEncoder:
         return type(self), (self._tokenizer,)
 
     def encode_ragged(self, texts: Sequence[str]) -> Ragged:
-        """Token ids of several texts.
+        """Return the token ids of several texts.
 
         Raises:
-            FastEncoderError: the text that was checked has other ids.
+            FastEncoderError: the tokenizer returns other ids for the checked text.
         """
         encoded = self._encode(texts)
         if texts:
@@ -75,7 +75,9 @@ class FastEncoder:
         try:
             self._library: Any = gigatoken.Tokenizer.from_json(self._definition)
         except Exception as error:  # the library raises bare exceptions for what it does not support
-            raise FastEncoderError(f"{LIBRARY} does not read this tokenizer: {str(error).splitlines()[0]}") from error
+            raise FastEncoderError(
+                f"{LIBRARY} does not support this tokenizer: {str(error).splitlines()[0]}"
+            ) from error
         self._num_characters = 0
 
     def _encode(self, texts: Sequence[str]) -> Ragged:
@@ -101,11 +103,12 @@ class FastEncoder:
         self._compare(text, encoded.ids[stop - int(encoded.lengths[at]) : stop].tolist())
 
     def _compare(self, text: str, found: list[int] | None = None) -> None:
-        found = self._encode([text]).ids.tolist() if found is None else found
+        if found is None:
+            found = self._encode([text]).ids.tolist()
         expected = self._tokenizer.encode_ragged([text]).ids.tolist()
         if found != expected:
             same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
             raise FastEncoderError(
-                f"{LIBRARY} gives other ids from token {same} of {text[:60]!r}: {found[same : same + 4]} instead of "
+                f"{LIBRARY} returns other ids from token {same} of {text[:60]!r}: {found[same : same + 4]} instead of "
                 f"{expected[same : same + 4]}"
             )

@@ -1,4 +1,4 @@
-"""The input of preprocessing, cut into pieces that workers read by themselves: JSON lines, compressed ones, Parquet."""
+"""Splits the input of preprocessing (JSON lines, compressed ones, Parquet) into chunks that workers read."""
 
 from __future__ import annotations
 
@@ -17,32 +17,29 @@ from megatron_slm.data.preprocessing.documents import InvalidLineError, parse_li
 from megatron_slm.errors import CorpusError
 
 STANDARD_INPUT = "-"
-STREAM_PIECE_BYTES = 16 << 20
-_MIN_PIECE_BYTES, _MAX_PIECE_BYTES, _PIECES = 1 << 20, 64 << 20, 64
-_MIN_LAST_PIECE_BYTES, _PIECES_LEFT_PER_WORKER = 1 << 18, 2
+STREAM_CHUNK_BYTES = 16 << 20
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES, _CHUNKS = 1 << 20, 64 << 20, 64
+_MIN_LAST_CHUNK_BYTES, _CHUNKS_LEFT_PER_WORKER = 1 << 18, 2
 _ROWS_PER_BATCH = 1024
 _READ_SUFFIXES = (*COMPRESSED_SUFFIXES, ".parquet")
 _UNREAD_SUFFIXES = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 
 
-class Line(NamedTuple):
+class TextLine(NamedTuple):
     """A line of text, or a row of a table."""
 
     number: int
-    """Counted from 0 at the piece's first line."""
-
+    """Counted from 0 at the chunk's first line."""
     num_bytes: int
     """Size in the input, decompressed."""
-
     document: dict[str, Any] | None
-    """What it says; None where the line is blank, or not a document."""
-
+    """The parsed object; None for a blank or invalid line."""
     problem: str
-    """Why it is not a document; empty where it is, and for a blank line."""
+    """Reason why the line is invalid; empty for a valid or blank line."""
 
 
-class Piece(Protocol):
-    """A part of one input: a plain value, so that it travels to a worker."""
+class Chunk(Protocol):
+    """A worker's share of an input file: a plain value that can be pickled."""
 
     @property
     def source(self) -> str:
@@ -50,20 +47,20 @@ class Piece(Protocol):
 
     @property
     def begins(self) -> bool:
-        """Whether the source begins with it; a file that is named twice begins twice."""
+        """True for the first chunk of a source; a file that is named twice has two first chunks."""
 
     @property
     def input_bytes(self) -> int:
-        """How much of the input's size on disk it is."""
+        """Its share of the input's size on disk, in bytes."""
 
     def identity(self) -> str:
-        """Another one for every other content."""
+        """Return a text that differs between chunks of different content."""
 
-    def lines(self, columns: Sequence[str]) -> Iterator[Line]:
-        """Its lines; of a table only these columns are read.
+    def lines(self, columns: Sequence[str]) -> Iterator[TextLine]:
+        """Yield its lines; from a table, only these columns.
 
         Raises:
-            CorpusError: the file cannot be read.
+            CorpusError: the file cannot be read, or changes meanwhile.
         """
 
 
@@ -76,26 +73,26 @@ class _OfFile(ABC):
 
     @property
     def source(self) -> str:
-        """The path."""
+        """Path of the file."""
         return str(self.path)
 
     @property
     def begins(self) -> bool:
-        """See `Piece`."""
+        """True: the chunk is the whole file."""
         return True
 
     def identity(self) -> str:
-        """Path, size, time of change, and which part."""
+        """Return type, path, size, modification time and range."""
         return repr((type(self).__name__, str(self.path.resolve()), self))
 
-    def lines(self, columns: Sequence[str]) -> Iterator[Line]:
-        """See `Piece`; a file that changes while it is read is an error too."""
+    def lines(self, columns: Sequence[str]) -> Iterator[TextLine]:
+        """Yield the parsed lines, and raise CorpusError if the file changes meanwhile."""
         _require_unchanged(self.path, self.size, self.modified_ns)
         yield from self._lines(columns)
         _require_unchanged(self.path, self.size, self.modified_ns)
 
     @abstractmethod
-    def _lines(self, columns: Sequence[str]) -> Iterator[Line]: ...
+    def _lines(self, columns: Sequence[str]) -> Iterator[TextLine]: ...
 
 
 @dataclass(frozen=True)
@@ -107,14 +104,14 @@ class ByteRange(_OfFile):
 
     @property
     def begins(self) -> bool:
-        """See `Piece`."""
+        """True for the range from byte 0."""
         return self.start == 0
 
-    def _lines(self, columns: Sequence[str]) -> Iterator[Line]:
+    def _lines(self, columns: Sequence[str]) -> Iterator[TextLine]:
         with open_decompressed(self.path) as (file, _):
             if self.start:
                 file.seek(self.start - 1)
-                file.readline()  # the rest of a line that starts before; nothing if the byte before ends one
+                file.readline()  # the rest of a line that starts before, or just the line break of the line before
             yield from _parsed(self._raw(file))
 
     def _raw(self, file: BinaryIO) -> Iterator[bytes]:
@@ -126,25 +123,25 @@ class ByteRange(_OfFile):
 
 @dataclass(frozen=True)
 class WholeFile(_OfFile):
-    """A compressed file, from its beginning to its end."""
+    """A compressed file as a whole."""
 
-    def _lines(self, columns: Sequence[str]) -> Iterator[Line]:
+    def _lines(self, columns: Sequence[str]) -> Iterator[TextLine]:
         yield from _parsed(line + b"\n" for line in read_lines(self.path))
 
 
 @dataclass(frozen=True)
 class RowGroups(_OfFile):
-    """The row groups [start, stop) of a Parquet file; a line is a row."""
+    """The row groups [start, stop) of a Parquet file; every row is a line."""
 
     start: int
     stop: int
 
     @property
     def begins(self) -> bool:
-        """See `Piece`."""
+        """True for the range from the first row group."""
         return self.start == 0
 
-    def _lines(self, columns: Sequence[str]) -> Iterator[Line]:
+    def _lines(self, columns: Sequence[str]) -> Iterator[TextLine]:
         table = _parquet(self.path)
         wanted = [name for name in dict.fromkeys(columns) if name in table.schema_arrow.names]
         number = 0
@@ -153,17 +150,17 @@ class RowGroups(_OfFile):
             for batch in table.iter_batches(_ROWS_PER_BATCH, groups, wanted, use_threads=False):
                 row_bytes = batch.nbytes // max(1, batch.num_rows)
                 for row in batch.to_pylist():
-                    yield Line(number, row_bytes, row, "")
+                    yield TextLine(number, row_bytes, row, "")
                     number += 1
-        except (OSError, ValueError) as error:  # pyarrow's errors are these
+        except (OSError, ValueError) as error:  # the bases of pyarrow's errors
             raise CorpusError(
-                "input", str(self.path), f"cannot be read as Parquet ({error})", "copy the file again"
+                "--input", str(self.path), f"be readable as Parquet ({error})", "copy the file again"
             ) from error
 
 
 @dataclass(frozen=True)
 class StreamedLines:
-    """Lines that were read already: of standard input, or of one large compressed file."""
+    """Lines that were already read, from standard input or from one large compressed file."""
 
     source: str
     input_bytes: int
@@ -171,67 +168,68 @@ class StreamedLines:
     begins: bool = True
 
     def identity(self) -> str:
-        """The content itself."""
+        """Return the source and the SHA-256 of the content."""
         return f"{self.source} {hashlib.sha256(self.content).hexdigest()}"
 
-    def lines(self, columns: Sequence[str]) -> Iterator[Line]:
-        """See `Piece`."""
+    def lines(self, columns: Sequence[str]) -> Iterator[TextLine]:
+        """Yield the parsed lines of the content."""
         yield from _parsed(io.BytesIO(self.content))
 
 
-def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files that `inputs` name, in order; a pattern (`data/*.jsonl`) gives its files sorted by name.
+def expand_inputs(inputs: Sequence[str | Path], flag: str = "--input") -> list[Path]:
+    """Return the files that `inputs` name, in order; those of a pattern (`data/*.jsonl`) sorted by name.
+
+    Args:
+        flag: the flag that names the inputs, for errors.
 
     Raises:
-        CorpusError: one names no file, or a file of a kind that is not read.
+        CorpusError: a name matches no file, or a file has an unsupported suffix.
     """
     files = []
     for name in map(str, inputs):
         matching = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
         found = [path for path in map(Path, matching) if path.is_file()]
         if not found:
-            raise CorpusError(
-                "input",
-                name,
-                "must be a file, or a pattern that matches some",
-                "check the path (- reads standard input)",
-            )
+            raise CorpusError(flag, name, "be a file, or a pattern that matches files", "check the path")
         files += found
     for path in files:
-        if path.suffix.lower() in _UNREAD_SUFFIXES or path.suffix != path.suffix.lower() in _READ_SUFFIXES:
-            read = ", ".join(_READ_SUFFIXES)
+        suffix = path.suffix.lower()
+        is_upper_case = suffix in _READ_SUFFIXES and suffix != path.suffix
+        if suffix in _UNREAD_SUFFIXES or is_upper_case:
             raise CorpusError(
-                "input",
+                flag,
                 str(path),
-                f"must be JSON lines, or end in one of {read} (in lower case)",
-                "decompress or rename it; what another program writes is read with --input -",
+                f"be JSON lines, or end in one of {', '.join(_READ_SUFFIXES)} (in lower case)",
+                "decompress or rename it (tools/preprocess_data.py also reads lines from a pipe: --input -)",
             )
     return files
 
 
 class Inputs:
-    """All inputs, in order.
+    """The files of --input, in order.
 
     Args:
-        inputs: files and patterns; `-` alone is standard input.
+        inputs: files and patterns, or `-` alone for standard input.
 
     Attributes:
         total_bytes: size on disk; None for standard input.
 
     Raises:
-        CorpusError: one names no file, or `-` is not alone.
+        CorpusError: a name matches no file, or `-` is not alone.
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:
         if STANDARD_INPUT in inputs and len(inputs) > 1:
-            raise CorpusError("input", STANDARD_INPUT, "must be the only input (it is standard input)", "leave it out")
+            raise CorpusError(
+                "--input", STANDARD_INPUT, "be the only input (it is standard input)", "remove the others"
+            )
         self.files = [] if STANDARD_INPUT in inputs else expand_inputs(inputs)
         self.total_bytes = sum(path.stat().st_size for path in self.files) if self.files else None
 
-    def pieces(self, workers: int) -> Iterator[Piece]:
-        """Cut the inputs. Compressed files are read by the workers where there are enough, else here, piece by piece.
+    def chunks(self, workers: int) -> Iterator[Chunk]:
+        """Split the inputs. Workers read compressed files whole if there are enough; else this process streams them.
 
-        Several workers get smaller pieces towards the end, so that none waits long for another's last one.
+        Several workers get smaller chunks towards the end, so that none waits long for another's last one.
 
         Raises:
             CorpusError: a file cannot be read.
@@ -242,64 +240,64 @@ class Inputs:
         compressed = [path for path in self.files if path.suffix in COMPRESSED_SUFFIXES]
         for path in self.files:
             status = path.stat()
-            of_file = (path, status.st_size, status.st_mtime_ns)
+            size, modified_ns = status.st_size, status.st_mtime_ns
             if path.suffix == ".parquet":
-                yield from _row_groups(of_file, _piece_bytes(total_bytes, left_bytes, workers))
+                yield from _row_groups(path, size, modified_ns, _chunk_bytes(total_bytes, left_bytes, workers))
             elif path.suffix not in COMPRESSED_SUFFIXES:
                 start = 0
-                while start < status.st_size:
-                    piece_bytes = _piece_bytes(total_bytes, left_bytes - start, workers)
-                    stop = min(start + piece_bytes, status.st_size)
-                    yield ByteRange(*of_file, stop - start, start, stop)
+                while start < size:
+                    stop = min(start + _chunk_bytes(total_bytes, left_bytes - start, workers), size)
+                    yield ByteRange(path, size, modified_ns, input_bytes=stop - start, start=start, stop=stop)
                     start = stop
             elif len(compressed) >= 2 * workers or workers == 1:
-                yield WholeFile(*of_file, status.st_size)
+                yield WholeFile(path, size, modified_ns, input_bytes=size)
             else:
                 with open_decompressed(path) as (stream, file):
                     yield from _stream(str(path), stream, file)
-                _require_unchanged(*of_file)
-            left_bytes -= status.st_size
+                _require_unchanged(path, size, modified_ns)
+            left_bytes -= size
 
 
 def _require_unchanged(path: Path, size: int, modified_ns: int) -> None:
     now = path.stat()
     if (now.st_size, now.st_mtime_ns) != (size, modified_ns):
         raise CorpusError(
-            "input",
+            "--input",
             str(path),
-            f"must not change while it is read (it has {now.st_size} bytes now, and had {size})",
+            f"not change while it is read (it has {now.st_size} bytes now, and had {size})",
             "start again when it is complete",
         )
 
 
-def _piece_bytes(total_bytes: int, left_bytes: int, workers: int) -> int:
-    """A power of two, so that most pieces stay what they are where files are added or workers are another number."""
-    share = max(1, total_bytes // _PIECES)
-    piece_bytes = min(_MAX_PIECE_BYTES, max(_MIN_PIECE_BYTES, 1 << (share - 1).bit_length()))
+def _chunk_bytes(total_bytes: int, left_bytes: int, workers: int) -> int:
+    """Return a power of two, so that most chunks stay the same when files are added or `workers` changes."""
+    share = max(1, total_bytes // _CHUNKS)
+    chunk_bytes = min(_MAX_CHUNK_BYTES, max(_MIN_CHUNK_BYTES, 1 << (share - 1).bit_length()))
     if workers == 1:
-        return piece_bytes
-    last = max(1, left_bytes // (_PIECES_LEFT_PER_WORKER * workers))
-    return min(piece_bytes, max(_MIN_LAST_PIECE_BYTES, 1 << (last.bit_length() - 1)))
+        return chunk_bytes
+    last = max(1, left_bytes // (_CHUNKS_LEFT_PER_WORKER * workers))
+    return min(chunk_bytes, max(_MIN_LAST_CHUNK_BYTES, 1 << (last.bit_length() - 1)))
 
 
-def _stream(source: str, stream: BinaryIO, beneath: BinaryIO | None) -> Iterator[StreamedLines]:
+def _stream(source: str, stream: BinaryIO, raw_file: BinaryIO | None) -> Iterator[StreamedLines]:
+    """Cut a stream at line breaks; `raw_file` is the compressed file beneath it, if any."""
     position = 0
-    while content := stream.read(STREAM_PIECE_BYTES):
-        content += stream.readline()  # a line is never cut; at its end this reads the next one
-        here = position + len(content) if beneath is None else beneath.tell()
-        yield StreamedLines(source, here - position, content, position == 0)
-        position = here
+    while content := stream.read(STREAM_CHUNK_BYTES):
+        content += stream.readline()  # complete the last line; after a line break this reads one more
+        end = position + len(content) if raw_file is None else raw_file.tell()
+        yield StreamedLines(source, input_bytes=end - position, content=content, begins=position == 0)
+        position = end
 
 
-def _row_groups(of_file: tuple[Path, int, int], piece_bytes: int) -> Iterator[RowGroups]:
-    path, size, _ = of_file
+def _row_groups(path: Path, size: int, modified_ns: int, chunk_bytes: int) -> Iterator[RowGroups]:
     metadata = _parquet(path).metadata
     sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
     start, taken = 0, 0
     for stop, group in enumerate(sizes, start=1):
         taken += group
-        if taken >= piece_bytes or stop == len(sizes):
-            yield RowGroups(*of_file, size * taken // max(1, sum(sizes)), start, stop)
+        if taken >= chunk_bytes or stop == len(sizes):
+            input_bytes = size * taken // max(1, sum(sizes))
+            yield RowGroups(path, size, modified_ns, input_bytes=input_bytes, start=start, stop=stop)
             start, taken = stop, 0
 
 
@@ -308,21 +306,21 @@ def _parquet(path: Path) -> Any:
         from pyarrow import parquet
     except ImportError as error:
         raise CorpusError(
-            "input", str(path), "needs the package pyarrow", "pip install 'megatron_slm[preprocess]'"
+            "--input", str(path), "be read with the package pyarrow", "pip install 'megatron_slm[preprocess]'"
         ) from error
     try:
         return parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise CorpusError("input", str(path), f"must be a Parquet file ({error})", "copy the file again") from error
+        raise CorpusError("--input", str(path), f"be a Parquet file ({error})", "copy the file again") from error
 
 
-def _parsed(raw_lines: Iterable[bytes]) -> Iterator[Line]:
+def _parsed(raw_lines: Iterable[bytes]) -> Iterator[TextLine]:
     for number, raw in enumerate(raw_lines):
         line = raw.rstrip(b"\r\n")
         if not line.strip():
-            yield Line(number, len(raw), None, "")
+            yield TextLine(number, len(raw), None, "")
             continue
         try:
-            yield Line(number, len(raw), parse_line(line), "")
+            yield TextLine(number, len(raw), parse_line(line), "")
         except InvalidLineError as error:
-            yield Line(number, len(raw), None, str(error))
+            yield TextLine(number, len(raw), None, str(error))

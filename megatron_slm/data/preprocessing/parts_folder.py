@@ -1,4 +1,4 @@
-"""The folder in which parts of a corpus wait for the others, one process' alone."""
+"""The folder of a corpus's finished shards, locked by one process."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ logger = logging.getLogger(__name__)
 
 _LOCK = "lock"
 _PART = re.compile(r"[0-9a-f]{32}\..+|.+\.part-\d+")
-"""Shards (see `Shard`), and files on their way (see `part_path`): nothing else is ever removed."""
+"""Files of shards (see `Shard`) and temporary files (see `temporary_path`); no other file is ever removed."""
 
 
 @contextlib.contextmanager
 def parts_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder; it goes when all is done, and when nothing in it is worth keeping.
+    """Lock the folder; remove it on success, and on an error that leaves no finished shard.
 
     Raises:
-        ConfigError: another process holds it.
-        CorpusError: it cannot be made, or holds files of somebody else.
+        ConfigError: another process holds the lock.
+        CorpusError: the folder cannot be created, or holds other files.
     """
-    with os_errors_as(CorpusError, "output prefix", str(folder.with_suffix("")), "must be writable", "give another"):
+    with os_errors_as(
+        CorpusError, "--output-prefix", str(folder.with_suffix("")), "be writable", "choose another prefix"
+    ):
         lock = _lock(folder)
     with lock:
-        for path in folder.glob("*.part-*"):  # of a killed run: the lock says that nobody writes them
+        for path in folder.glob("*.part-*"):  # left by a killed run: under the lock nobody writes them
             path.unlink()
         try:
             yield
         except BaseException:
             done = len(list(folder.glob("*.json")))
             if done:
-                logger.warning("%d finished parts stay in %s: the same command goes on from there", done, folder)
+                logger.warning("%d finished shards are kept in %s: run the same command to resume", done, folder)
             else:
                 _remove(folder)
             raise
@@ -46,7 +48,7 @@ def parts_folder(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Remove all parts from a folder that is held."""
+    """Remove all shards and temporary files from a locked folder."""
     for path in folder.iterdir():
         if _PART.fullmatch(path.name):
             path.unlink()
@@ -57,7 +59,7 @@ def _lock(folder: Path) -> IO[str]:
     while True:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-        with contextlib.suppress(FileNotFoundError):  # whoever held it removed it just now
+        with contextlib.suppress(FileNotFoundError):  # its last holder has just removed it
             _require_ours(folder)
             lock = open(path, "w")
             try:
@@ -68,7 +70,7 @@ def _lock(folder: Path) -> IO[str]:
                 lock.close()
                 prefix = str(folder.with_suffix(""))
                 raise ConfigError(
-                    "output_prefix", prefix, "is being written to by another process", "wait, or give another"
+                    "--output-prefix", prefix, "not be in use by another process", "wait, or choose another prefix"
                 ) from error
             lock.close()
 
@@ -77,15 +79,15 @@ def _require_ours(folder: Path) -> None:
     names = os.listdir(folder)
     if _LOCK not in names and not all(map(_PART.fullmatch, names)):
         raise CorpusError(
-            "output prefix",
+            "--output-prefix",
             str(folder.with_suffix("")),
-            f"must be free for parts: {folder} holds other files",
-            "give another prefix, or move the folder",
+            f"leave {folder} free for shards; it holds other files",
+            "choose another prefix, or move the folder",
         )
 
 
 def _remove(folder: Path) -> None:
-    """Whoever comes in between makes a new lock, and the folder stays."""
+    """Remove the folder, unless another process has locked it meanwhile."""
     clear(folder)
     (folder / _LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""From text to corpora: one `.bin/.idx` a key, under Megatron's names."""
+"""Tokenizes text into corpora: one `.bin` and `.idx` per key, under Megatron's names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_slm.data.corpus.indexed import CorpusIndex, dtype_for_vocabulary
-from megatron_slm.data.corpus.joined_corpus import JoinedCorpus
+from megatron_slm.data.corpus.joined_corpus import JoinedCorpus, Merged
 from megatron_slm.data.corpus.sidecar import Sidecar, loss_mask_prefix
 from megatron_slm.data.preprocessing.documents import DocumentKeys
 from megatron_slm.data.preprocessing.encoding import Encoder, Encoding
 from megatron_slm.data.preprocessing.fast_encoder import LIBRARY, FastEncoder, FastEncoderError
-from megatron_slm.data.preprocessing.inputs import Inputs, Piece
+from megatron_slm.data.preprocessing.inputs import Chunk, Inputs
 from megatron_slm.data.preprocessing.parts_folder import clear, parts_folder
 from megatron_slm.data.preprocessing.shards import REPORTED_INVALID_LINES, CorpusCounts, Shard, ShardWriter, make_shards
 from megatron_slm.data.tokenizers.base import Tokenizer
@@ -27,53 +26,45 @@ from megatron_slm.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)
 
-_FALLBACK = "NOT using the fast tokenizer: %s. Everything is encoded with the tokenizer."
+_FALLBACK = "NOT using the fast tokenizer: %s. The tokenizer encodes everything."
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """What `tools/preprocess_data.py` is asked for; the names are its flags'."""
+    """Settings of a preprocessing run, under the names of the flags of `tools/preprocess_data.py`."""
 
     input: tuple[str, ...]
     """Files (JSON lines, plain, .gz or .zst; .parquet) or patterns, read in this order; `-` is standard input."""
-
     output_prefix: str
-    """The corpora are `{output_prefix}_{key}_document.bin` and `.idx`."""
-
+    """Prefix of the corpora, `{output_prefix}_{key}_document.bin` and `.idx`."""
     keys: DocumentKeys = field(default_factory=DocumentKeys)
-    """Which keys hold what."""
-
+    """Keys of the texts and of the loss mask."""
     append_eod: bool = False
     """End every document that has a token with the end-of-document token."""
-
     prepend_bos: bool = False
     """Begin every document that has a token with the beginning-of-text token."""
-
     workers: int = 1
-    """Processes that tokenize; the corpora do not depend on it."""
-
+    """Processes that tokenize; the corpora do not depend on the number."""
     fast_tokenizer: bool = False
-    """Encode with a faster library, compared with the tokenizer on samples."""
-
+    """Encode with a faster library, checked against the tokenizer on samples."""
     on_error: str = "stop"
-    """`stop` at the first line that is not a document, or `skip` such lines."""
-
+    """`stop` at the first invalid line, or `skip` invalid lines."""
     command: str = ""
-    """The command line, for the sidecar."""
+    """The command line, recorded in the sidecar."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ("stop", "skip"):
-            raise ConfigError("on_error", self.on_error, "must be stop or skip", "choose one of them")
+            raise ConfigError("--on-error", self.on_error, "be stop or skip", "choose one of them")
         if self.workers < 1:
-            raise ConfigError("workers", self.workers, "must be at least 1", "give --workers 1 or more")
+            raise ConfigError("--workers", self.workers, "be at least 1", "use one process or more")
 
     def corpus_prefix(self, key: str) -> str:
-        """Prefix of one key's corpus."""
+        """Return the prefix of one key's corpus."""
         return f"{self.output_prefix}_{key}_document"
 
     @property
     def parts_folder(self) -> Path:
-        """Where finished parts wait for the others; gone when the corpora are there."""
+        """Folder of the finished shards, removed when the corpora are complete."""
         return Path(f"{self.output_prefix}.parts")
 
 
@@ -81,55 +72,42 @@ class InvalidLineOfFile(NamedTuple):
     """A line that is not a document."""
 
     source: str
-    """The file."""
-
+    """Path of the file."""
     line: int
-    """Its number, from 1; of a table, its row."""
-
+    """Number of the line, from 1; in a table, of the row."""
     reason: str
-    """What is wrong with it."""
 
 
 @dataclass
 class PreprocessReport:
-    """What was read and written so far; complete when `preprocess` returns it."""
+    """Counts of the input read and the corpora written so far; final when `preprocess` returns."""
 
     corpora: dict[str, CorpusCounts] = field(default_factory=dict)
-    """By key."""
-
+    """Counts by key."""
     num_documents: int = 0
-    """Lines that are documents, those without a token included."""
-
+    """Valid lines, documents without a token included."""
     num_invalid: int = 0
-    """Lines that were skipped."""
-
+    """Invalid lines, which were skipped."""
     invalid: list[InvalidLineOfFile] = field(default_factory=list)
-    """The first of them."""
-
+    """The first `REPORTED_INVALID_LINES` invalid lines."""
     num_bytes: int = 0
     """Size of the lines read, decompressed."""
-
     num_resumed_bytes: int = 0
-    """As much of it was done by an earlier run."""
-
+    """Part of `num_bytes` that an earlier run tokenized."""
     input_bytes: int = 0
-    """How much of the input's size on disk is done."""
-
+    """Part of the input's size on disk that is done."""
     total_input_bytes: int | None = None
-    """Size of the input on disk; None where it is not known."""
-
+    """Size of the input on disk; None if unknown."""
     seconds: float = 0.0
-    """Time spent."""
-
+    """Time since the start of this run."""
     made: set[str] = field(default_factory=set)
-    """Names of the shards, of which equal pieces share one."""
-
+    """Names of the shards; equal chunks share one."""
     encoder: str = "tokenizer"
-    """What made the ids: the tokenizer, or the faster library."""
+    """`tokenizer`, or the name of the faster library."""
 
     @property
     def bytes_per_second(self) -> float:
-        """Of this run."""
+        """Throughput of this run, without the bytes of an earlier run."""
         return (self.num_bytes - self.num_resumed_bytes) / max(self.seconds, 1e-9)
 
 
@@ -141,22 +119,22 @@ def preprocess(
 ) -> PreprocessReport:
     """Tokenize the input and write the corpora, each with its sidecar.
 
-    Nothing is left at the output prefixes if this raises, but for corpora that were there before. Parts that are done
-    stay in `config.parts_folder`: the same call goes on from there, and none of another call's are taken.
+    If this raises, earlier corpora at the output prefixes stay unchanged, and finished shards stay in
+    `config.parts_folder`: the same call resumes from them, and another call ignores them.
 
     Args:
-        config: what to do.
-        tokenizer: what with.
-        on_progress: called after every piece of the input.
+        config: the settings.
+        tokenizer: encodes the texts.
+        on_progress: called after every chunk of the input.
 
     Raises:
-        ConfigError: a token is missing, a worker was killed, or another process writes to this prefix.
-        CorpusError: the input cannot be read, has an invalid line (with `on_error` stop), or no token.
+        ConfigError: the tokenizer lacks a token, a worker was killed, or another process writes to this prefix.
+        CorpusError: the input cannot be read, has an invalid line (with `on_error` stop), or has no token.
     """
     inputs = Inputs(config.input)
     for path, times in Counter(path.resolve() for path in inputs.files).items():
         if times > 1:
-            logger.warning("%s is named %d times, so that its documents are taken as often", path, times)
+            logger.warning("%s is named %d times: its documents are written as often", path, times)
     encoding = _encoding(config, tokenizer)
     with parts_folder(config.parts_folder):
         encoder = _fast_encoder(tokenizer) if config.fast_tokenizer else None
@@ -164,9 +142,9 @@ def preprocess(
             try:
                 return _preprocess(config, tokenizer, encoding, encoder, inputs, on_progress)
             except FastEncoderError as error:
-                if not inputs.files:  # some of it is read, and cannot be read again
+                if not inputs.files:  # standard input cannot be read again
                     raise ConfigError(
-                        "fast_tokenizer", LIBRARY, f"must equal the tokenizer: {error}", "leave --fast-tokenizer out"
+                        "--fast-tokenizer", LIBRARY, f"agree with the tokenizer ({error})", "remove --fast-tokenizer"
                     ) from error
                 logger.warning(_FALLBACK, error)
         return _preprocess(config, tokenizer, encoding, tokenizer, inputs, on_progress)
@@ -205,10 +183,10 @@ def _preprocess(
     with contextlib.ExitStack() as stack:
         outputs = [_Output(config, key, stack) for key in config.keys.corpora]
         made = stack.enter_context(
-            contextlib.closing(make_shards(inputs.pieces(config.workers), writer, config.workers))
+            contextlib.closing(make_shards(inputs.chunks(config.workers), writer, config.workers))
         )
-        for piece, shard in made:
-            _take(piece, shard, config, report, lines_before)
+        for chunk, shard in made:
+            _count(chunk, shard, config, report, lines_before)
             for at, output in enumerate(outputs):
                 output.add(shard, at)
             report.seconds = time.monotonic() - started
@@ -216,28 +194,24 @@ def _preprocess(
         _require_tokens(config, report)
         for output in outputs:
             output.finish(tokenizer, encoding, report)
-        for output in outputs:  # none before all are whole
+        for output in outputs:  # only after all are complete
             output.put_in_place()
     report.seconds = time.monotonic() - started
     return report
 
 
 def _encoding(config: PreprocessConfig, tokenizer: Tokenizer) -> Encoding:
-    for flag, asked, index, name in (
-        ("append_eod", config.append_eod, tokenizer.eod_id, "eos_token"),
-        ("prepend_bos", config.prepend_bos, tokenizer.bos_id, "bos_token"),
+    for flag, is_set, index, name in (
+        ("--append-eod", config.append_eod, tokenizer.eod_id, "eos_token"),
+        ("--prepend-bos", config.prepend_bos, tokenizer.bos_id, "bos_token"),
     ):
-        if asked and index is None:
-            raise ConfigError(
-                flag,
-                True,
-                "needs a tokenizer that says which token it is",
-                f"set {name} in its tokenizer_config.json, or leave --{flag.replace('_', '-')} out",
-            )
+        if is_set and index is None:
+            fix = f"set {name} in its tokenizer_config.json, or remove {flag}"
+            raise ConfigError(flag, True, f"be used with a tokenizer that defines {name}", fix)
     if tokenizer.adds_bos_by_default and not config.prepend_bos:
         logger.warning(
-            "this tokenizer puts token %s (BOS) before every text in transformers and in Megatron's preprocessing; "
-            "here documents begin with it only with --prepend-bos, which is not given",
+            "transformers and Megatron's preprocessing prepend BOS (token %s) to every text with this tokenizer; "
+            "here documents begin with BOS only with --prepend-bos",
             tokenizer.bos_id,
         )
     return Encoding(
@@ -247,27 +221,28 @@ def _encoding(config: PreprocessConfig, tokenizer: Tokenizer) -> Encoding:
     )
 
 
-def _take(
-    piece: Piece, shard: Shard, config: PreprocessConfig, report: PreprocessReport, lines_before: dict[str, int]
+def _count(
+    chunk: Chunk, shard: Shard, config: PreprocessConfig, report: PreprocessReport, lines_before: dict[str, int]
 ) -> None:
-    """Count a shard into the report; its lines are numbered on from those of the pieces before."""
-    before = 0 if piece.begins else lines_before.get(piece.source, 0)
-    lines_before[piece.source] = before + shard.num_lines
-    invalid = [InvalidLineOfFile(piece.source, before + entry.line + 1, entry.reason) for entry in shard.invalid]
+    """Add a shard to the report; `lines_before` counts the lines of earlier chunks by source."""
+    before = 0 if chunk.begins else lines_before.get(chunk.source, 0)
+    lines_before[chunk.source] = before + shard.num_lines
+    invalid = [InvalidLineOfFile(chunk.source, before + entry.line + 1, entry.reason) for entry in shard.invalid]
     if invalid and config.on_error == "stop":
         raise CorpusError(
-            "input",
+            "--input",
             f"{invalid[0].source}:{invalid[0].line}",
-            f"every line must be a document: {invalid[0].reason}",
-            "mend the line, or leave such lines out with --on-error skip",
+            f"be a valid document ({invalid[0].reason})",
+            "correct the line, or pass --on-error skip",
         )
     report.num_documents += shard.num_documents
     report.num_invalid += shard.num_invalid
     report.invalid += invalid[: max(0, REPORTED_INVALID_LINES - len(report.invalid))]
     report.num_bytes += shard.num_bytes
-    report.num_resumed_bytes += shard.num_bytes if shard.resumed and shard.name not in report.made else 0
+    if shard.resumed and shard.name not in report.made:
+        report.num_resumed_bytes += shard.num_bytes
     report.made.add(shard.name)
-    report.input_bytes += piece.input_bytes
+    report.input_bytes += chunk.input_bytes
     for total, counts in zip(report.corpora.values(), shard.corpora, strict=True):
         total.num_tokens += counts.num_tokens
         total.num_trained += counts.num_trained
@@ -277,20 +252,21 @@ def _take(
 
 
 def _require_tokens(config: PreprocessConfig, report: PreprocessReport) -> None:
-    """All corpora or none: checked for every key before the first is put in place."""
+    """Check the corpora of all keys before the first is put in place."""
     for key, counts in report.corpora.items():
-        problem, fix = "", "check the files and the keys"
         if counts.num_tokens == 0:
-            problem = f"must hold a text with tokens under {key!r} ({report.num_documents} documents were read)"
+            rule = f"have a text with tokens under {key!r} ({report.num_documents} documents were read)"
+            fix = "check the files and the keys"
         elif config.keys.is_masked and counts.num_trained == 0:
-            problem, fix = "must hold a token that is trained on: the loss mask lets none through", "check the mask"
-        if problem:
-            clear(config.parts_folder)  # no later run could use them
-            raise CorpusError("input", ", ".join(config.input), problem, fix)
+            rule, fix = "have a token whose loss mask is 1", "check the loss masks, prompts and responses"
+        else:
+            continue
+        clear(config.parts_folder)  # no later run could use the shards
+        raise CorpusError("--input", ", ".join(config.input), rule, fix)
 
 
 class _Output:
-    """The corpus of a key and its loss mask, joined from parts while the workers make more."""
+    """The corpus of a key and its loss mask, joined from shards while the workers make more."""
 
     def __init__(self, config: PreprocessConfig, key: str, stack: contextlib.ExitStack) -> None:
         self._config, self._key = config, key
@@ -301,34 +277,40 @@ class _Output:
             self._mask = stack.enter_context(JoinedCorpus(loss_mask_prefix(prefix), config.parts_folder))
 
     def add(self, shard: Shard, at: int) -> None:
-        """Corpus number `at` of the shard."""
+        """Append corpus number `at` of a shard."""
         self._tokens.add(CorpusIndex(shard.prefix(self._config.parts_folder, at)))
         if self._mask is not None:
             self._mask.add(CorpusIndex(shard.mask_prefix(self._config.parts_folder, at)))
 
     def finish(self, tokenizer: Tokenizer, encoding: Encoding, report: PreprocessReport) -> None:
-        """Make them whole."""
+        """Complete the corpora, with their sidecar."""
         counts = report.corpora[self._key]
         mask = None if self._mask is None else self._mask.finish()
-        sidecar_of = partial(
-            Sidecar,
-            tokenizer_fingerprint=tokenizer.fingerprint(),
-            vocab_size=tokenizer.vocab_size,
-            max_token_id=counts.max_token_id,
-            eod_id=encoding.eod_id,
-            bos_id=encoding.bos_id,
-            command=self._config.command,
-            num_empty=counts.num_empty,
-            num_invalid=report.num_invalid,
-            longest_document=counts.longest_document,
-            loss_mask=None if mask is None else loss_mask_prefix(self._config.corpus_prefix(self._key)).name,
-            loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
-            loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
-        )
-        self._tokens.finish(lambda merged: sidecar_of(**merged._asdict()))
+
+        def sidecar_of(merged: Merged) -> Sidecar:
+            return Sidecar(
+                tokenizer_fingerprint=tokenizer.fingerprint(),
+                vocab_size=tokenizer.vocab_size,
+                num_documents=merged.num_documents,
+                num_tokens=merged.num_tokens,
+                max_token_id=counts.max_token_id,
+                eod_id=encoding.eod_id,
+                bos_id=encoding.bos_id,
+                command=self._config.command,
+                bin_sha256=merged.bin_sha256,
+                idx_sha256=merged.idx_sha256,
+                num_empty=counts.num_empty,
+                num_invalid=report.num_invalid,
+                longest_document=counts.longest_document,
+                loss_mask=None if mask is None else loss_mask_prefix(self._config.corpus_prefix(self._key)).name,
+                loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
+                loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,
+            )
+
+        self._tokens.finish(sidecar_of)
 
     def put_in_place(self) -> None:
-        """The loss mask first."""
+        """Put the corpora in place, the loss mask first."""
         for corpus in (self._mask, self._tokens):
             if corpus is not None:
                 corpus.put_in_place()

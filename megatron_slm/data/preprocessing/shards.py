@@ -1,4 +1,4 @@
-"""Workers that tokenize pieces of the input, each into files of its own that are whole or not there."""
+"""Tokenizes chunks of the input in worker processes, each chunk into a shard that is whole or absent."""
 
 from __future__ import annotations
 
@@ -19,95 +19,88 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_slm.data.corpus.indexed import bin_path, idx_path
-from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter, part_path
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter, temporary_path
 from megatron_slm.data.preprocessing.documents import InvalidLineError, Texts
-from megatron_slm.data.preprocessing.encoding import EncodedDocuments, Encoder, Encoding, encode_documents
-from megatron_slm.data.preprocessing.inputs import Piece
+from megatron_slm.data.preprocessing.encoding import Encoder, Encoding, encode_documents
+from megatron_slm.data.preprocessing.inputs import Chunk
 from megatron_slm.errors import ConfigError, CorpusError, os_errors_as
 
 REPORTED_INVALID_LINES = 100
 _DOCUMENTS_PER_BATCH = 1024
 _BYTES_PER_BATCH = 1 << 20
-_PIECES_AHEAD_PER_WORKER = 2
+_CHUNKS_AHEAD_PER_WORKER = 2
 _PR_SET_PDEATHSIG = 1
-"""Of prctl (linux/prctl.h): says which signal this process gets when the thread that started it ends."""
+"""prctl option (linux/prctl.h): the signal that this process gets when the thread that started it ends."""
 
 
 class InvalidLine(NamedTuple):
     """A line that is not a document."""
 
     line: int
-    """Its number within the piece, from 0."""
-
+    """Number of the line within the chunk, from 0."""
     reason: str
-    """What is wrong with it."""
 
 
 @dataclass(kw_only=True)
 class CorpusCounts:
-    """What one corpus of a shard holds."""
+    """Counts of one corpus, in a shard or in total."""
 
     num_tokens: int = 0
-    """Tokens."""
-
     num_trained: int = 0
-    """Tokens that the loss mask lets through; 0 where there is no mask."""
-
+    """Tokens whose loss mask is 1; 0 without a mask."""
     num_empty: int = 0
     """Documents without a token."""
-
     longest_document: int = 0
     """Tokens of the longest document."""
-
     max_token_id: int = -1
     """The largest token id; -1 without a token."""
 
 
 @dataclass(kw_only=True)
 class Shard:
-    """What came of a piece; complete once it is stored."""
+    """The tokenized documents of one chunk: a corpus for every key, and their counts."""
 
     name: str
-    """Derived from the piece's content and the way it was encoded."""
-
+    """Derived from the chunk's content and the encoding."""
     num_lines: int = 0
-    """Lines, blank and invalid ones included."""
-
+    """Blank and invalid lines included."""
     num_bytes: int = 0
     """Size of the lines, decompressed."""
-
     num_documents: int = 0
-    """Lines that are documents."""
-
+    """Valid lines."""
     num_invalid: int = 0
-    """Lines that are not, nor blank."""
-
+    """Invalid lines; blank ones are not counted."""
     invalid: list[InvalidLine] = field(default_factory=list)
-    """The first of them."""
-
+    """The first `REPORTED_INVALID_LINES` invalid lines."""
     corpora: list[CorpusCounts] = field(default_factory=list)
-    """In the order of `DocumentKeys.corpora`; empty where the shard stopped at an invalid line."""
-
+    """In the order of `DocumentKeys.corpora`."""
     resumed: bool = False
-    """Whether an earlier run made it."""
+    """True if an earlier run made the shard."""
 
     def prefix(self, folder: Path, corpus: int) -> Path:
-        """Where the tokens of one corpus are."""
+        """Return the prefix of the tokens of one corpus."""
         return folder / f"{self.name}.{corpus}"
 
     def mask_prefix(self, folder: Path, corpus: int) -> Path:
-        """Where its loss mask is."""
+        """Return the prefix of the loss mask of one corpus."""
         return folder / f"{self.name}.{corpus}.mask"
+
+
+class _Writers(NamedTuple):
+    """The writers of one corpus of a shard."""
+
+    tokens: IndexedCorpusWriter
+    mask: IndexedCorpusWriter | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardWriter:
-    """How a worker makes a shard; travels to the workers once."""
+    """Makes the shards of chunks; pickled to every worker once."""
 
     encoding: Encoding
     encoder: Encoder
@@ -115,56 +108,58 @@ class ShardWriter:
     folder: Path
     stop_at_invalid: bool
     identity: str
-    """Of everything but the piece that the result depends on."""
+    """Hash of everything but the chunk that a shard depends on."""
 
-    def make(self, piece: Piece) -> Shard:
-        """Tokenize a piece, or find it done by an earlier run.
+    def make(self, chunk: Chunk) -> Shard:
+        """Tokenize a chunk, or load the shard that an earlier run made of it.
 
         Raises:
-            CorpusError: the piece cannot be read, or the shard not be written.
+            CorpusError: the chunk cannot be read, or the shard cannot be written.
             FastEncoderError: a fast encoder differs from the tokenizer.
         """
         with os_errors_as(
-            CorpusError, "output prefix", str(self.folder), "must be writable", "free space, then start again"
+            CorpusError, "--output-prefix", str(self.folder), "be writable", "free space, then start again"
         ):
-            return self._make(piece)
+            return self._make(chunk)
 
-    def _make(self, piece: Piece) -> Shard:
-        name = hashlib.sha256(f"{self.identity} {piece.identity()}".encode()).hexdigest()[:32]
+    def _make(self, chunk: Chunk) -> Shard:
+        name = hashlib.sha256(f"{self.identity} {chunk.identity()}".encode()).hexdigest()[:32]
         stored = self._stored(name)
         if stored is not None and not (stored.num_invalid and self.stop_at_invalid):
             return stored
         shard = Shard(name=name)
         with contextlib.ExitStack() as stack:
             writers = self._open_writers(shard, stack)
-            for batch in self._batches(piece, shard):
+            for batch in self._batches(chunk, shard):
                 if shard.num_invalid and self.stop_at_invalid:
                     for writer in writers:
-                        writer.abort()
+                        writer.tokens.abort()
+                        if writer.mask is not None:
+                            writer.mask.abort()
                     stack.pop_all()
                     return shard
                 self._write_batch(batch, shard, writers)
         self._store(shard)
         return shard
 
-    def _open_writers(self, shard: Shard, stack: contextlib.ExitStack) -> list[IndexedCorpusWriter]:
-        """Token writers, each followed by its mask's where there are masks."""
+    def _open_writers(self, shard: Shard, stack: contextlib.ExitStack) -> list[_Writers]:
         writers = []
         for corpus in range(len(self.encoding.keys.corpora)):
             shard.corpora.append(CorpusCounts())
-            kinds: list[tuple[Path, Any]] = [(shard.prefix(self.folder, corpus), self.dtype)]
+            prefix, mask_prefix = shard.prefix(self.folder, corpus), shard.mask_prefix(self.folder, corpus)
+            tokens = stack.enter_context(IndexedCorpusWriter(prefix, self.dtype, may_be_empty=True))
+            mask = None
             if self.encoding.keys.is_masked:
-                kinds.append((shard.mask_prefix(self.folder, corpus), np.uint8))
-            for prefix, dtype in kinds:
-                writers.append(stack.enter_context(IndexedCorpusWriter(prefix, dtype, may_be_empty=True)))
+                mask = stack.enter_context(IndexedCorpusWriter(mask_prefix, np.uint8, may_be_empty=True))
+            writers.append(_Writers(tokens, mask))
         return writers
 
-    def _batches(self, piece: Piece, shard: Shard) -> Iterator[list[list[Texts]]]:
-        """Documents of about a megabyte at a time, [documents][corpora]; invalid lines are counted in `shard`."""
+    def _batches(self, chunk: Chunk, shard: Shard) -> Iterator[list[list[Texts]]]:
+        """Yield documents of about a megabyte at a time, [documents][corpora], and count lines in `shard`."""
         keys = self.encoding.keys
         batch: list[list[Texts]] = []
         batch_bytes = 0
-        for line in piece.lines(keys.columns):
+        for line in chunk.lines(keys.columns):
             shard.num_lines = line.number + 1
             shard.num_bytes += line.num_bytes
             problem = line.problem
@@ -186,34 +181,35 @@ class ShardWriter:
                 batch, batch_bytes = [], 0
         yield batch
 
-    def _write_batch(self, batch: list[list[Texts]], shard: Shard, writers: list[IndexedCorpusWriter]) -> None:
+    def _write_batch(self, batch: list[list[Texts]], shard: Shard, writers: list[_Writers]) -> None:
         shard.num_documents += len(batch)
-        free = iter(writers)
-        for corpus, counts in enumerate(shard.corpora):
+        for corpus, (counts, (tokens, mask)) in enumerate(zip(shard.corpora, writers, strict=True)):
             encoded = encode_documents([document[corpus] for document in batch], self.encoding, self.encoder)
-            writer = next(free)
-            _add(writer, encoded)
-            if encoded.loss_mask is not None:
-                next(free).add_documents(encoded.loss_mask, encoded.sequence_lengths, encoded.sequences_per_document)
+            tokens.add_documents(encoded.tokens, encoded.sequence_lengths, encoded.sequences_per_document)
+            if mask is not None and encoded.loss_mask is not None:
+                mask.add_documents(encoded.loss_mask, encoded.sequence_lengths, encoded.sequences_per_document)
                 counts.num_trained += int(encoded.loss_mask.sum(dtype=np.int64))
-            counts.num_tokens, counts.num_empty = writer.num_tokens, writer.num_empty
-            counts.longest_document = writer.longest_document
-            counts.max_token_id = -1 if writer.max_token_id is None else writer.max_token_id
+            counts.num_tokens = tokens.num_tokens
+            counts.num_empty = tokens.num_empty
+            counts.longest_document = tokens.longest_document
+            counts.max_token_id = -1 if tokens.max_token_id is None else tokens.max_token_id
 
     def _store(self, shard: Shard) -> None:
-        """Last of all: a shard without this file is none."""
+        """Write the shard's JSON file last: without it a shard is incomplete."""
         path = self.folder / f"{shard.name}.json"
-        part = part_path(path)
-        part.write_text(json.dumps({**dataclasses.asdict(shard), "sizes": self._sizes(shard)}))
-        os.replace(part, path)
+        temporary = temporary_path(path)
+        temporary.write_text(json.dumps({**dataclasses.asdict(shard), "sizes": self._sizes(shard)}))
+        os.replace(temporary, path)
 
     def _stored(self, name: str) -> Shard | None:
+        """Load a whole shard of an earlier run; None if there is none."""
         try:
             values = json.loads((self.folder / f"{name}.json").read_text())
             sizes = values.pop("sizes")
             values["invalid"] = [InvalidLine(*entry) for entry in values["invalid"]]
             values["corpora"] = [CorpusCounts(**counts) for counts in values["corpora"]]
-            shard = Shard(**{**values, "resumed": True})
+            shard = Shard(**values)
+            shard.resumed = True
             return shard if self._sizes(shard) == sizes else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -226,33 +222,33 @@ class ShardWriter:
 
 
 def make_shards(
-    pieces: Iterable[Piece], writer: ShardWriter, num_workers: int
-) -> Generator[tuple[Piece, Shard], None, None]:
-    """The shards of all pieces, in order, made in this process (`num_workers` 1) or in as many others.
+    chunks: Iterable[Chunk], writer: ShardWriter, num_workers: int
+) -> Generator[tuple[Chunk, Shard], None, None]:
+    """Yield the shards of all chunks, in order, made in this process (`num_workers` 1) or in that many others.
 
-    Workers end with the thread that takes the first shard. They are one thread each if `OMP_NUM_THREADS` is 1 in the
-    environment (NumPy's library starts threads otherwise).
+    Workers end with the thread that takes the first shard. A worker has one thread if `OMP_NUM_THREADS` is 1 in the
+    environment (otherwise NumPy's library starts more).
 
     Raises:
         ConfigError: a worker was killed.
-        CorpusError: a piece cannot be read, or a shard cannot be written.
+        CorpusError: a chunk cannot be read, or a shard cannot be written.
         FastEncoderError: a fast encoder differs from the tokenizer.
     """
     if num_workers == 1:
-        for piece in pieces:
-            yield piece, writer.make(piece)
+        for chunk in chunks:
+            yield chunk, writer.make(chunk)
         return
     # Spawned, not forked: tokenizer libraries hold threads and locks that a fork would break.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(writer,))
     try:
-        waiting: deque[tuple[Piece, str, Future[Shard]]] = deque()
-        for piece in pieces:
-            identity = piece.identity()
-            # Of two equal pieces (a file that is named twice) one is made: two workers would write the same files.
+        waiting: deque[tuple[Chunk, str, Future[Shard]]] = deque()
+        for chunk in chunks:
+            identity = chunk.identity()
+            # Equal chunks (a file that is named twice) share a shard: two workers would write the same files.
             same = next((future for _, other, future in waiting if other == identity), None)
-            waiting.append((piece, identity, same or pool.submit(_make_in_worker, piece)))
-            if len(waiting) >= num_workers * _PIECES_AHEAD_PER_WORKER:
+            waiting.append((chunk, identity, same or pool.submit(_make_in_worker, chunk)))
+            if len(waiting) >= num_workers * _CHUNKS_AHEAD_PER_WORKER:
                 first, _, future = waiting.popleft()
                 yield first, future.result()
         while waiting:
@@ -260,7 +256,7 @@ def make_shards(
             yield first, future.result()
     except BrokenProcessPool as error:
         raise ConfigError(
-            "workers", num_workers, "a worker process was killed (out of memory?)", "use fewer workers"
+            "--workers", num_workers, "keep all processes alive; one was killed (out of memory?)", "use fewer workers"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -271,23 +267,23 @@ _WRITER_OF_WORKER: list[ShardWriter] = []
 
 def _start_worker(writer: ShardWriter) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     _WRITER_OF_WORKER[:] = [writer]
     _end_with_parent()
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for work for ever.
+    """End this worker when its parent is killed; it would wait for work forever.
 
-    The kernel does it rather than a thread that waits: glibc's malloc takes no lock in a process of one thread, and
-    tokenizers allocate so much that a second thread, though it only sleeps, costs 8 % of the speed.
+    On Linux the kernel does it, not a waiting thread: in a process with one thread glibc's malloc takes no lock, and
+    tokenizers allocate so much that a second thread, even asleep, costs 8 % of the speed.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent.pid:  # it was dead before that
+        if os.getppid() != parent.pid:  # the parent died before the call
             os._exit(1)
     else:
         threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
@@ -298,9 +294,5 @@ def _exit_after(sentinel: int) -> None:
     os._exit(1)
 
 
-def _make_in_worker(piece: Piece) -> Shard:
-    return _WRITER_OF_WORKER[0].make(piece)
-
-
-def _add(writer: IndexedCorpusWriter, encoded: EncodedDocuments) -> None:
-    writer.add_documents(encoded.tokens, encoded.sequence_lengths, encoded.sequences_per_document)
+def _make_in_worker(chunk: Chunk) -> Shard:
+    return _WRITER_OF_WORKER[0].make(chunk)

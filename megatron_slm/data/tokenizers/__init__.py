@@ -1,1 +1,1 @@
-"""Tokenizers by name."""
+"""Tokenizers under Megatron's type names."""

@@ -1,4 +1,4 @@
-"""What the project asks of a tokenizer."""
+"""The interface of a tokenizer."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ PROBES = (
     "aaaaaaaaaaaaaaa ------------------------ ================= .......",
     "<0x41> <unk> \N{LOWER ONE EIGHTH BLOCK} [INST]",
 )
-"""Texts that hold what tokenizers differ in: spaces, digits, code, scripts, controls, runs."""
+"""Texts on which tokenizers tend to differ: spaces, digits, code, scripts, controls, runs."""
 
 
 class Ragged(NamedTuple):
     """Token ids of several texts, end to end."""
 
     ids: npt.NDArray[np.int32]
-    """All of them, int32 [T]."""
-
+    """Token ids of all texts, int32 [T]."""
     lengths: npt.NDArray[np.int64]
     """Tokens of every text, int64 [texts]."""
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back."""
+    """Converts text to token ids and back."""
 
     @property
     @abstractmethod
@@ -49,54 +48,54 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def bos_id(self) -> int | None:
-        """The id that begins a text, if the tokenizer has one."""
+        """The beginning-of-text id; None if the tokenizer has none."""
 
     @property
     @abstractmethod
     def eod_id(self) -> int | None:
-        """The id that ends a document, if the tokenizer has one."""
+        """The end-of-document id; None if the tokenizer has none."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; nothing is added at its start or end, whatever the tokenizer's own default."""
+        """Return the token ids of a text, without BOS or EOD whatever the tokenizer's own default."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
+        """Return the text of token ids, special tokens included."""
 
     @abstractmethod
     def token_table(self) -> list[str]:
-        """The token of every id, [vocab_size]; an id without a token has the empty string."""
+        """Return the token of every id, [vocab_size]; an empty string for an id without a token."""
 
     @abstractmethod
     def definition(self) -> bytes:
-        """Everything that its ids depend on: two tokenizers of one definition encode every text alike."""
+        """Return everything that the ids depend on: tokenizers with equal definitions encode every text alike."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts, each as `encode` gives them."""
+        """Return the token ids of several texts, each as `encode` returns them."""
         return [self.encode(text) for text in texts]
 
     def encode_ragged(self, texts: Sequence[str]) -> Ragged:
-        """Token ids of several texts, each as `encode` gives them, as arrays."""
+        """Return the token ids of several texts as arrays, each as `encode` returns them."""
         rows = self.encode_batch(texts)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return Ragged(np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths)
 
     def fast_definition(self) -> str | None:
-        """A `tokenizer.json` that encodes every text alike, for faster libraries; None where there is none."""
+        """Return a `tokenizer.json` that encodes every text alike, for faster libraries; None if there is none."""
         return None
 
     @property
     def adds_bos_by_default(self) -> bool:
-        """Whether `transformers` (and so Megatron's preprocessing) would begin every text with `bos_id` unasked."""
+        """True if `transformers` (and so Megatron's preprocessing) prepends `bos_id` to every text by default."""
         return False
 
     def fingerprint(self) -> str:
-        """SHA-256 of the token table, hexadecimal: equal for two tokenizers whose ids mean the same."""
+        """Return the SHA-256 of the token table, hexadecimal: equal for tokenizers whose ids mean the same tokens."""
         digest = hashlib.sha256()
         for token in self.token_table():
             content = token.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face: folders, tokenizer.json files, and GPT-2's pair of vocabulary and merges."""
+"""Hugging Face tokenizers: folders, tokenizer.json files, and GPT-2's pair of vocabulary and merges."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ GPT2_END = "<|endoftext|>"
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of `transformers`, from a local folder or a `tokenizer.json` file.
 
-    As with Hugging Face, a special token that is spelled out in the text (`</s>`) becomes that token.
-    A bare `tokenizer.json` does not say which token ends a document: its `eod_id` is None, unless the
-    `tokenizer_config.json` lies beside it. It travels to other processes as its `tokenizers` definition, so that they
-    need not load `transformers` to encode.
+    As in Hugging Face, a special token spelled out in the text (`</s>`) becomes that token. A bare `tokenizer.json`
+    does not name an end-of-document token: its `eod_id` is None unless `tokenizer_config.json` lies beside it. It is
+    pickled as its `tokenizers` definition, so that other processes encode without loading `transformers`.
 
     Args:
         path: the folder or the file.
 
     Raises:
-        ConfigError: it is neither.
-        VocabularyError: it cannot be loaded.
+        ConfigError: `path` is neither.
+        VocabularyError: the tokenizer cannot be loaded.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = str(path)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            # What a tokenizer.json says about cutting and padding is meant for batches, not for a corpus.
+            # Truncation and padding in a tokenizer.json are meant for batches, not for a corpus.
             backend.no_truncation()
             backend.no_padding()
         self._backend = backend
@@ -131,21 +130,21 @@ class HuggingFaceTokenizer(Tokenizer):
 class Gpt2BpeTokenizer(HuggingFaceTokenizer):
     """Megatron's GPT2BPETokenizer: byte-level BPE from GPT-2's `vocab.json` and `merges.txt`.
 
-    `<|endoftext|>` ends a document; spelled out in a text it becomes that token, as with Hugging Face.
+    `<|endoftext|>` ends a document; spelled out in a text it becomes that token, as in Hugging Face.
 
     Args:
         vocab_file: JSON object from token to id.
-        merge_file: a merge a line, the most frequent first.
+        merge_file: one merge per line, the most frequent first.
 
     Raises:
         ConfigError: a file is missing.
-        VocabularyError: they cannot be read, or have no `<|endoftext|>`.
+        VocabularyError: the files cannot be read, or have no `<|endoftext|>`.
     """
 
     def __init__(self, vocab_file: str | Path, merge_file: str | Path) -> None:
-        for field, path in (("vocab_file", vocab_file), ("merge_file", merge_file)):
+        for flag, path in (("--vocab-file", vocab_file), ("--merge-file", merge_file)):
             if not Path(path).is_file():
-                raise ConfigError(field, str(path), "must be a file", "give GPT-2's vocab.json and merges.txt")
+                raise ConfigError(flag, str(path), "be a file", "pass GPT-2's vocab.json and merges.txt")
         self._merge_file = str(merge_file)
         super().__init__(vocab_file)
 
@@ -165,13 +164,13 @@ class Gpt2BpeTokenizer(HuggingFaceTokenizer):
             backend = Backend(models.BPE.from_file(self._path, self._merge_file))
         except Exception as error:  # the library raises bare Exception
             raise VocabularyError(
-                "vocab_file, merge_file",
+                "--vocab-file, --merge-file",
                 (self._path, self._merge_file),
-                f"must be GPT-2's vocab.json and merges.txt ({error})",
+                f"be GPT-2's vocab.json and merges.txt ({error})",
                 "check the files",
             ) from error
         if backend.token_to_id(GPT2_END) is None:
-            raise VocabularyError("vocab_file", self._path, f"must have the token {GPT2_END}", "check the file")
+            raise VocabularyError("--vocab-file", self._path, f"have the token {GPT2_END}", "check the file")
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens([AddedToken(GPT2_END, normalized=False, special=True)])
@@ -207,14 +206,14 @@ def _load_transformers_tokenizer(path: Path) -> Any:
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the libraries below raise anything, bare Exception included
         raise VocabularyError(
-            "tokenizer_model",
+            "--tokenizer-model",
             str(path),
-            f"must load as a Hugging Face tokenizer ({type(error).__name__}: {error})",
+            f"load as a Hugging Face tokenizer ({type(error).__name__}: {error})",
             "check the files, or copy them again",
         ) from error
     raise ConfigError(
-        "tokenizer_model",
+        "--tokenizer-model",
         str(path),
-        "must be a local folder with tokenizer.json or tokenizer_config.json, or a tokenizer.json file",
-        "download the tokenizer first, then give the folder",
+        "be a local folder with tokenizer.json or tokenizer_config.json, or a tokenizer.json file",
+        "download the tokenizer first, then pass the folder",
     )

@@ -1,4 +1,4 @@
-"""Tokenizers under Megatron's type names: one small interface over Hugging Face, SentencePiece, ids."""
+"""Builds tokenizers by Megatron's type names, and compares their vocabularies."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ __all__ = [
 
 
 class NullTokenizer(Tokenizer):
-    """Megatron's stand-in: the text already is ids with spaces between (`"17 4 9"`).
+    """Megatron's NullTokenizer: the text is already ids, separated by spaces (`"17 4 9"`).
 
     Args:
-        vocab_size: ids of the text are in [0, vocab_size); as in Megatron one more, the end of a document,
-            comes after them, so the true size is `vocab_size + 1`.
+        vocab_size: ids of the text are in [0, vocab_size); as in Megatron the end-of-document token follows them, so
+            that the true size is `vocab_size + 1`.
 
     Raises:
-        ConfigError: the size is not given or not positive.
+        ConfigError: the size is missing or not positive.
     """
 
     def __init__(self, vocab_size: int | None) -> None:
-        if vocab_size is None or vocab_size < 1:
-            raise ConfigError("vocab_size", vocab_size, "NullTokenizer needs a positive one", "give --vocab-size")
+        if vocab_size is None:
+            raise ConfigError.missing("--vocab-size", "--tokenizer-type NullTokenizer", "pass the number of ids")
+        if vocab_size < 1:
+            raise ConfigError("--vocab-size", vocab_size, "be positive", "pass the number of ids")
         self._eod_id = vocab_size
 
     @property
@@ -63,19 +65,16 @@ class NullTokenizer(Tokenizer):
 
     @override
     def encode(self, text: str) -> list[int]:
-        """The numbers of the text.
+        """Return the ids in the text.
 
         Raises:
-            VocabularyError: something in it is not an id of the vocabulary.
+            VocabularyError: a word is not an id of the vocabulary.
         """
         ids = []
         for word in text.split():
             if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
                 raise VocabularyError(
-                    "text for NullTokenizer",
-                    word,
-                    f"must be ids within [0, {self.vocab_size})",
-                    "give ids as text",
+                    "word for NullTokenizer", word, f"be an id in [0, {self.vocab_size})", "write the text as ids"
                 )
             ids.append(int(word))
         return ids
@@ -94,16 +93,16 @@ class NullTokenizer(Tokenizer):
 
     @override
     def save_pretrained(self, folder: str | Path) -> None:
-        """Refused: there is nothing that `transformers` could load.
+        """Raise: `transformers` has no such tokenizer.
 
         Raises:
             ConfigError: always.
         """
         raise ConfigError(
-            "tokenizer_type",
+            "--tokenizer-type",
             "NullTokenizer",
-            f"cannot be written as a Hugging Face folder ({folder})",
-            "leave it out",
+            f"have a Hugging Face form to write into {folder}",
+            "use another tokenizer, or export without one",
         )
 
 
@@ -118,14 +117,14 @@ def build_tokenizer(
     tiktoken_num_special_tokens: int = NUM_SPECIAL_TOKENS,
     tiktoken_special_tokens: Sequence[str] | None = None,
 ) -> Tokenizer:
-    """The tokenizer of Megatron's `--tokenizer-type` and the flags that go with it.
+    """Build the tokenizer of Megatron's `--tokenizer-type` and the flags that belong to it.
 
     Args:
-        tokenizer_type: one of `TOKENIZER_TYPES`; the three SentencePiece names mean the same.
+        tokenizer_type: one of `TOKENIZER_TYPES`; the three SentencePiece names are synonyms.
         tokenizer_model: a local folder or tokenizer.json; a SentencePiece .model file; a folder with GPT-2's vocab.json
             and merges.txt; tiktoken's ranks. None for NullTokenizer.
-        vocab_size: for NullTokenizer, which has no file to read it from; for TikTokenizer, where its file is cut.
-        vocab_file, merge_file: for GPT2BPETokenizer, instead of the folder.
+        vocab_size: size of NullTokenizer, which has no file; for TikTokenizer, the size to cut its file to.
+        vocab_file, merge_file: files of GPT2BPETokenizer, instead of the folder.
         tiktoken_pattern, tiktoken_num_special_tokens, tiktoken_special_tokens: see `TikTokenizer`.
 
     Raises:
@@ -134,18 +133,17 @@ def build_tokenizer(
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         raise ConfigError(
-            "tokenizer_type",
-            tokenizer_type,
-            f"must be one of {', '.join(TOKENIZER_TYPES)}",
-            "choose one of them",
+            "--tokenizer-type", tokenizer_type, f"be one of {', '.join(TOKENIZER_TYPES)}", "choose one of them"
         )
     if tokenizer_type == "NullTokenizer":
         return NullTokenizer(vocab_size)
     if tokenizer_type == "GPT2BPETokenizer" and vocab_file is not None and merge_file is not None:
         return Gpt2BpeTokenizer(vocab_file, merge_file)
     if tokenizer_model is None:
-        other = ", or --vocab-file and --merge-file" if tokenizer_type == "GPT2BPETokenizer" else ""
-        raise ConfigError("tokenizer_model", None, f"{tokenizer_type} needs a path", f"give --tokenizer-model{other}")
+        fix = "pass the path of the tokenizer"
+        if tokenizer_type == "GPT2BPETokenizer":
+            fix += ", or --vocab-file and --merge-file"
+        raise ConfigError.missing("--tokenizer-model", f"--tokenizer-type {tokenizer_type}", fix)
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(tokenizer_model)
     if tokenizer_type == "GPT2BPETokenizer":
@@ -166,21 +164,20 @@ def check_same_vocabulary(first: Tokenizer, second: Tokenizer, first_name: str, 
 
     Args:
         first, second: the tokenizers.
-        first_name, second_name: what they are to the user ("the model", "the reference").
+        first_name, second_name: their names in messages ("the model", "the reference").
 
     Raises:
-        VocabularyError: naming the first id whose tokens differ, and both sizes.
+        VocabularyError: the tables differ; the error names the first id whose tokens differ, and both sizes.
     """
     tables = first.token_table(), second.token_table()
     if tables[0] == tables[1]:
         return
-    shared = min(map(len, tables))
-    at = next((index for index in range(shared) if tables[0][index] != tables[1][index]), shared)
-    tokens = tuple(repr(table[at]) if at < len(table) else "none" for table in tables)
+    sizes = tuple(map(len, tables))
+    differing = (index for index in range(min(sizes)) if tables[0][index] != tables[1][index])
+    index = next(differing, min(sizes))
     raise VocabularyError(
-        f"vocabulary of {first_name} and {second_name}",
-        f"id {at}",
-        f"must be the same token in both: it is {tokens[0]} in {first_name} ({len(tables[0])} tokens) "
-        f"and {tokens[1]} in {second_name} ({len(tables[1])} tokens)",
+        f"token {index} of {first_name} and {second_name}",
+        tuple(table[index] if index < len(table) else None for table in tables),
+        f"be the same in both vocabularies, of {sizes[0]} and {sizes[1]} tokens",
         "use models that share one tokenizer",
     )

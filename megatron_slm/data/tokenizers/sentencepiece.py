@@ -1,8 +1,8 @@
-"""SentencePiece tokenizers, and the Hugging Face tokenizer that gives the same ids.
+"""SentencePiece tokenizers, and their conversion to Hugging Face tokenizers with the same ids.
 
-SentencePiece's BPE merges, anywhere in the text, the neighbours whose joined piece scores highest; Hugging
-Face's merges the pair that comes first in a list. So the list holds every way to write a piece as two pieces,
-by falling score, and the text is not cut into words before (no pre-tokenizer).
+SentencePiece's BPE merges, anywhere in the text, the neighbors whose joined piece scores highest; Hugging Face's merges
+the pair that comes first in a list. So the list holds every split of a piece into two pieces, by falling score, and the
+text is not split into words first (no pre-tokenizer).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SentencePieceTokenizer(Tokenizer):
         path: the model file.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist.
         VocabularyError: the file is not a SentencePiece model.
     """
 
@@ -37,19 +37,16 @@ class SentencePieceTokenizer(Tokenizer):
 
         if not Path(path).is_file():
             raise ConfigError(
-                "tokenizer_model",
-                str(path),
-                "must be a SentencePiece .model file",
-                "give the path of the file",
+                "--tokenizer-model", str(path), "be a SentencePiece .model file", "pass the path of the file"
             )
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise VocabularyError(
-                "tokenizer_model",
+                "--tokenizer-model",
                 str(path),
-                f"must be a SentencePiece model ({str(error).strip() or type(error).__name__})",
-                "check the file, or give --tokenizer-type HuggingFaceTokenizer",
+                f"be a SentencePiece model ({str(error).strip() or type(error).__name__})",
+                "check the file, or pass --tokenizer-type HuggingFaceTokenizer",
             ) from error
         self._path = str(path)
 
@@ -77,7 +74,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # One thread: processes share the work where more is wanted.
+        # One thread: --workers parallelizes over processes.
         return list(self._processor.encode(list(texts), num_threads=1))
 
     @override
@@ -94,7 +91,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def fast_definition(self) -> str | None:
-        """Without control tokens, which are plain characters here; None for models with no exact form."""
+        """Return a form without control tokens, which are plain characters here; None for models with no exact form."""
         try:
             proto = self._proto()
             self._require_convertible(proto)
@@ -105,13 +102,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the Hugging Face tokenizer with the same ids; like this one it adds no token on its own.
+        """Write the Hugging Face tokenizer with the same ids; like this one it adds no token by default.
 
-        One difference remains, Hugging Face's rule: a control token spelled out in a text becomes that token.
+        One difference remains: in Hugging Face a control token spelled out in a text becomes that token.
 
         Raises:
-            VocabularyError: the model is not BPE, or uses something that cannot be written exactly. Checked
-                on texts that hold what tokenizers differ in: spaces, digits, code, scripts, bytes.
+            VocabularyError: the model is not BPE, or has no exact Hugging Face form, as checked on `PROBES`.
         """
         from transformers import PreTrainedTokenizerFast
 
@@ -132,7 +128,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _proto(self) -> Any:
         from sentencepiece import sentencepiece_model_pb2
 
-        generated: Any = sentencepiece_model_pb2  # its classes are made at run time
+        generated: Any = sentencepiece_model_pb2  # its classes are generated at run time
         proto = generated.ModelProto()
         proto.ParseFromString(self._processor.serialized_model_proto())
         return proto
@@ -151,8 +147,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise VocabularyError(
                 "SentencePiece model",
                 self._path,
-                f"has no exact Hugging Face form: it has {found}",
-                "use a BPE model as tools/train_tokenizer.py makes them, or a Hugging Face tokenizer",
+                f"have an exact Hugging Face form; it has {found}",
+                "use a BPE model trained by tools/train_tokenizer.py, or a Hugging Face tokenizer",
             )
 
     def _check_conversion(self, backend: Any, proto: Any) -> None:
@@ -163,7 +159,7 @@ class SentencePieceTokenizer(Tokenizer):
                 continue
             expected = self.encode(text)
             ids = backend.encode(text, add_special_tokens=False).ids
-            # An unknown character is shown as " ⁇ " by one library and as "<unk>" by the other.
+            # One library decodes an unknown character as " ⁇ ", the other as "<unk>".
             same_text = self._processor.unk_id() in ids or backend.decode(
                 ids, skip_special_tokens=False
             ) == self.decode(ids)
@@ -171,8 +167,8 @@ class SentencePieceTokenizer(Tokenizer):
                 raise VocabularyError(
                     "SentencePiece model",
                     self._path,
-                    f"has no exact Hugging Face form: {text!r} would be {ids}, not {expected}",
-                    "use a model as tools/train_tokenizer.py makes them, or a Hugging Face tokenizer",
+                    f"have an exact Hugging Face form; {text!r} would become {ids} instead of {expected}",
+                    "use a BPE model trained by tools/train_tokenizer.py, or a Hugging Face tokenizer",
                 )
 
 
@@ -181,7 +177,7 @@ def _none_if_negative(index: int) -> int | None:
 
 
 def _convert(proto: Any, *, with_control: bool = True) -> Any:
-    """The `tokenizers.Tokenizer` of a SentencePiece BPE model."""
+    """Return the `tokenizers.Tokenizer` of a SentencePiece BPE model."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers
     from tokenizers import Tokenizer as Backend
 
@@ -209,14 +205,15 @@ def _convert(proto: Any, *, with_control: bool = True) -> Any:
         undo.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(undo)
     for piece in proto.pieces:
-        if piece.type == _USER_DEFINED or (with_control and piece.type == _CONTROL):
-            token = AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL)
-            (backend.add_special_tokens if piece.type == _CONTROL else backend.add_tokens)([token])
+        if piece.type == _USER_DEFINED:
+            backend.add_tokens([AddedToken(piece.piece, normalized=False)])
+        elif piece.type == _CONTROL and with_control:
+            backend.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
     return backend
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every way to write a piece as two pieces, the pieces by falling score, ties by id."""
+    """Return every split of a piece into two pieces, the pieces by falling score, ties by id."""
     joinable = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
     ranked = sorted((-piece.score, index) for index, piece in enumerate(proto.pieces) if piece.type == _NORMAL)
     merges = []

@@ -36,24 +36,24 @@ PATTERNS = {
     "o200k": rf"{_WORD}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_WORD}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|{_SPACES}",
 }
-"""How a text is cut before its bytes are merged; v1 and v2 are Megatron's, cl100k is Llama 3's too."""
+"""Regular expressions that split a text before bytes are merged; v1 and v2 are Megatron's, cl100k also Llama 3's."""
 
 
 class TikTokenizer(Tokenizer):
-    """A byte-level BPE of tiktoken. A special token that is spelled out in a text becomes that token, as in Megatron.
+    """A byte-level BPE of tiktoken. A special token spelled out in a text becomes that token, as in Megatron.
 
     Args:
-        path: `.json`, as Megatron takes it (a list of {"rank", "token_bytes", "token_str"}; special tokens have the ids
-            below the ranks'), or `.tiktoken` (a token in base64 and its rank a line; special tokens come after them).
-        pattern: a name of `PATTERNS`, or the regular expression itself.
-        vocab_size: special tokens and ranks together; longer `.json` files are cut there (None: at 131072).
-        num_special_tokens: ids of a `.json` vocabulary that are special tokens.
-        special_tokens: their texts, in the order of their ids, `TEXT=ID` where one has an id of its own; None:
-            Megatron's seven for `.json`, `<|endoftext|>` for `.tiktoken`.
+        path: `.json` in Megatron's format (a list of {"rank", "token_bytes", "token_str"}; special tokens have the ids
+            below the ranks), or `.tiktoken` (a token in base64 and its rank per line; special tokens follow the ranks).
+        pattern: a name in `PATTERNS`, or the regular expression itself.
+        vocab_size: special tokens and ranks together; longer `.json` files are cut to it (None: 131072).
+        num_special_tokens: number of special tokens of a `.json` vocabulary.
+        special_tokens: their texts, in the order of their ids, `TEXT=ID` for an explicit id; None: Megatron's seven for
+            `.json`, `<|endoftext|>` for `.tiktoken`.
 
     Raises:
-        ConfigError: a file is missing, or the flags do not fit together.
-        VocabularyError: the file cannot be read as such a vocabulary.
+        ConfigError: a file is missing, or the flags contradict each other.
+        VocabularyError: the file is not such a vocabulary.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TikTokenizer(Tokenizer):
     ) -> None:
         self._path = Path(path)
         if not self._path.is_file():
-            raise ConfigError("tokenizer_model", str(path), "must be a .json or .tiktoken file", "give its path")
+            raise ConfigError("--tokenizer-model", str(path), "be a .json or .tiktoken file", "pass its path")
         self._pattern = PATTERNS.get(pattern, pattern)
         if self._path.suffix == ".json":
             size = MEGATRON_VOCAB_SIZE if vocab_size is None else vocab_size
@@ -80,7 +80,9 @@ class TikTokenizer(Tokenizer):
             self._special = _numbered(names, len(self._ranks))
         taken = set(self._ranks.values()) & set(self._special.values())
         if taken:
-            raise ConfigError("tiktoken_special_tokens", min(taken), "must be ids of no other token", "give other ids")
+            raise ConfigError(
+                "--tiktoken-special-tokens", min(taken), "not be the id of another token", "choose other ids"
+            )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return _restore, (self._path, self._pattern, self._ranks, self._special)
@@ -95,10 +97,10 @@ class TikTokenizer(Tokenizer):
             )
         except ValueError as error:
             raise ConfigError(
-                "tiktoken_pattern",
+                "--tiktoken-pattern",
                 self._pattern,
-                f"must be one of {', '.join(PATTERNS)}, or a regular expression ({error})",
-                "check it",
+                f"be one of {', '.join(PATTERNS)}, or a regular expression ({error})",
+                "correct the expression",
             ) from error
 
     @property
@@ -132,7 +134,7 @@ class TikTokenizer(Tokenizer):
 
     @override
     def token_table(self) -> list[str]:
-        """Bytes as GPT-2 spells them, so that a Hugging Face form has the same table."""
+        """Return the tokens with bytes spelled as in GPT-2, so that the Hugging Face form has the same table."""
         table = [""] * self.vocab_size
         for token, index in self._ranks.items():
             table[index] = _spelled(token)
@@ -154,7 +156,7 @@ class TikTokenizer(Tokenizer):
         """Write the Hugging Face tokenizer with the same ids.
 
         Raises:
-            VocabularyError: it would give other ids, tried on texts that hold what tokenizers differ in.
+            VocabularyError: the Hugging Face form has other ids, as checked on `PROBES`.
         """
         from transformers import PreTrainedTokenizerFast
 
@@ -166,7 +168,7 @@ class TikTokenizer(Tokenizer):
                 raise VocabularyError(
                     "tiktoken vocabulary",
                     str(self._path),
-                    f"has no exact Hugging Face form: {text!r} would be {found}, not {expected}",
+                    f"have an exact Hugging Face form; {text!r} would become {found} instead of {expected}",
                     "use a Hugging Face tokenizer",
                 )
         table, ends = self.token_table(), {"bos_token": self.bos_id, "eos_token": self.eod_id}
@@ -174,7 +176,7 @@ class TikTokenizer(Tokenizer):
         fast_class(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names).save_pretrained(str(folder))
 
     def _backend(self) -> Any:
-        """The `tokenizers` form: every way to write a token as two tokens is a merge, in the order of the ranks."""
+        """Return the `tokenizers` form: every split of a token into two tokens is a merge, in order of rank."""
         from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
 
@@ -204,7 +206,7 @@ def _restore(path: Path, pattern: str, ranks: dict[bytes, int], special: dict[st
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's letter for every byte: itself where it can be printed, else the next letter from 256 on."""
+    """Return GPT-2's letter for every byte: the byte itself if printable, else the next letter from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -221,21 +223,23 @@ def _megatron_special_tokens(names: Sequence[str], count: int, vocab_size: int) 
     special = _numbered([*names, *(f"<SPECIAL_{index}>" for index in range(len(names), count))], 0)
     if not len(names) <= count < vocab_size or len(special) != count or max(special.values(), default=0) >= count:
         raise ConfigError(
-            "tiktoken_num_special_tokens",
+            "--tiktoken-num-special-tokens",
             count,
-            f"must hold the {len(names)} special tokens, each once, and be below the vocabulary's {vocab_size}",
-            "see --tiktoken-special-tokens and --vocab-size",
+            f"cover the {len(names)} special tokens, each once, and be below the vocabulary's {vocab_size}",
+            "check --tiktoken-special-tokens and --vocab-size",
         )
     return special
 
 
 def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
-    """Ids of special tokens: `TEXT=ID` says its own, the others count up from `first`."""
+    """Return the ids of special tokens: explicit in `TEXT=ID`, else the position counted from `first`."""
     special = {}
     for index, name in enumerate(names, start=first):
-        text, given, number = name.rpartition("=")
-        own = bool(given) and number.isascii() and number.isdigit()
-        special[text if own else name] = int(number) if own else index
+        text, equals_sign, number = name.rpartition("=")
+        if equals_sign and number.isascii() and number.isdigit():
+            special[text] = int(number)
+        else:
+            special[name] = index
     return special
 
 
@@ -246,7 +250,7 @@ def _read_json(path: Path, count: int, first_id: int) -> dict[bytes, int]:
     except (ValueError, KeyError, TypeError) as error:
         raise _not_a_vocabulary(path, error) from error
     if sorted(ranks.values()) != list(range(len(entries))) or not ranks:
-        raise _not_a_vocabulary(path, "ranks must be 0, 1, 2 ..., each with a token of its own")
+        raise _not_a_vocabulary(path, "ranks must be 0, 1, 2, ..., each with a different token")
     return {token: rank + first_id for token, rank in ranks.items()}
 
 
@@ -257,14 +261,14 @@ def _read_tiktoken(path: Path) -> dict[bytes, int]:
     except (ValueError, binascii.Error) as error:
         raise _not_a_vocabulary(path, error) from error
     if len(set(ranks.values())) != len(lines) or not ranks:
-        raise _not_a_vocabulary(path, "every token must have a rank of its own")
+        raise _not_a_vocabulary(path, "every token must have a different rank")
     return ranks
 
 
 def _not_a_vocabulary(path: Path, why: object) -> VocabularyError:
     return VocabularyError(
-        "tokenizer_model",
+        "--tokenizer-model",
         str(path),
-        f"must be tiktoken's vocabulary: a JSON list with rank and token_bytes, or lines of base64 and rank ({why})",
+        f"be a tiktoken vocabulary: a JSON list with rank and token_bytes, or lines of base64 and rank ({why})",
         "check the file",
     )

@@ -1,4 +1,4 @@
-"""Training a small SentencePiece tokenizer of Llama's kind, with an exact Hugging Face form."""
+"""Trains a small SentencePiece tokenizer with Llama's settings and an exact Hugging Face form."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.data.corpus.indexed_writer import temporary_path
 from megatron_slm.data.preprocessing.compressed import read_lines
 from megatron_slm.data.preprocessing.documents import DocumentKeys, InvalidLineError, parse_line
 from megatron_slm.data.preprocessing.inputs import expand_inputs
 from megatron_slm.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from megatron_slm.errors import ConfigError, CorpusError, SlmError
+from megatron_slm.errors import ConfigError, CorpusError, SlmError, os_errors_as
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 _NUM_BYTES = 256
@@ -37,37 +38,36 @@ _OPTIONS: dict[str, Any] = {
 
 
 def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, character_coverage: float = 0.9995) -> bytes:
-    """Train a BPE model; the same texts in the same order give the same bytes.
+    """Train a BPE model; the same texts in the same order yield the same bytes.
 
-    Llama's settings (bytes for what has no piece, every digit alone, runs of spaces may be pieces; unk 0,
-    bos 1, eos 2), except that nothing is changed in the text: no normalisation, and no space is put before
-    its first word. So decoding gives every text back, and the Hugging Face form gives the same ids. Line
-    breaks are byte tokens; SentencePiece learns from single lines.
+    The settings are Llama's (byte fallback, digits split, pieces of several spaces; unk 0, bos 1, eos 2), except that
+    the text is not changed: no normalization, no space before the first word. So decoding restores every text, and the
+    Hugging Face form yields the same ids. Line breaks are byte tokens, because SentencePiece trains on single lines.
 
     Args:
         texts: documents.
-        vocab_size: pieces of the model, the 256 bytes and 3 special ones included.
+        vocab_size: pieces of the model, including 256 bytes and 3 special tokens.
         character_coverage: share of the characters of the texts that get a piece; the rest become bytes.
 
     Returns:
-        The serialised model (a `.model` file).
+        The serialized model (a `.model` file).
 
     Raises:
-        ConfigError: `vocab_size` is too small, or more than the texts have pieces for.
-        CorpusError: the texts hold nothing to learn from.
+        ConfigError: `vocab_size` is too small, or too large for the texts.
+        CorpusError: the texts hold no line that is not blank.
     """
     import sentencepiece
 
     if vocab_size <= _MIN_VOCABULARY:
         raise ConfigError(
-            "vocab_size",
+            "--vocab-size",
             vocab_size,
-            f"must be more than {_MIN_VOCABULARY} (256 bytes and 3 special tokens)",
-            "give a larger one",
+            f"be above {_MIN_VOCABULARY} (256 bytes and 3 special tokens)",
+            "choose a larger one",
         )
     lines = _Lines(texts)
     if lines.is_empty():
-        raise CorpusError("text to train on", "", "must hold at least one line that is not blank", "check the input")
+        raise CorpusError("text of --input", "", "have at least one line that is not blank", "check the input")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -81,19 +81,19 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, character_cove
         if lines.error is not None:
             raise lines.error from None
         raise ConfigError(
-            "vocab_size",
+            "--vocab-size",
             vocab_size,
-            f"must suit the text: SentencePiece says: {str(error).strip()}",
-            "choose another size, or give more text",
+            f"fit the text (SentencePiece: {str(error).strip()})",
+            "choose another size, or add more text",
         ) from error
     return model.getvalue()
 
 
 def texts_of_files(inputs: Sequence[str | Path], key: str) -> Iterator[str]:
-    """The texts under `key` of files of JSON lines (plain, .gz, .zst, patterns), in order.
+    """Yield the texts under `key` of files of JSON lines (plain, .gz, .zst, patterns), in order.
 
     Raises:
-        CorpusError: a file cannot be read, or a line is not a document.
+        CorpusError: a file cannot be read, or a line is invalid.
     """
     keys = DocumentKeys(json_keys=(key,))
     for path in expand_inputs(inputs):
@@ -104,44 +104,39 @@ def texts_of_files(inputs: Sequence[str | Path], key: str) -> Iterator[str]:
                 yield from keys.texts(parse_line(line))[0].texts
             except InvalidLineError as error:
                 raise CorpusError(
-                    "input",
-                    f"{path}:{number}",
-                    f"every line must be a document: {error}",
-                    "mend or remove the line",
+                    "--input", f"{path}:{number}", f"be a valid document ({error})", "correct or remove the line"
                 ) from error
 
 
 def write_tokenizer(model: bytes, output: str | Path) -> Path:
-    """Write a trained model: into a folder with its Hugging Face form beside it, or as `<output>.model`.
+    """Write a trained model atomically: into a folder with its Hugging Face form, or as `<output>.model`.
 
     Args:
-        model: the serialised model.
-        output: a folder if there is one of that name or it ends with a slash; else a prefix.
+        model: the serialized model.
+        output: a folder if it exists as one or ends with a slash; else a prefix.
 
     Returns:
-        The model file. It is never seen half written.
+        The path of the model file.
 
     Raises:
-        ConfigError: it cannot be written there.
+        ConfigError: the file cannot be written.
     """
     is_folder = str(output).endswith("/") or Path(output).is_dir()
     target = Path(output) / "tokenizer.model" if is_folder else Path(f"{output}.model")
-    part = target.with_name(f"{target.name}.part-{os.getpid()}")
-    try:
+    temporary = temporary_path(target)
+    with os_errors_as(ConfigError, "--output", str(output), "be writable", "choose another path"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(model)
-        os.replace(part, target)
-    except OSError as error:
-        raise ConfigError("output", str(output), f"must be writable: {error}", "give another place") from error
+        temporary.write_bytes(model)
+        os.replace(temporary, target)
     if is_folder:
         SentencePieceTokenizer(target).save_pretrained(target.parent)
     return target
 
 
 class _Lines:
-    """Lines that are not blank, long ones in pieces: SentencePiece would leave those out in silence.
+    """Iterates over the lines that are not blank, long ones split: SentencePiece silently skips long lines.
 
-    SentencePiece turns an error of its input into text; here it is kept, to be raised as what it was.
+    SentencePiece turns an exception of its input into a message; `error` keeps the exception.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:

@@ -1,1 +1,1 @@
-"""Are the machines ready for a run?"""
+"""Checks that the machines are ready for a run."""

@@ -1,4 +1,4 @@
-"""What one rank sees of itself and its node, as plain values that travel as JSON."""
+"""Collects the facts of one rank and its node, as JSON-compatible values."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ import psutil
 import torch
 
 import megatron_slm
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.format import complete_checkpoints
-from megatron_slm.config import RunConfig
 from megatron_slm.config.load import to_flat_dict
+from megatron_slm.config.run import RunConfig
 from megatron_slm.device import cuda_versions, device_memory, on_gpu
 from megatron_slm.errors import SlmError
 from megatron_slm.operations.preflight.files import fingerprints, source_fingerprint
 from megatron_slm.operations.reach import own_address
-from megatron_slm.planning.job import open_job
+from megatron_slm.planning.planned_run import plan_run
 from megatron_slm.run.corpora import cache_folder
 
 Facts = dict[str, Any]
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors", "triton", "flash-attn", "apex")
 COMMUNICATION = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
-"""How the variables begin that steer communication."""
+"""Prefixes of environment variables that affect communication."""
 _BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: fp32 weights and two moments."""
+"""Size of a checkpoint: fp32 weights and two moments."""
 
 
 def gather_facts(config: RunConfig) -> Facts:
-    """This rank's. What is the same for all ranks of a node is looked at by the first of them only."""
+    """Return this rank's facts; the first rank of a node adds those of the node."""
     facts: Facts = {
         "rank": int(os.environ["RANK"]),
         "local_rank": int(os.environ["LOCAL_RANK"]),
@@ -69,28 +70,29 @@ def gather_facts(config: RunConfig) -> Facts:
 
 
 def is_first_of_node() -> bool:
-    """Whether this rank speaks for its node."""
+    """Return True for the rank that represents its node."""
     return os.environ["LOCAL_RANK"] == "0"
 
 
 def node_number() -> str:
-    """The number that the launcher (deepspeed, torchrun, srun) gave the node; empty where it gave none."""
+    """Return the node's number from the launcher (deepspeed, torchrun, srun), or an empty string."""
     return os.environ.get("CROSS_RANK", os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID", "")))
 
 
 def name_nodes(facts: Sequence[Facts]) -> list[Facts]:
-    """All facts with the name of their `node`: its host's, with its number where another node has that name too."""
+    """Add the `node` of each rank: its host name, followed by #NUMBER if several nodes have that name."""
     numbers: dict[str, set[str]] = {}
     for rank in facts:
         numbers.setdefault(rank["host"], set()).add(rank["node_number"])
-    return [
-        {**rank, "node": rank["host"] + (f"#{rank['node_number']}" if len(numbers[rank["host"]]) > 1 else "")}
-        for rank in facts
-    ]
+    named = []
+    for rank in facts:
+        host, number = rank["host"], rank["node_number"]
+        named.append({**rank, "node": f"{host}#{number}" if len(numbers[host]) > 1 else host})
+    return named
 
 
 def versions() -> dict[str, str]:
-    """Of everything that has to be the same on all nodes; what is not installed is `none`."""
+    """Return the versions of everything that must be the same on all nodes; `none` if not installed."""
     found = {
         "python": platform.python_version(),
         "megatron_slm": f"{megatron_slm.__version__}, source {source_fingerprint()}",
@@ -109,28 +111,27 @@ def versions() -> dict[str, str]:
 
 
 def disk(config: RunConfig) -> Facts | None:
-    """Room where checkpoints go, and what the run will put there; None where it writes none."""
+    """Return the checkpoint folder's free bytes and what the run will write there; None if it writes nothing."""
     if not config.checkpoint.enabled:
         return None
     folder = Path(config.save_folder)
-    place = existing(folder)
     try:
-        one: int | None = open_job(config).architecture.num_parameters * _BYTES_PER_PARAMETER
-    except SlmError:  # the shapes cannot be told; the run's own plan will say why
+        one: int | None = plan_run(config).architecture.num_parameters * _BYTES_PER_PARAMETER
+    except SlmError:  # shapes are unknown; the run's own plan raises this error
         one = None
-    there = len(complete_checkpoints(folder)) if folder.is_dir() else 0
+    written = len(complete_checkpoints(folder)) if folder.is_dir() else 0
     return {
         "folder": str(folder),
-        "free": shutil.disk_usage(place).free,
+        "free": shutil.disk_usage(existing(folder)).free,
         "checkpoint": one,
-        "more": max(1, num_checkpoints(config) - there),
+        "more": max(1, num_checkpoints(config) - written),
     }
 
 
 def num_checkpoints(config: RunConfig) -> int:
-    """How many checkpoints lie there at the fullest moment: those that are kept, and one that is being written."""
+    """Return the largest number of checkpoints on the disk at once: those kept, and one being written."""
     checkpoint, last = config.checkpoint, config.training.train_iters
-    saves = -(-last // checkpoint.save_interval) if checkpoint.save_interval else 1
+    saves = ceil_div(last, checkpoint.save_interval) if checkpoint.save_interval else 1
     if checkpoint.keep_last is None:
         return saves
     kept = checkpoint.keep_last + 1 + (checkpoint.keep_best is not None)
@@ -140,12 +141,12 @@ def num_checkpoints(config: RunConfig) -> int:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists; relative where it is."""
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
+    """Return the folder, or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def not_writable(config: RunConfig) -> dict[str, str]:
-    """Folders that the run must write to and this node cannot, with why."""
+    """Return the folders that the run needs to write to and this node cannot, with the reason."""
     folders = {"--data-cache-path": cache_folder(config)}
     if config.checkpoint.enabled:
         folders["--save"] = Path(config.save_folder)
@@ -165,7 +166,7 @@ _QUERY = "index,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,p
 
 
 def gpu_states() -> list[dict[str, str]]:
-    """What nvidia-smi says of this node's GPUs and who computes on them; empty where there is none."""
+    """Return the state of this node's GPUs and the processes on them, from nvidia-smi; empty without GPUs."""
     if not on_gpu() or shutil.which("nvidia-smi") is None:
         return []
     options = ["--format=csv,noheader,nounits"]
@@ -173,19 +174,19 @@ def gpu_states() -> list[dict[str, str]]:
         subprocess.run(["nvidia-smi", query, *options], capture_output=True, text=True, timeout=60, check=False).stdout
         for query in (f"--query-gpu={_QUERY}", "--query-compute-apps=gpu_bus_id,pid,process_name")
     )
-    own = {str(child.pid) for child in psutil.Process(os.getppid()).children(recursive=True)}  # the launcher's
+    own = {str(child.pid) for child in psutil.Process(os.getppid()).children(recursive=True)}  # of the launcher
     return parse_gpus(gpus, processes, own)
 
 
 def parse_gpus(gpus: str, processes: str, own: Collection[str] = ()) -> list[dict[str, str]]:
-    """From nvidia-smi's lines of values.
+    """Parse nvidia-smi's CSV output.
 
     Args:
-        own: ids of processes that belong to this run.
+        own: process ids of this run.
 
     Returns:
-        of each GPU: index, uncorrected ECC errors since the driver was loaded (`[N/A]` where it has no ECC), and the
-        processes on it that do not belong to this run.
+        for each GPU: index, uncorrected ECC errors since the driver was loaded (`[N/A]` without ECC), and processes
+        of others on it.
     """
     rows = [[value.strip() for value in line.split(",")] for line in gpus.splitlines() if line.strip()]
     busy: dict[str, list[str]] = {}

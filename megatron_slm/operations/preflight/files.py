@@ -1,4 +1,4 @@
-"""Which files a run reads, and a fingerprint of each as this node sees it."""
+"""Fingerprints of the files that a run reads, as seen from this node."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 
 import megatron_slm
 from megatron_slm.checkpoint.format import find_checkpoint
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError, ConfigError
-from megatron_slm.run.data_paths import corpus_prefixes
+from megatron_slm.run.data_paths import named_corpora
 
 _CORPUS = (".idx", ".bin", ".meta.json", "_loss_mask.idx", "_loss_mask.bin")
 _BLOCK = 1 << 20
-_MOST_BLOCKS = 32
-"""Of a larger file this many evenly spread blocks are read, the first and the last among them."""
-_MOST_FILES = 1000
+_MAX_BLOCKS = 32
+"""Number of evenly spaced blocks read from a larger file, the first and last included."""
+_MAX_FILES = 1000
 
 
 def read_files(config: RunConfig) -> dict[str, list[Path]]:
-    """The local files and folders that a run reads, by the flag that names them. Addresses (s3://...) are left out."""
+    """Return the local files and folders that a run reads, by flag; URLs (s3://...) are left out."""
     data, model, selection = config.data, config.model, config.selection
     prefixes: list[str] = []
-    with suppress(ConfigError):  # a file that names them is not here, which is found below
-        prefixes = [prefix for prefix in corpus_prefixes(data) if "://" not in prefix]
+    with suppress(ConfigError):  # the file that lists them is missing, which its own fingerprint shows
+        prefixes = [corpus.prefix for corpus in named_corpora(data) if "://" not in corpus.prefix]
     named: dict[str, list[str | None]] = {
         "--deepspeed-config": [config.parallel.deepspeed_config],
         "--data-args-path": [data.data_args_path],
@@ -41,7 +41,7 @@ def read_files(config: RunConfig) -> dict[str, list[Path]]:
 
 
 def fingerprints(config: RunConfig) -> dict[str, str | None]:
-    """By `flag path`: a checksum of what lies there on this node, None where there is nothing."""
+    """Return the checksum of each file and folder by `flag path`; None if it is missing on this node."""
     found = {}
     for flag, paths in read_files(config).items():
         for path in paths:
@@ -50,25 +50,25 @@ def fingerprints(config: RunConfig) -> dict[str, str | None]:
 
 
 def fingerprint(path: Path) -> str | None:
-    """Checksum of a file or folder by names, sizes and sampled content; None where there is none, or no right to it."""
+    """Return the checksum of names, sizes and sampled content; None if the path is missing or unreadable."""
     try:
         if path.is_file():
             return _of_file(path)
         if not path.is_dir():
             return None
         try:
-            folder = find_checkpoint(path)  # of a folder of checkpoints, the one that would be read
+            folder = find_checkpoint(path)  # in a folder of checkpoints, the one that would be loaded
         except CheckpointError:
             folder = path
-        files = sorted(file for file in folder.rglob("*") if file.is_file())[:_MOST_FILES]
-        parts = [f"{file.relative_to(path)} {_of_file(file, most_blocks=2)}" for file in files]
+        files = sorted(file for file in folder.rglob("*") if file.is_file())[:_MAX_FILES]
+        parts = [f"{file.relative_to(path)} {_of_file(file, max_blocks=2)}" for file in files]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     except OSError:
         return None
 
 
 def source_fingerprint() -> str:
-    """Checksum of this package's own source files: two nodes may run other checkouts of one version."""
+    """Return the checksum of this package's source files: nodes may run different checkouts of one version."""
     root = Path(megatron_slm.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -76,17 +76,14 @@ def source_fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-def _of_file(path: Path, *, most_blocks: int = _MOST_BLOCKS) -> str:
+def _of_file(path: Path, *, max_blocks: int = _MAX_BLOCKS) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    last = max(0, size - _BLOCK)
-    count = min(most_blocks, size // _BLOCK + 1)
-    starts = [last * i // max(1, count - 1) for i in range(count)] if size > most_blocks * _BLOCK else None
     with path.open("rb") as file:
-        if starts is None:
+        if size <= max_blocks * _BLOCK:
             digest.update(file.read())
         else:
-            for start in starts:
-                file.seek(start)
+            for i in range(max_blocks):
+                file.seek((size - _BLOCK) * i // (max_blocks - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:16]

@@ -1,46 +1,46 @@
-"""What the measured links and clocks say. Pure."""
+"""Checks of the measured links and clocks. Pure."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 
-from megatron_slm.config import PreflightConfig
+from megatron_slm.config.preflight import PreflightConfig
+from megatron_slm.operations.preflight.check import Check
 from megatron_slm.operations.preflight.facts import Facts
 from megatron_slm.operations.preflight.links import Link, Measurements
 
-Finding = tuple[str, str, list[str], str, bool]
-"""Name, what was found, problems, fix, and whether the problems end the run."""
+_FIX = "check the cable, switch port and NIC of the node named most often, and the interface in use (NCCL_DEBUG=INFO)"
 
 
-def check_links(facts: Sequence[Facts], measured: Measurements, limits: PreflightConfig) -> list[Finding]:
-    """Links between nodes, links inside nodes, and the all-reduce over all ranks."""
+def check_links(facts: Sequence[Facts], measured: Measurements, limits: PreflightConfig) -> list[Check]:
+    """Check links between nodes and inside nodes, and report the all-reduce over all ranks."""
     nodes = [rank["node"] for rank in facts]
     between = [link for link in measured.links if nodes[link.source] != nodes[link.target]]
     inside = [link for link in measured.links if nodes[link.source] == nodes[link.target]]
-    findings = []
+    checks = []
     if between:
-        findings.append(_too_slow(between, facts, limits))
-        findings.append(_slow("links between nodes", between, facts, limits))
+        checks.append(_minimum_bandwidth(between, facts, limits))
+        checks.append(_relative_bandwidth("links between nodes", between, facts, limits))
     if inside:
-        findings.append(_slow("links inside nodes", inside, facts, limits))
+        checks.append(_relative_bandwidth("links inside nodes", inside, facts, limits))
     rate = measured.all_reduce_bytes_per_second
     if rate is not None:
-        findings.append(("all-reduce over all ranks", f"bus bandwidth {_gbps(rate)} Gbit/s", [], "", False))
-    return findings
+        checks.append(Check.of("all-reduce over all ranks", f"bus bandwidth {_gbps(rate)} Gbit/s", [], ""))
+    return checks
 
 
-def _too_slow(links: Sequence[Link], facts: Sequence[Facts], limits: PreflightConfig) -> Finding:
-    """Against what was asked for; this ends the run."""
+def _minimum_bandwidth(links: Sequence[Link], facts: Sequence[Facts], limits: PreflightConfig) -> Check:
+    """Compare links with --min-bandwidth-gbps."""
     least = limits.min_bandwidth_gbps
     below = [link for link in links if least is not None and link.bytes_per_second * 8e-9 < least]
     problems = [f"{_ends(link, facts)}: {_gbps(link.bytes_per_second)} Gbit/s" for link in below]
-    asked = "no least one asked for" if least is None else f"--min-bandwidth-gbps {least:g}"
-    return "least bandwidth", asked, problems, _FIX, True
+    required = "--min-bandwidth-gbps is not set" if least is None else f"--min-bandwidth-gbps {least:g}"
+    return Check.of("least bandwidth", required, problems, _FIX)
 
 
-def _slow(name: str, links: Sequence[Link], facts: Sequence[Facts], limits: PreflightConfig) -> Finding:
-    """Against the other links of its kind; of two links, against the faster one."""
+def _relative_bandwidth(name: str, links: Sequence[Link], facts: Sequence[Facts], limits: PreflightConfig) -> Check:
+    """Compare links with the median of their kind; of two links, with the faster one."""
     rates = [link.bytes_per_second for link in links]
     median = statistics.median_high(rates)
     latency = statistics.median(link.latency_seconds for link in links)
@@ -51,16 +51,11 @@ def _slow(name: str, links: Sequence[Link], facts: Sequence[Facts], limits: Pref
     ]
     low, high = _gbps(min(rates)), _gbps(max(rates))
     found = f"{len(links)}: median {_gbps(median)} Gbit/s ({low} to {high}), latency {latency * 1e6:,.0f} us"
-    return name, found, problems, _FIX, False
+    return Check.of(name, found, problems, _FIX, severity="warning")
 
 
-_FIX = (
-    "look at the cable, switch port and NIC of the node named most often, and at the interface in use (NCCL_DEBUG=INFO)"
-)
-
-
-def check_clocks(facts: Sequence[Facts], measured: Measurements, limits: PreflightConfig) -> Finding:
-    """Each node's clock against the median of all; node 0's partners tell theirs."""
+def check_clocks(facts: Sequence[Facts], measured: Measurements, limits: PreflightConfig) -> Check:
+    """Compare each node's clock with the median of all; offsets are those measured from rank 0."""
     nodes = [rank["node"] for rank in facts]
     offsets = {nodes[0]: 0.0}
     error = 0.0
@@ -76,7 +71,7 @@ def check_clocks(facts: Sequence[Facts], measured: Measurements, limits: Preflig
     ]
     spread = max(offsets.values()) - min(offsets.values())
     found = f"within {spread * 1e3:,.3f} ms (+- {error * 1e3:,.3f} ms)" if len(offsets) > 1 else "one node"
-    return "clocks", found, problems, "synchronise the clocks (chrony or ntpd)", True
+    return Check.of("clocks", found, problems, "synchronize the clocks (chrony or ntpd)")
 
 
 def _ends(link: Link, facts: Sequence[Facts]) -> str:

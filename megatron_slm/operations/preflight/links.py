@@ -1,7 +1,7 @@
-"""Latency, bandwidth and clocks: measured between pairs of ranks, all pairs that share no node at once.
+"""Measures latency, bandwidth and clock offsets between pairs of ranks, in rounds of disjoint pairs.
 
-Pairs are measured in rounds. Between nodes the first rank of each speaks for it, and in every round each node has one
-partner; inside a node neighbouring ranks are paired. Each direction of a pair is timed by itself.
+Between nodes, the first rank of each node is paired with those of the others, one partner per round; inside a node,
+neighboring ranks are paired. Each direction of a pair is measured separately.
 """
 
 from __future__ import annotations
@@ -20,54 +20,54 @@ from megatron_slm.parallel.collectives import all_gather_objects
 
 Pair = tuple[int, int]
 
-_FIRST_BYTES, _MOST_BYTES = 64 << 10, 256 << 20
+_FIRST_BYTES, _MAX_BYTES = 64 << 10, 256 << 20
 _NUM_PINGS = 20
+_DONE, _PING = 0, -1
+"""Messages in place of the number of bytes of a block to come."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """One direction between two ranks."""
+    """One direction of a pair of ranks."""
 
     source: int
     target: int
     bytes_per_second: float
     latency_seconds: float
-    """Half of the shortest round trip."""
+    """Half the shortest round trip."""
     clock_offset_seconds: float
     """The target's clock minus the source's, in the middle of that round trip."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """Of the whole world."""
+    """Measurements of all ranks."""
 
     links: list[Link]
     all_reduce_bytes_per_second: float | None
-    """Bus bandwidth: what each rank's link carries while all ranks sum one tensor; None for a world of one."""
+    """Bus bandwidth of one all-reduce over all ranks; None for a single rank."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as JSON-compatible values."""
         return asdict(self)
 
 
 def rounds(nodes: Sequence[Sequence[int]]) -> list[list[Pair]]:
-    """Which pairs are measured together.
+    """Return rounds of pairs of ranks to measure at once: in a round, no rank has two partners.
+
+    First a round-robin tournament of the nodes' first ranks (circle method), then neighbors inside the nodes.
 
     Args:
-        nodes: the ranks of each node.
-
-    Returns:
-        rounds of pairs that share no rank: first all pairs of nodes (of which each has one partner a round), by their
-        first ranks; then neighbours inside the nodes, as in a ring.
+        nodes: ranks of each node.
     """
     leaders: list[int | None] = [ranks[0] for ranks in nodes]
     if len(leaders) % 2:
-        leaders.append(None)  # who meets nobody rests
+        leaders.append(None)  # its partner has no pair in this round
     found: list[list[Pair]] = []
     for _ in range(len(leaders) - 1):
         half = len(leaders) // 2
-        met = zip(leaders[:half], reversed(leaders[half:]), strict=True)
-        found.append([(min(a, b), max(a, b)) for a, b in met if a is not None and b is not None])
+        partners = zip(leaders[:half], reversed(leaders[half:]), strict=True)
+        found.append([(min(a, b), max(a, b)) for a, b in partners if a is not None and b is not None])
         leaders = [leaders[0], leaders[-1], *leaders[1:-1]]
     for parity in (0, 1):
         inside = [(a, b) for ranks in nodes for a, b in zip(ranks[parity::2], ranks[parity + 1 :: 2], strict=False)]
@@ -79,38 +79,38 @@ def measure(nodes: Sequence[Sequence[int]], *, seconds: float) -> Measurements:
     """Measure all links. Collective over the world.
 
     Args:
-        nodes: the ranks of each node.
-        seconds: for each direction of a link, about.
+        nodes: ranks of each node.
+        seconds: approximate time for each direction of a link.
     """
     rank, mine = dist.get_rank(), []
-    group = dist.new_group()  # its own, so that what NCCL keeps for every pair is freed before training
+    group = dist.new_group()  # a separate one, so that NCCL's buffers for every pair are freed before training
     try:
         for pairs in rounds(nodes):
             for low, high in pairs:
                 for source, target in ((low, high), (high, low)):
                     if rank == source:
-                        mine.append(_measure_to(_End(target, group), seconds))
+                        mine.append(_measure_to(_Peer(target, group), seconds))
                     elif rank == target:
-                        _answer(_End(source, group))
-            dist.barrier(group)  # rounds do not disturb each other
+                        _serve(_Peer(source, group))
+            dist.barrier(group)  # keep rounds apart
         links = [link for of_rank in all_gather_objects(mine, group) for link in of_rank]
         return Measurements(links=links, all_reduce_bytes_per_second=_all_reduce_rate(group, seconds))
     finally:
         dist.destroy_process_group(group)
 
 
-class _End:
-    """The other end of a link."""
+class _Peer:
+    """The rank at the other end of a link."""
 
     def __init__(self, rank: int, group: Any) -> None:
         self.rank, self.group = rank, group
 
-    def tell(self, number: int) -> None:
-        """Send a number."""
+    def send_number(self, number: int) -> None:
+        """Send an integer."""
         self.send(torch.tensor([number], dtype=torch.int64, device=local_device()))
 
-    def hear(self) -> int:
-        """Wait for a number."""
+    def receive_number(self) -> int:
+        """Receive an integer."""
         held = torch.empty(1, dtype=torch.int64, device=local_device())
         dist.recv(held, self.rank, group=self.group)
         return int(held)
@@ -120,19 +120,19 @@ class _End:
         dist.send(x, self.rank, group=self.group)
 
     def receive_bytes(self, size: int) -> None:
-        """Wait for a tensor, and drop it."""
+        """Receive a tensor of `size` bytes and discard it."""
         dist.recv(torch.empty(size, dtype=torch.uint8, device=local_device()), self.rank, group=self.group)
         synchronize()
 
     def ping(self) -> int:
-        """Ask for the time there, in nanoseconds."""
-        self.tell(-1)
-        return self.hear()
+        """Return the peer's time, in nanoseconds."""
+        self.send_number(_PING)
+        return self.receive_number()
 
 
-def _measure_to(target: _End, seconds: float) -> Link:
+def _measure_to(target: _Peer, seconds: float) -> Link:
     trips: list[tuple[int, int]] = []
-    target.ping()  # connections are made on first use
+    target.ping()  # opens the connection
     for _ in range(_NUM_PINGS):
         sent = time.time_ns()
         answered = target.ping()
@@ -145,8 +145,8 @@ def _measure_to(target: _End, seconds: float) -> Link:
     while left > 0:
         took = _send_block(target, size)
         rate, left = max(rate, size / took), left - took
-        size = int(min(_MOST_BYTES, max(size, rate * left / 2)))
-    target.tell(0)
+        size = int(min(_MAX_BYTES, max(size, rate * left / 2)))
+    target.send_number(_DONE)
     return Link(
         source=dist.get_rank(),
         target=target.rank,
@@ -156,29 +156,29 @@ def _measure_to(target: _End, seconds: float) -> Link:
     )
 
 
-def _answer(source: _End) -> None:
-    """The other end of `_measure_to`."""
-    while (size := source.hear()) != 0:
-        if size == -1:
-            source.tell(time.time_ns())
+def _serve(source: _Peer) -> None:
+    """Answer the messages of the peer's `_measure_to`."""
+    while (message := source.receive_number()) != _DONE:
+        if message == _PING:
+            source.send_number(time.time_ns())
         else:
-            source.receive_bytes(size)
-            source.tell(size)
+            source.receive_bytes(message)
+            source.send_number(message)
 
 
-def _send_block(target: _End, size: int) -> float:
-    """Seconds until a block has arrived there, and word of it here."""
+def _send_block(target: _Peer, size: int) -> float:
+    """Return the seconds from sending a block of `size` bytes to its acknowledgment."""
     block = torch.empty(size, dtype=torch.uint8, device=local_device())
     synchronize()
     started = time.perf_counter()
-    target.tell(size)
+    target.send_number(size)
     target.send(block)
-    target.hear()
+    target.receive_number()
     return time.perf_counter() - started
 
 
 def _all_reduce_rate(group: Any, seconds: float) -> float | None:
-    """Best over growing sizes; rank 0 says when it is enough."""
+    """Return the best bus bandwidth over growing sizes, in bytes per second; rank 0 decides the next size."""
     num_ranks = dist.get_world_size()
     if num_ranks == 1:
         return None
@@ -192,8 +192,8 @@ def _all_reduce_rate(group: Any, seconds: float) -> float | None:
         synchronize()
         took = time.perf_counter() - started
         best, left = max(best, 2 * (num_ranks - 1) / num_ranks * size / took), left - took
-        enough = left <= 0 or size >= _MOST_BYTES or 4 * took > left
-        told = torch.tensor([0 if enough else 4 * size], device=local_device())
-        dist.broadcast(told, 0, group=group)
-        size = int(told)
+        is_last = left <= 0 or size >= _MAX_BYTES or 4 * took > left
+        next_size = torch.tensor([0 if is_last else 4 * size], device=local_device())
+        dist.broadcast(next_size, 0, group=group)
+        size = int(next_size)
     return best

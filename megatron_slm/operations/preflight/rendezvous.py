@@ -1,7 +1,7 @@
-"""The first meeting of the ranks: over torch's key-value store alone, before a process group exists.
+"""The ranks' rendezvous over torch's key-value store alone, before a process group exists.
 
-A process group that cannot be made hangs until its time-out and then says little. Here a rank that does not come is
-named, and so is every pair of nodes of which one cannot open a connection to the other.
+A process group that cannot form hangs until its timeout and then reports little. Here every missing rank is named, and
+every pair of nodes that cannot connect.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from typing import Any, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megatron_slm.config import RunConfig
+from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import PeerError, PreflightError, SlmError
 from megatron_slm.operations.preflight.facts import Facts, existing, is_first_of_node, name_nodes
 from megatron_slm.operations.reach import Listener
 
 _CONNECT_SECONDS = 5.0
 _SHARED_FOLDER_SECONDS = 5.0
-"""A network file system may show another node's file this much later."""
+"""Delay with which a network file system may show another node's file."""
 _LOOPBACK = ("127.", "::1")
-_RANK_0_LATER = timedelta(seconds=10)
-"""Rank 0 may begin to wait this much later than the others."""
+_RANK_0_DELAY = timedelta(seconds=10)
+"""Delay with which rank 0 may start to wait after the others."""
 _ROSTER = ("node", "address", "port", "token")
-"""The facts that every rank is told; all of them stay with rank 0, for there may be thousands of ranks."""
+"""Facts sent to every rank; the rest stay on rank 0, because there may be thousands of ranks."""
 _T = TypeVar("_T")
 
 
-class Meeting:
-    """This rank's place in the store that `deepspeed` or `torchrun` named, which its process group will use too.
+class Rendezvous:
+    """This rank's client of the store that `deepspeed` or `torchrun` set up, later used by the process group.
 
     Raises:
-        PeerError: (as all methods) rank 0's node cannot be reached, or ranks did not come in time.
+        PeerError: (as all methods) rank 0's node is unreachable, or ranks did not report in time.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -57,25 +57,25 @@ class Meeting:
             raise PeerError(
                 "MASTER_ADDR:MASTER_PORT",
                 f"{host}:{port}",
-                f"is where rank 0 listens and rank {self.rank} ({socket.gethostname()}) can connect to "
+                f"be an address of rank 0 that rank {self.rank} ({socket.gethostname()}) can connect to "
                 f"({str(error).splitlines()[0]})",
-                "name an address of rank 0's node that all nodes reach, and a port that is free there and not "
-                "filtered (--master_addr, --master_port)",
+                "set --master_addr to an address of rank 0's node that all nodes can reach, and --master_port to a "
+                "free port that no firewall blocks",
             ) from error
 
-    def settle(
+    def decide_on_rank_0(
         self, topic: str, value: Any, decide: Callable[[list[Any]], _T], *, ranks: Sequence[int] | None = None
     ) -> _T:
-        """Rank 0 collects values, decides, and tells every rank what.
+        """Collect values on rank 0, apply `decide` to them there, and return its result on every rank.
 
         Args:
-            topic: used once in a meeting.
-            value: this rank's, of what JSON can say.
-            decide: from the values of `ranks`, in order, to something that JSON can say; called on rank 0 only.
-            ranks: whose values are collected; default: all.
+            topic: name of the exchange, used once.
+            value: this rank's JSON-compatible value.
+            decide: maps the values of `ranks`, in order, to a JSON-compatible result; called on rank 0 only.
+            ranks: ranks whose values are collected; default: all.
 
         Raises:
-            PreflightError: elsewhere than on rank 0, what `decide` raised there.
+            PreflightError: on all ranks but 0, if `decide` raised an error on rank 0.
         """
         ranks = range(self.world_size) if ranks is None else ranks
         keys, outcome_key = [f"{self._topics}/{topic}/{rank}" for rank in ranks], f"{self._topics}/{topic}/outcome"
@@ -84,82 +84,81 @@ class Meeting:
         if self.rank == 0:
             return self._decide(keys, outcome_key, decide, ranks)
         try:
-            self._store.wait([outcome_key], self.timeout + _RANK_0_LATER)
+            self._store.wait([outcome_key], self.timeout + _RANK_0_DELAY)
             outcome = json.loads(self._store.get(outcome_key))
         except RuntimeError as error:
-            raise _missing("0", self.timeout) from error
+            raise _missing([0], self.timeout) from error
         if "decided" in outcome:
             return outcome["decided"]
         self.leave()
         if "missing" in outcome:
             raise _missing(outcome["missing"], self.timeout)
-        raise PreflightError("rank 0", outcome["failed"], "can judge", "see its own output")
+        raise PreflightError("rank 0's preflight", outcome["error"], "finish without an error", "see rank 0's output")
 
     def _decide(self, keys: list[str], outcome_key: str, decide: Callable[[list[Any]], _T], ranks: Sequence[int]) -> _T:
         try:
             self._store.wait(keys, self.timeout)
         except RuntimeError as error:
-            missing = ", ".join(
-                str(rank) for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])
-            )
+            missing = [rank for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])]
             self._store.set(outcome_key, json.dumps({"missing": missing}))
             self.leave()
             raise _missing(missing, self.timeout) from error
         try:
             decided = decide([json.loads(value) for value in self._store.multi_get(keys)] if keys else [])
         except SlmError as error:
-            self._store.set(outcome_key, json.dumps({"failed": str(error)}))
+            self._store.set(outcome_key, json.dumps({"error": str(error)}))
             self.leave()
             raise
         self._store.set(outcome_key, json.dumps({"decided": decided}))
         return decided
 
     def leave(self) -> None:
-        """Nothing more will be asked; rank 0, which holds the store, waits a little for all others to say so."""
+        """Disconnect; rank 0, which hosts the store, first waits a little for the other ranks to leave."""
         self._store.set(f"{self._topics}/left/{self.rank}", "")
         if self.rank == 0:
-            with suppress(RuntimeError):  # some never came
-                self._store.wait([f"{self._topics}/left/{rank}" for rank in range(self.world_size)], _RANK_0_LATER)
+            with suppress(RuntimeError):  # some ranks never reported
+                self._store.wait([f"{self._topics}/left/{rank}" for rank in range(self.world_size)], _RANK_0_DELAY)
 
 
-def _missing(ranks: str, timeout: timedelta) -> PeerError:
+def _missing(ranks: Sequence[int], timeout: timedelta) -> PeerError:
+    listed = f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
     return PeerError(
-        "ranks that did not report",
-        ranks,
-        f"is empty after {timeout.total_seconds():.0f} s",
-        "look at the output of their nodes: did the launcher start them, did they fail?",
+        f"preflight report of {listed}",
+        None,
+        f"arrive within {timeout.total_seconds():.0f} s (--distributed-timeout-minutes)",
+        "see the output of those nodes: the launcher may not have started the ranks, or they failed",
     )
 
 
-def meet(meeting: Meeting, mine: Facts, config: RunConfig) -> tuple[list[Facts], list[list[int]], bool]:
-    """Tell each other the facts, and try whether every node reaches every other and sees the checkpoint folder.
+def exchange_facts(rendezvous: Rendezvous, mine: Facts, config: RunConfig) -> tuple[list[Facts], list[list[int]], bool]:
+    """Collect all facts on rank 0, and test that every node can connect to every other and sees the checkpoint folder.
 
     Returns:
-        all ranks' facts, on rank 0 (elsewhere nothing); the ranks of each node; whether all nodes reach each other.
+        facts of all ranks, by rank (empty on all ranks but 0); ranks of each node; True if all nodes can connect.
     """
     known: list[Facts] = []
 
-    def introduce(facts: list[Facts]) -> list[Facts]:
+    def assign_nodes(facts: list[Facts]) -> list[Facts]:
         known.extend(name_nodes(facts))
         return [{name: rank.get(name) for name in _ROSTER} for rank in known]
 
-    def compare(found: list[Facts]) -> bool:
-        for rank, of_node in zip(speakers, found, strict=True):
+    def merge(found: list[Facts]) -> bool:
+        for rank, of_node in zip(leaders, found, strict=True):
             known[rank] |= of_node
         return not any(of_node["unreachable"] for of_node in found)
 
-    with Listener() if is_first_of_node() else nullcontext() as listener, _TokenFile(meeting, config) as token:
+    with Listener() if is_first_of_node() else nullcontext() as listener, _TokenFile(rendezvous, config) as token:
         mine = {**mine, "port": listener.port if listener else None, "token": token}
-        roster = meeting.settle("facts", mine, introduce)
-        speakers = [rank for rank, facts in enumerate(roster) if facts["port"] is not None]
+        roster = rendezvous.decide_on_rank_0("facts", mine, assign_nodes)
+        leaders = [rank for rank, facts in enumerate(roster) if facts["port"] is not None]
         found = None
-        if meeting.rank in speakers:
+        if rendezvous.rank in leaders:
             found = {
-                "unreachable": unreachable(roster[meeting.rank], [roster[rank] for rank in speakers]),
+                "unreachable": unreachable(roster[rendezvous.rank], [roster[rank] for rank in leaders]),
                 "sees_save": _sees(roster[0]["token"]),
             }
-        # nobody stops listening, or takes the file away, while another still looks
-        reachable = meeting.settle("found", found, compare, ranks=speakers)
+        # the listeners and the file stay until every node has tested them
+        reachable = rendezvous.decide_on_rank_0("found", found, merge, ranks=leaders)
     nodes: dict[str, list[int]] = {}
     for rank, facts in enumerate(roster):
         nodes.setdefault(facts["node"], []).append(rank)
@@ -167,21 +166,21 @@ def meet(meeting: Meeting, mine: Facts, config: RunConfig) -> tuple[list[Facts],
 
 
 def unreachable(mine: Facts, facts: Sequence[Facts]) -> dict[str, str]:
-    """The nodes that this one cannot open a connection to, and why."""
+    """Return the nodes that this one cannot connect to, with the reason."""
     others = [other for other in facts if other["node"] != mine["node"]]
     if not others:
         return {}
     with ThreadPoolExecutor(16) as pool:
-        reasons = list(pool.map(_why_unreachable, others))
+        reasons = list(pool.map(_connection_error, others))
     return {other["node"]: reason for other, reason in zip(others, reasons, strict=True) if reason}
 
 
-def _why_unreachable(other: Facts) -> str | None:
+def _connection_error(other: Facts) -> str | None:
     address, port = other["address"], other["port"]
     if address is None:
-        return "its host name, or the interface named, has no address there"
+        return "its host name or interface has no address"
     if address.startswith(_LOOPBACK):
-        return f"its own address there is {address}, which only it can reach"
+        return f"its address is {address}, which only it can reach"
     try:
         with closing(socket.create_connection((address, port), _CONNECT_SECONDS)):
             return None
@@ -190,11 +189,11 @@ def _why_unreachable(other: Facts) -> str | None:
 
 
 class _TokenFile:
-    """A file that rank 0 makes where checkpoints go, for the others to see; its path, or None."""
+    """A temporary file of rank 0 in the checkpoint folder, to test that other nodes see it; yields its path or None."""
 
-    def __init__(self, meeting: Meeting, config: RunConfig) -> None:
+    def __init__(self, rendezvous: Rendezvous, config: RunConfig) -> None:
         self.path: Path | None = None
-        if meeting.rank == 0 and config.checkpoint.enabled:
+        if rendezvous.rank == 0 and config.checkpoint.enabled:
             self.path = existing(Path(config.save_folder)) / f".preflight-{uuid.uuid4().hex}"
 
     def __enter__(self) -> str | None:
@@ -202,7 +201,7 @@ class _TokenFile:
             return None
         try:
             self.path.touch()
-        except OSError:  # that it cannot be written is a fact of its own
+        except OSError:  # reported by `not_writable`
             self.path = None
         return str(self.path) if self.path else None
 
@@ -213,6 +212,7 @@ class _TokenFile:
 
 
 def _sees(token: str | None) -> bool | None:
+    """Return True if the file appears in time; None without a file."""
     if token is None:
         return None
     deadline = time.monotonic() + _SHARED_FOLDER_SECONDS

@@ -1,23 +1,24 @@
-"""The verdict as a table and as JSON."""
+"""The result of a preflight as a table and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_slm.files import write_json
-from megatron_slm.operations.preflight.checks import Check
+from megatron_slm.operations.preflight.check import Check
 from megatron_slm.operations.preflight.facts import Facts
 from megatron_slm.operations.preflight.links import Measurements
 
-_SHOWN_PROBLEMS = 12
-_COLOURS = {"passed": "green", "warning": "yellow", "failed": "red"}
+_MAX_PROBLEMS_SHOWN = 12
+_COLORS = {"passed": "green", "warning": "yellow", "failed": "red"}
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """`ready`, or why not."""
+    """Return `ready` or `NOT READY`, with the names of the checks that failed or warned."""
     failed = [check.name for check in checks if check.status == "failed"]
     warned = [check.name for check in checks if check.status == "warning"]
     if failed:
@@ -26,7 +27,7 @@ def verdict(checks: Sequence[Check]) -> str:
 
 
 def print_report(checks: Sequence[Check], *, to_stderr: bool = False) -> None:
-    """One row a check, and under it what is wrong and what to do; then the verdict."""
+    """Print one row per check with its problems and their fix, then the verdict."""
     console = Console(stderr=to_stderr)
     if not console.is_terminal:
         console = Console(stderr=to_stderr, width=160)
@@ -35,22 +36,24 @@ def print_report(checks: Sequence[Check], *, to_stderr: bool = False) -> None:
     table.add_column("")
     table.add_column("found")
     for check in checks:
-        lines = [check.found, *check.problems[:_SHOWN_PROBLEMS]]
-        hidden = len(check.problems) - _SHOWN_PROBLEMS
-        lines += [f"and {hidden} more"] * (hidden > 0) + [f"fix: {check.fix}"] * bool(check.problems)
-        colour = _COLOURS[check.status]
-        table.add_row(check.name, f"[{colour}]{check.status}[/{colour}]", "\n".join(_plain(line) for line in lines))
+        color = _COLORS[check.status]
+        text = "\n".join(escape(line) for line in _lines(check))
+        table.add_row(check.name, f"[{color}]{check.status}[/{color}]", text)
     console.print(table)
-    console.print(f"Preflight: {_plain(verdict(checks))}", soft_wrap=True, highlight=False)
+    console.print(f"Preflight: {escape(verdict(checks))}", soft_wrap=True, highlight=False)
 
 
-def _plain(text: str) -> str:
-    """As it is: a bracket is no markup."""
-    return text.replace("[", r"\[")
+def _lines(check: Check) -> list[str]:
+    lines = [check.found, *check.problems[:_MAX_PROBLEMS_SHOWN]]
+    if len(check.problems) > _MAX_PROBLEMS_SHOWN:
+        lines.append(f"and {len(check.problems) - _MAX_PROBLEMS_SHOWN} more")
+    if check.problems:
+        lines.append(f"fix: {check.fix}")
+    return lines
 
 
 def write_report(path: str, checks: Sequence[Check], facts: Sequence[Facts], measured: Measurements | None) -> None:
-    """Checks, measured links and all facts; `-` for standard output.
+    """Write checks, measured links and all facts as JSON; `-` is standard output.
 
     Raises:
         ConfigError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""The corpus reader: what it reads, what it refuses, and that Megatron's reader and writer agree with it."""
+"""The corpus reader: reading, rejection of damaged files, agreement with Megatron's reader and writer."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_is_handed_to_another_process_by_its_prefix(prefix: Path) -> None:
         ((0, 6), r"tokens \[6, 5\)"),
     ],
 )
-def test_get_refuses_tokens_outside_the_sequence(prefix: Path, arguments: tuple[int, ...], message: str) -> None:
+def test_get_rejects_tokens_outside_the_sequence(prefix: Path, arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(IndexError, match=message):
         IndexedCorpus(prefix).get(*arguments)
 
@@ -90,29 +90,31 @@ def test_dtype_for_vocabulary(vocab_size: int, name: str) -> None:
 @pytest.mark.parametrize("path_of", [idx_path, bin_path])
 def test_missing_file(prefix: Path, path_of) -> None:
     path_of(prefix).unlink()
-    with pytest.raises(CorpusError, match=rf"corpus prefix = .*{path_of(prefix)} must exist"):
+    with pytest.raises(
+        CorpusError, match=rf"corpus prefix is .*: must name existing files; {path_of(prefix)} is missing"
+    ):
         IndexedCorpus(prefix)
 
 
-def test_prefix_with_a_suffix_is_told_what_to_give(prefix: Path) -> None:
-    with pytest.raises(CorpusError, match=f"give the prefix '{prefix}'"):
+def test_prefix_with_a_suffix(prefix: Path) -> None:
+    with pytest.raises(CorpusError, match=f"pass the prefix '{prefix}'"):
         IndexedCorpus(f"{prefix}.bin")
 
 
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
     [
-        (0, b"X", "magic of .*must be"),
-        (9, struct.pack("<Q", 2), "version of .* = 2: must be 1"),
-        (17, b"\x09", "dtype code of .* = 9: must be one of"),
-        (17, b"\x07", r"dtype code of .* = 7: must be .*integers"),
-        (18, struct.pack("<Q", 3), "size of .*must be .* bytes for 3 sequences and 4 documents"),
-        (34, struct.pack("<i", -1), r"sequence 0 of .* = \(-1, 0\)"),
-        (34, struct.pack("<i", 6), r"sequence 1 of .* = \(0, 10\)"),
-        (50 + 8, struct.pack("<q", 11), r"sequence 1 of .* = \(0, 11\)"),
-        (82, struct.pack("<q", 1), r"document_indices of .* = \(1, 4\): must start at 0 and end at 4"),
-        (82 + 32, struct.pack("<q", 5), r"document_indices of .* = \(0, 5\)"),
-        (82 + 16, struct.pack("<q", 0), r"document_indices of .* \[2\] = 0: must not decrease"),
+        (0, b"X", r"corpus.idx: magic is b'XMIDIDX.*must be"),
+        (9, struct.pack("<Q", 2), "corpus.idx: version is 2: must be 1"),
+        (17, b"\x09", "dtype code is 9: must be one of"),
+        (17, b"\x07", "dtype code is 7: must be .*integers"),
+        (18, struct.pack("<Q", 3), "corpus.idx: size is .*must be .* bytes for 3 sequences and 4 documents"),
+        (34, struct.pack("<i", -1), r"of sequence 0 is \(-1, 0\)"),
+        (34, struct.pack("<i", 6), r"of sequence 1 is \(0, 10\)"),
+        (50 + 8, struct.pack("<q", 11), r"of sequence 1 is \(0, 11\)"),
+        (82, struct.pack("<q", 1), r"document_indices is \(1, 4\): must start at 0 and end at 4"),
+        (82 + 32, struct.pack("<q", 5), r"document_indices is \(0, 5\)"),
+        (82 + 16, struct.pack("<q", 0), r"document_indices\[2\] is 0: must not decrease"),
     ],
 )
 def test_damaged_index(prefix: Path, offset: int, value: bytes, message: str) -> None:
@@ -124,13 +126,13 @@ def test_damaged_index(prefix: Path, offset: int, value: bytes, message: str) ->
 @pytest.mark.parametrize("size", [0, 33, 34, 50, -1])
 def test_truncated_index(prefix: Path, size: int) -> None:
     idx_path(prefix).write_bytes(idx_path(prefix).read_bytes()[:size])
-    with pytest.raises(CorpusError, match=r"size of .*idx"):
+    with pytest.raises(CorpusError, match=r"corpus\.idx: size is"):
         IndexedCorpus(prefix)
 
 
 def test_index_without_a_document_boundary(prefix: Path) -> None:
     idx_path(prefix).write_bytes(HEADER.pack(b"MMIDIDX\0\0", 1, 8, 0, 0))
-    with pytest.raises(CorpusError, match=r"document_indices of .* = \(\)"):
+    with pytest.raises(CorpusError, match=r"document_indices is \(\)"):
         IndexedCorpus(prefix)
 
 
@@ -138,26 +140,26 @@ def test_index_without_a_document_boundary(prefix: Path) -> None:
 def test_bin_of_another_size(prefix: Path, change: int, relation: str) -> None:
     content = bin_path(prefix).read_bytes() + b"\0\0"
     bin_path(prefix).write_bytes(content[: 30 + change])
-    with pytest.raises(CorpusError, match=rf"size of .*bin.*must be 30 bytes .*it is {relation}"):
+    with pytest.raises(CorpusError, match=rf"corpus.bin: size is .*must be 30 bytes .*it is {relation}"):
         IndexedCorpus(prefix)
 
 
 def test_corpus_without_a_token(prefix: Path) -> None:
     idx_path(prefix).write_bytes(HEADER.pack(b"MMIDIDX\0\0", 1, 8, 0, 1) + bytes(8))
     bin_path(prefix).write_bytes(b"")
-    with pytest.raises(CorpusError, match=r"tokens in .*must be at least 1"):
+    with pytest.raises(CorpusError, match=r"corpus\.bin: number of tokens is 0: must be at least 1"):
         IndexedCorpus(prefix)
 
 
-def test_checks_go_on_beyond_the_first_block(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_continue_beyond_the_first_block(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_slm.data.corpus.indexed._SEQUENCES_PER_CHECK", 2)
     assert IndexedCorpus(prefix).num_tokens == 15
     patch(idx_path(prefix), 50 + 24, struct.pack("<q", 18))
-    with pytest.raises(CorpusError, match=r"sequence 3 of .* = \(7, 18\)"):
+    with pytest.raises(CorpusError, match=r"of sequence 3 is \(7, 18\)"):
         IndexedCorpus(prefix)
     make_corpus(prefix, LENGTHS)
     patch(idx_path(prefix), 82 + 24, struct.pack("<q", 1))  # across the border of two blocks
-    with pytest.raises(CorpusError, match=r"\[3\] = 1: must not decrease"):
+    with pytest.raises(CorpusError, match=r"\[3\] is 1: must not decrease"):
         IndexedCorpus(prefix)
 
 
@@ -165,13 +167,13 @@ def test_vocabulary_check_names_the_id(prefix: Path) -> None:
     corpus = IndexedCorpus(prefix)
     assert corpus.max_token_id() == 14
     corpus.check_vocabulary(15)
-    with pytest.raises(VocabularyError, match=r"token id in .*corpus.bin = 14: must be within \[0, 14\)"):
+    with pytest.raises(VocabularyError, match=r"corpus.bin: token id is 14: must be in \[0, 14\)"):
         corpus.check_vocabulary(14)
 
 
 def test_vocabulary_check_finds_negative_ids(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "negative", [4], dtype="int32", first_id=-2)
-    with pytest.raises(VocabularyError, match="= -2: must be within"):
+    with pytest.raises(VocabularyError, match="token id is -2: must be in"):
         corpus.check_vocabulary(100)
 
 

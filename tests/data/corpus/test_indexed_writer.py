@@ -1,4 +1,4 @@
-"""The corpus writer: Megatron's bytes, and no corpus that reads as whole before it is."""
+"""The corpus writer: Megatron's bytes, and no corpus that reads as whole before it is complete."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_one_array_and_a_flat_list_are_one_sequence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ids", "value"), [([1, 65_536], 65_536), ([-1, 3], -1)])
 def test_ids_that_do_not_fit_the_dtype(tmp_path: Path, ids: list[int], value: int) -> None:
     with (
-        pytest.raises(VocabularyError, match=f"token id to write = {value}: must fit uint16"),
+        pytest.raises(VocabularyError, match=f"token id to write is {value}: must fit uint16"),
         IndexedCorpusWriter(tmp_path / "c", np.uint16) as writer,
     ):
         writer.add_document(ids)
@@ -70,19 +70,19 @@ def test_ids_that_do_not_fit_the_dtype(tmp_path: Path, ids: list[int], value: in
 
 
 def test_dtype_outside_the_format(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="corpus dtype = 'uint32': must be an integer dtype of the format"):
+    with pytest.raises(CorpusError, match="corpus dtype is 'uint32': must be an integer dtype of the format"):
         IndexedCorpusWriter(tmp_path / "c", np.uint32)
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CorpusError, match=r"output prefix = .*must be writable"):
+    with pytest.raises(CorpusError, match=r"--output-prefix is .*must be writable \(File exists"):
         IndexedCorpusWriter(tmp_path / "file" / "c", np.uint16)
 
 
-def test_corpus_without_a_token_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_corpus_without_a_token_is_rejected_and_leaves_nothing(tmp_path: Path) -> None:
     with (
-        pytest.raises(CorpusError, match="tokens to write = 0"),
+        pytest.raises(CorpusError, match="number of tokens to write is 0: must be at least 1"),
         IndexedCorpusWriter(tmp_path / "c", np.uint16) as writer,
     ):
         writer.add_document([])
@@ -116,12 +116,12 @@ def test_a_killed_writer_leaves_no_corpus(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "c")], env=environment, check=False)
     assert done.returncode == 9
-    with pytest.raises(CorpusError, match="must exist"):
+    with pytest.raises(CorpusError, match=r"c\.idx is missing"):
         IndexedCorpus(tmp_path / "c")
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 @pytest.mark.parametrize("survived_calls", range(4))
@@ -153,7 +153,7 @@ def test_killed_at_any_step_of_the_commit(tmp_path: Path, monkeypatch: pytest.Mo
         assert IndexedCorpus(tmp_path / "c").get(0).tolist() == [0, 1]
         return
     assert not idx_path(tmp_path / "c").exists()
-    with pytest.raises(CorpusError, match="must exist"):
+    with pytest.raises(CorpusError, match=r"c\.idx is missing"):
         IndexedCorpus(tmp_path / "c")
     assert sidecar_path(tmp_path / "c").exists() == (survived_calls < 2)
     assert bin_path(tmp_path / "c").exists()

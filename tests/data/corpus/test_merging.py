@@ -1,4 +1,4 @@
-"""Corpora end to end as one: the bytes of a corpus written at once, in the eyes of megatron-core's reader too."""
+"""Merged corpora have the bytes of a corpus written at once, also to megatron-core's reader."""
 
 from __future__ import annotations
 
@@ -83,17 +83,17 @@ def test_blocks_are_smaller_than_the_parts(tmp_path: Path, monkeypatch: pytest.M
         assert (tmp_path / f"c.{suffix}").read_bytes() == (tmp_path / f"both.{suffix}").read_bytes()
 
 
-def test_what_cannot_be_merged(tmp_path: Path) -> None:
+def test_corpora_that_cannot_be_merged(tmp_path: Path) -> None:
     make_corpus(tmp_path / "a", [3])
     make_corpus(tmp_path / "b", [3], dtype="int32")
-    with pytest.raises(CorpusError, match=r"token dtype of .*b = 'int32': must be uint16"):
+    with pytest.raises(CorpusError, match=r"/b: token dtype is 'int32': must be uint16"):
         concatenate([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     with pytest.raises(CorpusError, match="must not be one of the inputs"):
         concatenate([tmp_path / "a"], tmp_path / "a")
-    with pytest.raises(CorpusError, match="corpora to merge = 0"):
+    with pytest.raises(CorpusError, match="--input is missing: required by merging"):
         concatenate([], tmp_path / "c")
     (tmp_path / "a.bin").write_bytes(b"\0" * 5)
-    with pytest.raises(CorpusError, match=r"size of .*a.bin = 5"):
+    with pytest.raises(CorpusError, match=r"a\.bin: size is 5"):
         concatenate([tmp_path / "a"], tmp_path / "c")
     assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "a.idx", "b.bin", "b.idx"}
 
@@ -140,11 +140,11 @@ def test_sidecars_and_masks_are_merged(tmp_path: Path) -> None:
         (
             {"tokenizer_fingerprint": "cd"},
             VocabularyError,
-            r"tokenizer of corpus .*b = 'cd': must be that of .*a \(ab\)",
+            r"/b: tokenizer is 'cd': must have the token table of .*/a \(ab\)",
         ),
-        ({"eod_id": None}, VocabularyError, r"ids around the documents of .*b .*must be those of"),
-        ({"num_tokens": 4}, CorpusError, r"num_tokens of .*b\.meta\.json = 4: must be 3"),
-        ({"loss_mask": "b_loss_mask"}, CorpusError, r"loss mask = .*a': must exist, as .*b has one"),
+        ({"eod_id": None}, VocabularyError, r"/b: \(BOS, EOD\) ids is \(None, None\): must be those of"),
+        ({"num_tokens": 4}, CorpusError, r"b\.meta\.json: num_tokens is 4: must be 3"),
+        ({"loss_mask": "b_loss_mask"}, CorpusError, r"/a: loss mask is 'none': must exist, since .*/b has one"),
     ],
 )
 def test_corpora_that_do_not_go_together(tmp_path: Path, changed: dict, error: type, message: str) -> None:
@@ -168,8 +168,8 @@ def test_a_corpus_of_megatron_among_them(tmp_path: Path) -> None:
     assert IndexedCorpus(tmp_path / "c").num_tokens == 6
 
 
-def test_parts_are_not_kept_open(tmp_path: Path) -> None:
-    """There may be more of them than a process may have files open."""
+def test_members_are_not_kept_open(tmp_path: Path) -> None:
+    """They can outnumber the files that a process may open."""
     for at in range(20):
         make_corpus(tmp_path / f"part{at}", [3, 2])
     with JoinedCorpus(tmp_path / "whole") as joined:
@@ -181,7 +181,7 @@ def test_parts_are_not_kept_open(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
-    """What is in the buffer cannot be written when the file is closed either."""
+    """Closing the file fails too: it flushes the buffer."""
     make_corpus(tmp_path / "part", [3, 2])
     with JoinedCorpus(tmp_path / "whole") as joined:
         joined._bin.close()
@@ -192,8 +192,8 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part.bin", "part.idx"]
 
 
-def test_what_the_dead_left_is_removed(tmp_path: Path) -> None:
-    """Of the same corpus and its mask alone, and nothing of a process that lives."""
+def test_orphaned_temporary_files_are_removed(tmp_path: Path) -> None:
+    """Only those of the same corpus and its mask, and none of a live process."""
     make_corpus(tmp_path / "a", [3])
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -1,4 +1,4 @@
-"""The sidecar file: written and read back, optional, and refused when it is not one."""
+"""The sidecar file: written, read back, optional, rejected when malformed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"vocab_size": 3}', "3"])
 def test_not_a_sidecar(tmp_path: Path, content: str) -> None:
     sidecar_path(tmp_path / "c").write_text(content)
-    with pytest.raises(CorpusError, match=r"corpus sidecar = .*must be a JSON object with the fields"):
+    with pytest.raises(CorpusError, match=r"corpus sidecar is .*must be a JSON object with the fields"):
         read_sidecar(tmp_path / "c")
 
 
@@ -74,14 +74,14 @@ def test_a_sidecar_of_an_earlier_corpus(tmp_path: Path, name: str, value: int) -
     assert read_sidecar_of(corpus) == SIDECAR
     write_sidecar(tmp_path / "c", replace(SIDECAR, **{name: value}))
     here = getattr(corpus, name)
-    with pytest.raises(CorpusError, match=rf"{name} of .*c\.meta\.json = {value}: must be {here}, .*move the stale"):
+    with pytest.raises(CorpusError, match=rf"c\.meta\.json: {name} is {value}: must be {here}, .*move the stale"):
         read_sidecar_of(corpus)
 
 
 def test_the_mask_of_an_earlier_corpus_is_not_looked_for(tmp_path: Path) -> None:
     make_corpus(tmp_path / "c", [3])
     write_sidecar(tmp_path / "c", replace(SIDECAR, loss_mask="gone"))
-    with pytest.raises(CorpusError, match="it is of another corpus"):
+    with pytest.raises(CorpusError, match="the sidecar is of another corpus"):
         loss_mask_of(IndexedCorpus(tmp_path / "c"))
 
 
@@ -91,9 +91,12 @@ def test_which_loss_mask_belongs_to_a_corpus(tmp_path: Path, caplog: pytest.LogC
     assert find_loss_mask(prefix) == loss_mask_prefix(prefix), "one beside a corpus of Megatron's"
     write_sidecar(prefix, SIDECAR)
     assert find_loss_mask(prefix) is None, "left there by an earlier corpus"
-    assert "is not used" in caplog.text
+    assert "ignoring the loss mask" in caplog.text
     write_sidecar(prefix, replace(SIDECAR, loss_mask="c_loss_mask"))
     assert find_loss_mask(prefix) == loss_mask_prefix(prefix)
     idx_path(loss_mask_prefix(prefix)).unlink()
-    with pytest.raises(CorpusError, match=r"as its \.meta\.json says"):
+    with pytest.raises(
+        CorpusError,
+        match=r"loss_mask is 'c_loss_mask': must be a loss mask in the same folder; .*c_loss_mask\.idx does not exist",
+    ):
         find_loss_mask(prefix)

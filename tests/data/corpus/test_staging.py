@@ -1,4 +1,4 @@
-"""Corpora behind fsspec: copied whole, once, and again when they change."""
+"""Remote corpora are copied whole, once, and again after a change."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ def test_a_copy_that_is_cut_off_is_never_taken_for_whole(
 
 @pytest.mark.parametrize("prefix", ["memory://bucket/nothing", "nosuch://bucket/web"])
 def test_an_address_that_cannot_be_read(prefix: str, tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=f"corpus prefix = '{prefix}': can be read through fsspec"):
+    with pytest.raises(CorpusError, match=f"corpus prefix is '{prefix}': must be readable through fsspec"):
         staged(prefix, tmp_path)

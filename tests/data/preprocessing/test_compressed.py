@@ -1,4 +1,4 @@
-"""Streams of lines: compressions, and files that are cut off or of another kind."""
+"""Streams of lines: compressed, truncated, and of another format."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def test_lines_of_any_compression(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
-def test_a_file_that_was_cut_off(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(CorpusError, match=r"input = .*cannot be read to its end \(EOFError"):
+def test_a_truncated_file(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(CorpusError, match=r"--input is .*must be readable to its end \(EOFError"):
         list(read_lines(write(tmp_path / f"a.{suffix}", cut=5)))
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_a_file_of_another_kind(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a.{suffix}").write_bytes(PLAIN)
-    with pytest.raises(CorpusError, match=r"input = .*cannot be read to its end"):
+    with pytest.raises(CorpusError, match=r"--input is .*must be readable to its end"):
         list(read_lines(tmp_path / f"a.{suffix}"))
 
 
 def test_without_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.zst")
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(CorpusError, match="needs the package zstandard"):
+    with pytest.raises(CorpusError, match="must be read with the package zstandard"):
         list(read_lines(tmp_path / "a.zst"))

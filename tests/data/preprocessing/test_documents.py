@@ -1,4 +1,4 @@
-"""What a line says: its texts, which of them are trained on, and every way it is no document."""
+"""The texts of a line, its loss mask, and every way a line is invalid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def texts_of_line(line: bytes, *keys: str) -> list[Texts]:
 def test_texts_of_a_line() -> None:
     line = '{"text": "Zürich \\ud83d\\ude42", "title": ["a", "b"], "id": 3}'.encode()
     assert texts_of_line(line, "text", "title") == [Texts(["Zürich 🙂"], None), Texts(["a", "b"], None)]
-    assert texts_of_line(b"\xef\xbb\xbf" + line, "text")[0].texts == ["Zürich 🙂"], "a byte order mark is no fault"
+    assert texts_of_line(b"\xef\xbb\xbf" + line, "text")[0].texts == ["Zürich 🙂"], "a byte order mark is ignored"
     assert texts_of_line(b'{"text": []}', "text")[0].texts == []
 
 
@@ -27,16 +27,16 @@ def test_texts_of_a_line() -> None:
     [
         (b'{"text": "a', r"not JSON \(Unterminated string"),
         (b"[" * 100_000, r"not JSON \("),
-        (b'["text"]', "not a JSON object but a list"),
-        (b'{"body": "a", "id": 1}', r"no key 'text' \(it has 'body', 'id'\)"),
-        (b"{}", r"no key 'text' \(it has none\)"),
-        (b'{"text": null}', "the value of 'text' is not a text but a NoneType"),
-        (b'{"text": ["a", 1]}', "the value of 'text' is not a text but a int"),
-        (b'{"text": "\\ud800"}', "the value of 'text' holds half of a surrogate pair"),
+        (b'["text"]', "not a JSON object but list"),
+        (b'{"body": "a", "id": 1}', r"no key 'text' \(the keys are 'body', 'id'\)"),
+        (b"{}", r"no key 'text' \(the keys are none\)"),
+        (b'{"text": null}', "the value of 'text' is not text but NoneType"),
+        (b'{"text": ["a", 1]}', "the value of 'text' is not text but int"),
+        (b'{"text": "\\ud800"}', "the value of 'text' has half of a surrogate pair"),
         (b'{"text": "\xff"}', r"not UTF-8 \(invalid start byte at byte 10\)"),
     ],
 )
-def test_lines_that_are_no_document(line: bytes, reason: str) -> None:
+def test_invalid_lines(line: bytes, reason: str) -> None:
     with pytest.raises(InvalidLineError, match=reason):
         texts_of_line(line, "text")
 
@@ -45,7 +45,7 @@ def test_prompt_and_response() -> None:
     keys = DocumentKeys(prompt_key="p", response_key="r")
     assert (keys.corpora, keys.is_masked, keys.columns) == (("sft",), True, ("p", "r"))
     assert keys.texts({"p": "a", "r": "b", "text": 3}) == [Texts(["a", "b"], [0, 1])]
-    with pytest.raises(InvalidLineError, match="the value of 'r' is not a text but a list"):
+    with pytest.raises(InvalidLineError, match="the value of 'r' is not text but list"):
         keys.texts({"p": "a", "r": ["b"]})
 
 
@@ -65,16 +65,17 @@ def test_masks_that_do_not_fit(mask: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"json_keys": ()}, r"json_keys = \(\): must be at least one key"),
-        ({"json_keys": ("a", "a")}, "json_keys = .*none of them twice"),
-        ({"prompt_key": "p"}, "prompt_key, response_key = .*go together"),
-        ({"loss_mask_key": "m", "json_keys": ("a", "b")}, "loss_mask_key = 'm': goes with exactly one"),
+        ({"json_keys": ()}, r"--json-keys is \(\): must be one or more different keys"),
+        ({"json_keys": ("a", "a")}, "--json-keys is .*different keys"),
+        ({"prompt_key": "p"}, "--response-key is missing: required by --prompt-key"),
+        ({"response_key": "r"}, "--prompt-key is missing: required by --response-key"),
+        ({"loss_mask_key": "m", "json_keys": ("a", "b")}, "--loss-mask-key is 'm': must be used with exactly one"),
         (
             {"loss_mask_key": "m", "prompt_key": "p", "response_key": "r"},
-            "loss_mask_key = 'm': .*not with --prompt-key",
+            "--loss-mask-key is 'm': .*without --prompt-key",
         ),
     ],
 )
-def test_keys_that_do_not_go_together(keys: dict[str, Any], message: str) -> None:
+def test_keys_that_contradict_each_other(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DocumentKeys(**keys)

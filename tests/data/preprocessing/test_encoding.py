@@ -20,7 +20,7 @@ def as_lists(encoded: EncodedDocuments) -> tuple:
 
 
 def by_hand(documents: list[Texts], encoding: Encoding) -> tuple:
-    """One document at a time, by the rules."""
+    """Encode one document at a time, by the rules."""
     tokens: list[int] = []
     mask: list[int] = []
     lengths, counts = [], []

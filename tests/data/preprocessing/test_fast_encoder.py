@@ -1,4 +1,4 @@
-"""The faster library: the same ids, checked on samples, and loudly given up where they differ."""
+"""The faster library: the same ids, checked on samples, and a logged fallback if it differs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_same_ids_as_the_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def test_no_fast_form() -> None:
-    with pytest.raises(FastEncoderError, match="no form that it reads"):
+    with pytest.raises(FastEncoderError, match="no form that gigatoken supports"):
         FastEncoder(NullTokenizer(10))
 
 
@@ -83,7 +83,7 @@ def break_library(monkeypatch: pytest.MonkeyPatch, marker: str) -> None:
 
 def test_a_difference_in_the_probes(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_library(monkeypatch, "Plain words")
-    with pytest.raises(FastEncoderError, match=r"gives other ids from token \d+ of 'Plain words"):
+    with pytest.raises(FastEncoderError, match=r"returns other ids from token \d+ of 'Plain words"):
         FastEncoder(SentencePieceTokenizer(model_file))
 
 
@@ -104,7 +104,7 @@ def test_a_difference_in_the_text_is_found_by_the_samples(
     break_library(monkeypatch, "uncommon")
     encoder = FastEncoder(SentencePieceTokenizer(model_file))
     encoder.encode_ragged(["all is well"])
-    with pytest.raises(FastEncoderError, match="gives other ids"):
+    with pytest.raises(FastEncoderError, match="returns other ids"):
         encoder.encode_ragged(["uncommon " * length] * 3)
 
 
@@ -124,7 +124,7 @@ def test_every_place_of_a_batch_is_checked_in_time(model_file: Path, monkeypatch
 
 
 def run(folder: Path, source: Path, tokenizer: Tokenizer, fast: bool, workers: int = 1) -> tuple[str, bytes, bytes]:
-    """The encoder's name and the corpus' bytes."""
+    """The encoder's name and the corpus's bytes."""
     name = f"{folder}/{fast}{workers}"
     config = PreprocessConfig(
         input=(str(source),), output_prefix=name, append_eod=True, fast_tokenizer=fast, workers=workers
@@ -144,7 +144,7 @@ def test_falls_back_loudly_and_whole(
     tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The difference shows up late: what was encoded before is encoded again."""
-    monkeypatch.setattr("megatron_slm.data.preprocessing.inputs._piece_bytes", lambda *_: 300)
+    monkeypatch.setattr("megatron_slm.data.preprocessing.inputs._chunk_bytes", lambda *_: 300)
     monkeypatch.setattr(logging.getLogger("megatron_slm"), "propagate", True)
     source = write_json_lines(tmp_path / "in.jsonl", ["one two three"] * 60 + ["uncommon"] * 60)
     tokenizer = SentencePieceTokenizer(model_file)
@@ -153,16 +153,18 @@ def test_falls_back_loudly_and_whole(
     with caplog.at_level(logging.WARNING):
         fallen = run(tmp_path, source, tokenizer, True)
     assert fallen == plain
-    assert "NOT using the fast tokenizer: gigatoken gives other ids" in caplog.text
+    assert "NOT using the fast tokenizer: gigatoken returns other ids" in caplog.text
 
 
 def test_standard_input_cannot_be_read_again(tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read of it would be lost: an error, and no fallback."""
+    """The lines already read would be lost: an error, and no fallback."""
     lines = b'{"text": "uncommon"}\n'
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines)))
     break_library(monkeypatch, "uncommon")
     config = PreprocessConfig(input=("-",), output_prefix=f"{tmp_path}/out/c", fast_tokenizer=True)
-    with pytest.raises(ConfigError, match="fast_tokenizer = 'gigatoken': must equal the tokenizer: gigatoken gives"):
+    with pytest.raises(
+        ConfigError, match=r"--fast-tokenizer is 'gigatoken': must agree with the tokenizer \(gigatoken returns"
+    ):
         preprocess(config, SentencePieceTokenizer(model_file))
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""The folder of the parts: one process at a time, and nothing of anybody else's goes with it."""
+"""The folder of shards: one process at a time, and no foreign file is removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_slm.errors import ConfigError, CorpusError
 SHARD = "0123456789abcdef" * 2 + ".0.bin"
 
 
-def test_it_goes_with_all_that_is_ours(tmp_path: Path) -> None:
+def test_only_our_files_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "c.parts"
     with parts_folder(folder):
         for name in (SHARD, "c_text_document.bin.part-17", "theirs.jsonl"):
@@ -26,20 +26,22 @@ def test_it_goes_with_all_that_is_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["theirs.jsonl", "0123.bin", "notes.part-x"])
-def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_folder_of_other_files_is_rejected(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "c.parts"
     folder.mkdir()
     (folder / name).touch()
     with (
-        pytest.raises(CorpusError, match=r"c': must be free for parts: .*c\.parts holds other files"),
+        pytest.raises(
+            CorpusError, match=r"--output-prefix is .*c': must leave .*c\.parts free for shards; it holds other files"
+        ),
         parts_folder(folder),
     ):
         pass
     assert [path.name for path in folder.iterdir()] == [name]
 
 
-def test_what_a_killed_process_left(tmp_path: Path) -> None:
-    """Even one that was killed between the removal of the lock and that of the folder; whole shards stay."""
+def test_files_of_a_killed_process(tmp_path: Path) -> None:
+    """Also one killed between removing the lock and removing the folder; whole shards stay."""
     folder = tmp_path / "c.parts"
     folder.mkdir()
     (folder / SHARD).touch()
@@ -51,8 +53,8 @@ def test_what_a_killed_process_left(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opened by one process, then removed by the one that held it, and made anew by a third."""
+def test_a_lock_that_was_removed_meanwhile_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened by one process, then removed by its holder, and created again by a third."""
     folder, real = tmp_path / "c.parts", fcntl.flock
     calls = 0
 
@@ -68,14 +70,17 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: 
 
     held: list = []
     monkeypatch.setattr(module.fcntl, "flock", flock)
-    with pytest.raises(ConfigError, match="is being written to by another process"), parts_folder(folder):
+    with (
+        pytest.raises(ConfigError, match=r"--output-prefix is .*must not be in use by another process"),
+        parts_folder(folder),
+    ):
         pass
     assert calls == 2
     held.pop().close()
 
 
 def test_many_in_a_row(tmp_path: Path) -> None:
-    """Several come and go at once: one holds it at a time, and no one fails in another way than by being told to wait."""
+    """Of several that come and go, one holds the lock at a time; the others fail only with the error to wait."""
     folder, inside, most, failures = tmp_path / "c.parts", 0, 0, []
     end = time.monotonic() + 2
 

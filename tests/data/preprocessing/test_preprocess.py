@@ -1,4 +1,4 @@
-"""JSON lines to corpora: what Megatron's tool would write, counted, and all or nothing."""
+"""JSON lines to corpora: Megatron's bytes, exact counts, and all corpora or none."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def run(output_prefix: Path, *inputs: Path, model: Path | None = None, vocab_siz
 
 
 def config(output_prefix: Path, *inputs: Path, **changed) -> PreprocessConfig:
-    """Plain values; `json_keys` and its like in `keys`."""
+    """Build a configuration; the arguments of `DocumentKeys` come in `keys`."""
     changed["keys"] = DocumentKeys(**changed.get("keys", {}))
     return PreprocessConfig(input=tuple(map(str, inputs)), output_prefix=str(output_prefix), **changed)
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_same_bytes_as_megatrons_tool(tmp_path: Path, model_file: Path, append_eod: bool) -> None:
-    """Megatron's loop, by its own builder: documents without a token stay as documents without a sequence."""
+    """Megatron's loop with its own builder: documents without a token stay as documents without a sequence."""
     texts: list[str | list[str]] = [*TEXTS, ["Two sentences.", "", "In one document."], [], *TEXTS]
     path = write_json_lines(tmp_path / "in.jsonl", texts)
     report = run(tmp_path / "ours", path, model=model_file, append_eod=append_eod)
@@ -124,7 +124,7 @@ def test_invalid_lines_stop_the_run_and_leave_what_was_there(tmp_path: Path) -> 
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "1"}\n\n{"text": 2}\n{')
     prefix = tmp_path / "out" / "c"
-    with pytest.raises(CorpusError, match=r"input = '.*in.jsonl:3': every line must be a document: the value"):
+    with pytest.raises(CorpusError, match=r"--input is '.*in.jsonl:3': must be a valid document \(the value"):
         run(prefix, path)
     assert list(prefix.parent.iterdir()) == []
 
@@ -137,20 +137,20 @@ def test_invalid_lines_are_skipped_and_reported(tmp_path: Path) -> None:
     assert (report.num_documents, report.num_invalid, len(report.invalid)) == (2, 152, 100)
     assert [(line.line, line.reason.split(" (")[0]) for line in report.invalid[:2]] == [
         (2, "not JSON"),
-        (3, "not a JSON object but a list"),
+        (3, "not a JSON object but list"),
     ]
 
 
 def test_no_corpus_is_put_in_place_when_one_would_be_empty(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"a": "1 2", "b": ""}))
-    message = r"input = .*must hold a text with tokens under 'b' \(1 documents were read\)"
+    message = r"--input is .*must have a text with tokens under 'b' \(1 documents were read\)"
     with pytest.raises(CorpusError, match=message):
         run(tmp_path / "out" / "c", path, keys={"json_keys": ("a", "b")})
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_progress(tmp_path: Path, small_pieces: None) -> None:
+def test_progress(tmp_path: Path, small_chunks: None) -> None:
     path = write_json_lines(tmp_path / "in.jsonl", ["1"] * 600)
     seen: list[float] = []
 
@@ -165,14 +165,14 @@ def test_progress(tmp_path: Path, small_pieces: None) -> None:
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 600 bytes, so that small inputs have many."""
-    monkeypatch.setattr("megatron_slm.data.preprocessing.inputs._piece_bytes", lambda *_: 600)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 600 bytes, so that small inputs have many."""
+    monkeypatch.setattr("megatron_slm.data.preprocessing.inputs._chunk_bytes", lambda *_: 600)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "-"])
 def test_every_kind_of_input_gives_the_same_corpus(
-    tmp_path: Path, model_file: Path, kind: str, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_file: Path, kind: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [text for text in TEXTS if "\0" not in text] * 9
     plain = write_json_lines(tmp_path / "in.jsonl", texts)
@@ -195,7 +195,7 @@ def same_corpora(one: Path, other: Path) -> bool:
     return all(Path(f"{one}.{end}").read_bytes() == Path(f"{other}.{end}").read_bytes() for end in ("bin", "idx"))
 
 
-def test_loss_mask_lies_beside_the_corpus(tmp_path: Path, small_pieces: None) -> None:
+def test_loss_mask_lies_beside_the_corpus(tmp_path: Path, small_chunks: None) -> None:
     path = tmp_path / "in.jsonl"
     rows = [{"p": f"{at} 1", "r": "2 " * (at % 4)} for at in range(90)] + [{"p": "", "r": ""}]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -215,9 +215,9 @@ def test_loss_mask_lies_beside_the_corpus(tmp_path: Path, small_pieces: None) ->
     assert verify_hashes(tmp_path / "c_sft_document")[-1] == tmp_path / "c_sft_document_loss_mask.idx"
 
 
-def test_a_mask_that_lets_nothing_through(tmp_path: Path) -> None:
+def test_a_mask_of_zeros(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "1 2", "m": 0}')
-    with pytest.raises(CorpusError, match="must hold a token that is trained on"):
+    with pytest.raises(CorpusError, match="must have a token whose loss mask is 1"):
         run(tmp_path / "out" / "c", tmp_path / "in.jsonl", keys={"loss_mask_key": "m"})
 
 
@@ -230,7 +230,7 @@ def test_hashes_in_the_sidecar_are_those_of_the_files(tmp_path: Path, model_file
         assert hashlib.sha256((tmp_path / f"c_text_document.{end}").read_bytes()).hexdigest() == recorded
 
 
-def test_line_numbers_go_on_over_pieces(tmp_path: Path, small_pieces: None) -> None:
+def test_line_numbers_count_across_chunks(tmp_path: Path, small_chunks: None) -> None:
     lines = ['{"text": "1"}'] * 500
     for at in (100, 300, 499):
         lines[at] = "{"
@@ -239,17 +239,17 @@ def test_line_numbers_go_on_over_pieces(tmp_path: Path, small_pieces: None) -> N
     report = run(tmp_path / "c", tmp_path / "in.jsonl", on_error="skip", workers=2)
     assert [entry.line for entry in report.invalid] == [101, 301, 500]
     assert (report.num_documents, report.num_invalid) == (496, 3)
-    with pytest.raises(CorpusError, match=r"in.jsonl:101': every line"):
+    with pytest.raises(CorpusError, match=r"in.jsonl:101': must be a valid document"):
         run(tmp_path / "d", tmp_path / "in.jsonl", workers=2)
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path, small_pieces: None) -> None:
-    """Parts that were done are taken, and the result is that of a run that was never stopped."""
+def test_a_stopped_run_is_resumed(tmp_path: Path, small_chunks: None) -> None:
+    """Finished shards are reused, and the result is that of an uninterrupted run."""
     path = write_json_lines(tmp_path / "in.jsonl", [str(at % 90) for at in range(600)])
     run(tmp_path / "expected", path, append_eod=True)
 
     class Killed(BaseException):
-        """Stands for the end of the process."""
+        """Simulates the end of the process."""
 
     def stop_after(count: int):
         calls = iter(range(count))
@@ -267,14 +267,14 @@ def test_a_stopped_run_goes_on(tmp_path: Path, small_pieces: None) -> None:
     done = sorted(parts.glob("*.json"))
     assert len(done) == 5
     torn = done[0].with_suffix(".0.bin")
-    torn.write_bytes(torn.read_bytes()[:-2])  # a part that is not what it was is made again
+    torn.write_bytes(torn.read_bytes()[:-2])  # a damaged shard is made again
     report = run(tmp_path / "c", path, append_eod=True)
     assert 0 < report.num_resumed_bytes <= 4 * 620
     assert same_corpora(tmp_path / "expected_text_document", tmp_path / "c_text_document")
     assert not parts.exists()
 
 
-def test_parts_of_another_command_or_input_are_not_taken(tmp_path: Path, small_pieces: None) -> None:
+def test_shards_of_another_command_or_input_are_ignored(tmp_path: Path, small_chunks: None) -> None:
     path = write_json_lines(tmp_path / "in.jsonl", [str(at % 90) for at in range(100)])
     parts = tmp_path / "c.parts"
 
@@ -298,22 +298,24 @@ def test_two_processes_do_not_write_to_one_prefix(tmp_path: Path) -> None:
     (tmp_path / "c.parts").mkdir()
     with open(tmp_path / "c.parts" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="is being written to by another process"):
+        with pytest.raises(ConfigError, match=r"--output-prefix is .*must not be in use by another process"):
             run(tmp_path / "c", path)
     run(tmp_path / "c", path)
 
 
-def test_ends_that_the_tokenizer_does_not_have(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_tokens_that_the_tokenizer_does_not_have(tmp_path: Path, tokenizer_folder: Path) -> None:
     path = write_json_lines(tmp_path / "in.jsonl", ["1"])
-    with pytest.raises(ConfigError, match="prepend_bos = True: needs a tokenizer that says"):
+    with pytest.raises(
+        ConfigError, match="--prepend-bos is True: must be used with a tokenizer that defines bos_token"
+    ):
         run(tmp_path / "c", path, prepend_bos=True)
     shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
     bare = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(ConfigError, match="append_eod = True: needs a tokenizer that says"):
+    with pytest.raises(ConfigError, match="--append-eod is True: must be used with a tokenizer that defines eos_token"):
         preprocess(config(tmp_path / "c", path, append_eod=True), bare)
 
 
-def test_bos_only_where_it_is_asked_for(tmp_path: Path, model_file: Path) -> None:
+def test_bos_only_with_its_flag(tmp_path: Path, model_file: Path) -> None:
     path = write_json_lines(tmp_path / "in.jsonl", ["a", "", ["b", "c"]])
     run(tmp_path / "c", path, model=model_file, prepend_bos=True)
     corpus = IndexedCorpus(tmp_path / "c_text_document")
@@ -326,15 +328,15 @@ def test_bos_only_where_it_is_asked_for(tmp_path: Path, model_file: Path) -> Non
 def test_the_output_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = write_json_lines(tmp_path / "in.jsonl", ["1"])
-    with pytest.raises(CorpusError, match=r"output prefix = .*must be writable"):
+    with pytest.raises(CorpusError, match=r"--output-prefix is .*must be writable"):
         run(tmp_path / "file" / "c", path)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"on_error": "ignore"}, "on_error = 'ignore': must be stop or skip"),
-        ({"workers": 0}, "workers = 0: must be at least 1"),
+        ({"on_error": "ignore"}, "--on-error is 'ignore': must be stop or skip"),
+        ({"workers": 0}, "--workers is 0: must be at least 1"),
     ],
 )
 def test_bad_config(tmp_path: Path, changed: dict[str, object], message: str) -> None:
@@ -344,7 +346,7 @@ def test_bad_config(tmp_path: Path, changed: dict[str, object], message: str) ->
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_input_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr("megatron_slm.data.preprocessing.inputs._piece_bytes", lambda *_: 600)
+    monkeypatch.setattr("megatron_slm.data.preprocessing.inputs._chunk_bytes", lambda *_: 600)
     path = write_json_lines(tmp_path / "in.jsonl", [str(at % 90) for at in range(1000)])
 
     def append(report: PreprocessReport) -> None:
@@ -359,7 +361,7 @@ def test_input_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_file_that_is_named_twice(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Its documents count twice, its lines are numbered from 1 each time, and nothing is of an earlier run."""
+    """Its documents count twice, its lines are numbered from 1 each time, and none count as resumed."""
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "1"}\nno\n')
     with caplog.at_level("WARNING"):
@@ -372,7 +374,7 @@ def test_a_file_that_is_named_twice(tmp_path: Path, workers: int, caplog: pytest
 def test_a_disk_that_fills_up_at_the_end_leaves_the_older_corpora(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both keys' are durable before the first is put in place; after that nothing but names is written."""
+    """Both keys' corpora are durable before the first is put in place; after that only names change."""
     path = tmp_path / "in.jsonl"
     path.write_text('{"a": "1", "b": "2"}\n')
     real, calls, survived = os.fsync, 0, 100
@@ -389,7 +391,7 @@ def test_a_disk_that_fills_up_at_the_end_leaves_the_older_corpora(
     monkeypatch.setattr(os, "fsync", fsync)
     run(tmp_path / "c", path, keys={"json_keys": ("a", "b")})
     in_all, before = calls, {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert in_all == 2 * (2 + 3), "of each key a part's two files, then the corpus' three"
+    assert in_all == 2 * (2 + 3), "of each key a shard's two files, then the corpus's three"
     path.write_text('{"a": "3", "b": "4 5"}\n')
     for survived in range(in_all):
         shutil.rmtree(tmp_path / "c.parts", ignore_errors=True)

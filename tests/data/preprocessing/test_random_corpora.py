@@ -48,8 +48,8 @@ def test_random_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_s
         lines = [json.dumps({"text": text}, ensure_ascii=draw.random() < 0.5) for text in documents]
         source = tmp_path / "in.jsonl"
         source.write_bytes("".join(line + draw.choice(ends) for line in lines).encode())
-        piece_bytes = draw.choice((30, 200, 10**6))
-        monkeypatch.setattr("megatron_slm.data.preprocessing.inputs._piece_bytes", lambda *_, size=piece_bytes: size)
+        chunk_bytes = draw.choice((30, 200, 10**6))
+        monkeypatch.setattr("megatron_slm.data.preprocessing.inputs._chunk_bytes", lambda *_, size=chunk_bytes: size)
         config = PreprocessConfig(
             input=(str(source),), output_prefix=str(tmp_path / "c"), append_eod=append_eod, fast_tokenizer=fast
         )

@@ -1,4 +1,4 @@
-"""Workers: few pieces on their way, errors that arrive, killed processes, orphans."""
+"""Workers: bounded read-ahead, errors passed on, killed processes, orphans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from megatron_slm.data.preprocessing import shards as module
 from megatron_slm.data.preprocessing.documents import DocumentKeys
 from megatron_slm.data.preprocessing.encoding import Encoding
-from megatron_slm.data.preprocessing.inputs import Line, StreamedLines
+from megatron_slm.data.preprocessing.inputs import StreamedLines, TextLine
 from megatron_slm.data.preprocessing.shards import ShardWriter, make_shards
 from megatron_slm.data.tokenizers.registry import NullTokenizer
 from megatron_slm.errors import ConfigError, CorpusError, VocabularyError
@@ -33,54 +33,54 @@ def writer(folder: Path, **changed) -> ShardWriter:
     return ShardWriter(**{**values, "stop_at_invalid": True, "identity": "x", **changed})
 
 
-def piece(text: str) -> StreamedLines:
+def chunk(text: str) -> StreamedLines:
     """One document."""
     return StreamedLines("f", 1, b'{"text": "%s"}\n' % text.encode())
 
 
-def test_few_pieces_are_on_their_way(tmp_path: Path) -> None:
+def test_read_ahead_is_bounded(tmp_path: Path) -> None:
     """The input is not read to its end while the first result waits to be taken."""
     taken = 0
 
-    def pieces() -> Iterator[StreamedLines]:
+    def chunks() -> Iterator[StreamedLines]:
         nonlocal taken
         for at in range(1000):
             taken = at + 1
-            yield piece(str(at % 90))
+            yield chunk(str(at % 90))
 
-    results = make_shards(pieces(), writer(tmp_path), 2)
+    results = make_shards(chunks(), writer(tmp_path), 2)
     first, shard = next(results)
-    assert (first, shard.corpora[0].num_tokens) == (piece("0"), 2)
-    assert taken == 2 * module._PIECES_AHEAD_PER_WORKER
+    assert (first, shard.corpora[0].num_tokens) == (chunk("0"), 2)
+    assert taken == 2 * module._CHUNKS_AHEAD_PER_WORKER
     results.close()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_errors_of_a_worker_arrive(tmp_path: Path, workers: int) -> None:
-    with pytest.raises(VocabularyError, match="text for NullTokenizer = '1000'"):
-        list(make_shards([piece("1000")], writer(tmp_path), workers))
+    with pytest.raises(VocabularyError, match="word for NullTokenizer is '1000'"):
+        list(make_shards([chunk("1000")], writer(tmp_path), workers))
     assert list(tmp_path.iterdir()) == []
 
 
 class Killer:
-    """A piece that ends the process that unpickles it."""
+    """A chunk that ends the process that unpickles it."""
 
     def __reduce__(self):
         return os._exit, (9,)
 
     def identity(self) -> str:
-        """Like no other's."""
+        """Unique."""
         return "killer"
 
 
 def test_a_killed_worker_is_no_hang(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="workers = 2: a worker process was killed"):
+    with pytest.raises(ConfigError, match="--workers is 2: must keep all processes alive; one was killed"):
         list(make_shards([Killer()], writer(tmp_path), 2))  # type: ignore[list-item]
 
 
-def test_equal_pieces_are_made_once(tmp_path: Path) -> None:
+def test_equal_chunks_are_made_once(tmp_path: Path) -> None:
     """Of a file that is named twice: two workers would write the same files at once."""
-    made = list(make_shards([piece("1"), piece("2"), piece("1"), piece("1"), piece("1")], writer(tmp_path), 2))
+    made = list(make_shards([chunk("1"), chunk("2"), chunk("1"), chunk("1"), chunk("1")], writer(tmp_path), 2))
     names = [shard.name for _, shard in made]
     assert [len(set(names)), names.count(names[0])] == [2, 4]
     assert made[2][1] is made[0][1]
@@ -91,18 +91,18 @@ def test_a_disk_without_room_for_shards(tmp_path: Path, workers: int) -> None:
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
     try:
-        with pytest.raises(CorpusError, match=r"output prefix = .*: must be writable \(File too large\)"):
-            list(make_shards([piece("1 " * 10_000)], writer(tmp_path), workers))
+        with pytest.raises(CorpusError, match=r"--output-prefix is .*: must be writable \(File too large\)"):
+            list(make_shards([chunk("1 " * 10_000)], writer(tmp_path), workers))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert list(tmp_path.iterdir()) == []
 
 
 class ThreadCount(StreamedLines):
-    """A piece that says how many threads the process that reads it has."""
+    """A chunk whose text is the number of threads of the process that reads it."""
 
-    def lines(self, columns) -> Iterator[Line]:
-        yield Line(0, 1, {"text": str(len(os.listdir("/proc/self/task")))}, "")
+    def lines(self, columns) -> Iterator[TextLine]:
+        yield TextLine(0, 1, {"text": str(len(os.listdir("/proc/self/task")))}, "")
 
 
 def test_a_worker_has_one_thread(tmp_path: Path) -> None:
@@ -113,20 +113,20 @@ def test_a_worker_has_one_thread(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_found_again_only_where_all_is_the_same(tmp_path: Path) -> None:
-    first = writer(tmp_path).make(piece("1"))
+    first = writer(tmp_path).make(chunk("1"))
     assert not first.resumed
-    assert writer(tmp_path).make(piece("1")).resumed
-    assert not writer(tmp_path, identity="y").make(piece("1")).resumed
-    assert not writer(tmp_path).make(piece("2")).resumed
+    assert writer(tmp_path).make(chunk("1")).resumed
+    assert not writer(tmp_path, identity="y").make(chunk("1")).resumed
+    assert not writer(tmp_path).make(chunk("2")).resumed
     (tmp_path / f"{first.name}.json").write_text("{")
-    assert not writer(tmp_path).make(piece("1")).resumed
+    assert not writer(tmp_path).make(chunk("1")).resumed
 
 
 def test_shards_with_invalid_lines_do_not_survive_a_stop(tmp_path: Path) -> None:
     class Bad(StreamedLines):
-        def lines(self, columns) -> Iterator[Line]:
-            yield Line(0, 1, {"text": "1"}, "")
-            yield Line(1, 1, None, "bad")
+        def lines(self, columns) -> Iterator[TextLine]:
+            yield TextLine(0, 1, {"text": "1"}, "")
+            yield TextLine(1, 1, None, "bad")
 
     bad = Bad("f", 1, b"")
     skipped = writer(tmp_path, stop_at_invalid=False).make(bad)
@@ -137,7 +137,7 @@ def test_shards_with_invalid_lines_do_not_survive_a_stop(tmp_path: Path) -> None
 
 
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
-    """And the same command goes on from the parts that were done."""
+    """And the same command resumes from the finished shards."""
     source = write_json_lines(tmp_path / "in.jsonl", ["7 " * 400_000] * 12)
     command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(source), "--workers", "2"]
     command += ["--output-prefix", str(tmp_path / "c"), "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]

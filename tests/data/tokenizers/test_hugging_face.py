@@ -1,4 +1,4 @@
-"""What goes beyond `test_tokenizers.py`: travelling to workers, GPT-2's files, BOS that transformers adds unasked."""
+"""Hugging Face tokenizers: pickling, GPT-2's files, BOS that transformers adds by default."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ def test_gpt2_files_have_transformers_ids(tmp_path: Path) -> None:
     assert isinstance(pickle.loads(pickle.dumps(ours)), Gpt2BpeTokenizer)
 
 
-def test_gpt2_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_not_gpt2s(tmp_path: Path) -> None:
     vocab_file, merge_file = gpt2_files(tmp_path)
-    with pytest.raises(ConfigError, match=r"GPT2BPETokenizer needs a path.*--vocab-file and --merge-file"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--tokenizer-model is missing: required by --tokenizer-type GPT2BPETokenizer\..*--vocab-file and --merge-file",
+    ):
         build_tokenizer("GPT2BPETokenizer", None)
-    with pytest.raises(ConfigError, match=r"merge_file = .*must be a file"):
+    with pytest.raises(ConfigError, match=r"--merge-file is .*must be a file"):
         Gpt2BpeTokenizer(vocab_file, tmp_path / "missing")
     with pytest.raises(VocabularyError, match=r"must be GPT-2's vocab.json and merges.txt"):
         Gpt2BpeTokenizer(merge_file, vocab_file)
@@ -61,7 +64,7 @@ def test_a_pickled_one_encodes_without_transformers(tokenizer_folder: Path, tmp_
     assert done.stdout == expected
 
 
-def test_bos_that_transformers_adds_unasked(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_bos_that_transformers_adds_by_default(tokenizer_folder: Path, tmp_path: Path) -> None:
     assert not HuggingFaceTokenizer(tokenizer_folder).adds_bos_by_default
     folder = byte_level_folder(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -37,10 +37,10 @@ def test_build_by_type(tokenizer_folder: Path, model_file: Path) -> None:
     assert isinstance(build_tokenizer("NullTokenizer", None, 10), NullTokenizer)
 
 
-def test_build_refuses_unknown_types_and_missing_paths() -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer_type = 'BertTokenizer': must be one of HuggingFace"):
+def test_build_rejects_unknown_types_and_missing_paths() -> None:
+    with pytest.raises(ConfigError, match=r"--tokenizer-type is 'BertTokenizer': must be one of HuggingFace"):
         build_tokenizer("BertTokenizer", None)
-    with pytest.raises(ConfigError, match="tokenizer_model = None: Llama2Tokenizer needs a path"):
+    with pytest.raises(ConfigError, match="--tokenizer-model is missing: required by --tokenizer-type Llama2Tokenizer"):
         build_tokenizer("Llama2Tokenizer", None)
 
 
@@ -106,7 +106,7 @@ def test_hugging_face_is_saved_and_loaded_again(tokenizer_folder: Path, tmp_path
 
 def test_paths_that_are_no_hugging_face_tokenizer(tmp_path: Path, model_file: Path) -> None:
     for path in (tmp_path / "missing", tmp_path, "meta-llama/Llama-2-7b"):
-        with pytest.raises(ConfigError, match=r"tokenizer_model = .*must be a local folder with tokenizer.json"):
+        with pytest.raises(ConfigError, match=r"--tokenizer-model is .*must be a local folder with tokenizer.json"):
             HuggingFaceTokenizer(path)
     with pytest.raises(VocabularyError, match=r"must load as a Hugging Face tokenizer \("):
         HuggingFaceTokenizer(model_file)
@@ -129,19 +129,20 @@ def test_null_tokenizer_is_megatrons() -> None:
 
 
 @pytest.mark.parametrize("word", ["11", "-1", "x", "1.5", "²"])
-def test_null_tokenizer_refuses_what_is_no_id(word: str) -> None:
-    with pytest.raises(VocabularyError, match=rf"text for NullTokenizer = '{word}': must be ids within"):
+def test_null_tokenizer_rejects_words_that_are_no_id(word: str) -> None:
+    with pytest.raises(VocabularyError, match=rf"word for NullTokenizer is '{word}': must be an id in"):
         NullTokenizer(10).encode(f"1 {word}")
 
 
-@pytest.mark.parametrize("size", [None, 0])
-def test_null_tokenizer_needs_a_size(size: int | None) -> None:
-    with pytest.raises(ConfigError, match=f"vocab_size = {size}: NullTokenizer needs a positive one"):
-        NullTokenizer(size)
+def test_null_tokenizer_needs_a_size() -> None:
+    with pytest.raises(ConfigError, match="--vocab-size is missing: required by --tokenizer-type NullTokenizer"):
+        NullTokenizer(None)
+    with pytest.raises(ConfigError, match="--vocab-size is 0: must be positive"):
+        NullTokenizer(0)
 
 
-def test_null_tokenizer_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be written as a Hugging Face folder"):
+def test_null_tokenizer_has_no_hugging_face_form(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--tokenizer-type is 'NullTokenizer': must have a Hugging Face form"):
         NullTokenizer(3).save_pretrained(tmp_path)
 
 
@@ -178,11 +179,11 @@ def test_same_vocabulary(tokenizer_folder: Path, model_file: Path) -> None:
 
 def test_vocabularies_that_differ(model_file: Path) -> None:
     message = (
-        r"vocabulary of the model and the reference = 'id 0': must be the same token in both: "
-        r"it is '<unk>' in the model \(500 tokens\) and '0' in the reference \(11 tokens\)"
+        r"token 0 of the model and the reference is \('<unk>', '0'\): "
+        r"must be the same in both vocabularies, of 500 and 11 tokens"
     )
     with pytest.raises(VocabularyError, match=message):
         check_same_vocabulary(SentencePieceTokenizer(model_file), NullTokenizer(10), "the model", "the reference")
-    message = r"'id 11': .* it is none in a \(11 tokens\) and '11' in b \(13 tokens\)"
+    message = r"token 11 of a and b is \(None, '11'\): must be the same in both vocabularies, of 11 and 13 tokens"
     with pytest.raises(VocabularyError, match=message):
         check_same_vocabulary(NullTokenizer(10), NullTokenizer(12), "a", "b")

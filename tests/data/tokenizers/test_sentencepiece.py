@@ -1,4 +1,4 @@
-"""SentencePiece, and that its Hugging Face form gives the same ids."""
+"""SentencePiece tokenizers, and that their Hugging Face form has the same ids."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": Fals
 MODELS = {
     "as Llama's: a space before the first word": LLAMA,
     "runs of spaces": {**LLAMA, "allow_whitespace_only_pieces": True},
-    "SentencePiece's defaults: normalised, spaces joined": {},
+    "SentencePiece's defaults: normalized, spaces joined": {},
     "no bytes: unknown characters": {**LLAMA, "byte_fallback": False, "character_coverage": 0.98},
     "user-defined symbols": {
         **LLAMA,
@@ -129,7 +129,7 @@ def test_loads_beside_a_llama_config_too(model_file: Path, tmp_path: Path) -> No
 def test_models_without_an_exact_form(
     train: Callable[..., SentencePieceTokenizer], options: dict[str, object], found: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(VocabularyError, match=f"has no exact Hugging Face form: it has {found}"):
+    with pytest.raises(VocabularyError, match=f"must have an exact Hugging Face form; it has {found}"):
         train(**options).save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -155,7 +155,9 @@ def test_symbols_and_a_space_before_the_first_word_have_no_exact_form(
     train: Callable[..., SentencePieceTokenizer], tmp_path: Path
 ) -> None:
     """Hugging Face would put the space behind every symbol as well."""
-    with pytest.raises(VocabularyError, match=r"has no exact Hugging Face form: 'a <tool> b<tool><tool>' would"):
+    with pytest.raises(
+        VocabularyError, match=r"must have an exact Hugging Face form; 'a <tool> b<tool><tool>' would become"
+    ):
         train(**LLAMA, user_defined_symbols=["<tool>"]).save_pretrained(tmp_path / "hf")
 
 
@@ -164,14 +166,14 @@ def test_a_wrong_conversion_is_noticed(model_file: Path, tmp_path: Path, monkeyp
 
     merges = sentencepiece_tokenizer._merges
     monkeypatch.setattr(sentencepiece_tokenizer, "_merges", lambda proto: merges(proto)[::-1])
-    with pytest.raises(VocabularyError, match=r"has no exact Hugging Face form: '.*' would be \["):
+    with pytest.raises(VocabularyError, match=r"must have an exact Hugging Face form; '.*' would become \["):
         SentencePieceTokenizer(model_file).save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
 def test_paths_that_are_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer_model = .*must be a SentencePiece .model file"):
+    with pytest.raises(ConfigError, match=r"--tokenizer-model is .*must be a SentencePiece .model file"):
         SentencePieceTokenizer(tmp_path)
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(VocabularyError, match=r"tokenizer_model = .*must be a SentencePiece model \("):
+    with pytest.raises(VocabularyError, match=r"--tokenizer-model is .*must be a SentencePiece model \("):
         SentencePieceTokenizer(tmp_path / "bad.model")

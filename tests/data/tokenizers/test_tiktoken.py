@@ -77,30 +77,30 @@ def test_special_tokens_with_ids_of_their_own(tmp_path: Path) -> None:
     tokenizer = TikTokenizer(tiktoken_file(tmp_path), special_tokens=["<s>", f"</s>={count + 7}", "a=b"])
     assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.vocab_size) == (count, count + 7, count + 8)
     assert tokenizer.encode("a=b") == [count + 2]
-    with pytest.raises(ConfigError, match="tiktoken_special_tokens = 3: must be ids of no other token"):
+    with pytest.raises(ConfigError, match="--tiktoken-special-tokens is 3: must not be the id of another token"):
         TikTokenizer(tiktoken_file(tmp_path), special_tokens=["<s>=3"])
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "[1]", '[{"rank": 1, "token_bytes": "YQ=="}]', "nonsense"])
 def test_json_files_that_are_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "v.json").write_text(content)
-    with pytest.raises(VocabularyError, match="must be tiktoken's vocabulary"):
+    with pytest.raises(VocabularyError, match="must be a tiktoken vocabulary"):
         TikTokenizer(tmp_path / "v.json")
 
 
 @pytest.mark.parametrize("content", ["", "YQ==", "YQ== 0\nYg== 0", "*** 1", "YQ== x"])
 def test_tiktoken_files_that_are_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "v.tiktoken").write_text(content)
-    with pytest.raises(VocabularyError, match="must be tiktoken's vocabulary"):
+    with pytest.raises(VocabularyError, match="must be a tiktoken vocabulary"):
         TikTokenizer(tmp_path / "v.tiktoken")
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_special_tokens": 6}, "tiktoken_num_special_tokens = 6: must hold the 7 special tokens"),
-        ({"special_tokens": ["a", "a"]}, "tiktoken_num_special_tokens"),
-        ({"pattern": "("}, r"tiktoken_pattern = '\(': must be one of v1"),
+        ({"num_special_tokens": 6}, "--tiktoken-num-special-tokens is 6: must cover the 7 special tokens"),
+        ({"special_tokens": ["a", "a"]}, "--tiktoken-num-special-tokens is 1000: must cover the 2"),
+        ({"pattern": "("}, r"--tiktoken-pattern is '\(': must be one of v1"),
     ],
 )
 def test_flags_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -109,7 +109,7 @@ def test_flags_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], message:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer_model = .*must be a .json or .tiktoken file"):
+    with pytest.raises(ConfigError, match=r"--tokenizer-model is .*must be a .json or .tiktoken file"):
         TikTokenizer(tmp_path / "v.json")
 
 

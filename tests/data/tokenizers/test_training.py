@@ -36,26 +36,26 @@ def test_deterministic() -> None:
 
 
 def test_long_lines_are_learned_from(tmp_path: Path) -> None:
-    """SentencePiece alone would leave out a line of 60,000 characters without a word."""
+    """SentencePiece alone would silently skip a line of 60,000 characters."""
     path = write_tokenizer(train_sentencepiece(["lorem " * 10_000], vocab_size=269), tmp_path / "t")
     assert "rem" in SentencePieceTokenizer(path).token_table()
 
 
 @pytest.mark.parametrize("size", [1, 259])
 def test_vocabulary_too_small_for_the_bytes(size: int) -> None:
-    with pytest.raises(ConfigError, match=f"vocab_size = {size}: must be more than 259"):
+    with pytest.raises(ConfigError, match=f"--vocab-size is {size}: must be above 259"):
         train_sentencepiece(training_texts(), vocab_size=size)
 
 
 @pytest.mark.parametrize("size", [262, 100_000])
-def test_vocabulary_that_does_not_suit_the_text(size: int) -> None:
-    with pytest.raises(ConfigError, match=rf"vocab_size = {size}: must suit the text: SentencePiece says: .*[Vv]ocab"):
+def test_vocabulary_that_does_not_fit_the_text(size: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--vocab-size is {size}: must fit the text \(SentencePiece: .*[Vv]ocab"):
         train_sentencepiece(training_texts(), vocab_size=size)
 
 
 @pytest.mark.parametrize("texts", [[], ["", " \n \n"]])
 def test_nothing_to_learn_from(texts: list[str]) -> None:
-    with pytest.raises(CorpusError, match=r"text to train on = '': must hold at least one line"):
+    with pytest.raises(CorpusError, match=r"text of --input is '': must have at least one line"):
         train_sentencepiece(texts, vocab_size=300)
 
 
@@ -71,7 +71,7 @@ def test_written_as_a_prefix_or_into_a_folder(model_file: Path, tmp_path: Path) 
 
 def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output = .*must be writable"):
+    with pytest.raises(ConfigError, match=r"--output is .*must be writable"):
         write_tokenizer(b"", tmp_path / "file" / "t")
 
 
@@ -79,12 +79,12 @@ def test_texts_of_files(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", ["one", ["two", "three"]], key="body")
     path.write_text(path.read_text() + "\n")
     assert list(texts_of_files([path], "body")) == ["one", "two", "three"]
-    with pytest.raises(CorpusError, match=r"input = '.*a.jsonl:1': every line must be a document: no key 'text'"):
+    with pytest.raises(CorpusError, match=r"--input is '.*a.jsonl:1': must be a valid document \(no key 'text'"):
         list(texts_of_files([path], "text"))
 
 
-def test_an_error_of_the_input_is_raised_as_what_it_is(tmp_path: Path) -> None:
+def test_an_error_of_the_input_is_raised_unchanged(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", training_texts())
     path.write_text(path.read_text() + "{")
-    with pytest.raises(CorpusError, match=r"input = '.*a.jsonl:\d+': every line must be a document: not JSON"):
+    with pytest.raises(CorpusError, match=r"--input is '.*a.jsonl:\d+': must be a valid document \(not JSON"):
         train_sentencepiece(texts_of_files([path], "text"), vocab_size=300)

@@ -1,4 +1,4 @@
-"""What differs between nodes is told by name; what is the majority's is not."""
+"""Deviations are reported by node; the majority's state is not."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import PreflightConfig
 from megatron_slm.config.load import parse
+from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.errors import ConfigError
-from megatron_slm.operations.preflight.checks import Check, evaluate
+from megatron_slm.operations.preflight.check import Check
+from megatron_slm.operations.preflight.checks import evaluate
 from megatron_slm.operations.preflight.facts import name_nodes, num_checkpoints, parse_gpus
 from megatron_slm.operations.preflight.report import verdict
 
@@ -54,21 +55,21 @@ FAULTS = [
     ("environment", 2, {"environment": {"NCCL_ALGO": "Ring"}}, "node1: NCCL_ALGO Ring and none (others none)"),
     ("nodes and ranks", 3, {"local_rank": 0}, "node1: LOCAL_RANKs [0, 0]"),
     ("files", 4, {"files": {"corpus a.idx": "1", "corpus a.bin": "3", "--load runs": None}},
-     "node2: corpus a.bin has another content (than on most nodes)"),
+     "node2: corpus a.bin differs from that of most nodes"),
     ("files", 0, {"files": {"corpus a.idx": None, "corpus a.bin": "2", "--load runs": None}},
-     "node0: corpus a.idx is not there, or cannot be read (others have it)"),
+     "node0: corpus a.idx is missing or unreadable (others have it)"),
     ("files", 2, {"files": {"corpus a.idx": "1", "corpus a.bin": "2", "--load runs": "9"}},
-     "node1: --load runs is there (others do not have it)"),
+     "node1: --load runs exists (others do not have it)"),
     ("write permission", 2, {"not_writable": {"--save /save": "Permission denied"}},
      "node1: --save /save (Permission denied)"),
     ("room for checkpoints", 4, {"disk": {**DISK, "free": 29 * GIB}}, "node2: 29.0 GiB free in /save, 30.0 GiB needed"),
-    ("shared checkpoint folder", 2, {"sees_save": False}, "node1: does not see what node0 writes"),
+    ("shared checkpoint folder", 2, {"sees_save": False}, "node1: does not see files that node0 writes"),
     ("connections", 0, {"unreachable": {"node2": "timed out"}}, "node0: cannot connect to node2: timed out"),
     ("threads", 2, {"threads": 4}, "node1: 2 ranks x 4 threads on 4 cores"),
     ("limits", 3, {"limits": {"open files": 1024, "locked memory": -1}},
      "node1: 1024 open files, --min-open-files 4096"),
     ("limits", 0, {"gpu": [9, 9], "limits": {"open files": -1, "locked memory": 65536}},
-     "node0: 64 KiB of locked memory; InfiniBand needs it without limit"),
+     "node0: 64 KiB of locked memory; InfiniBand needs unlimited"),
     ("shared memory", 4, {"shm_mib": 64.0}, "node2: /dev/shm has 64 MiB, --min-shm-mib 512"),
     ("GPU memory", 3, {"gpu": [60 * GIB, 80 * GIB]}, "node1: GPU 1: 60.0 GiB of 80.0 GiB free"),
     ("GPU memory errors", 2, {"gpu": [9, 9], "gpus": [{"index": "5", "ecc": "3", "processes": ""}]},
@@ -103,7 +104,7 @@ def test_nodes_of_other_sizes_are_a_warning() -> None:
 def test_a_corpus_that_no_node_has_fails_and_optional_files_do_not() -> None:
     files = {"corpus a.idx": None, "corpus a.bin": "2", "corpus a.meta.json": None, "corpus a_loss_mask.idx": None}
     found = wrong({number: {"files": files} for number in (0, 2, 4)})
-    assert found["files"].problems == ("all nodes: corpus a.idx is not there",)
+    assert found["files"].problems == ("all nodes: corpus a.idx is missing",)
 
 
 def test_nodes_of_one_host_name_are_told_apart() -> None:
@@ -141,8 +142,8 @@ def test_how_many_checkpoints_lie_there_at_the_fullest_moment(flags: list[str], 
 
 @pytest.mark.parametrize(
     ("flag", "value", "rule"),
-    [("min-bandwidth-gbps", "0", "greater than 0"), ("slow-link-share", "1.5", r"lies in \[0, 1\]")],
+    [("min-bandwidth-gbps", "0", "must be positive"), ("slow-link-share", "1.5", r"must be in \[0, 1\]")],
 )
 def test_limits_that_make_no_sense(flag: str, value: str, rule: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--{flag} = .*{rule}"):
+    with pytest.raises(ConfigError, match=rf"--{flag} is .*{rule}"):
         parse(["--train-iters", "1", f"--{flag}", value])

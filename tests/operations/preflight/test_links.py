@@ -1,4 +1,4 @@
-"""Which pairs are measured together, and what the measured links say."""
+"""Rounds of pairs, and the checks of measured links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import PreflightConfig
+from megatron_slm.config.preflight import PreflightConfig
+from megatron_slm.operations.preflight.check import Check
 from megatron_slm.operations.preflight.link_checks import check_clocks, check_links
 from megatron_slm.operations.preflight.links import Link, Measurements, rounds
 
@@ -45,8 +46,8 @@ def world(
     return Measurements(links=links, all_reduce_bytes_per_second=1e9)
 
 
-def problems(found: list[tuple[str, str, list[str], str, bool]]) -> dict[str, list[str]]:
-    return {name: problems for name, _, problems, _, _ in found if problems}
+def problems(checks: list[Check]) -> dict[str, list[str]]:
+    return {check.name: list(check.problems) for check in checks if check.problems}
 
 
 def test_a_slow_direction_is_named_against_the_median() -> None:
@@ -70,10 +71,10 @@ def test_the_least_bandwidth_that_was_asked_for() -> None:
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])
 def test_the_clock_that_is_wrong_is_named_whichever_it_is(wrong: int) -> None:
-    name, _, found, _, fails = check_clocks(facts(3), world(3, offsets={wrong: -1.5}), PreflightConfig())
-    assert (name, fails) == ("clocks", True)
-    assert found == [f"node{wrong}: -1.500 s from the other nodes"]
+    check = check_clocks(facts(3), world(3, offsets={wrong: -1.5}), PreflightConfig())
+    assert (check.name, check.status) == ("clocks", "failed")
+    assert check.problems == (f"node{wrong}: -1.500 s from the other nodes",)
 
 
 def test_clocks_within_the_limit_pass() -> None:
-    assert check_clocks(facts(3), world(3, offsets={1: 0.9}), PreflightConfig())[2] == []
+    assert check_clocks(facts(3), world(3, offsets={1: 0.9}), PreflightConfig()).status == "passed"

@@ -1,4 +1,4 @@
-"""A run as far as planning needs it: its configuration and the shapes of its models; no weights, no corpus."""
+"""A run as the planner sees it: its configuration and its models' shapes, without weights or corpora."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
-from megatron_slm.config import Architecture, RunConfig
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.load import parse
 from megatron_slm.config.resolve import resolve_architecture
+from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, WeightsError
@@ -20,46 +22,47 @@ from megatron_slm.selection.selector import Selector
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is planned."""
+class PlannedRun:
+    """Configuration, shapes and selection of a run."""
 
     config: RunConfig
     architecture: Architecture
     reference: Architecture | None
-    """None where no reference runs: CLM, a score that needs none, or stored scores."""
+    """None if no reference runs: with CLM, stored scores, or a score without a reference."""
     selector: Selector
     deepspeed: dict[str, Any]
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of a number that the models compute in."""
+        """Bytes of an element of the models' compute dtype."""
         return 2 if self.config.training.bf16 else 4
 
     @property
     def keep_ratio(self) -> float:
-        """Share of the tokens that a step keeps at the end of the run, about."""
+        """Approximate share of tokens that a step keeps at the end of the run."""
         return self.selector.expected_share(self.config.training.train_iters)
 
     @property
     def loss_head(self) -> LossHead:
-        """How the loss is computed."""
+        """Variant of the loss head."""
         return LossHead.from_config(self.config.loss_head)
 
     def padded_vocabulary(self, architecture: Architecture) -> int:
-        """Rows of a model's embedding over all tensor-parallel ranks."""
-        divisible = self.config.model.make_vocab_size_divisible_by
-        return -(-architecture.vocab_size // divisible) * divisible
+        """Return the number of rows of a model's embedding, over all tensor-parallel ranks."""
+        divisor = self.config.model.make_vocab_size_divisible_by
+        return ceil_div(architecture.vocab_size, divisor) * divisor
 
 
-def open_job(config: RunConfig, *, model_config: str | None = None, reference_config: str | None = None) -> Job:
-    """Find the shapes of a run's models.
+def plan_run(config: RunConfig, *, model_config: str | None = None, reference_config: str | None = None) -> PlannedRun:
+    """Determine the shapes of a run's models.
 
     Args:
-        model_config: a config.json, a folder with one, or one of our checkpoints; default: --init-from, else flags.
-        reference_config: the same of the reference; default: --reference-load, else the configuration's.
+        model_config: a config.json, a folder with one, or one of our checkpoints; default: --init-from, or the model's
+            flags.
+        reference_config: the same for the reference; default: --reference-load, or --reference-config.
 
     Raises:
-        SlmError: with the field, the value, the rule and the fix.
+        SlmError: a path or a flag cannot be used.
     """
     deepspeed = ds_config.read_json(config.parallel.deepspeed_config)
     ds_config.check(deepspeed, config)
@@ -81,49 +84,46 @@ def open_job(config: RunConfig, *, model_config: str | None = None, reference_co
                 reference = architecture_at(shape, "--reference-config")
             else:
                 reference = architecture_at(path, "--reference-load", instead="--reference-config")
-    return Job(config=config, architecture=architecture, reference=reference, selector=selector, deepspeed=deepspeed)
+    return PlannedRun(
+        config=config, architecture=architecture, reference=reference, selector=selector, deepspeed=deepspeed
+    )
 
 
 def _is_there(path: str, otherwise: object) -> bool:
-    """Whether to look at a path: it exists, or there is nothing else that says the shape."""
+    """Return True if the path exists or there is no other source of the shape."""
     return otherwise is None or Path(path).exists()
 
 
 def architecture_at(path: str, field: str, *, instead: str | None = None) -> Architecture:
-    """The architecture that a config.json, a folder with one, a run's YAML file, or one of our checkpoints describes.
+    """Return the architecture in a config.json, a folder with one, a run's YAML file, or one of our checkpoints.
 
     Args:
-        instead: the flag that names another place, for the error where there is nothing at this one.
+        field: flag that names the path, for the error.
+        instead: flag that names another source, for the error.
 
     Raises:
-        WeightsError: there is none of them.
+        WeightsError: the path is none of these.
     """
-    place = Path(path)
-    if place.suffix in (".yaml", ".yml"):
+    if Path(path).suffix in (".yaml", ".yml"):
         described, _ = parse(["--config", path])
         return resolve_architecture(described, None, _vocabulary(described))
-    folder = place.parent if place.name == "config.json" else place
+    folder = Path(path).parent if Path(path).name == "config.json" else Path(path)
     if (folder / "config.json").is_file():
         return read_architecture(folder)
     try:
         return Manifest.read(find_checkpoint(folder)).architecture
     except CheckpointError as error:
-        fix = f"check the path, or give {instead}" if instead else "check the path"
-        rule = "is a config.json, a folder with one, a run's YAML file, or one of our checkpoints (no weights needed)"
+        fix = f"check the path, or use {instead}" if instead else "check the path"
+        rule = "be a config.json, a folder with one, a run's YAML file, or one of our checkpoints (weights not needed)"
         raise WeightsError(field, path, rule, fix) from error
 
 
 def _vocabulary(config: RunConfig) -> int:
     data = config.data
-    if data.tokenizer_type == "NullTokenizer" or data.vocab_size is None:
-        if data.tokenizer_type != "NullTokenizer" and (
-            data.tokenizer_model is None or not Path(data.tokenizer_model).exists()
-        ):
-            raise ConfigError(
-                "--vocab-size",
-                None,
-                "is given where neither --init-from nor a tokenizer that is here says it",
-                "give the number of tokens of the run's tokenizer",
-            )
-        return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size).vocab_size
-    return data.vocab_size
+    if data.tokenizer_type != "NullTokenizer":
+        if data.vocab_size is not None:
+            return data.vocab_size
+        if data.tokenizer_model is None or not Path(data.tokenizer_model).exists():
+            purpose = "a plan without --init-from and without the tokenizer's files"
+            raise ConfigError.missing("--vocab-size", purpose, "give the size of the tokenizer's vocabulary")
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size).vocab_size

@@ -1,0 +1,65 @@
+"""The models of a run and their tokenizer, opened without reading weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.resolve import resolve_architecture
+from megatron_slm.config.run import RunConfig
+from megatron_slm.convert.source import Model
+from megatron_slm.data.tokenizers.registry import Tokenizer
+from megatron_slm.run.resume import Resume
+from megatron_slm.run.tokenizer import open_if_named, open_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The trained model's architecture, the models on disk, and the tokenizer they share."""
+
+    tokenizer: Tokenizer
+    architecture: Architecture
+    """Of the trained model."""
+    init: Model | None
+    """--init-from"""
+    reference: Model | None
+    """--reference-load; None also where the reference's scores are read from stores."""
+
+    @property
+    def reference_architecture(self) -> Architecture | None:
+        """Architecture of the reference, where one runs."""
+        return None if self.reference is None else self.reference.architecture
+
+    @property
+    def architectures(self) -> list[Architecture]:
+        """Architectures of the model and, where one runs, the reference."""
+        return [self.architecture] if self.reference is None else [self.architecture, self.reference.architecture]
+
+    @property
+    def num_tokens(self) -> int:
+        """Exclusive upper bound of the corpora's token ids: the smaller vocabulary of model and reference."""
+        return min(arch.vocab_size for arch in self.architectures)
+
+
+def open_models(config: RunConfig, resume: Resume | None, *, checksums: bool) -> Models:
+    """Open the models that a configuration names.
+
+    Args:
+        checksums: compare the contents of checkpoints with their manifests; one rank of a run is enough.
+
+    Raises:
+        SlmError: a model or the tokenizer is missing or unreadable, or the architecture contradicts a flag.
+    """
+    init = open_if_named(config.model.init_from, "--init-from", checksums=checksums)
+    tokenizer = open_tokenizer(config, init)
+    reference = None
+    if not config.selection.reference_scores:
+        reference = open_if_named(config.selection.reference_load, "--reference-load", checksums=checksums)
+    architecture = resolve_architecture(config, _stored_architecture(init, resume), tokenizer.vocab_size)
+    return Models(tokenizer=tokenizer, architecture=architecture, init=init, reference=reference)
+
+
+def _stored_architecture(init: Model | None, resume: Resume | None) -> Architecture | None:
+    if init is not None:
+        return init.architecture
+    return None if resume is None else resume.manifest.architecture
