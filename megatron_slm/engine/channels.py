@@ -1,4 +1,4 @@
-"""Point-to-point traffic between neighbouring stages that lets both go on computing."""
+"""Point-to-point messages between neighboring stages, which keep computing meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_slm.parallel.topology import Topology
 
 
 class Lane(Enum):
-    """The kinds of traffic, each on process groups of its own so that none waits behind another."""
+    """Kinds of messages, each on process groups of its own so that none waits behind another."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -29,14 +29,14 @@ class Lane(Enum):
 
 
 class Channel:
-    """One lane between this stage and one neighbour.
+    """One lane between this stage and one neighbor.
 
-    Sends do not block. Receives are posted ahead of need and waited for by their consumer, in the order of
-    posting, which is the sender's order too. No wait outlasts the time-out of the group.
+    Sends do not block. Receives are posted ahead and waited for by their consumer, in the order of posting, which is
+    the sender's order too. No wait outlasts the time-out of the group.
     """
 
     MAX_SENDS_IN_FLIGHT = 4
-    """Beyond this many the oldest is waited for, which bounds the memory that unsent tensors hold. It cannot
+    """Beyond this many, a send waits for the oldest, which bounds the memory that unsent tensors hold. It cannot
     deadlock: the schedule is free of circles even if every send blocks."""
 
     def __init__(self, lane: Lane, group: Any, peer: int, activity: Activity, beside: SideStream) -> None:
@@ -45,51 +45,50 @@ class Channel:
         self.receives: deque[tuple[Any, Tensor]] = deque()
 
     def send(self, x: Tensor) -> None:
-        """Start sending; the tensor is kept alive until it has left.
+        """Start sending a tensor, which is kept alive until it is sent.
 
         Raises:
             PeerError: (as all methods) the peer is gone, or was silent for too long.
         """
         x = x.detach().contiguous()
         self.beside.mark()  # no receive overtakes this send: it could take the last free place on the GPU
-        with self._peer_named("sending"):
+        with self._waiting("sending to"):
             self.sends.append((dist.isend(x, self.peer, group=self.group), x))
             while len(self.sends) > self.MAX_SENDS_IN_FLIGHT:
                 self.sends.popleft()[0].wait()
 
     def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """Make room for the next message and let it arrive."""
-        with self._peer_named("receiving"), self.beside.after_mark():
+        """Post the receive of the next message."""
+        with self._waiting("receiving from"), self.beside.after_mark():
             buffer = torch.empty(shape, dtype=dtype, device=device)
             self.receives.append((dist.irecv(buffer, self.peer, group=self.group), buffer))
 
     def receive(self) -> Tensor:
-        """The oldest posted message, waited for."""
+        """Wait for the oldest posted message."""
         handle, buffer = self.receives.popleft()
-        with self._peer_named("receiving"):
+        with self._waiting("receiving from"):
             handle.wait()
         self.beside.hand_over(buffer)
         return buffer
 
     def flush(self) -> None:
-        """Wait until everything sent has left."""
-        with self._peer_named("sending"):
+        """Wait until all sends are done."""
+        with self._waiting("sending to"):
             while self.sends:
                 self.sends.popleft()[0].wait()
         self.beside.mark()  # receives of what follows do not run beside what was done before
 
     @contextmanager
-    def _peer_named(self, doing: str) -> Iterator[None]:
-        preposition = "to" if doing == "sending" else "from"
-        channel = f"{doing} {preposition} rank {self.peer}, {self.lane.value} lane"
+    def _waiting(self, doing: str) -> Iterator[None]:
+        channel = f"{doing} rank {self.peer}, {self.lane.value} lane"
         with translate_peer_errors(channel), self.activity.waiting(channel):
             yield
 
 
 class Channels:
-    """This stage's channels: to and from the next and the previous stage, on each lane.
+    """This stage's channels to and from the next and the previous stage, on each lane.
 
-    Collective over the world: every rank takes part in making every group, in one order. Each lane is used once at
+    Collective over the world: every rank takes part in creating every group, in one order. Each lane is used once at
     start, in its own direction, because the first use opens its transport and blocks meanwhile.
 
     On a GPU NCCL starts a message's kernel only after everything computed so far on the stream that issues it. A
@@ -123,6 +122,6 @@ class Channels:
         self._beside.mark()
 
     def flush(self) -> None:
-        """Wait until everything sent has left."""
+        """Wait until all sends are done."""
         for channel in (*self.next.values(), *self.previous.values()):
             channel.flush()

@@ -92,7 +92,7 @@ class Recorder:
 
     def _take_resources(self) -> dict[str, Any]:
         """Memory and times since the last logged step. Collective."""
-        step, timers = self._run.state.step, self._run.trainer.timers
+        step, timers = self._run.state.step, self._run.trainer.step_timers
         seconds, num_steps = timers.read(), step - self._logged_step
         times = gather_times(
             sum(seconds.get(name, 0.0) for name in timers.work) / num_steps,
@@ -134,7 +134,7 @@ class Recorder:
     def log(self, text: str) -> None:
         """Print a line on the console."""
         if self._writer is not None:
-            self._line.say(text)
+            self._line.print(text)
 
     def flush(self) -> None:
         """Flush TensorBoard."""
