@@ -27,7 +27,6 @@ from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.reference.manifest import StoreManifest
-from megatron_slm.reference.manifest import Manifest as StoreManifest
 from megatron_slm.reference.store import ScoreReader, check_shards
 from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch
@@ -170,12 +169,7 @@ def excerpt_of_store(store: str, prefix: str, tokenizer: Any, *, max_tokens: int
         ScoreStoreError: the store is incomplete or damaged.
         AnalysisError: the store was written for another corpus, or its samples are not concatenated documents.
     """
-<<<<<<< HEAD
-    manifest = StoreManifest.read(Path(store))
-    data = manifest.data
-=======
     data = StoreManifest.read(Path(store)).data
->>>>>>> analysis
     if data.documents != "concatenate":
         raise AnalysisError(
             "--scores", store, f"hold scores of concatenated documents, not {data.documents!r}", "use --load instead"

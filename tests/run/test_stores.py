@@ -56,21 +56,6 @@ def plan(folder: Path, **changes: Any) -> Any:
 
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
-<<<<<<< HEAD
-    "seed": ({"seed": 5}, r"--seed is 1234: must .*the run's, 5\."),
-    "length": ({"seq_length": 8}, r"--seq-length is 16: must .*the run's, 8\."),
-    "split": ({"split": "9,1,0"}, r"--split.* is \(0, 40\): must .*the run's, \(0, 36\)"),
-    "corpus of another size": ({"corpus": "longer", "split": "40,1,0"}, r"--data-path \(size.* is \d+: must .*the run's, \d+"),
-    "corpus with one token changed": ({"corpus": "same_lengths"}, r"--data-path \(checksum.* is '\w+': must .*the run's, '\w+'"),
-    "tokenizer": ({"vocab_size": 97}, r"--tokenizer-model.* is '\w+': must .*the run's, '\w+'"),
-    "longer run": ({"train_iters": 6}, r"samples is 40: must .*at least the run's, 48 "),
-    "much longer run": ({"train_iters": 60}, r"epochs.* is 1: must .*the run's, \d+"),
-    "larger batch": ({"global_batch_size": 10}, r"samples is 40: must .*at least the run's, 50 "),
-    "no store": ({"reference_scores": ["{folder}/nowhere"]}, r"nowhere.*a manifest\.json"),
-    "a folder of another kind": ({"reference_scores": ["{folder}/reference"]}, r"a manifest\.json"),
-    "another reference": ({"reference_load": "{folder}/other_reference"}, r"of_reference: reference is '.*/reference \(\w+\)': must be the one of --reference-load, .*other_reference \(\w+\)"),
-    "one reference twice": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_reference"], "reference_scores_combine": "mean"}, "be of different references, but both are of .*/reference"),
-=======
     "seed": ({"seed": 5}, r"--seed is 1234: must be the run's, 5\."),
     "length": ({"seq_length": 8}, r"--seq-length is 16: must be the run's, 8\."),
     "split": ({"split": "9,1,0"}, r"--split.* is \(0, 40\): must be the run's, \(0, 36\)"),
@@ -84,7 +69,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a folder of another kind": ({"reference_scores": ["{folder}/reference"]}, r"hold a manifest\.json"),
     "another reference": ({"reference_load": "{folder}/other_reference"}, r"of_reference: reference = '.*/reference \(\w+\)': is the one of --reference-load, .*other_reference \(\w+\)"),
     "one reference twice": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_reference"], "reference_scores_combine": "mean"}, "are of different references, but both are of .*/reference"),
->>>>>>> engine
     "several, not combined": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"]}, r"--reference-scores-combine is missing: required by several"),
     "one, combined": ({"reference_scores_combine": "mean"}, "--reference-scores-combine is 'mean'"),
     "several and a model": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"], "reference_scores_combine": "mean", "reference_load": "{folder}/reference"}, r"--reference-load is .*must not be used with several"),
