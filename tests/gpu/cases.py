@@ -19,7 +19,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Backends
 from megatron_slm.engine.flat import FlatModule
-from megatron_slm.engine.timers import Timers
 from megatron_slm.loss import blocks, selective_ce
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
 from megatron_slm.loss.torch_backend import TorchKernels
@@ -139,7 +138,7 @@ def whole_model(
             where = Documents(where.lengths, torch.zeros(5, dtype=torch.int32), torch.zeros(2, 128, dtype=torch.int64))
         with DEVICE:
             torch.set_default_dtype(getattr(torch, dtype))
-            model = FlatModule(arch, layers, objective, recompute=recompute, timers=Timers(0))
+            model = FlatModule(arch, layers, recompute=recompute)
             shallow = replace(arch, num_layers=1, full_attention_layers=0)
             reference = FrozenStage(shallow, layers, stage=0, num_stages=1)
             torch.set_default_dtype(torch.float32)
@@ -150,7 +149,11 @@ def whole_model(
         with counter:
             batch = read.to(DEVICE)
             statistics = reference.statistics(reference(batch.tokens_bs, batch.documents), objective, batch)
-            loss, sums = model(batch, statistics, StepSettings(step=3), watch=seen.append)
+
+            def head(x_sbd: Tensor, output: OutputWeight) -> tuple[Tensor, Tensor]:
+                return objective.loss(x_sbd, output, batch, statistics, StepSettings(step=3))
+
+            loss, sums = model(batch, head, seen.append)
             forward = counter.take()
             loss.backward()
             backward = counter.take()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from megatron_slm.engine.channels import Channel
 from megatron_slm.engine.schedule.costs import Costs
-from megatron_slm.engine.schedule.orders import Mode
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.programs import Instruction, Kind, Schedule
 from megatron_slm.engine.schedule.search import choose_schedule
 from tests.engine.schedule.device_order import Devices, parts_of
 
-MODES: tuple[Mode, ...] = get_args(Mode)
+MODES = tuple(Mode)
 PLACES = (1, 2, 3, 4, 5, 6)
 
 
@@ -71,7 +71,7 @@ def test_any_order_of_starting_with_six_places(mode: Mode) -> None:
 
 def test_a_receive_arrives_beside_a_computation() -> None:
     """A receive's kernel may start before the computation that was issued before it; a send's may not."""
-    late, early = (Devices(parts_of(schedule("clm", 4, 8)), receive_early=early) for early in (False, True))
+    late, early = (Devices(parts_of(schedule(Mode.CLM, 4, 8)), receive_early=early) for early in (False, True))
     sooner = [a.after - b.after for a, b in zip(late.messages, early.messages, strict=True)]
     assert min(sooner) == 0
     assert sum(x > 0 for x in sooner) > len(sooner) / 5
@@ -89,7 +89,7 @@ def swapped(of: Schedule, stage: int, first: Kind, second: Kind) -> list[Any]:
 
 def test_a_planted_order_is_found() -> None:
     """A stage that sends before it takes what its neighbour sends at that moment: both wait, where hosts block."""
-    of = schedule("clm", 3, 8)
+    of = schedule(Mode.CLM, 3, 8)
     found = []
     for stage in (0, 1, 2):
         for first, second in ((Kind.SEND_ACTIVATION, Kind.RECV_GRADIENT), (Kind.RECV_ACTIVATION, Kind.SEND_GRADIENT)):
