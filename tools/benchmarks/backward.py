@@ -25,7 +25,7 @@ from benchmarks import report
 _NAMES = ("num_layers", "hidden", "ffn", "heads", "groups", "length", "vocab", "samples")
 SHAPES = {
     True: dict(zip(_NAMES, (2, 64, 160, 4, 2, 64, 256, 2), strict=True)),
-    False: dict(zip(_NAMES, (4, 512, 1376, 8, 2, 512, 4096, 1), strict=True)),
+    False: dict(zip(_NAMES, (4, 1024, 2752, 16, 4, 512, 8192, 1), strict=True)),
 }
 """By --quick."""
 WARM_UP = 20
