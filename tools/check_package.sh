@@ -16,7 +16,7 @@ git archive --format=tar HEAD | (mkdir "$work/source" && tar -x -C "$work/source
 python3 -m venv "$work/fresh"
 if [ -n "${1:-}" ]; then
   echo "$1" >"$("$work/fresh/bin/python" -c 'import site; print(site.getsitepackages()[0])')/parent.pth"
-  "$work/fresh/bin/pip" install -q --no-deps "$work"/dist/*.whl
+  "$work/fresh/bin/pip" install -q --no-deps --ignore-installed "$work"/dist/*.whl
 else
   "$work/fresh/bin/pip" install -q torch==2.13.0
   "$work/fresh/bin/pip" install -q -c constraints.txt "$work"/dist/*.whl
@@ -28,6 +28,7 @@ unset PYTHONPATH
 export PATH="$work/fresh/bin:$PATH" OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 scripts=$("$work/fresh/bin/python" -c 'from importlib.metadata import distribution
 print(*(e.name for e in distribution("megatron_slm").entry_points if e.group == "console_scripts"))')
+[ "$(echo "$scripts" | wc -w)" -gt 10 ]
 for script in $scripts; do
   "$work/fresh/bin/$script" --help >/dev/null || { echo "$script --help failed"; exit 1; }
 done
