@@ -21,6 +21,7 @@ from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.reading import Piece
 from megatron_slm.data.samples import CorpusSamples, OrderedSamples
+from megatron_slm.data.trained_tokens import TrainedTokens
 from megatron_slm.errors import ConfigError
 
 SEPARATE_LAST_EPOCH_BELOW = 0.80
@@ -131,6 +132,23 @@ class PackedSamples(OrderedSamples):
         position = int(self.shuffle_index[index]) * self.sequence_length
         document_index, _, ends = self._indices
         return _stream_pieces(self.corpus, document_index, ends, position, self.sequence_length + 1)
+
+    @override
+    def trained_labels(self, trained: TrainedTokens) -> npt.NDArray[np.int64]:
+        document_index, shuffle_index, ends = self._indices
+        lengths = self.corpus.sequence_lengths
+        in_documents = trained.in_pieces(document_index, np.zeros_like(ends), lengths[document_index])
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(in_documents)])
+
+        def up_to(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            places = np.minimum(np.searchsorted(ends, positions, side="right"), len(ends) - 1)
+            documents = document_index[places]
+            taken = lengths[documents] - (ends[places] - positions)
+            counts: npt.NDArray[np.int64] = before[places] + trained.in_pieces(documents, np.zeros_like(taken), taken)
+            return counts
+
+        first_label = shuffle_index.astype(np.int64) * self.sequence_length + 1
+        return up_to(first_label + self.sequence_length) - up_to(first_label)
 
     def _samples_shuffled_first(self, num_samples: int | None) -> int:
         """Return the number of samples that are shuffled first: all, or those before a little-used last epoch.

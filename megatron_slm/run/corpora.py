@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_slm.checkpoint.format import Manifest
 from megatron_slm.config.blends import (
@@ -19,6 +22,7 @@ from megatron_slm.config.blends import (
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.blending import BlendedSamples, MakeSamples, Phase, Source, needed_samples
+from megatron_slm.data.corpus.content import content_sha256
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import find_loss_mask, read_sidecar_of
 from megatron_slm.data.corpus.staging import staged
@@ -27,8 +31,10 @@ from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
 from megatron_slm.data.packing import PackedSamples, SequentialSamples, has_share, split_bounds
 from megatron_slm.data.samples import OrderedSamples
+from megatron_slm.data.samples_with_loss import SamplesWithLoss, numbers_with_loss
 from megatron_slm.data.texts import TextSamples, read_texts
 from megatron_slm.data.tokenizers.registry import Tokenizer
+from megatron_slm.data.trained_tokens import TrainedTokens
 from megatron_slm.errors import ConfigError, CorpusError, VocabularyError
 from megatron_slm.run.data_paths import DataPaths, read_paths
 from megatron_slm.run.resume import Resume, num_run_samples
@@ -54,6 +60,19 @@ class RunData:
 class _Corpus:
     tokens: IndexedCorpus
     loss_mask: IndexedCorpus | None
+
+    @cached_property
+    def mask_fingerprint(self) -> str:
+        """Identify the content of the loss mask."""
+        assert self.loss_mask is not None
+        sidecar = read_sidecar_of(self.tokens)
+        recorded = None if sidecar is None else sidecar.loss_mask_bin_sha256
+        return recorded or content_sha256(self.loss_mask)
+
+    def numbers_with_loss(self, order: OrderedSamples, cache: IndexCache) -> npt.NDArray[np.int64]:
+        """Return the numbers of the samples that have a trained token."""
+        assert self.loss_mask is not None
+        return numbers_with_loss(order, partial(TrainedTokens, self.loss_mask), self.mask_fingerprint, cache)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +183,7 @@ class _TrainingCorpora:
         opened: dict[str, _Corpus],
         cache: IndexCache,
     ) -> None:
-        self._named, self._cache = named, cache
+        self._named, self._opened, self._cache = named, opened, cache
         self._sequences: dict[str, tuple[int, int]] = {}
         self._makers: dict[str, MakeSamples] = {}
         for prefix, corpus in opened.items():
@@ -202,6 +221,9 @@ class _TrainingCorpora:
             )
             for prefix, make in self._makers.items()
         ]
+        for source, corpus in zip(sources, self._opened.values(), strict=True):
+            if corpus.loss_mask is not None:
+                _report_samples_without_loss(source, corpus, self._cache)
         return BlendedSamples(sources, phases, num_samples, self._cache)
 
     def _weights(self, blend: Blend) -> dict[str, float]:
@@ -230,7 +252,7 @@ def _make_samples(
     seed_offset: int,
 ) -> OrderedSamples:
     kind = BestFitSamples if config.data.packing == "best-fit" else PackedSamples
-    return kind(
+    order = kind(
         corpus.tokens,
         *sequences,
         sequence_length=config.data.seq_length,
@@ -239,6 +261,25 @@ def _make_samples(
         loss_mask=corpus.loss_mask,
         cache=cache,
     )
+    if corpus.loss_mask is None or config.data.samples_without_loss == "keep":
+        return order
+    return SamplesWithLoss(order, corpus.numbers_with_loss(order, cache), corpus.mask_fingerprint)
+
+
+def _report_samples_without_loss(source: Source, corpus: _Corpus, cache: IndexCache) -> None:
+    """Log how many samples of a source have no trained token."""
+    total = sum(len(order) + order.num_left_out for order in source.orders)
+    left_out = sum(order.num_left_out for order in source.orders)
+    if left_out:
+        logger.info("corpus %s: left out %d of %d samples, without a trained token", source.name, left_out, total)
+        return
+    kept = total - sum(corpus.numbers_with_loss(order, cache).size for order in source.orders)
+    if kept:
+        logger.warning(
+            "corpus %s: %d of %d samples have no trained token and are run for nothing; "
+            "leave them out with --samples-without-loss drop",
+            source.name, kept, total,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ class Recorder:
         if result.sums.nonfinite_tokens:
             count = f"{result.sums.nonfinite_tokens:,.0f}"
             self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score")
+        if result.refused == "no-trained-token":
+            self.log(f"warning: step {state.step}: all tokens of its samples are masked; nothing was updated")
         values = self._training_line(result, learning_rate)
         if used is not None:
             self._write({**values, **used})
