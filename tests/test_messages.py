@@ -22,7 +22,7 @@ ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) 
 INFINITIVES = set(
     "be have hold match name equal fit divide contain exist lie start end agree cover belong come follow keep use "
     "leave allow support differ reach read open load parse stay map list fill take run give carry "
-    "precede share return respond answer finish arrive receive".split()
+    "precede share return respond answer finish arrive receive load".split()
 )
 """How a rule may begin; extend it with other bare infinitives."""
 

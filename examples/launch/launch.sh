@@ -1,14 +1,14 @@
-# Sourced by the recipes' run.sh: which steps are asked for, and `launch` for one machine, a hostfile, or SLURM.
+# Sourced by the recipes' run.sh: parses the steps to run, and defines `launch` for one machine, a hostfile, or SLURM.
 #
 #   bash examples/RECIPE/run.sh                          every step, on all GPUs of this machine
-#   bash examples/RECIPE/run.sh slm --lr 4e-5            one step, with flags of your own behind the recipe's
+#   bash examples/RECIPE/run.sh slm --lr 4e-5            one step, with flags that override the recipe's
 #   HOSTFILE=hosts bash examples/RECIPE/run.sh slm       on the machines of a DeepSpeed hostfile ("node1 slots=8" a line)
 #   sbatch --nodes 4 examples/launch/slurm.sbatch RECIPE slm
-#   NODES=4 GPU=h100 bash examples/RECIPE/run.sh plan    what it would be and cost; needs no GPU, weights or corpora;
-#                                                        `plan slm`: of one step
+#   NODES=4 GPU=h100 bash examples/RECIPE/run.sh plan    layout, memory and time, without GPUs, weights or corpora;
+#                                                        `plan slm` for one step
 #
-# GPUS: of each machine (default: all; 8 in a plan). NODES, GPU: of a plan. MASTER_PORT: a free port (default 29500).
-# Run from the checkout: it has the same path on all machines, and so have models/, corpora/ and runs/ in it.
+# GPUS: GPUs per machine (default: all; 8 in a plan). NODES, GPU: machines and GPU model of a plan. MASTER_PORT: a free
+# port (default 29500). The checkout, with its models/, corpora/ and runs/, must have the same path on all machines.
 
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 steps=() flags=()
@@ -19,13 +19,13 @@ planning=""
 if [ "${steps[0]:-}" = plan ]; then planning=1 steps=("${steps[@]:1}"); fi
 source tools/environment.sh run
 
-# `steps_are data reference slm export` names a recipe's steps, in order, and refuses others.
+# `steps_are data reference slm export` declares a recipe's steps, in order, and rejects others.
 steps_are() {
   local asked
   for asked in "${steps[@]}"; do
     case " $* " in
       *" $asked "*) ;;
-      *) printf 'error: step = %s: is one of: plan %s\n' "$asked" "$*" >&2; exit 2 ;;
+      *) printf "error: step is '%s': must be one of plan %s. Fix: name a step of this recipe\n" "$asked" "$*" >&2; exit 2 ;;
     esac
   done
   if [ ${#steps[@]} -eq 0 ]; then steps=("$@"); fi
@@ -35,14 +35,14 @@ step() {
   case " ${steps[*]} " in *" $1 "*) printf '\n== %s\n' "$1" ;; *) return 1 ;; esac
 }
 
-# On this machine, without GPUs; left out of a plan.
+# Runs a command on this machine, without GPUs; skipped in a plan.
 here_only() { if [ -z "$planning" ]; then "$@"; fi; }
 
 # `tokenize PREFIX FILE...`: JSON lines (plain, .gz, .zst) or Parquet to PREFIX_text_document, with the model's tokenizer.
 tokenize() {
   local prefix="$1"
   shift
-  if [ -e "${prefix}_text_document.meta.json" ]; then return; fi # finished before; what was cut short goes on
+  if [ -e "${prefix}_text_document.meta.json" ]; then return; fi # complete; an interrupted one resumes below
   here_only python tools/preprocess_data.py --input "$@" --output-prefix "$prefix" --append-eod \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --workers "${WORKERS:-$(nproc)}"
 }
@@ -62,15 +62,15 @@ launch() {
   if [ "$1" = tools/pretrain_slm.py ]; then end_if_stopped "$@"; fi
 }
 
-# One launcher a node, which needs no ssh.
+# Starts one launcher per node, without ssh.
 launch_on_slurm() {
   local port="$1" run first code=0
   shift
   mkdir -p runs
-  if [ "$1" = tools/pretrain_slm.py ]; then # nothing else can be asked to stop
+  if [ "$1" = tools/pretrain_slm.py ]; then # the only command that can be asked to stop
     run="$(run_state folder "$@")"
-    rm -f "$run/STOP" # asked of a run that never saw it
-    printf '%s\n' "$run" > "runs/current.$SLURM_JOB_ID" # for the batch script, which is told to stop it
+    rm -f "$run/STOP" # left by a request that came too late
+    printf '%s\n' "$run" > "runs/current.$SLURM_JOB_ID" # for the batch script, which may have to stop the run
   fi
   first="$(hostname)"
   scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}/" > "runs/hosts.$SLURM_JOB_ID"
@@ -81,15 +81,15 @@ launch_on_slurm() {
   if [ "$code" -ne 0 ]; then exit "$code"; fi
 }
 
-# `run_state QUESTION tools/pretrain_slm.py --config FILE`: the trainer's own parser answers, of the flags it is given.
+# `run_state folder|stopped tools/pretrain_slm.py --config FILE`: state of the run with these flags.
 run_state() { python examples/launch/run_state.py "$1" "${@:3}" "${flags[@]}"; }
 
-# A run that was asked to stop ends well too; the step behind it must not take half of it for the whole.
+# A run that was asked to stop exits with 0 too; the next step must not use its incomplete result.
 end_if_stopped() {
-  local said
-  said="$(run_state stopped "$@")"
-  if [ -n "$said" ]; then
-    printf '%s\n' "$said"
+  local progress
+  progress="$(run_state stopped "$@")"
+  if [ -n "$progress" ]; then
+    printf '%s\n' "$progress"
     exit 0
   fi
 }
@@ -98,7 +98,7 @@ plan() {
   local nodes="${NODES:-1}" gpus="${GPUS:-8}" script="$1"
   shift
   if [ "$script" != tools/pretrain_slm.py ]; then
-    printf '\n(not planned: %s)\n' "$script"
+    printf '\n(%s is not planned)\n' "$script"
     return
   fi
   printf '\n== %s\n' "$*"

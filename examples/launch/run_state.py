@@ -1,6 +1,7 @@
-"""What the recipes ask about a run, told by the trainer's own flags: `python run_state.py QUESTION FLAGS...`.
+"""Report the state of a run to the recipes' scripts: `python run_state.py folder|stopped FLAGS...`.
 
-`folder` prints the run's folder; `stopped`, where its launch ended well, how far it is, and nothing if it is complete.
+FLAGS are the trainer's. `folder` prints the run's folder; `stopped` prints the progress of a run that was stopped, and
+nothing if it is complete.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from megatron_slm.errors import SlmError
 
 
 def folder(flags: Sequence[str]) -> str:
-    """The run's folder.
+    """Return the run's folder.
 
     Raises:
-        ConfigError: the flags are wrong.
+        ConfigError: the flags are invalid.
     """
     return parse(flags)[0].logging.run_dir
 
 
 def stopped(flags: Sequence[str]) -> str:
-    """How far the run is, and what to do; empty if it is complete, or saves nothing that could tell.
+    """Return the progress of a stopped run as text; empty if it is complete, or saves no checkpoints.
 
     Raises:
-        ConfigError: the flags are wrong.
-        CheckpointError: the newest checkpoint cannot be read.
+        ConfigError: the flags are invalid.
+        CheckpointError: the newest checkpoint is unreadable.
     """
     config, dry_run = parse(flags)
     if dry_run or not config.checkpoint.enabled:
@@ -36,13 +37,13 @@ def stopped(flags: Sequence[str]) -> str:
     run, last = config.logging.run_dir, config.training.train_iters
     found = complete_checkpoints(Path(config.save_folder))
     if not found:
-        return f"{run} was stopped before its first checkpoint; the same command starts it again."
+        return f"{run} was stopped before its first checkpoint; run the same command to start it again."
     step = Manifest.read(found[-1]).step
-    return f"{run} was stopped at step {step} of {last}; the same command goes on with it." if step < last else ""
+    return f"{run} was stopped at step {step} of {last}; run the same command to resume it." if step < last else ""
 
 
 def main() -> int:
-    """Answer one question; the exit code."""
+    """Print one answer; return the exit code."""
     question, *flags = sys.argv[1:]
     try:
         answer = {"folder": folder, "stopped": stopped}[question](flags)

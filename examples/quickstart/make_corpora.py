@@ -1,12 +1,12 @@
 """Make the quickstart's corpora: clean worked arithmetic, and a noisy "web" that contains such arithmetic.
 
-The *curated* corpus is what the reference learns from: short problems with their working, all results right.
-The *noisy* corpus is what the two compared models learn from. Its documents look like crawled pages: the same
-kind of problems (from another random stream), problems with corrupted lines, boilerplate, prose, and
-high-entropy noise (hashes, ids, random URLs) that no model can predict. All of it follows from `--seed`.
+The *curated* corpus trains the reference: short worked problems, all results correct. The *noisy* corpus trains
+the two models compared. Its documents look like crawled pages: the same kind of problems (from another random
+stream), problems with corrupted lines, boilerplate, prose, and high-entropy noise (hashes, ids, random URLs)
+that no model can predict. `--seed` determines all of it.
 
-Every file holds one JSON object a line, with the key `text`. Those of `noisy_heldout.jsonl` also have
-`spans`: a list of `[kind, characters]` that cuts the text by what it is made of; only the report reads it.
+Every file holds one JSON object per line, with the key `text`. Those of `noisy_heldout.jsonl` also have
+`spans`, a list of `[kind, characters]` that labels the parts of the text; only the report reads it.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ SITES = "mathpond homework-hub sumtrail daily-drill numberbarn"
 PLACES = ("Ones", "Tens", "Hundreds")
 HEXADECIMAL = "0123456789abcdef"
 
-Piece = tuple[str, str]
-"""A kind out of `KINDS` and a stretch of text of that kind."""
+Segment = tuple[str, str]
+"""A kind of `KINDS` and a text of that kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document as the pieces it was made of."""
+    """One document, as a sequence of segments."""
 
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def text(self) -> str:
-        """The pieces, joined."""
-        return "".join(text for _, text in self.pieces)
+        """Joined text of the segments."""
+        return "".join(text for _, text in self.segments)
 
     def to_json(self, *, with_spans: bool) -> str:
-        """The document as a line of a JSON-lines file, without the line's end."""
-        spans = {"spans": [[kind, len(text)] for kind, text in self.pieces]} if with_spans else {}
+        """Return the document as a line of a JSON-lines file, without the line break."""
+        spans = {"spans": [[kind, len(text)] for kind, text in self.segments]} if with_spans else {}
         return json.dumps({"text": self.text, **spans}, ensure_ascii=True)
 
 
@@ -153,20 +153,20 @@ TEMPLATES: tuple[Template, ...] = (_buying, _boxes, _sharing, _addition, _subtra
 
 
 def make_problem(rng: random.Random, forbidden: frozenset[str]) -> list[str]:
-    """The lines of one clean problem, each with its end, whose text is not in `forbidden`."""
+    """Return the lines of a clean problem whose text is not in `forbidden`, with line breaks."""
     while True:
         lines = [line + "\n" for line in rng.choice(TEMPLATES)(rng)]
         if "".join(lines) not in forbidden:
             return lines
 
 
-# What the web adds to it.
+# Noise of the web.
 
 
-def corrupt_line(rng: random.Random, line: str) -> list[Piece]:
-    """The line with a wrong result (most often), reordered digits, garbage characters, or its end cut off.
+def corrupt_line(rng: random.Random, line: str) -> list[Segment]:
+    """Return a line with a wrong result (most often), swapped digits, garbage characters, or its end cut off.
 
-    Only the characters that changed are of the kind `corrupted`; after a cut, that is the line's end.
+    Only the changed characters are `corrupted`; after a cut, the line break is.
     """
     way = rng.choices(("wrong", "swap", "garbage", "cut"), weights=(6, 1, 2, 1))[0]
     digits = [place for place, character in enumerate(line) if character.isdigit()]
@@ -194,7 +194,7 @@ def _token(rng: random.Random, alphabet: str, length: int) -> str:
 
 
 def noise_line(rng: random.Random) -> str:
-    """A line that is mostly random characters: a hash, a tracking id, a URL, a key, or a time stamp."""
+    """Return a line of mostly random characters: a hash, a tracking id, a URL, a key, or a time stamp."""
     letters = string.ascii_letters + string.digits
     day = f"20{rng.randint(10, 24)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
     time = f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}:{rng.randint(0, 59):02}"
@@ -210,7 +210,7 @@ def noise_line(rng: random.Random) -> str:
 
 
 def boilerplate_line(rng: random.Random) -> str:
-    """A line that every page of a site carries: a cookie banner, a menu, a copyright note, a newsletter."""
+    """Return a line found on every page of a site: a cookie banner, a menu, a copyright note, a newsletter."""
     site = _pick(rng, SITES)
     lines = [
         "We use cookies to improve your experience. Accept all | Settings | Reject",
@@ -223,7 +223,7 @@ def boilerplate_line(rng: random.Random) -> str:
 
 
 def prose_line(rng: random.Random) -> str:
-    """One to three sentences of local news, unrelated to arithmetic."""
+    """Return one to three sentences of local news, unrelated to arithmetic."""
     sentences = []
     for _ in range(rng.randint(1, 3)):
         speaker, city, topic = _pick(rng, SPEAKERS, ","), _pick(rng, CITIES), _pick(rng, TOPICS, ",")
@@ -239,11 +239,11 @@ def prose_line(rng: random.Random) -> str:
 # Documents and files.
 
 PAGE_SHARES: tuple[tuple[str, float], ...] = (("clean", 0.45), ("corrupted", 0.45), ("prose", 0.10))
-"""What the noisy documents are built around, in fixed shares of their number."""
+"""Main content of the noisy documents, and the share of the documents with it."""
 
 
-def _problem_pieces(rng: random.Random, forbidden: frozenset[str], corrupted_share: float) -> Iterator[Piece]:
-    """A problem line by line, some of them corrupted, sometimes with a line of noise in the middle."""
+def _problem_segments(rng: random.Random, forbidden: frozenset[str], corrupted_share: float) -> Iterator[Segment]:
+    """Yield a problem line by line, some lines corrupted, sometimes with a line of noise in the middle."""
     lines = make_problem(rng, forbidden)
     interrupted_at = rng.randrange(1, len(lines)) if rng.random() < 0.3 else 0
     for place, line in enumerate(lines):
@@ -256,32 +256,32 @@ def _problem_pieces(rng: random.Random, forbidden: frozenset[str], corrupted_sha
 
 
 def make_page(rng: random.Random, shape: str, forbidden: frozenset[str]) -> Document:
-    """One noisy document: boilerplate and noise around the body that `shape` (see `PAGE_SHARES`) asks for."""
-    pieces: list[Piece] = []
+    """Return a noisy document: boilerplate and noise around content of the given shape (see `PAGE_SHARES`)."""
+    segments: list[Segment] = []
     if rng.random() < 0.6:
-        pieces.append(("boilerplate", boilerplate_line(rng)))
+        segments.append(("boilerplate", boilerplate_line(rng)))
     if rng.random() < 0.5:
-        pieces.append(("noise", noise_line(rng)))
+        segments.append(("noise", noise_line(rng)))
     for _ in range(rng.randint(1, 3)):
         if shape == "prose":
-            pieces.append(("prose", prose_line(rng)))
+            segments.append(("prose", prose_line(rng)))
         else:
-            pieces.extend(_problem_pieces(rng, forbidden, 0.6 if shape == "corrupted" else 0.0))
+            segments.extend(_problem_segments(rng, forbidden, 0.6 if shape == "corrupted" else 0.0))
         if rng.random() < 0.4:
-            pieces.append(("noise", noise_line(rng)))
+            segments.append(("noise", noise_line(rng)))
     if rng.random() < 0.4:
-        pieces.append(("boilerplate", boilerplate_line(rng)))
-    page = Document(tuple(pieces))
+        segments.append(("boilerplate", boilerplate_line(rng)))
+    page = Document(tuple(segments))
     return make_page(rng, shape, forbidden) if page.text in forbidden else page
 
 
 def make_curated(rng: random.Random, count: int, forbidden: frozenset[str]) -> list[Document]:
-    """`count` clean problems, none of them in `forbidden`."""
+    """Return `count` clean problems, none of them in `forbidden`."""
     return [Document((("arithmetic", "".join(make_problem(rng, forbidden))),)) for _ in range(count)]
 
 
 def make_noisy(rng: random.Random, count: int, forbidden: frozenset[str]) -> list[Document]:
-    """`count` pages in the fixed shares, shuffled; none contains a problem, or is a page, of `forbidden`."""
+    """Return `count` pages in the fixed shares, shuffled; none of their problems or texts is in `forbidden`."""
     shapes = [shape for shape, share in PAGE_SHARES for _ in range(round(share * count))]
     shapes = (shapes + [PAGE_SHARES[0][0]] * count)[:count]
     rng.shuffle(shapes)
@@ -320,11 +320,11 @@ def make_corpora(
 
 
 def format_table(corpora: dict[str, list[Document]]) -> str:
-    """Documents and characters of every file, and the share of characters of every kind."""
+    """Return a table of every file's documents and characters, and the share of characters of every kind."""
     rows = [f"{'file':<16}{'documents':>10}{'characters':>12}" + "".join(f"{kind:>13}" for kind in KINDS)]
     for name, documents in corpora.items():
         characters: Counter[str] = Counter()
-        for kind, text in (piece for document in documents for piece in document.pieces):
+        for kind, text in (segment for document in documents for segment in document.segments):
             characters[kind] += len(text)
         total = sum(characters.values())
         shares = "".join(f"{characters[kind] / max(total, 1):>13.1%}" for kind in KINDS)
@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--curated-documents", type=int, default=CURATED_DOCUMENTS)
     parser.add_argument("--noisy-documents", type=int, default=NOISY_DOCUMENTS)
-    parser.add_argument("--heldout-documents", type=int, default=HELDOUT_DOCUMENTS, help="in each such file")
+    parser.add_argument("--heldout-documents", type=int, default=HELDOUT_DOCUMENTS, help="in each held-out file")
     arguments = parser.parse_args()
     print(format_table(make_corpora(**vars(arguments))))
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rho-1-Math-1B: a reference on curated mathematics, then 15B tokens of OpenWebMath.
-# Its numbers are in the YAML files; how to run it where is in examples/launch/launch.sh.
+# Settings are in the YAML files; examples/launch/launch.sh shows how to run it on one machine, a hostfile or SLURM.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source examples/launch/launch.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Self-reference: a reference of the very corpus, its losses and entropies stored, then SLM from the store.
-# Its numbers are in the YAML files; how to run it where is in examples/launch/launch.sh.
+# Settings are in the YAML files; examples/launch/launch.sh shows how to run it on one machine, a hostfile or SLURM.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source examples/launch/launch.sh

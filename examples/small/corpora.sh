@@ -1,8 +1,8 @@
-# Sourced by the recipes: what they share. Makes the quickstart's two corpora and a tokenizer under "$out", and defines
-# `launch`. With `--fast` as the script's argument everything is a few steps on little text: it shows that it runs.
+# Sourced by the recipes in this folder: makes the quickstart's two corpora and a tokenizer under "$out", and defines
+# `launch`. With the argument `--fast` every run takes a few steps on little text, as a smoke test.
 source tools/environment.sh run
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=""   # the same on every machine, with a GPU or none
+export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=""   # the same results with and without a GPU
 
 say() { printf '\n== %s\n' "$*"; }
 launch() { deepspeed --log_level warning --num_gpus 2 --master_port "${MASTER_PORT:-29541}" "$@"; }
@@ -16,7 +16,7 @@ fi
 
 rm -rf "$out"
 mkdir -p "$out"
-say "two corpora: clean worked arithmetic, and noisy pages that contain some"
+say "make two corpora: clean worked arithmetic, and noisy pages that contain some"
 python examples/quickstart/make_corpora.py --output "$out/text" --seed 0 "${documents[@]}"
 python tools/train_tokenizer.py --input "$out/text/curated_train.jsonl" "$out/text/noisy_train.jsonl" \
   --vocab-size 512 --output "$out/tokenizer/"

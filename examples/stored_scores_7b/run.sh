@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rho-1-Math-7B from stored scores: the reference reads the corpus once, and every run after that has none.
-# Its numbers are in the YAML files; how to run it where is in examples/launch/launch.sh.
+# Settings are in the YAML files; examples/launch/launch.sh shows how to run it on one machine, a hostfile or SLURM.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source examples/launch/launch.sh
@@ -15,7 +15,7 @@ if step data; then # text/NAME/* to corpora/mistral/NAME_text_document
 fi
 
 if step reference; then
-  launch tools/pretrain_slm.py --config examples/rho1_math_7b/reference.yaml # the same run: goes on, or is done
+  launch tools/pretrain_slm.py --config examples/rho1_math_7b/reference.yaml # the same run: resumes, or is complete already
 fi
 
 if step score; then

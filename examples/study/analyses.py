@@ -1,4 +1,4 @@
-"""What is looked at in every finished run: its kept tokens, its answers, the dynamics of its tokens."""
+"""Analyses of every finished run: kept tokens, answers, losses over its checkpoints, token dynamics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from results import CLEAN
 
+from megatron_slm.analysis.excerpt import excerpt_of_corpus, excerpt_of_texts, load_tokenizer
 from megatron_slm.analysis.kept import select
-from megatron_slm.analysis.losses import model_statistics, open_stage, stages_of
-from megatron_slm.analysis.sample import load_tokenizer, sample_corpus, sample_texts
-from megatron_slm.cli.analyze_tokens import main as analyze
+from megatron_slm.analysis.losses import checkpoints_in, model_statistics, open_comparable
+from megatron_slm.cli.analyze_tokens import main as analyze_tokens
 from megatron_slm.cli.evaluate import main as evaluate
 from megatron_slm.files import write_durably
 from megatron_slm.selection.scores import score_named
@@ -22,12 +22,12 @@ from megatron_slm.selection.scores import score_named
 if TYPE_CHECKING:
     from study import Planned
 
-SEQUENCE_LENGTH, WINDOWS_TOGETHER = 128, 16
-"""As in training."""
+SEQUENCE_LENGTH, SPANS_PER_MICRO_BATCH = 128, 16
+"""Sequence length and micro-batch size of the training runs."""
 
 
-def analyse(out: Path, runs: Sequence[Planned]) -> None:
-    """Look at every finished run; what is there is not done again."""
+def analyze(out: Path, runs: Sequence[Planned]) -> None:
+    """Analyze every finished run, skipping analyses with results."""
     questions, prompt = out / "arithmetic.jsonl", out / "prompt.txt"
     _write_questions(out / "text" / "curated_heldout.jsonl", questions)
     prompt.write_text("Question: {question}\n")
@@ -43,8 +43,8 @@ def analyse(out: Path, runs: Sequence[Planned]) -> None:
             if "--reference-load" not in selection:
                 selection = (*selection, "--reference-load", folder.parent / "reference" / "checkpoints")
             _call(
-                analyze, "selection", "--load", newest, *selection, "--text-file", text,
-                "--micro-batch-size", WINDOWS_TOGETHER, "--output", folder / "selection.html",
+                analyze_tokens, "selection", "--load", newest, *selection, "--text-file", text,
+                "--micro-batch-size", SPANS_PER_MICRO_BATCH, "--output", folder / "selection.html",
             )  # fmt: skip
         if run.answers and not (folder / "answers.json").exists():
             _call(
@@ -56,27 +56,27 @@ def analyse(out: Path, runs: Sequence[Planned]) -> None:
         if not (folder / "inside.json").exists():
             write_durably(folder / "inside.json", (json.dumps(inside(out, folder)) + "\n").encode())
         if run.name == "clm" and not (folder / "dynamics.json").exists():
-            _call(analyze, "dynamics", "--load", folder, "--text-file", text, "--output", folder / "dynamics.html")
+            page = folder / "dynamics.html"
+            _call(analyze_tokens, "dynamics", "--load", folder, "--text-file", text, "--output", page)
 
 
 def inside(out: Path, run: Path) -> dict[str, list[float]]:
-    """The target loss over a run's checkpoints, taken apart: at the ends of problems, and inside them.
+    """Return the target loss over a run's checkpoints, separately at the ends of problems and inside them.
 
-    An end is the end-of-document token and the token after it. On curated text both are certain, on pages neither is:
-    a model that has taken over the reference's idea of what follows what gains there without being any better at
-    arithmetic.
+    An end is the end-of-document token and the token after it. Both are predictable in curated text and neither is in
+    noisy pages, so a model that imitates the reference's format gains there without getting better at arithmetic.
     """
-    stages = [stages_of([str(run.parent / "base")])[-1], *stages_of([str(run)])]
-    first = open_stage(stages[0], None)
+    checkpoints = [checkpoints_in([str(run.parent / "base")])[-1], *checkpoints_in([str(run)])]
+    first = open_comparable(checkpoints[0], None)
     tokenizer = load_tokenizer(first, None)
     corpus = str(out / "corpora" / "curated_heldout_text_document")
-    sample = sample_corpus(corpus, tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
-    end_Ws1 = sample.tokens_Ws1 == tokenizer.eos_token_id
-    ends_N = (end_Ws1[:, 1:] | end_Ws1[:, :-1])[sample.valid_Ws]
+    excerpt = excerpt_of_corpus(corpus, tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
+    end_Ws1 = excerpt.tokens_Ws1 == tokenizer.eos_token_id
+    ends_N = (end_Ws1[:, 1:] | end_Ws1[:, :-1])[excerpt.valid_Ws]
     out_of: dict[str, list[float]] = {"steps": [], "ends": [], "inside": [], "ends_share": [float(ends_N.mean())]}
-    for stage in stages:
-        loss_N = model_statistics(open_stage(stage, first), sample).loss_Ws[sample.valid_Ws].astype(float)
-        out_of["steps"].append(0 if stage is stages[0] else stage.step or 0)
+    for checkpoint in checkpoints:
+        loss_N = model_statistics(open_comparable(checkpoint, first), excerpt).loss_Ws[excerpt.valid_Ws].astype(float)
+        out_of["steps"].append(0 if checkpoint is checkpoints[0] else checkpoint.step or 0)
         out_of["ends"].append(float(loss_N[ends_N].mean()))
         out_of["inside"].append(float(loss_N[~ends_N].mean()))
     return out_of
@@ -97,30 +97,29 @@ def _write_questions(problems: Path, path: Path) -> None:
 
 
 def follow(run: Path, text: Path, *, keep_ratio: float = 0.6) -> dict[str, list[float]]:
-    """Losses of kept and of other tokens over a run's checkpoints (the paper's figure 6), from the base model on.
+    """Return losses of kept and other tokens over a run's checkpoints, from the base model on (the paper's figure 6).
 
-    The tokens are those of held-out pages that the base model would keep with the reference, so they are the same for
-    every run of a seed. Beside them: precision and recall, against the clean tokens, of what the model of each
-    checkpoint would keep.
+    The kept tokens are those of held-out pages that the base model would keep with the reference, the same for every
+    run of a seed. Also returns precision and recall, against the clean tokens, of each checkpoint's own selection.
     """
-    stages = [stages_of([str(run.parent / "base")])[-1], *stages_of([str(run)])]
-    first = open_stage(stages[0], None)
+    checkpoints = [checkpoints_in([str(run.parent / "base")])[-1], *checkpoints_in([str(run)])]
+    first = open_comparable(checkpoints[0], None)
     tokenizer = load_tokenizer(first, None)
-    sample = sample_texts([str(text)], tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
-    clean_N = np.array([kind == CLEAN for window in sample.windows for kind in window.kinds[1:]])
-    reference = model_statistics(open_stage(stages_of([str(run.parent / "reference")])[-1], first), sample)
+    excerpt = excerpt_of_texts([str(text)], tokenizer, sequence_length=SEQUENCE_LENGTH, max_tokens=1 << 62)
+    clean_N = np.array([kind == CLEAN for span in excerpt.spans for kind in span.kinds[1:]])
+    reference = model_statistics(open_comparable(checkpoints_in([str(run.parent / "reference")])[-1], first), excerpt)
     out: dict[str, list[float]] = {"steps": [], "kept": [], "other": [], "precision": [], "recall": []}
     fixed_N = None
-    for stage in stages:
-        said = model_statistics(open_stage(stage, first), sample)
+    for checkpoint in checkpoints:
+        statistics = model_statistics(open_comparable(checkpoint, first), excerpt)
         chosen = select(
-            stage.label, sample, said, reference, score=score_named("excess"), keep_ratio=keep_ratio,
-            scope="micro-batch", windows_together=WINDOWS_TOGETHER,
+            checkpoint.label, excerpt, statistics, reference, score=score_named("excess"), keep_ratio=keep_ratio,
+            scope="micro-batch", spans_per_micro_batch=SPANS_PER_MICRO_BATCH,
         )  # fmt: skip
-        kept_N, loss_N = chosen.kept_Ws[sample.valid_Ws], said.loss_Ws[sample.valid_Ws].astype(float)
+        kept_N, loss_N = chosen.kept_Ws[excerpt.valid_Ws], statistics.loss_Ws[excerpt.valid_Ws].astype(float)
         if fixed_N is None:
             fixed_N = kept_N
-        out["steps"].append(0 if stage is stages[0] else stage.step or 0)
+        out["steps"].append(0 if checkpoint is checkpoints[0] else checkpoint.step or 0)
         out["kept"].append(float(loss_N[fixed_N].mean()))
         out["other"].append(float(loss_N[~fixed_N].mean()))
         out["precision"].append(float(clean_N[kept_N].mean()))

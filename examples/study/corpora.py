@@ -1,13 +1,13 @@
-"""Make the study's corpora: clean arithmetic, a web with little of it, and pages about it with much noise.
+"""Make the study's corpora: clean arithmetic, web pages with little of it, and noisy pages with more of it.
 
-They differ by their shares of worked arithmetic (the target domain), of the same with corrupted lines, of boilerplate
-and prose, and of random strings that no model can predict. All of it follows from `--seed`.
+They differ in their shares of worked arithmetic (the target domain), of arithmetic with corrupted lines, of
+boilerplate and prose, and of random strings that no model can predict. `--seed` determines all of it.
 
-    curated   problems only, all right: what the reference is trained on. Small.
-    web       pages with few problems: what the base model is trained on, which every other run starts from.
-    noisy     pages with more, every other problem with corrupted lines: what the compared runs train on.
+    curated   problems only, all correct; small. Trains the reference.
+    web       pages with few problems. Trains the base model, from which every other run starts.
+    noisy     pages with more problems, every other one with corrupted lines. Trains the compared runs.
 
-The pieces are the quickstart's; `spans` of the held-out pages say which characters are of which kind.
+The segments are the quickstart's; `spans` of the held-out pages label the kind of every character.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-import make_corpora as pieces  # the quickstart's
+import make_corpora as quickstart
 
 PROBLEM_SHARE = {"web": 0.07, "noisy": 0.35}
-"""The share of a page's blocks that are problems; they are longer than others."""
+"""Share of a page's blocks that are problems, which are longer than other blocks."""
 CORRUPTED_PROBLEMS, CORRUPTED_LINES = 0.5, 0.6
-"""Of a page's problems, and of such a problem's lines after its question."""
+"""Share of a page's problems with corrupted lines, and of the corrupted lines after such a problem's question."""
 NOISE_SHARE = 0.5
-"""Of the blocks that are no problem: random strings; the others are boilerplate and prose in equal parts."""
+"""Share of random strings among the other blocks; the rest is boilerplate and prose in equal parts."""
 
 
 def _more(rng: random.Random) -> list[str]:
@@ -45,64 +45,69 @@ def _each(rng: random.Random) -> list[str]:
 
 
 def _someone(rng: random.Random) -> tuple[str, str, int, int]:
-    return rng.choice(pieces.NAMES.split()), rng.choice(pieces.ITEMS.split()), rng.randint(1, 5), rng.randint(1, 5)
+    return (
+        rng.choice(quickstart.NAMES.split()),
+        rng.choice(quickstart.ITEMS.split()),
+        rng.randint(1, 5),
+        rng.randint(1, 5),
+    )
 
 
-TEMPLATES = (_more, _fewer, _each) * 3 + pieces.TEMPLATES
-"""Short problems with small numbers, three of five, beside the quickstart's longer ones."""
+TEMPLATES = (_more, _fewer, _each) * 3 + quickstart.TEMPLATES
+"""Short problems with small numbers (three of five), and the quickstart's longer ones."""
 
 
 def problem(rng: random.Random, forbidden: frozenset[str]) -> list[str]:
-    """The lines of a clean problem whose text is not in `forbidden`."""
+    """Return the lines of a clean problem whose text is not in `forbidden`."""
     while True:
         lines = [line + "\n" for line in rng.choice(TEMPLATES)(rng)]
         if "".join(lines) not in forbidden:
             return lines
 
 
-def _block(rng: random.Random, share: float, forbidden: frozenset[str]) -> Iterator[pieces.Piece]:
+def _block(rng: random.Random, share: float, forbidden: frozenset[str]) -> Iterator[quickstart.Segment]:
     if rng.random() >= share:
         if rng.random() < NOISE_SHARE:
-            yield "noise", pieces.noise_line(rng)
+            yield "noise", quickstart.noise_line(rng)
         elif rng.random() < 0.5:
-            yield "boilerplate", pieces.boilerplate_line(rng)
+            yield "boilerplate", quickstart.boilerplate_line(rng)
         else:
-            yield "prose", pieces.prose_line(rng)
+            yield "prose", quickstart.prose_line(rng)
         return
-    corrupted = CORRUPTED_LINES * (rng.random() < CORRUPTED_PROBLEMS)
+    corrupted = CORRUPTED_LINES if rng.random() < CORRUPTED_PROBLEMS else 0.0
     for place, line in enumerate(problem(rng, forbidden)):
         if place and rng.random() < corrupted:
-            yield from pieces.corrupt_line(rng, line.rstrip("\n"))
+            yield from quickstart.corrupt_line(rng, line.rstrip("\n"))
         else:
             yield "arithmetic", line
 
 
-def pages(rng: random.Random, count: int, share: float, forbidden: frozenset[str]) -> list[pieces.Document]:
-    """`count` pages of 4 to 8 blocks."""
+def pages(rng: random.Random, count: int, share: float, forbidden: frozenset[str]) -> list[quickstart.Document]:
+    """Return `count` pages of 4 to 8 blocks."""
     return [
-        pieces.Document(tuple(p for _ in range(rng.randint(4, 8)) for p in _block(rng, share, forbidden)))
+        quickstart.Document(tuple(p for _ in range(rng.randint(4, 8)) for p in _block(rng, share, forbidden)))
         for _ in range(count)
     ]
 
 
 def make(
     output: Path, seed: int, *, curated: int, web: int, noisy: int, heldout: int
-) -> dict[str, list[pieces.Document]]:
-    """Write the files of JSON lines, `heldout` documents in those for evaluation; no problem of them is trained on."""
+) -> dict[str, list[quickstart.Document]]:
+    """Write the corpora as JSON lines, with given numbers of documents; held-out problems occur in no training file."""
 
-    def problems(name: str, count: int, forbidden: frozenset[str] = frozenset()) -> list[pieces.Document]:
+    def problems(name: str, count: int, forbidden: frozenset[str] = frozenset()) -> list[quickstart.Document]:
         rng = random.Random(f"{seed}/{name}")
-        return [pieces.Document((("arithmetic", "".join(problem(rng, forbidden))),)) for _ in range(count)]
+        return [quickstart.Document((("arithmetic", "".join(problem(rng, forbidden))),)) for _ in range(count)]
 
-    kept_apart = problems("held out", heldout)
-    forbidden = frozenset(document.text for document in kept_apart)
+    held_out = problems("held out", heldout)
+    forbidden = frozenset(document.text for document in held_out)
 
-    def crawled(name: str, count: int, kind: str) -> list[pieces.Document]:
+    def crawled(name: str, count: int, kind: str) -> list[quickstart.Document]:
         return pages(random.Random(f"{seed}/{name}"), count, PROBLEM_SHARE[kind], forbidden)
 
     corpora = {
         "curated_train": problems("curated", curated, forbidden),
-        "curated_heldout": kept_apart,
+        "curated_heldout": held_out,
         "web_train": crawled("web", web, "web"),
         "noisy_train": crawled("noisy", noisy, "noisy"),
         "noisy_heldout": crawled("noisy held out", heldout // 4, "noisy"),
@@ -121,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     for name, default in (("curated", 1500), ("web", 6000), ("noisy", 6000), ("heldout", 400)):
         parser.add_argument(f"--{name}", type=int, default=default, help="documents")
-    print(pieces.format_table(make(**vars(parser.parse_args()))))
+    print(quickstart.format_table(make(**vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The study: its runs one after another (`train`), and the page of those that are finished (`results`).
+"""Run the study: train all runs (`train`), or analyze the finished ones and write the page (`results`).
 
-Runs of every seed: a base model (on the web), and what continues it: the reference (on the curated corpus), CLM and SLM
-(on the noisy one, in the same order), random tokens in place of the chosen ones, the reference's loss alone as score,
-and self-reference: the CLM run as the reference of a new one.
+Every seed trains a base model (on the web corpus) and continues it: the reference (on the curated corpus), CLM and SLM
+(on the noisy corpus, in the same order), SLM with random tokens, SLM with the reference's loss alone as score, and
+self-reference, which uses the CLM run as reference.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 RATIOS = (0.6, 0.4, 0.8, 0.5, 0.7, 0.9)
-"""The keep ratios, the paper's first: a study that is stopped has the most important runs."""
+"""Keep ratios, the paper's first, so that an interrupted study has the most important runs."""
 HELD_OUT = {"target": "curated", "noisy": "noisy"}
-LOOK = ("--slm-keep-ratio", "0.6")
-"""How runs that train on all tokens are looked at."""
+ANALYZED_WITH = ("--slm-keep-ratio", "0.6")
+"""Selection for analyzing runs that train on all tokens."""
 BASE = ("--train-iters", "480", "--save-interval", "480", "--lr", "3e-3", "--lr-decay-style", "constant")
 REFERENCE = ("--train-iters", "160", "--save-interval", "160")
 """Three epochs of the curated corpus, as in the paper."""
@@ -43,50 +43,48 @@ FAST = (
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One run."""
+    """One run of the study."""
 
     name: str
     folder: Path
-    """The run's folder."""
     seed: int
     wave: int
-    """Runs of a wave need those of earlier ones."""
+    """Position in the order of training: a run depends on runs of earlier waves."""
     flags: tuple[str, ...]
     selection: tuple[str, ...]
-    """What it selects by; of runs that train on all tokens, what the study looks at them with."""
+    """Flags of the selection it trains with, or (for runs on all tokens) is analyzed with."""
 
     @property
     def answers(self) -> bool:
-        """Whether it is asked to solve problems."""
+        """True if the model is asked to solve problems."""
         return self.name.startswith(("reference", "clm", "slm")) or self.name == "random-0.6"
 
     @property
     def followed(self) -> bool:
-        """Whether losses of kept and other tokens are followed over its checkpoints."""
+        """True if losses of kept and other tokens are recorded over its checkpoints."""
         return self.name in ("clm", "slm-0.6", "random-0.6")
 
     @property
     def is_finished(self) -> bool:
-        """Whether it needs not be made."""
+        """True if training is complete."""
         return (self.folder / "finished").exists()
 
 
 def planned(out: Path, seed: int, ratios: Sequence[float] = RATIOS) -> Iterator[Planned]:
-    """All runs of a seed."""
+    """Yield all runs of a seed."""
     folder = out / f"seed{seed}"
     by_reference = ("--reference-load", f"{folder}/reference/checkpoints")
     by_itself = ("--reference-load", f"{folder}/clm/checkpoints")
 
-    def run(name: str, wave: int, corpus: str, *flags: str, selection: tuple[str, ...] = LOOK) -> Planned:
+    def run(name: str, wave: int, corpus: str, *flags: str, selection: tuple[str, ...] = ANALYZED_WITH) -> Planned:
         flags = ("--data-path", f"{out}/corpora/{corpus}_train_text_document", *flags)
         if wave:
             flags = (*flags, "--init-from", f"{folder}/base/checkpoints")
-        flags = (*flags, *selection * (selection is not LOOK))
         return Planned(name=name, folder=folder / name, seed=seed, wave=wave, flags=flags, selection=selection)
 
     def selective(name: str, ratio: float, *flags: str, wave: int = 2) -> Planned:
-        keep = ("--slm-keep-ratio", str(ratio), *flags)
-        return run(f"{name}-{ratio}", wave, "noisy", "--objective", "slm", selection=keep)
+        selection = ("--slm-keep-ratio", str(ratio), *flags)
+        return run(f"{name}-{ratio}", wave, "noisy", "--objective", "slm", *selection, selection=selection)
 
     yield run("base", 0, "web", "--objective", "clm", *BASE)
     yield run("reference", 1, "curated", "--objective", "clm", *REFERENCE)
@@ -101,10 +99,14 @@ def planned(out: Path, seed: int, ratios: Sequence[float] = RATIOS) -> Iterator[
 
 
 def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
-    """Make every run that is not finished, `jobs` at a time; each is a process of its own, as a user would start it."""
+    """Train every unfinished run, `jobs` at a time, each in a process of its own.
+
+    Raises:
+        SystemExit: a run failed.
+    """
     for wave in sorted({run.wave for run in runs}):
         with ThreadPoolExecutor(jobs) as pool:
-            started = [pool.submit(_make, out, run, fast) for run in runs if run.wave == wave]
+            started = [pool.submit(_train_one, out, run, fast) for run in runs if run.wave == wave]
             try:
                 for one in as_completed(started):
                     one.result()
@@ -113,10 +115,10 @@ def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
                 raise
 
 
-def _make(out: Path, run: Planned, fast: bool) -> None:
+def _train_one(out: Path, run: Planned, fast: bool) -> None:
     if run.is_finished:
         return
-    shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted call left
+    shutil.rmtree(run.folder, ignore_errors=True)  # left by an interrupted call
     run.folder.mkdir(parents=True)
     print(f"-- seed {run.seed}: {run.name}", flush=True)
     command = [sys.executable, "tools/pretrain_slm.py", "--config", str(HERE / "train.yaml"), *run.flags]
@@ -130,24 +132,24 @@ def _make(out: Path, run: Planned, fast: bool) -> None:
 
 
 def main() -> None:
-    """Train, or analyse and write the page."""
+    """Train, or analyze and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["train", "results"])
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where the runs are")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="only these")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one core")
+    parser.add_argument("command", choices=["train", "results"])
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds to run (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
     parser.add_argument("--fast", action="store_true", help="a few steps of a few runs, with one seed")
     args = parser.parse_args()
     seeds, ratios = (SEEDS[:1], RATIOS[:2]) if args.fast else (args.seeds, RATIOS)
-    # seed by seed within each kind of run, so that a study that is stopped has several seeds of the first kinds
+    # seed by seed within each kind of run, so that an interrupted study has several seeds of the first kinds
     runs = [run for alike in zip(*(planned(args.out, seed, ratios) for seed in seeds), strict=True) for run in alike]
-    if args.what == "train":
+    if args.command == "train":
         train(args.out, runs, fast=args.fast, jobs=args.jobs)
         return
-    from analyses import analyse  # these two are beside this file
+    from analyses import analyze  # both modules are in this folder
     from results import write_results
 
-    analyse(args.out, runs)
+    analyze(args.out, runs)
     print(f"wrote {write_results(args.out, runs)}")
 
 

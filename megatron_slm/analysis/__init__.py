@@ -1,1 +1,1 @@
-"""Looking at runs and models: reports of runs, which tokens are kept, how tokens are learnt, and evaluation."""
+"""Analysis of runs and models: run reports, kept tokens, token dynamics, evaluation."""

@@ -1,4 +1,4 @@
-"""Line charts and histograms, one panel each, as SVG for pages and together as a PNG."""
+"""Line charts and histograms: each panel as SVG for pages, all together as one PNG."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -16,51 +16,64 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: distinct for every common kind of colour blindness. Markers say the same again.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+# Okabe and Ito's palette: distinct for every common kind of color blindness. Markers tell curves apart without color.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _INK, _GREY, _GRID = "#374151", "#9ca3af", "#e5e7eb"
-_LABELLED = 6
-"""Up to this many lines are labelled at their ends, more in a legend."""
+_LABEL_HEIGHT = 0.068
+"""Share of the axis height that a label takes."""
+_MAX_LABELED = 6
+"""Largest number of curves labeled at their ends; more get a legend."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    """One curve."""
+class Curve:
+    """One curve of a chart."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: str = COLOURS[0]
+    color: str = COLORS[0]
     style: str = "-"
     marker: str = ""
     low: Sequence[float] | None = None
-    """With `high`: a band around the curve."""
+    """Lower edge of a band around the curve, with `high` as its upper edge."""
     high: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """One histogram of a chart, drawn as filled steps."""
+
+    name: str
+    edges: Sequence[float]
+    """Edges of the bins [n + 1]."""
+    counts: Sequence[float]
+    """Values in each bin [n]."""
+    color: str = COLORS[0]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One chart: curves, or bars where there are `bars`."""
+    """One chart: curves, or histograms."""
 
     title: str
     x_label: str
     y_label: str
-    lines: Sequence[Line] = ()
+    curves: Sequence[Curve] = ()
     hides_start: bool = False
-    """Leave out the values of almost untrained models, which would flatten the part that tells runs apart."""
-    bars: Sequence[tuple[str, Sequence[float], Sequence[float], str]] = field(default_factory=tuple)
-    """Histograms: name, edges [n + 1], heights [n], colour; drawn as steps with a filling."""
+    """Fit the y axis without the first fifth of each curve: losses of barely trained models would flatten the rest."""
+    histograms: Sequence[Histogram] = ()
 
     def describe(self) -> str:
-        """The panel in words, for those who cannot see it."""
-        ends = [f"{line.name} ends at {_short(line.y[-1])}" for line in self.lines if len(line.y)]
-        names = [name for name, *_ in self.bars]
+        """Return the panel's content as text, for screen readers."""
+        ends = [f"{curve.name} ends at {_short(curve.y[-1])}" for curve in self.curves if len(curve.y)]
+        names = [histogram.name for histogram in self.histograms]
         return f"{self.title}. {self.y_label} against {self.x_label}. {'; '.join(ends or names)}"
 
 
 def svg(panel: Panel) -> bytes:
-    """One panel as SVG, the same bytes for the same panel."""
+    """Draw one panel as SVG; equal panels give equal bytes."""
     with _drawing():
         figure = Figure(figsize=(6.2, 3.9), layout="constrained")
         _draw(figure.subplots(), panel)
@@ -70,7 +83,7 @@ def svg(panel: Panel) -> bytes:
 
 
 def png(panels: Sequence[Panel], *, columns: int = 2) -> bytes:
-    """All panels in a grid as PNG."""
+    """Draw all panels in a grid as PNG."""
     columns = min(columns, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     with _drawing():
@@ -87,7 +100,7 @@ def png(panels: Sequence[Panel], *, columns: int = 2) -> bytes:
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """A token with a dollar is no formula, and one that the font lacks is drawn as a box, without a word."""
+    """Draw dollar signs in tokens as text, and characters missing from the font as boxes without a warning."""
     settings: dict[Any, Any] = {"svg.hashsalt": "megatron_slm", "svg.fonttype": "path", "text.parse_math": False}
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
@@ -103,50 +116,52 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.spines[["bottom", "left"]].set_color(_GREY)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    if panel.bars:
-        _draw_bars(axes, panel)
-    lines = [line for line in panel.lines if len(line.x)]
-    for line in lines:
+    if panel.histograms:
+        _draw_histograms(axes, panel.histograms)
+    curves = [curve for curve in panel.curves if len(curve.x)]
+    for curve in curves:
         axes.plot(
-            line.x, line.y, line.style, color=line.colour, lw=1.8, marker=line.marker, ms=4, label=line.name,
-            markevery=max(1, len(line.x) // 12),
+            curve.x, curve.y, curve.style, color=curve.color, lw=1.8, marker=curve.marker, ms=4, label=curve.name,
+            markevery=max(1, len(curve.x) // 12),
         )  # fmt: skip
-        if line.low is not None and line.high is not None:
-            axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.18, lw=0)
-    if not lines:
+        if curve.low is not None and curve.high is not None:
+            axes.fill_between(curve.x, curve.low, curve.high, color=curve.color, alpha=0.18, lw=0)
+    if not curves:
         return
-    _limit(axes, lines, hides_start=panel.hides_start)
-    if len(lines) > _LABELLED:
+    _fit_y_axis(axes, curves, hides_start=panel.hides_start)
+    if len(curves) > _MAX_LABELED:
         axes.legend(fontsize=8, frameon=False)
     else:
-        _label_ends(axes, lines)
+        _label_ends(axes, curves)
 
 
-def _draw_bars(axes: Axes, panel: Panel) -> None:
+def _draw_histograms(axes: Axes, histograms: Sequence[Histogram]) -> None:
     hatches = ("", "///", "...", "xxx")
-    for i, (name, edges, heights, colour) in enumerate(panel.bars):
-        options: dict[str, Any] = {"fill": True, "alpha": 0.45, "hatch": hatches[i % len(hatches)], "label": name}
-        axes.stairs(heights, edges, color=colour, lw=1.3, **options)
+    for i, histogram in enumerate(histograms):
+        options: dict[str, Any] = {"fill": True, "alpha": 0.45, "hatch": hatches[i % len(hatches)]}
+        axes.stairs(histogram.counts, histogram.edges, color=histogram.color, lw=1.3, label=histogram.name, **options)
     axes.legend(fontsize=8.5, frameon=False)
 
 
-def _limit(axes: Axes, lines: Sequence[Line], *, hides_start: bool) -> None:
-    late = [value for line in lines for value in list(line.high or line.y)[len(line.y) // 5 if hides_start else 0 :]]
-    low = min(value for line in lines for value in (line.low or line.y))
-    high = max(late)
+def _fit_y_axis(axes: Axes, curves: Sequence[Curve], *, hides_start: bool) -> None:
+    low = min(min(curve.low or curve.y) for curve in curves)
+    high = -math.inf
+    for curve in curves:
+        start = len(curve.y) // 5 if hides_start else 0
+        high = max(high, *(curve.high or curve.y)[start:])
     margin = (high - low) * 0.08 or abs(high) * 0.05 or 0.1
     axes.set_ylim(low - margin, high + margin)
 
 
-def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """A name and the last value beside every curve, moved apart where they would touch."""
+def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Write the name and the last value beside every curve, without overlaps."""
     to_axes = axes.transData + axes.transAxes.inverted()
     height = -math.inf
-    ends = [(float(to_axes.transform((line.x[-1], line.y[-1]))[1]), line) for line in lines]
-    for place, line in sorted(ends, key=lambda end: end[0]):
-        height = max(place, height + 0.068)
+    ends = [(float(to_axes.transform((curve.x[-1], curve.y[-1]))[1]), curve) for curve in curves]
+    for end, curve in sorted(ends, key=lambda pair: pair[0]):
+        height = max(end, height + _LABEL_HEIGHT)
         axes.text(
-            1.012, height, f"{line.name} {_short(line.y[-1])}", color=line.colour, va="center", fontsize=9,
+            1.012, height, f"{curve.name} {_short(curve.y[-1])}", color=curve.color, va="center", fontsize=9,
             transform=axes.transAxes,
         )  # fmt: skip
 

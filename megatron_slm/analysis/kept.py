@@ -1,103 +1,106 @@
-"""Which tokens of a sample a selection keeps, what they are, and how far two selections agree.
+"""Kept tokens of an excerpt: selection as in training, statistics by group, agreement between selections.
 
-Shapes: W windows of s tokens; N valid tokens, in (window, position) order.
+Shapes: W spans of s tokens; N valid tokens, in (span, position) order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_slm.analysis.losses import Floats, Statistics
-from megatron_slm.analysis.sample import Bools, Sample, TokenTypes
+from megatron_slm.analysis.excerpt import Bools, Excerpt
+from megatron_slm.analysis.losses import Floats, ModelStatistics
+from megatron_slm.analysis.token_types import TOKEN_TYPES, token_types
 from megatron_slm.selection.scope import Scope
 from megatron_slm.selection.scores import Score
 from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch, TokenStatistics
 
-BANDS = ("rare: the last 1 % of the text", "9 % before it", "40 % before it", "frequent: half of the text")
+BANDS = ("rarest: 1 % of the text", "rare: the next 9 %", "common: the next 40 %", "most frequent: 50 % of the text")
 _BAND_EDGES = (0.01, 0.10, 0.50)
 LEVELS = 5
+UNLABELED = "unlabeled"
+"""Group of the tokens whose document labels no parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """One selection on a sample."""
+class KeptTokens:
+    """Tokens of an excerpt that one selection keeps, with their scores."""
 
     name: str
     score_Ws: Floats
     kept_Ws: Bools
     step: int | None = None
-    """The step of the model that selects; None where its folder does not say."""
+    """Training step of the selecting model; None if unknown."""
 
     def score_N(self, valid_Ws: Bools) -> Floats:
-        """The scores of valid tokens."""
+        """Return the scores of the valid tokens."""
         return self.score_Ws[valid_Ws]
 
 
 def select(
     name: str,
-    sample: Sample,
-    model: Statistics,
-    reference: Statistics | None,
+    excerpt: Excerpt,
+    model: ModelStatistics,
+    reference: ModelStatistics | None,
     *,
     score: Score,
     keep_ratio: float,
     scope: Scope,
-    windows_together: int,
+    spans_per_micro_batch: int,
     seed: int = 0,
-) -> Kept:
-    """Select as training does: micro-batches of windows, each with the `ceil(keep_ratio * valid)` highest scores.
+) -> KeptTokens:
+    """Select as in training: in each micro-batch of spans, the `ceil(keep_ratio * valid)` highest scores.
 
     Args:
-        windows_together: windows of a micro-batch; 0: all of the sample are one.
+        spans_per_micro_batch: number of spans ranked together; 0 ranks the whole excerpt as one micro-batch.
     """
     selector = Selector(scores=(score,), keep_ratio=keep_ratio, scope=scope, seed=seed)
-    num_windows, length = sample.valid_Ws.shape
-    together = windows_together or num_windows
-    score_Ws = np.zeros((num_windows, length), np.float32)
-    kept_Ws = np.zeros((num_windows, length), np.bool_)
-    for start in range(0, num_windows, together):
-        part = slice(start, start + together)
-        tokens = torch.from_numpy(sample.tokens_Ws1[part])
-        valid_bs = torch.from_numpy(sample.valid_Ws[part])
+    num_spans, length = excerpt.valid_Ws.shape
+    batch_size = spans_per_micro_batch or num_spans
+    score_Ws = np.zeros((num_spans, length), np.float32)
+    kept_Ws = np.zeros((num_spans, length), np.bool_)
+    for start in range(0, num_spans, batch_size):
+        rows = slice(start, start + batch_size)
+        tokens = torch.from_numpy(excerpt.tokens_Ws1[rows])
+        valid_bs = torch.from_numpy(excerpt.valid_Ws[rows])
         batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], valid_bs, torch.arange(start, start + len(tokens)))
-        ranking = selector.rank(_flat(model, part), None if reference is None else _flat(reference, part), batch)
+        ranking = selector.rank(_flat(model, rows), None if reference is None else _flat(reference, rows), batch)
         choice = selector.choose(ranking, length=length, step=0)
-        score_Ws[part] = choice.score_N.view(valid_bs.shape).numpy()
-        kept_Ws[part] = choice.kept_N.view(valid_bs.shape).numpy()
-    return Kept(name=name, score_Ws=score_Ws, kept_Ws=kept_Ws)
+        score_Ws[rows] = choice.score_N.view(valid_bs.shape).numpy()
+        kept_Ws[rows] = choice.kept_N.view(valid_bs.shape).numpy()
+    return KeptTokens(name=name, score_Ws=score_Ws, kept_Ws=kept_Ws)
 
 
-def _flat(statistics: Statistics, part: slice) -> TokenStatistics:
+def _flat(statistics: ModelStatistics, rows: slice) -> TokenStatistics:
     entropy_Ws = statistics.entropy_Ws
     return TokenStatistics(
-        torch.from_numpy(statistics.loss_Ws[part]).flatten(),
-        None if entropy_Ws is None else torch.from_numpy(entropy_Ws[part]).flatten(),
+        torch.from_numpy(statistics.loss_Ws[rows]).flatten(),
+        None if entropy_Ws is None else torch.from_numpy(entropy_Ws[rows]).flatten(),
     )
 
 
-def agreement(first: Kept, second: Kept) -> float:
-    """The share of the first's kept tokens that the second keeps too; of equally many, it is symmetric."""
+def agreement(first: KeptTokens, second: KeptTokens) -> float:
+    """Return the share of the first selection's tokens that the second keeps; symmetric if both keep equally many."""
     return float((first.kept_Ws & second.kept_Ws).sum() / max(1, first.kept_Ws.sum()))
 
 
-def levels(kept: Kept, valid_Ws: Bools) -> npt.NDArray[np.int8]:
-    """The fifth of all scores that each token is in, int8 [W, s]: 0 is the highest."""
+def levels(kept: KeptTokens, valid_Ws: Bools) -> npt.NDArray[np.int8]:
+    """Return each token's fifth of the scores, int8 [W, s]; 0 is the highest."""
     score_N = kept.score_N(valid_Ws)
-    order = np.argsort(np.argsort(-score_N, kind="stable"), kind="stable")
+    rank_N = np.argsort(np.argsort(-score_N, kind="stable"), kind="stable")
     level_Ws = np.zeros(valid_Ws.shape, np.int8)
-    level_Ws[valid_Ws] = order * LEVELS // max(1, score_N.size)
+    level_Ws[valid_Ws] = rank_N * LEVELS // max(1, score_N.size)
     return level_Ws
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The tokens of one kind."""
+    """Statistics of the tokens of one group, losses and scores in nats."""
 
     grouping: str
     name: str
@@ -108,13 +111,15 @@ class Group:
     mean_score: float
 
 
-def groups(sample: Sample, kept: Kept, model: Statistics, reference: Statistics | None) -> list[Group]:
-    """Kept share and mean losses by token type, frequency, source, and what the documents say tokens are part of."""
-    valid = sample.valid_Ws
+def groups(
+    excerpt: Excerpt, kept: KeptTokens, model: ModelStatistics, reference: ModelStatistics | None
+) -> list[Group]:
+    """Compute kept share and means by token type, frequency, source, and labeled part of the document."""
+    valid = excerpt.valid_Ws
     kept_N, score_N, loss_N = kept.kept_Ws[valid], kept.score_Ws[valid], model.loss_Ws[valid]
     reference_N = None if reference is None else reference.loss_Ws[valid]
     out = []
-    for grouping, names, number_N in _groupings(sample):
+    for grouping, names, number_N in _groupings(excerpt):
         for number, name in enumerate(names):
             own = number_N == number
             if own.any():
@@ -132,32 +137,31 @@ def groups(sample: Sample, kept: Kept, model: Statistics, reference: Statistics 
     return out
 
 
-def _groupings(sample: Sample) -> list[tuple[str, Sequence[str], npt.NDArray[np.int64]]]:
-    valid = sample.valid_Ws
-    label_N = sample.labels_Ws[valid]
-    types = TokenTypes()
-    out: list[tuple[str, Sequence[str], npt.NDArray[np.int64]]] = [
-        ("token type", types.names, types.of(sample.tokenizer, label_N).astype(np.int64)),
-        ("frequency in this text", BANDS, frequency_bands(label_N)),
-    ]
-    window_N = np.nonzero(valid)[0]
-    sources = list(dict.fromkeys(window.source for window in sample.windows))
+def _groupings(excerpt: Excerpt) -> Iterator[tuple[str, Sequence[str], npt.NDArray[np.int64]]]:
+    """Yield every grouping that applies: its name, its groups' names, each token's group [N]."""
+    valid = excerpt.valid_Ws
+    label_N = excerpt.labels_Ws[valid]
+    yield "token type", TOKEN_TYPES, token_types(excerpt.tokenizer, label_N).astype(np.int64)
+    yield "frequency in this text", BANDS, frequency_bands(label_N)
+    row_N = np.nonzero(valid)[0]
+    sources = list(dict.fromkeys(span.source for span in excerpt.spans))
     if len(sources) > 1:
-        number_W = np.array([sources.index(window.source) for window in sample.windows])
-        out.append(("source", sources, number_W[window_N]))
-    if any(window.kinds for window in sample.windows):
-        kinds = [kind or "not said" for window, count in zip(sample.windows, valid.sum(axis=1), strict=True)
-                 for kind in (window.kinds[1:] or (None,) * int(count))]  # fmt: skip
+        number_W = np.array([sources.index(span.source) for span in excerpt.spans])
+        yield "source", sources, number_W[row_N]
+    if any(span.kinds for span in excerpt.spans):
+        kinds: list[str] = []
+        for span, count in zip(excerpt.spans, valid.sum(axis=1), strict=True):
+            own = span.kinds[1:] or (None,) * int(count)
+            kinds.extend(kind or UNLABELED for kind in own)
         names = list(dict.fromkeys(kinds))
-        out.append(("part of the document", names, np.array([names.index(kind) for kind in kinds])))
-    return out
+        yield "part of the document", names, np.array([names.index(kind) for kind in kinds])
 
 
 def frequency_bands(label_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The band of each token: ids sorted from rare to frequent, and cut where they cover 1, 10 and 50 % of the text."""
-    ids, place_N, counts = np.unique(label_N, return_inverse=True, return_counts=True)
+    """Return the band of each token: ids sorted from rare to frequent, cut where they cover 1, 10, 50 % of the text."""
+    ids, id_N, counts = np.unique(label_N, return_inverse=True, return_counts=True)
     order = np.argsort(counts, kind="stable")
     covered = np.cumsum(counts[order]) / max(1, label_N.size)
     band = np.empty(ids.size, np.int64)
     band[order] = np.searchsorted(np.array(_BAND_EDGES), covered, side="left")
-    return band[place_N]
+    return band[id_N]

@@ -1,8 +1,7 @@
-"""Per-token losses of a sample: from models of either kind of folder, or from stores that a pass has written."""
+"""Token losses of an excerpt: computed by models, or read from stores of scores."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_slm.analysis.sample import Sample, Window
-from megatron_slm.checkpoint.format import Manifest as CheckpointManifest
-from megatron_slm.checkpoint.format import complete_checkpoints
+from megatron_slm.analysis.excerpt import Excerpt, Span
+from megatron_slm.arithmetic import ceil_div
+from megatron_slm.checkpoint.format import Manifest, complete_checkpoints
 from megatron_slm.checkpoint.weights import fill_module
 from megatron_slm.convert.hf_config import is_hf_folder
 from megatron_slm.convert.source import Model, open_model
@@ -27,12 +26,10 @@ from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage
-from megatron_slm.reference.manifest import Manifest
+from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.reference.store import ScoreReader, check_shards
 from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch
-
-logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 BATCH_TOKENS = 8192
@@ -40,138 +37,142 @@ BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One point of a run, whose losses are looked at."""
+class Checkpoint:
+    """One model to analyze: a checkpoint of a run or a Hugging Face folder."""
 
     label: str
     path: str
-    million_tokens: float | None = None
-    """Tokens the run had read; None where the folder does not say."""
     step: int | None = None
+    """Step of the run; None for a Hugging Face folder."""
 
 
-def stages_of(paths: Sequence[str], *, field: str = "--load") -> list[Stage]:
-    """Every model that `paths` name, in their order: a run's folder or its checkpoints give all their checkpoints.
+def checkpoints_in(paths: Sequence[str], *, field: str = "--load") -> list[Checkpoint]:
+    """List the models that `paths` name, in order; a run's folder yields all its checkpoints.
 
     Raises:
         AnalysisError: a path holds neither a Hugging Face model nor checkpoints.
     """
-    stages = []
+    checkpoints = []
     for path in map(Path, paths):
         inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         if is_hf_folder(path):
-            stages.append(Stage(label=path.name, path=str(path)))
+            checkpoints.append(Checkpoint(label=path.name, path=str(path)))
         elif found := complete_checkpoints(inside):
-            stages += [_stage(folder) for folder in found]
+            checkpoints += map(_checkpoint, found)
         elif (path / "manifest.json").is_file():
-            stages.append(_stage(path))
+            checkpoints.append(_checkpoint(path))
         else:
             raise AnalysisError(
                 field,
                 str(path),
-                "is a Hugging Face folder, a checkpoint, or a run's folder with checkpoints in it",
+                "be a Hugging Face folder, a checkpoint, or a run's folder with checkpoints",
                 "check the path, or train with --save-interval",
             )
-    return stages
+    return checkpoints
 
 
-def _stage(folder: Path) -> Stage:
-    manifest = CheckpointManifest.read(folder)
-    return Stage(label=f"step {manifest.step:,}", path=str(folder), step=manifest.step)
+def _checkpoint(folder: Path) -> Checkpoint:
+    step = Manifest.read(folder).step
+    return Checkpoint(label=f"step {step:,}", path=str(folder), step=step)
 
 
-def open_stage(stage: Stage, first: Model | None, *, field: str = "--load") -> Model:
-    """Open a stage's model, and refuse another vocabulary than the first one's.
+def open_comparable(checkpoint: Checkpoint, first: Model | None, *, field: str = "--load") -> Model:
+    """Open a checkpoint's model and check that its vocabulary has the size of the first model's.
 
     Raises:
-        VocabularyError: the numbers of tokens differ.
-        WeightsError, CheckpointError: see `open_model`.
+        VocabularyError: the sizes differ.
+        WeightsError, CheckpointError: the model cannot be opened.
     """
-    model = open_model(stage.path, field=field, checksums=False)
+    model = open_model(checkpoint.path, field=field, checksums=False)
     if first is not None and model.architecture.vocab_size != first.architecture.vocab_size:
         raise VocabularyError(
-            f"{field} {stage.path}",
-            f"{model.architecture.vocab_size} tokens",
-            f"has the vocabulary of the first model, {first.architecture.vocab_size} tokens",
-            "losses compare over one vocabulary only: leave this model out",
+            f"{field}: vocabulary size of {checkpoint.path}",
+            model.architecture.vocab_size,
+            f"equal the first model's, {first.architecture.vocab_size}",
+            "leave this model out: losses over different vocabularies are not comparable",
         )
     return model
 
 
-class Statistics(NamedTuple):
-    """What one model says of each token of a sample, in nats, fp32; 0 where not valid."""
+class ModelStatistics(NamedTuple):
+    """One model's statistics of every token of an excerpt, in nats, fp32 [W, s]; 0 where not valid."""
 
     loss_Ws: Floats
     """-log P(label)."""
     entropy_Ws: Floats | None = None
-    """Entropy of the prediction; None where it was not asked for."""
+    """Entropy of the predicted distribution; None if not computed."""
 
 
 @torch.no_grad()
-def model_statistics(model: Model, sample: Sample, *, with_entropy: bool = False) -> Statistics:
-    """What a model says of every token of a sample. The whole model in this process, in fp32.
+def model_statistics(model: Model, excerpt: Excerpt, *, with_entropy: bool = False) -> ModelStatistics:
+    """Compute a model's statistics of every token of an excerpt, with the whole model in this process, in fp32.
 
-    For models that do not fit, write stores with tools/score_corpus.py at any layout, and read those.
+    For models too large for one process, write stores with tools/score_corpus.py in any layout and read those.
 
     Raises:
-        AnalysisError: windows are longer than the model reads, a token is not in its vocabulary, or a loss is not
-            finite.
+        AnalysisError: a span exceeds the model's context, a token is not in its vocabulary, or a loss is not finite.
     """
-    _check_readable(model, sample)
+    _check_readable(model, excerpt)
     device = local_device()
     stage = FrozenStage(model.architecture, ParallelLayers(), stage=0, num_stages=1)
     fill_module(stage, model.source)
     stage = stage.to(device)
     objective = Objective(selector=Selector(), tp=TensorParallel())
-    num_windows, length = sample.valid_Ws.shape
-    parts = [np.zeros((num_windows, length), np.float32) for _ in range(1 + with_entropy)]
-    rows = max(1, BATCH_TOKENS // length)
-    for start in range(0, num_windows, rows):
-        part = slice(start, start + rows)
-        tokens = torch.from_numpy(sample.tokens_Ws1[part]).to(device)
-        valid = torch.from_numpy(sample.valid_Ws[part]).to(device)
-        batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], valid, torch.arange(len(tokens), device=device))
+    num_spans, length = excerpt.valid_Ws.shape
+    loss_Ws = np.zeros((num_spans, length), np.float32)
+    entropy_Ws = np.zeros((num_spans, length), np.float32) if with_entropy else None
+    batch_size = max(1, BATCH_TOKENS // length)
+    for start in range(0, num_spans, batch_size):
+        rows = slice(start, start + batch_size)
+        tokens = torch.from_numpy(excerpt.tokens_Ws1[rows]).to(device)
+        valid_bs = torch.from_numpy(excerpt.valid_Ws[rows]).to(device)
+        batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], valid_bs, torch.arange(len(tokens), device=device))
         hidden_sbd = stage(batch.tokens_bs)
-        said = objective.statistics(hidden_sbd, stage.output_weight(), batch, with_entropy=with_entropy)
-        for whole_Ws, part_N in zip(parts, said, strict=False):
-            assert part_N is not None, "the loss gives what it is asked for"
-            whole_Ws[part] = part_N.view(valid.shape).float().cpu().numpy()
-    _check_finite(parts[0], "losses of the model")
-    return Statistics(*parts)
+        loss_N, entropy_N = objective.statistics(hidden_sbd, stage.output_weight(), batch, with_entropy=with_entropy)
+        loss_Ws[rows] = _array(loss_N, valid_bs.shape)
+        if entropy_Ws is not None:
+            assert entropy_N is not None, "computed with with_entropy"
+            entropy_Ws[rows] = _array(entropy_N, valid_bs.shape)
+    if not np.isfinite(loss_Ws).all():
+        raise AnalysisError(
+            f"{model.source.folder}: number of non-finite losses",
+            int((~np.isfinite(loss_Ws)).sum()),
+            "be 0",
+            "leave this checkpoint out",
+        )
+    return ModelStatistics(loss_Ws, entropy_Ws)
 
 
-def _check_readable(model: Model, sample: Sample) -> None:
-    context, length = model.architecture.max_position_embeddings, sample.valid_Ws.shape[1]
+def _array(values_N: torch.Tensor, shape: torch.Size) -> Floats:
+    array: Floats = values_N.view(shape).float().cpu().numpy()
+    return array
+
+
+def _check_readable(model: Model, excerpt: Excerpt) -> None:
+    context, length = model.architecture.max_position_embeddings, excerpt.valid_Ws.shape[1]
     if length > context:
-        raise AnalysisError("--seq-length", length, f"is at most what the model reads, {context}", "give a smaller one")
-    highest, vocab_size = int(sample.tokens_Ws1.max()), model.architecture.vocab_size
+        raise AnalysisError("--seq-length", length, f"be at most {context}, the model's context length", "lower it")
+    highest, vocab_size = int(excerpt.tokens_Ws1.max()), model.architecture.vocab_size
     if highest >= vocab_size:
         raise AnalysisError(
-            "token id",
+            "largest token id",
             highest,
-            f"is of the model's vocabulary, below {vocab_size}",
-            "give the tokenizer or the corpus that the model was trained with",
+            f"be less than {vocab_size}, the model's vocabulary size",
+            "use the tokenizer or the corpus that the model was trained with",
         )
 
 
-def _check_finite(loss_Ws: Floats, what: str) -> None:
-    if not np.isfinite(loss_Ws).all():
-        count = int((~np.isfinite(loss_Ws)).sum())
-        raise AnalysisError(what, f"{count} not finite", "are all finite numbers", "leave this checkpoint out")
-
-
-def sample_of_store(store: str, prefix: str, tokenizer: Any, *, max_tokens: int) -> Sample:
-    """The samples that a store of scores was written for, taken from their corpus again.
+def excerpt_of_store(store: str, prefix: str, tokenizer: Any, *, max_tokens: int) -> Excerpt:
+    """Read the samples that a store of scores covers from their corpus.
 
     Raises:
-        ScoreStoreError: the store is unfinished or damaged.
-        AnalysisError: the corpus is another one.
+        ScoreStoreError: the store is incomplete or damaged.
+        AnalysisError: the store was written for another corpus, or its samples are not concatenated documents.
     """
-    manifest = Manifest.read(Path(store))
-    data = manifest.data
+    data = StoreManifest.read(Path(store)).data
     if data.documents != "concatenate":
         raise AnalysisError(
-            "--scores", store, f"is of samples that are laid end to end, not `{data.documents}`", "use --load instead"
+            "--scores", store, f"hold scores of concatenated documents, not {data.documents!r}", "use --load instead"
         )
     corpus = IndexedCorpus(prefix)
     samples = PackedSamples(
@@ -183,36 +184,34 @@ def sample_of_store(store: str, prefix: str, tokenizer: Any, *, max_tokens: int)
         loss_mask=loss_mask_of(corpus),
     )
     if samples.order_fingerprint != data.sample_order:
-        raise AnalysisError(
-            "--data-path", prefix, f"is the corpus that {store} was written for", "give that corpus' prefix"
-        )
-    count = min(data.num_samples, max(1, -(-max_tokens // data.sequence_length)))
+        raise AnalysisError("--data-path", prefix, f"be the corpus of the store {store}", "name that corpus's prefix")
+    count = min(data.num_samples, max(1, ceil_div(max_tokens, data.sequence_length)))
     chosen = [samples[index] for index in range(count)]
-    return Sample(
-        tokens_Ws1=np.stack([one.tokens for one in chosen]),
-        valid_Ws=np.stack([one.valid for one in chosen]),
-        windows=tuple(Window(source=Path(prefix).name) for _ in chosen),
+    return Excerpt(
+        tokens_Ws1=np.stack([sample.tokens for sample in chosen]),
+        valid_Ws=np.stack([sample.valid for sample in chosen]),
+        spans=tuple(Span(source=Path(prefix).name) for _ in chosen),
         tokenizer=tokenizer,
         sample_W=np.arange(count, dtype=np.int64),
     )
 
 
-def store_losses(store: str, sample: Sample) -> Floats:
-    """The losses that a store holds of `sample_of_store`'s sample, fp32 [W, s]; tokens are compared by checksum.
+def store_losses(store: str, excerpt: Excerpt) -> Floats:
+    """Read a store's losses for an excerpt made by `excerpt_of_store`, fp32 [W, s]; verifies tokens by checksum.
 
     Raises:
-        ScoreStoreError: the store is unfinished, damaged, or of other samples.
+        ScoreStoreError: the store is incomplete, damaged, or covers other samples.
     """
     folder = Path(store)
-    manifest = Manifest.read(folder)
+    manifest = StoreManifest.read(folder)
     check_shards(folder, manifest, checksums=False)
-    assert sample.sample_W is not None, "only samples of a store have numbers"
-    tokens = torch.from_numpy(sample.tokens_Ws1)
+    assert excerpt.sample_W is not None, "set by excerpt_of_store"
+    tokens = torch.from_numpy(excerpt.tokens_Ws1)
     batch = MicroBatch(
         tokens[:, :-1].contiguous(),
         tokens[:, 1:].contiguous(),
-        torch.from_numpy(sample.valid_Ws),
-        torch.from_numpy(sample.sample_W),
+        torch.from_numpy(excerpt.valid_Ws),
+        torch.from_numpy(excerpt.sample_W),
     )
     losses: Floats = ScoreReader(folder, manifest).read(batch).loss_bs.numpy()
     return losses

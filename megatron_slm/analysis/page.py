@@ -1,6 +1,6 @@
-"""HTML pages that need no other file and no network, readable on a phone, in the dark, and by the colour-blind.
+"""Self-contained HTML pages without network access, for phones, dark mode and color-blind readers.
 
-Parts are `Markup`: `Markup.format` escapes whatever is not, so that a text from a corpus is shown and never run.
+Parts are `Markup`: `Markup.format` escapes everything else, so that text from a corpus is never executed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ figure { margin:0 } img { display:block; width:100%; border-radius:10px; border:
   white-space:normal } .bar { display:block; width:2.6rem; margin:.15rem 0 .15rem auto } }
 """
 
-# A finger cannot hover: the token that is touched says what it is in a line at the bottom.
+# Touch screens cannot hover: a tap shows the token's tooltip at the bottom of the page.
 _TIPS = """
 const tip=document.getElementById('tip');
 document.addEventListener('click',e=>{const t=e.target.closest('.t');tip.textContent=t?(t.title||''):''});
@@ -53,22 +53,22 @@ document.addEventListener('click',e=>{const t=e.target.closest('.t');tip.textCon
 
 
 def join(parts: Iterable[Markup], separator: str = "") -> Markup:
-    """Parts one after another."""
+    """Concatenate parts."""
     return Markup(separator).join(parts)
 
 
 def paragraph(text: str | Markup, kind: str = "") -> Markup:
-    """A paragraph of the class `kind`."""
+    """Return a paragraph of the CSS class `kind`."""
     return Markup('<p class="{}">{}</p>\n').format(kind, text)
 
 
 def heading(text: str) -> Markup:
-    """A heading inside the page."""
+    """Return a section heading."""
     return Markup("<h2>{}</h2>\n").format(text)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
-    """A table; cells that are not `Markup` are escaped."""
+    """Return a table; escapes cells that are not `Markup`."""
     head = join(Markup("<th>{}</th>").format(text) for text in heads)
     body = join(
         Markup("<tr>{}</tr>\n").format(join(Markup("<td>{}</td>").format(cell) for cell in row)) for row in rows
@@ -77,12 +77,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
 
 
 def share_bar(share: float) -> Markup:
-    """A share in [0, 1] as a bar and a number."""
+    """Return a share in [0, 1] as a bar and a percentage."""
     return Markup('<span class="bar" style="--share:{:.1f}%"></span>{:.1f}&nbsp;%').format(100 * share, 100 * share)
 
 
 def pictures(named_svgs: Iterable[tuple[str, bytes]]) -> Markup:
-    """Pictures side by side where there is room, below each other on a phone; each with a text that describes it."""
+    """Return pictures with their descriptions, side by side on wide screens and in one column on phones."""
     figures = (
         Markup('<figure><img alt="{}" src="data:image/svg+xml;base64,{}"></figure>\n').format(
             text, base64.b64encode(svg).decode("ascii")
@@ -93,27 +93,27 @@ def pictures(named_svgs: Iterable[tuple[str, bytes]]) -> Markup:
 
 
 def visible(text: str) -> str:
-    """Text whose line ends, tabs and empty rest can be seen; not escaped yet."""
+    """Make line breaks, tabs and empty text visible; does not escape."""
     return text.replace("\r", "␍").replace("\t", "⇥\t").replace("\n", "↵\n") or "▫"
 
 
-def token_span(text: str, kind: str, tip: str) -> Markup:
-    """One token of the class `kind`, with a text that shows on hover or touch."""
+def token(text: str, kind: str, tip: str) -> Markup:
+    """Return one token of the CSS class `kind` with a tooltip."""
     return Markup('<span class="t {}" title="{}">{}</span>').format(kind, tip, visible(text))
 
 
-def document_card(title: str, spans: Iterable[Markup]) -> Markup:
-    """A document, token by token."""
-    return Markup('<div class="doc"><h3>{}</h3>{}</div>\n').format(title, join(spans))
+def document_card(title: str, tokens: Iterable[Markup]) -> Markup:
+    """Return a document, token by token."""
+    return Markup('<div class="doc"><h3>{}</h3>{}</div>\n').format(title, join(tokens))
 
 
 def legend(kinds: Iterable[tuple[str, str]]) -> Markup:
-    """`(class, meaning)`s as a row of samples."""
+    """Return a legend of (CSS class, meaning) pairs."""
     return paragraph(join(Markup('<span class="key {}">{}</span>').format(kind, text) for kind, text in kinds))
 
 
 def write_page(path: Path, title: str, parts: Iterable[Markup], style: str = "") -> Path:
-    """Write a whole page at once, and return its path."""
+    """Write a page durably and return its path."""
     content = Markup(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

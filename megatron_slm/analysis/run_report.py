@@ -1,4 +1,4 @@
-"""The report of one run or several side by side: curves, a summary, and the tokens that each needs to reach a loss."""
+"""HTML report that compares runs: summary, tokens to reach a loss, curves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from megatron_slm.analysis import page
-from megatron_slm.analysis.charts import COLOURS, MARKERS, Line, Panel, png, svg
-from megatron_slm.analysis.runs import AXIS_LABELS, Axis, Curve, RunMetrics, held_out_sets
+from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png, svg
+from megatron_slm.analysis.runs import AXIS_LABELS, Axis, RunMetrics, Series, held_out_sets
 from megatron_slm.files import write_durably
 
 _NATS = "nats per token"
@@ -21,7 +21,7 @@ _TRAINING_PANELS = (
     ("Training loss, kept tokens", "loss", _NATS),
     ("Training loss, tokens not kept", "loss_unselected", _NATS),
     ("Excess loss of kept tokens", "excess_selected", _NATS),
-    ("Kept share", "keep_fraction", "share of valid tokens"),
+    ("KeptTokens share", "keep_fraction", "share of valid tokens"),
     ("Gradient norm before clipping", "grad_norm", "norm"),
     ("Throughput", "tokens_per_second", "tokens per second"),
     ("Learning rate", "lr", "learning rate"),
@@ -29,71 +29,72 @@ _TRAINING_PANELS = (
 
 
 def panels(runs: Sequence[RunMetrics], axis: Axis) -> list[Panel]:
-    """Every chart that any of the runs has something for: held-out sets first, then training."""
+    """Return a chart of every metric that any run has logged: held-out losses first, then training."""
     label = AXIS_LABELS[axis]
     made = [
         _panel(f"Held-out loss: {name}", label, _NATS, [(run, run.held_out(name, axis)) for run in runs])
         for name in held_out_sets(runs)
     ]
     for title, key, unit in _TRAINING_PANELS:
-        made.append(_panel(title, label, unit, [(run, run.curve(key, axis)) for run in runs]))
+        made.append(_panel(title, label, unit, [(run, run.metric(key, axis)) for run in runs]))
     agreements = [(run, run.agreement(axis)) for run in runs]
-    made.append(_panel("Selection kept since the last probe", label, "share of kept tokens", agreements))
-    return [panel for panel in made if panel.lines]
+    made.append(_panel("Selection unchanged since the last probe", label, "share of kept tokens", agreements))
+    return [panel for panel in made if panel.curves]
 
 
-def _panel(title: str, x_label: str, y_label: str, curves: Sequence[tuple[RunMetrics, Curve]]) -> Panel:
-    lines = [
-        Line(
+def _panel(title: str, x_label: str, y_label: str, by_run: Sequence[tuple[RunMetrics, Series]]) -> Panel:
+    curves = [
+        Curve(
             name=run.name,
-            x=curve.x,
-            y=curve.y,
-            colour=COLOURS[i % len(COLOURS)],
+            x=series.x,
+            y=series.y,
+            color=COLORS[i % len(COLORS)],
             marker=MARKERS[i % len(MARKERS)],
-            style="-" if i < len(COLOURS) else "--",
+            style="-" if i < len(COLORS) else "--",
         )
-        for i, (run, curve) in enumerate(curves)
-        if curve
+        for i, (run, series) in enumerate(by_run)
+        if series
     ]
-    return Panel(title=title, x_label=x_label, y_label=y_label, lines=lines, hides_start=y_label == _NATS)
+    return Panel(title=title, x_label=x_label, y_label=y_label, curves=curves, hides_start=y_label == _NATS)
 
 
 def tokens_to_reach(
     runs: Sequence[RunMetrics], targets: Mapping[str, Sequence[float]] | None = None
 ) -> list[dict[str, Any]]:
-    """Millions of tokens that each run reads until its held-out loss first falls to a target.
+    """Return the millions of tokens that each run reads until its held-out loss first falls to a target.
 
-    Targets of a set are the last losses of the runs, and those of `targets`. `ratio` compares with the first run,
-    which is the baseline; both are None where a target is never reached.
+    Targets are the last losses of the runs and those of `targets`, by held-out set. `ratio` is relative to the first
+    run, the baseline. Both are None if a target is never reached.
     """
     rows = []
     for name in held_out_sets(runs):
-        curves = {run.name: run.held_out(name) for run in runs}
-        wanted = [(f"last loss of {run}", curve.y[-1]) for run, curve in curves.items() if curve]
+        series = {run.name: run.held_out(name) for run in runs}
+        wanted = [(f"last loss of {run}", losses.y[-1]) for run, losses in series.items() if losses]
         wanted += [("target", loss) for loss in (targets or {}).get(name, ())]
-        for what, loss in sorted(wanted, key=lambda pair: -pair[1]):
-            reached = {run: curve.reaches(loss) for run, curve in curves.items()}
+        for label, loss in sorted(wanted, key=lambda pair: -pair[1]):
+            reached = {run: losses.reaches(loss) for run, losses in series.items()}
             baseline = reached[runs[0].name]
             ratios = {run: None if at is None or not baseline else at / baseline for run, at in reached.items()}
-            rows.append({"set": name, "target": what, "loss": loss, "million_tokens": reached, "ratio": ratios})
+            rows.append({"set": name, "target": label, "loss": loss, "million_tokens": reached, "ratio": ratios})
     return rows
 
 
 def summary(run: RunMetrics) -> dict[str, Any]:
-    """One run in numbers; losses in nats per token."""
-    seconds = [line["step_time_seconds"] for line in run.training if line.get("step_time_seconds")]
+    """Return the key figures of a run, losses in nats per token."""
+    has_times = any(line.get("step_time_seconds") for line in run.training)
     rates = [line["tokens_per_second"] for line in run.training if line.get("tokens_per_second")]
     step = run.last_step
+    is_selective = run.config.get("objective") == "slm"
     return {
         "name": run.name,
         "status": run.status,
         "objective": run.config.get("objective"),
-        "score": _listed(run.config.get("slm_score")) if run.config.get("objective") == "slm" else None,
-        "keep_ratio": run.config.get("slm_keep_ratio") if run.config.get("objective") == "slm" else None,
+        "score": _listed(run.config.get("slm_score")) if is_selective else None,
+        "keep_ratio": run.config.get("slm_keep_ratio") if is_selective else None,
         "step": step,
         "million_tokens": _finite(run.position("tokens", step)),
         "million_trained_tokens": _finite(run.position("trained-tokens", step)) if run.training else None,
-        "hours": _finite(run.position("hours", step)) if seconds else None,
+        "hours": _finite(run.position("hours", step)) if has_times else None,
         "median_tokens_per_second": median(rates) if rates else None,
         "held_out": {name: run.held_out(name).y[-1] for name in run.set_names},
         "skipped_steps": max((line.get("skipped_steps") or 0 for line in run.training), default=0),
@@ -109,12 +110,12 @@ def write_report(
     targets: Mapping[str, Sequence[float]] | None = None,
     extra: Sequence[Markup] = (),
 ) -> Path:
-    """Write `output` (HTML) and the same curves beside it as PNG; each is whole or absent.
+    """Write the report as HTML to `output`, and its charts beside it as PNG; both durably.
 
     Args:
-        runs: the first is the baseline that others are compared with.
-        targets: losses whose tokens-to-reach are asked for, by held-out set.
-        extra: further parts, put before the curves.
+        runs: runs to compare; the first is the baseline.
+        targets: further losses to reach, by held-out set.
+        extra: further parts, inserted before the curves.
     """
     charts = panels(runs, axis)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ def write_report(
         *_reach_table(runs, tokens_to_reach(runs, targets)),
         page.heading("Curves"),
         page.paragraph(
-            "Training curves are running means of the logged steps. Losses are in nats per token.", kind="soft"
+            "Training curves are running means over logged steps. Losses are in nats per token.", kind="soft"
         ),
         page.pictures((chart.describe(), svg(chart)) for chart in charts),
     ]
@@ -136,10 +137,12 @@ def write_report(
 
 def _notes(runs: Sequence[RunMetrics]) -> Iterator[Markup]:
     for run in runs:
-        if "of" in run.status.split():
-            yield page.paragraph(f"{run.name} is not finished: {run.status}. What is there is shown.", kind="verdict")
+        if run.is_unfinished:
+            yield page.paragraph(f"{run.name} is not finished: {run.status} so far.", kind="verdict")
         if run.unreadable_lines:
-            yield page.paragraph(f"{run.name}: {run.unreadable_lines} unreadable line(s) left out.", kind="soft")
+            yield page.paragraph(
+                f"{run.name}: skipped {run.unreadable_lines} unreadable line(s) of its metrics.", kind="soft"
+            )
         if run.training and not run.evaluations:
             yield page.paragraph(f"{run.name} has no held-out losses yet (--valid-data-path).", kind="soft")
 
@@ -168,9 +171,9 @@ def _reach_table(runs: Sequence[RunMetrics], rows: Sequence[Mapping[str, Any]]) 
         return
     yield page.heading("Tokens to reach a loss")
     yield page.paragraph(
-        f"Millions of tokens read until the held-out loss first falls to it, and as a share of {runs[0].name}'s."
+        f"Millions of tokens read until the held-out loss first falls to a target, and their ratio to {runs[0].name}'s."
     )
-    heads = ["held-out set", "loss", "which is the", *(run.name for run in runs)]
+    heads = ["held-out set", "loss", "target", *(run.name for run in runs)]
     body = []
     for row in rows:
         cells = [row["set"], f"{row['loss']:.4f}", row["target"]]

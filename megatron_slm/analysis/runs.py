@@ -1,4 +1,4 @@
-"""What a run's folder tells: its metrics, as curves over tokens or time."""
+"""Metrics of a run, read from its folder, as series over tokens, time or steps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.errors import AnalysisError
 
 METRICS = "metrics.jsonl"
 SMOOTHING_SHARE = 0.03
-"""Width of the running mean of training curves, as a share of the logged steps."""
-MOST_POINTS = 600
-"""Of a training curve that is drawn: more are not seen, and make a page heavy."""
+"""Width of the running mean of training series, as a share of the logged steps."""
+MAX_POINTS = 600
+"""Largest number of points of a training series: more are invisible and slow down the page."""
 
 Axis = Literal["tokens", "trained-tokens", "hours", "steps"]
 AXIS_LABELS: dict[Axis, str] = {
@@ -33,8 +34,8 @@ AXIS_LABELS: dict[Axis, str] = {
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Values over an axis, in the order of the run."""
+class Series:
+    """Values over an axis, in training order."""
 
     x: tuple[float, ...] = ()
     y: tuple[float, ...] = ()
@@ -43,7 +44,7 @@ class Curve:
         return bool(self.x)
 
     def reaches(self, value: float) -> float | None:
-        """Where the curve first falls to `value`, linear between points; None if it never does."""
+        """Return the first position with a value of at most `value`, linear between points; None if there is none."""
         points = list(zip(self.x, self.y, strict=True))
         if points and points[0][1] <= value:
             return points[0][0]
@@ -55,7 +56,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetrics:
-    """The logged lines of one run."""
+    """Logged metrics of one run, one dictionary per line of metrics.jsonl."""
 
     name: str
     folder: Path
@@ -64,54 +65,63 @@ class RunMetrics:
     probes: tuple[dict[str, Any], ...]
     config: Mapping[str, Any]
     unreadable_lines: int
-    """Lines that are not whole: the last one of a run that was killed, or is being written to."""
+    """Incomplete lines: the last line of a killed or running run."""
 
     @property
     def last_step(self) -> int:
-        """The last step that was logged."""
+        """Last logged step."""
         return max((line["step"] for line in (*self.training, *self.evaluations)), default=0)
 
     @property
+    def planned_steps(self) -> int | None:
+        """Length of the run by its configuration; None if unknown."""
+        return self.config.get("train_iters")
+
+    @property
+    def is_unfinished(self) -> bool:
+        """True if steps are known to be missing."""
+        return self.planned_steps is not None and self.last_step < self.planned_steps
+
+    @property
     def status(self) -> str:
-        """How far the run is."""
-        planned = self.config.get("train_iters")
-        if planned is None:
+        """Progress of the run as text."""
+        if self.planned_steps is None:
             return f"{self.last_step:,} steps"
-        if self.last_step >= planned:
-            return f"complete, {planned:,} steps"
-        return f"{self.last_step:,} of {planned:,} steps"
+        if self.is_unfinished:
+            return f"{self.last_step:,} of {self.planned_steps:,} steps"
+        return f"complete, {self.planned_steps:,} steps"
 
     @property
     def set_names(self) -> list[str]:
-        """Held-out sets with a finite loss, in the order they were first evaluated."""
+        """Held-out sets with a finite loss, in the order of their first evaluation."""
         return list(dict.fromkeys(line["set"] for line in self.evaluations if line["loss"] is not None))
 
-    def curve(self, key: str, axis: Axis, *, smooth: bool = True) -> Curve:
-        """What training lines say under `key`, without the lines that say nothing; a running mean by default."""
+    def metric(self, key: str, axis: Axis, *, smooth: bool = True) -> Series:
+        """Return a training metric, skipping lines without it; a running mean by default."""
         lines = [line for line in self.training if _is_number(line.get(key))]
         values = [float(line[key]) for line in lines]
         width = max(1, round(len(values) * SMOOTHING_SHARE)) if smooth else 1
-        stride = max(1, -(-len(values) // MOST_POINTS))
-        ends = range(len(values), 0, -stride)[::-1]  # the last value is always there
+        stride = max(1, ceil_div(len(values), MAX_POINTS))
+        ends = range(len(values), 0, -stride)[::-1]  # always includes the last value
         means = [fmean(values[max(0, end - width) : end]) for end in ends]
-        return Curve(tuple(self.position(axis, lines[end - 1]["step"]) for end in ends), tuple(means))
+        return Series(tuple(self.position(axis, lines[end - 1]["step"]) for end in ends), tuple(means))
 
-    def held_out(self, name: str, axis: Axis = "tokens") -> Curve:
-        """The loss on a held-out set."""
+    def held_out(self, name: str, axis: Axis = "tokens") -> Series:
+        """Return the loss on a held-out set."""
         lines = [line for line in self.evaluations if line["set"] == name and _is_number(line["loss"])]
-        return Curve(
+        return Series(
             tuple(self.position(axis, line["step"]) for line in lines), tuple(float(line["loss"]) for line in lines)
         )
 
-    def agreement(self, axis: Axis) -> Curve:
-        """How much of the selection on the fixed batch is the one of the probe before."""
+    def agreement(self, axis: Axis) -> Series:
+        """Return the share of each probe's selection that the previous probe made too."""
         lines = [line for line in self.probes if _is_number(line.get("agreement"))]
-        return Curve(
+        return Series(
             tuple(self.position(axis, line["step"]) for line in lines), tuple(line["agreement"] for line in lines)
         )
 
     def position(self, axis: Axis, step: int) -> float:
-        """Where a step is on an axis: linear between the logged steps."""
+        """Return the position of a step on an axis, linear between logged steps; NaN without any."""
         steps, values = self._positions[axis]
         if not steps:
             return math.nan
@@ -124,7 +134,7 @@ class RunMetrics:
 
     @cached_property
     def _positions(self) -> dict[Axis, tuple[list[int], list[float]]]:
-        """By axis: logged steps, and what the axis says there. Lines between logged steps are like the logged one."""
+        """Logged steps and their positions, by axis; steps between two logged ones count like the later one."""
         lines = [line for line in self.training if line.get("step")]
         steps = [line["step"] for line in lines]
         spans = [step - before for before, step in pairwise([0, *steps])]
@@ -143,36 +153,35 @@ class RunMetrics:
 
 
 def read_run(folder: str | Path, *, name: str | None = None) -> RunMetrics:
-    """Read a run's folder, finished or not.
+    """Read the metrics of a run, finished or not.
 
     Args:
-        name: what the run is called in the report; default: its folder's name.
+        name: name of the run in reports; default: its folder's name.
 
     Raises:
-        AnalysisError: there are no metrics in it.
+        AnalysisError: the folder holds no metrics.
     """
     folder = Path(folder)
     path = folder / METRICS
     if not path.is_file():
         raise AnalysisError(
-            "RUN",
-            str(folder),
-            f"is a run's folder, with a {METRICS} in it",
-            "give the --run-dir of tools/pretrain_slm.py",
+            "RUN", str(folder), f"be a run's folder (with a {METRICS})", "name the --run-dir of a training run"
         )
     lines: list[dict[str, Any]] = []
     unreadable = 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not text.strip():
+            continue
         try:
             line = json.loads(text)
             line["step"] = int(line["step"])
         except (ValueError, KeyError, TypeError):
-            unreadable += bool(text.strip())
-            continue
-        lines.append(line)
+            unreadable += 1
+        else:
+            lines.append(line)
     if not lines:
         raise AnalysisError(
-            str(path), f"{unreadable} unreadable lines", "holds at least one line of metrics", "wait for the first step"
+            f"{path}: number of readable lines", 0, "be at least 1", "wait until the first step is logged"
         )
     return RunMetrics(
         name=name or folder.resolve().name,
@@ -186,10 +195,10 @@ def read_run(folder: str | Path, *, name: str | None = None) -> RunMetrics:
 
 
 def read_runs(named: Sequence[str]) -> list[RunMetrics]:
-    """Read several runs, each `FOLDER` or `NAME=FOLDER`; names are made unlike.
+    """Read several runs, each `FOLDER` or `NAME=FOLDER`.
 
     Raises:
-        AnalysisError: there are no metrics in one of them, or a name is there twice.
+        AnalysisError: a folder holds no metrics, or two runs have the same name.
     """
     runs = []
     for text in named:
@@ -198,17 +207,19 @@ def read_runs(named: Sequence[str]) -> list[RunMetrics]:
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise AnalysisError("RUN", name, "is a name of one run only", "name them: clm=runs/a clm-2=runs/b")
+            raise AnalysisError(
+                "RUN: name", name, "differ from the names of the other runs", "name the runs: clm=runs/a clm-2=runs/b"
+            )
     return runs
 
 
 def held_out_sets(runs: Iterable[RunMetrics]) -> list[str]:
-    """The held-out sets of all runs, each once."""
+    """Return the held-out sets of all runs, each once."""
     return list(dict.fromkeys(name for run in runs for name in run.set_names))
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """The run's configuration with underscores in its names; empty where there is none that can be read."""
+    """Read a run's configuration, with underscores in its names; empty if it is missing or unreadable."""
     path = folder / "config.yaml"
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))

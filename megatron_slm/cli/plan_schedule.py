@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.engine.schedule.costs import Costs
-from megatron_slm.engine.schedule.orders import Mode
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.programs import Schedule
 from megatron_slm.engine.schedule.search import choose_schedule
 from megatron_slm.engine.schedule.simulate import Simulation, Sizes
@@ -21,7 +20,8 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `plan.py schedule`."""
     parser.add_argument("--stages", type=int, required=True, help="pipeline stages")
     parser.add_argument("--micro-batches", type=int, required=True, help="micro-batches of a step on one rank")
-    parser.add_argument("--mode", choices=get_args(Mode), default="skewed", help="mode to draw (default: %(default)s)")
+    names = [mode.value for mode in Mode]
+    parser.add_argument("--mode", choices=names, default=Mode.SKEWED.value, help="mode to draw (default: %(default)s)")
     durations = parser.add_argument_group("durations on one stage, in any one unit")
     for name, default, text in (
         ("forward", 1.0, "the model's forward pass"),
@@ -61,7 +61,7 @@ def plan_schedule(args: argparse.Namespace) -> None:
         head_backward=args.head_backward,
         head_reference=args.head_reference,
     )
-    schedules = {mode: choose_schedule(mode, costs, args.micro_batches) for mode in get_args(Mode)}
+    schedules = {mode: choose_schedule(mode, costs, args.micro_batches) for mode in Mode}
     sizes = Sizes(
         reference_message=round(args.message_mib * 2**20),
         stage_activations=round(args.activations_mib * 2**20),
@@ -70,11 +70,11 @@ def plan_schedule(args: argparse.Namespace) -> None:
     )
     console = Console()
     console.print(_modes_table(schedules))
-    console.print(_stages_table(schedules[args.mode], sizes))
+    console.print(_stages_table(schedules[Mode(args.mode)], sizes))
     if args.png is not None:
         from megatron_slm.engine.schedule.picture import draw  # matplotlib: needed only for pictures
 
-        draw(schedules[args.mode], args.png)
+        draw(schedules[Mode(args.mode)], args.png)
         console.print(f"wrote {args.png}", highlight=False)
 
 
@@ -86,7 +86,7 @@ def _modes_table(schedules: dict[Mode, Schedule]) -> Table:
         simulation = Simulation(schedule)
         stages = range(schedule.num_stages)
         idle = sum(simulation.bubble_fraction(stage) for stage in stages) / len(stages)
-        table.add_row(mode, f"{simulation.ratio:.3f}", f"{simulation.lower_bound:.3f}", f"{idle:.1%}")
+        table.add_row(mode.value, f"{simulation.ratio:.3f}", f"{simulation.lower_bound:.3f}", f"{idle:.1%}")
     return table
 
 
@@ -103,7 +103,7 @@ def _stages_table(schedule: Schedule, sizes: Sizes) -> Table:
             str(schedule.leads[stage] if schedule.leads else 0),
             str(simulation.activations(stage)),
             str(simulation.unread(stage)),
-            str(simulation.window(stage)),
+            str(simulation.micro_batches_held(stage)),
             f"{simulation.memory_bytes(stage, sizes) / 2**20:,.1f}",
         )
     return table

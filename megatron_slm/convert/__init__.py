@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out; the same weights must give the same losses on both sides."""
+"""Import from and export to Hugging Face folders, and the proof that both sides compute the same losses."""

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder of pickled `.bin` files, for importing only."""
+"""Weights in pickled `.bin` files of a Hugging Face folder; for import only."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_slm.errors import WeightsError
 
 
 class BinSource:
-    """A `TensorSource` over `pytorch_model*.bin`, read with `weights_only`: tensors and nothing else are unpickled.
+    """`TensorSource` over `pytorch_model*.bin`, loaded with `weights_only`: nothing but tensors is unpickled.
 
-    One file is open at a time, mapped into memory; one of the format before torch 1.6 is read whole.
+    One file is open at a time, memory-mapped; files older than torch 1.6 are loaded whole.
 
     Raises:
-        WeightsError: no such files, one that holds more than tensors or is damaged, or an index that does not fit.
+        WeightsError: the files are missing or damaged, hold other objects than tensors, or contradict their index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,8 +30,7 @@ class BinSource:
         self._open: tuple[Path, dict[str, Tensor]] | None = None
         listed = weight_files(folder, BIN)
         if not listed:
-            found = sorted(path.name for path in folder.glob("*"))[:12]
-            raise WeightsError(str(folder), found, f"holds {BIN} or its index", "check the path")
+            raise WeightsError.missing(f"{folder / BIN}", "--allow-bin", "check the path, or download the weights")
         for file in dict.fromkeys(listed.values() if isinstance(listed, dict) else listed):
             for name, tensor in self._load(folder / file).items():
                 self._paths[name] = folder / file
@@ -39,43 +38,47 @@ class BinSource:
         for name, file in listed.items() if isinstance(listed, dict) else ():
             if name not in self._paths or self._paths[name].name != file:
                 raise WeightsError(
-                    f"{folder}/{BIN}.index.json: {name}", "not there", f"is in {file}", "download the folder again"
+                    f"{folder / BIN}.index.json: weight_map.{name}",
+                    file,
+                    "name the file that holds this tensor",
+                    "download the folder again",
                 )
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         if self._open is not None and self._open[0] == path:
             return self._open[1]
-        self._open = None  # let go of the file before the next one
+        self._open = None  # unmap the file before the next one
         try:
             mapped = zipfile.is_zipfile(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0].split(". ")[0]  # the rest is advice to load it regardless
             raise WeightsError(
+                "--hf: weight file",
                 str(path),
-                str(error).strip().splitlines()[0],
-                "is a whole .bin file that holds tensors only (it is read with weights_only)",
-                "download it again; do not load it otherwise unless you trust who made it",
+                f"hold nothing but tensors and be undamaged (torch.load with weights_only: {reason})",
+                "download it again; load it by other means only if you trust its author",
             ) from error
-        others = [k for k, v in loaded.items() if not isinstance(v, Tensor)] if isinstance(loaded, dict) else ["all"]
-        if others:
-            raise WeightsError(
-                str(path), others[0], "is a tensor, as everything in a state dict is", "use another folder"
-            )
+        if not isinstance(loaded, dict):
+            raise WeightsError("--hf: weight file", str(path), "hold a state dict of tensors", "use another folder")
+        for name, value in loaded.items():
+            if not isinstance(value, Tensor):
+                raise WeightsError(f"{path}: {name}", type(value).__name__, "be a tensor", "use another folder")
         self._open = (path, loaded)
         return self._open[1]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor."""
+        """Return the shape of every tensor by name."""
         return dict(self._shapes)
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Name and stored dtype of every tensor."""
+        """Return the stored dtype of every tensor by name."""
         return dict(self._dtypes)
 
     def files(self) -> dict[str, str]:
-        """Name of every tensor and the path of the file it is in."""
+        """Return the path of the file that holds each tensor, by tensor name."""
         return {name: str(path) for name, path in self._paths.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) along the first dimension, in the stored dtype."""
+        """Return rows [start, stop) along the first dimension, in the stored dtype."""
         return self._load(self._paths[name])[name][start:stop]

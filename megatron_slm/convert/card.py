@@ -1,4 +1,4 @@
-"""The model card of a published checkpoint: where it comes from, as far as the checkpoint says."""
+"""Model card of an exported checkpoint: training, data and origin, as far as the checkpoint records them."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from typing import Any
 import yaml
 
 from megatron_slm.checkpoint.format import Manifest
-from megatron_slm.convert.carried import ORIGIN, STORY
+from megatron_slm.convert.companion_files import ORIGIN, ORIGIN_RECORD
 
 NOT_KNOWN = "not recorded"
 
 
 def model_card(checkpoint: Path, manifest: Manifest, hf_config: Mapping[str, Any]) -> str:
-    """The README.md of an exported folder, with the fields that model hubs read on top.
+    """Return the README.md of an exported folder, with the metadata that model hubs read on top.
 
     Args:
-        checkpoint: folder of the checkpoint; its config.yaml and origin/origin.json are read where they are there.
-        hf_config: the content of the exported config.json.
+        checkpoint: folder of the checkpoint; uses its config.yaml and origin/origin.json if present.
+        hf_config: content of the exported config.json.
     """
     flags = _read(checkpoint / "config.yaml", yaml.safe_load)
     config = {name: value for name, value in flags.items() if value not in (None, [])}
-    story = read_story(checkpoint)
+    origin = read_origin(checkpoint)
     sections = [
-        _front_matter(story, config),
+        _front_matter(origin, config),
         f"# {_title(checkpoint, config)}\n\n{_summary(manifest, config)}",
         "## Training\n\n" + _table(_training(manifest, config)),
-        "## Data\n\n" + _data(story),
-        "## Start and reference\n\n" + _table(_models(story)),
+        "## Data\n\n" + _data(origin),
+        "## Initialization and reference\n\n" + _table(_models(origin)),
         "## Architecture\n\n" + _table(_architecture(manifest, hf_config)),
     ]
     if config:
         listed = yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
-        sections.append(f"## Configuration\n\nThe run's flags, as resolved:\n\n```yaml\n{listed}```")
+        sections.append(f"## Configuration\n\nResolved flags of the run:\n\n```yaml\n{listed}```")
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
     sections.append(f"Written by {versions}.")
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def read_story(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of where its weights come from; empty where it does not."""
-    return _read(checkpoint / ORIGIN / STORY, json.loads)
+def read_origin(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's record of its initial weights, references and corpora; empty without one."""
+    return _read(checkpoint / ORIGIN / ORIGIN_RECORD, json.loads)
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def _read(path: Path, parse: Any) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _front_matter(story: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _front_matter(origin: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    base = (story.get("base") or {}).get("path")
+    base = (origin.get("base") or {}).get("path")
     if base:
         front["base_model"] = _hub_name(Path(base))
     front["tags"] = ["megatron_slm", *(["selective-language-modeling"] if config.get("objective") == "slm" else [])]
@@ -61,7 +61,7 @@ def _front_matter(story: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _hub_name(path: Path) -> str:
-    """A folder's name, or what a folder of the hub's cache (models--OWNER--NAME/snapshots/...) stands for."""
+    """Return a model's name on the hub, from the hub's cache folder (models--OWNER--NAME/snapshots/...) or its own."""
     cached = next((part for part in path.parts if part.startswith("models--")), None)
     return "/".join(cached.split("--")[1:]) if cached else path.name
 
@@ -72,9 +72,11 @@ def _title(checkpoint: Path, config: Mapping[str, Any]) -> str:
 
 def _summary(manifest: Manifest, config: Mapping[str, Any]) -> str:
     if not manifest.step:
-        return "Converted; not trained here."
+        return "Converted from a Hugging Face model, without further training."
     if config.get("objective") == "slm":
-        return "Trained with Selective Language Modeling: on the tokens that its reference says are worth learning."
+        return (
+            "Trained with Selective Language Modeling (arXiv 2404.07965), on the tokens with the highest scores only."
+        )
     return "Trained on every token (causal language modeling)."
 
 
@@ -82,28 +84,31 @@ def _training(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, Any]:
     if not manifest.step:
         return {"tokenizer (SHA-256 of its token table)": manifest.tokenizer_fingerprint or NOT_KNOWN}
     seen, kept = manifest.state.tokens_seen, manifest.state.tokens_kept
-    selective = config.get("objective") == "slm"
-    return {
+    rows = {
         "steps": f"{manifest.step:,} ({manifest.step - manifest.state.adam_step} skipped)",
         "samples": f"{manifest.state.consumed_samples:,}",
         "sequence length": config.get("seq-length", NOT_KNOWN),
         "tokens seen": f"{seen:,}" if seen is not None else NOT_KNOWN,
         "tokens kept (trained on)": f"{kept:,} ({kept / seen:.1%})" if kept is not None and seen else NOT_KNOWN,
         "objective": config.get("objective", NOT_KNOWN),
-        "score": " ".join(map(str, _listed(config.get("slm-score")))) if selective else "",
-        "policy": config.get("slm-policy", "") if selective else "",
-        "keep ratio": config.get("slm-keep-ratio", "") if selective else "",
-        "order of the samples (SHA-256)": manifest.sample_order or "",
-        "tokenizer (SHA-256 of its token table)": manifest.tokenizer_fingerprint or "",
+        "sample order (SHA-256)": manifest.sample_order,
+        "tokenizer (SHA-256 of its token table)": manifest.tokenizer_fingerprint,
     }
+    if config.get("objective") == "slm":
+        rows |= {
+            "score": " ".join(map(str, _listed(config.get("slm-score")))),
+            "selection policy": config.get("slm-policy"),
+            "keep ratio": config.get("slm-keep-ratio"),
+        }
+    return rows
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _data(story: Mapping[str, Any]) -> str:
-    corpora = story.get("data")
+def _data(origin: Mapping[str, Any]) -> str:
+    corpora = origin.get("data")
     if not corpora:
         return NOT_KNOWN
     lines = ["| corpus | tokens | documents | SHA-256 |", "|---|---|---|---|"]
@@ -113,17 +118,16 @@ def _data(story: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _models(story: Mapping[str, Any]) -> dict[str, Any]:
-    def named(entry: Mapping[str, Any] | None, otherwise: str) -> str:
-        if not entry:
-            return otherwise
-        checksum = f" (SHA-256 `{entry['sha256']}`)" if entry.get("sha256") else ""
-        return f"{entry['path']}{checksum}"
+def _models(origin: Mapping[str, Any]) -> dict[str, Any]:
+    base = origin.get("base")
+    initial = "random weights" if "data" in origin else NOT_KNOWN
+    references = "; ".join(map(_model, origin.get("references", [])))
+    return {"initial weights": _model(base) if base else initial, "reference": references or "none"}
 
-    out = {"start": named(story.get("base"), "random weights" if "data" in story else NOT_KNOWN)}
-    references = story.get("references", [])
-    out["reference"] = "; ".join(named(entry, "") for entry in references) or "none"
-    return out
+
+def _model(entry: Mapping[str, Any]) -> str:
+    checksum = f" (SHA-256 `{entry['sha256']}`)" if entry.get("sha256") else ""
+    return f"{entry['path']}{checksum}"
 
 
 def _architecture(manifest: Manifest, hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,12 +135,12 @@ def _architecture(manifest: Manifest, hf_config: Mapping[str, Any]) -> dict[str,
     return {
         "class": ", ".join(hf_config.get("architectures") or [NOT_KNOWN]),
         "parameters": f"{arch.num_parameters:,}",
-        "blocks, width, inner width": f"{arch.num_layers}, {arch.hidden_size}, {arch.ffn_hidden_size}",
-        "query heads, key and value heads, their width": (
+        "layers, hidden size, FFN size": f"{arch.num_layers}, {arch.hidden_size}, {arch.ffn_hidden_size}",
+        "attention heads, key-value heads, head size": (
             f"{arch.num_attention_heads}, {arch.num_query_groups}, {arch.kv_channels}"
         ),
-        "vocabulary": f"{arch.vocab_size:,}",
-        "longest sequence": f"{arch.max_position_embeddings:,}",
+        "vocabulary size": f"{arch.vocab_size:,}",
+        "maximum sequence length": f"{arch.max_position_embeddings:,}",
     }
 
 

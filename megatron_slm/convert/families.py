@@ -1,7 +1,7 @@
-"""The families of Hugging Face models that are understood: which of transformers' classes, and what each fixes.
+"""Supported families of Hugging Face models: their transformers classes and the options that differ.
 
-A family turns a transformers configuration into an `Architecture` and back. Names of weights are the same in all
-of them; they are the logical names that checkpoints use.
+A family converts a transformers configuration to an `Architecture` and back. All families name their weights
+alike; checkpoints use these names as logical names.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from megatron_slm.errors import SlmError, WeightsError
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family, by transformers' names."""
+    """One family of models in transformers."""
 
     model_type: str
-    """As config.json has it."""
+    """`model_type` in config.json."""
     name: str
-    """What the names of its classes begin with."""
+    """Class-name prefix in transformers, e.g. `Llama`."""
     models: str
-    """Models that are released in it."""
+    """Released models of the family."""
     options: Callable[[Any], dict[str, Any]]
-    """From a configuration, the fields of an `Architecture` that not all families have."""
+    """Converts a configuration to the fields of an `Architecture` that not all families have."""
     fields: Callable[[Architecture], dict[str, Any]]
-    """The other way round."""
+    """Inverse of `options`."""
 
     @property
     def causal_lm(self) -> str:
-        """The class that predicts the next token."""
+        """Name of the causal language model class."""
         return f"{self.name}ForCausalLM"
 
     def config_class(self) -> Any:
-        """Its configuration's class in transformers."""
+        """Return the configuration class in transformers."""
         import transformers
 
         return getattr(transformers, f"{self.name}Config")
 
     def config(self, arch: Architecture, **others: Any) -> Any:
-        """A configuration of this family; whether it says all that `arch` does is for `architecture` to see."""
+        """Build a configuration of this family; options of `arch` that the family lacks are lost (see `family_of`)."""
         rope = {"rope_type": "default", **arch.rope_scaling, "rope_theta": arch.rotary_base}
         return self.config_class()(
             architectures=[self.causal_lm],
@@ -61,12 +61,12 @@ class Family:
         )
 
     def architecture(self, config: Any) -> Architecture:
-        """What a configuration of this family says; its rope_type is one that is known.
+        """Return the architecture of a configuration of this family, whose rope_type must be supported.
 
         Raises:
-            LayoutError: the numbers do not fit together.
+            LayoutError: the sizes contradict each other.
         """
-        rope = {key: value for key, value in config.rope_parameters.items() if key != "type"}  # the old rope_type
+        rope = {key: value for key, value in config.rope_parameters.items() if key != "type"}  # old name of rope_type
         base = float(rope.pop("rope_theta"))
         if rope.get("rope_type", "default") == "default":
             rope.pop("rope_type", None)
@@ -109,7 +109,7 @@ def _mistral_fields(arch: Architecture) -> dict[str, Any]:
 
 
 def _qwen_window(config: Any) -> dict[str, Any]:
-    """The window of the last blocks: transformers lists each block's kind, made from max_window_layers."""
+    """Return the sliding window of the last blocks; transformers derives each block's kind from max_window_layers."""
     num_full = sum(kind == "full_attention" for kind in config.layer_types)
     if num_full == config.num_hidden_layers:
         return {}
@@ -130,8 +130,9 @@ def _qwen2_options(config: Any) -> dict[str, Any]:
 
 
 def _qwen2_fields(arch: Architecture) -> dict[str, Any]:
-    usual = arch.kv_channels * arch.num_attention_heads == arch.hidden_size  # it has no field for another head width,
-    return _qwen_window_fields(arch) | ({} if usual else {"head_dim": arch.kv_channels})  # but its code reads one
+    default_heads = arch.kv_channels * arch.num_attention_heads == arch.hidden_size
+    head_dim = {} if default_heads else {"head_dim": arch.kv_channels}  # not a declared field, but the model reads it
+    return _qwen_window_fields(arch) | head_dim
 
 
 def _qwen3_options(config: Any) -> dict[str, Any]:
@@ -173,19 +174,19 @@ FAMILIES = (
         fields=_qwen3_fields,
     ),
 )
-"""In the order in which they are tried for a model that was born here."""
+"""In the order of preference for the export of a model trained from scratch."""
 
 
 def family_named(model_type: object) -> Family | None:
-    """The family of a config.json's model_type; None if it is not known."""
+    """Return the family of a config.json's model_type, None if it is not supported."""
     return next((family for family in FAMILIES if family.model_type == model_type), None)
 
 
 def family_of(arch: Architecture) -> Family:
-    """The first family whose configuration says everything that `arch` does.
+    """Return the first family whose configuration can express `arch`.
 
     Raises:
-        WeightsError: none does; the options are named.
+        WeightsError: no family can; names the options.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -193,13 +194,13 @@ def family_of(arch: Architecture) -> Family:
         try:
             if family.architecture(family.config(arch)) == arch:
                 return family
-        except (SlmError, StrictDataclassError):  # transformers refuses some shapes in some families
+        except (SlmError, StrictDataclassError):  # some families reject some shapes
             continue
     options = ("qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm", "sliding_window", "full_attention_layers")
-    given = {name: getattr(arch, name) for name in options if getattr(arch, name)}
+    enabled = {name: getattr(arch, name) for name in options if getattr(arch, name)}
     raise WeightsError(
-        "architecture",
-        given,
-        f"is that of a family that transformers has ({', '.join(family.name for family in FAMILIES)})",
+        "model architecture",
+        enabled,
+        f"match a family in transformers ({', '.join(family.name for family in FAMILIES)})",
         "train with another combination of --add-qkv-bias, --qk-layernorm and --window-size",
     )

@@ -1,10 +1,10 @@
-"""Between a Hugging Face folder's config.json and an `Architecture`."""
+"""Conversion between a Hugging Face config.json and an `Architecture`."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +16,90 @@ CONFIG = "config.json"
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether a folder looks like a Hugging Face model."""
+    """Return True if a folder looks like a Hugging Face model."""
     return (path / CONFIG).is_file()
 
 
-def read_architecture(folder: Path) -> Architecture:
-    """The architecture of a Hugging Face folder.
+def check_folder(path: str, *, field: str) -> None:
+    """Check that a model's folder exists; models are not downloaded.
+
+    Args:
+        field: the flag that names the folder.
 
     Raises:
-        WeightsError: no readable config.json, or a model whose mathematics differ from ours; the field is named.
+        WeightsError: no such folder.
+    """
+    if Path(path).is_dir():
+        return
+    fix = "check the path"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists():
+        fix += f", or download the model first: hf download {path} --local-dir models/{Path(path).name}"
+    raise WeightsError(field, path, "be a local folder", fix)
+
+
+def check_hf_folder(path: str, *, field: str) -> None:
+    """Check that a folder holds a Hugging Face model.
+
+    Args:
+        field: the flag that names the folder.
+
+    Raises:
+        WeightsError: no such folder, or no config.json in it.
+    """
+    check_folder(path, field=field)
+    if not is_hf_folder(Path(path)):
+        raise WeightsError(field, path, f"be a Hugging Face folder (with a {CONFIG})", "check the path")
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Read the architecture of a Hugging Face folder.
+
+    Raises:
+        WeightsError: config.json is unreadable or describes an unsupported model; names the field.
     """
     return architecture_of(read_config(folder), str(folder / CONFIG))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-        WeightsError: it cannot be read, or is not a JSON object.
+        WeightsError: the file is unreadable or not a JSON object.
     """
     path = folder / CONFIG
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise WeightsError(str(path), error.strerror, "is a readable file", "name a Hugging Face folder") from error
+        raise WeightsError(
+            CONFIG, str(path), f"be a readable file ({error.strerror})", "name a Hugging Face folder"
+        ) from error
     except ValueError as error:
-        raise WeightsError(str(path), str(error), "is JSON", "download the folder again") from error
+        raise WeightsError(CONFIG, str(path), f"be valid JSON ({error})", "download the folder again") from error
     if not isinstance(loaded, dict):
-        raise WeightsError(str(path), type(loaded).__name__, "is a JSON object", "download the folder again")
+        raise WeightsError(CONFIG, str(path), "be a JSON object", "download the folder again")
     return loaded
 
 
 def architecture_of(raw: Mapping[str, Any], where: str) -> Architecture:
-    """The architecture that the content of a config.json describes.
+    """Return the architecture that a config.json describes.
 
     Args:
+        raw: content of the config.json.
         where: the file, for errors.
 
     Raises:
-        WeightsError: what it describes is not supported; the field is named.
+        WeightsError: the model is not supported; names the field.
     """
     family = _checked_family(raw, where)
     _check_rope(raw, where)
     try:
-        config = family.config_class().from_dict(dict(raw))  # fills defaults, and reads RoPE's old and new fields
-    except Exception as error:  # transformers and its validation raise anything
+        config = family.config_class().from_dict(dict(raw))  # fills in defaults, reads RoPE's old and new fields
+    except Exception as error:  # transformers and its validation raise errors of any kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise WeightsError(
-            where,
-            f"{type(error).__name__}: {error}",
-            f"is read by transformers as a {family.name}Config",
+            f"{where}: model_type",
+            family.model_type,
+            f"load in transformers as a {family.name}Config ({reason})",
             "download the folder again, or update transformers",
         ) from error
     _check_windows(config, where)
@@ -77,23 +112,23 @@ def architecture_of(raw: Mapping[str, Any], where: str) -> Architecture:
 def _checked_family(raw: Mapping[str, Any], where: str) -> Family:
     family = family_named(raw.get("model_type"))
 
-    def refuse(field: str, rule: str, fix: str = "use a model of these") -> None:
-        raise WeightsError(f"{where}: {field}", raw.get(field), rule, fix)
+    def reject(key: str, rule: str, fix: str) -> WeightsError:
+        return WeightsError(f"{where}: {key}", raw.get(key), rule, fix)
 
     if family is None:
         known = "; ".join(f"{one.model_type} ({one.models})" for one in FAMILIES)
-        raise WeightsError(
-            f"{where}: model_type", raw.get("model_type"), f"is one of {known}", "use a model of these families"
-        )
+        raise reject("model_type", f"be one of {known}", "use a model of a supported family")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", "is silu (SwiGLU)")
+        raise reject("hidden_act", "be silu (SwiGLU)", "use a model with SwiGLU")
     if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
-        refuse("auto_map", "names no code of the folder's own (trust_remote_code), which may compute anything else")
+        raise reject(
+            "auto_map", "not name custom model code (trust_remote_code)", "use a model that transformers implements"
+        )
     if raw.get("quantization_config"):
-        refuse("quantization_config", "is absent: weights are full numbers", "use the model before its quantization")
+        raise reject("quantization_config", "be absent: quantized weights are not supported", "use the original model")
     classes = raw.get("architectures")
     if classes and family.causal_lm not in classes:
-        refuse("architectures", f"is {family.causal_lm}: a decoder with a language-modeling head")
+        raise reject("architectures", f"be {family.causal_lm}", "use a model with a language-modeling head")
     return family
 
 
@@ -105,59 +140,62 @@ def _check_rope(raw: Mapping[str, Any], where: str) -> None:
         raise WeightsError(
             f"{where}: {field}.rope_type",
             kind,
-            f"is one of {', '.join(ROPE_FIELDS)}",
-            "use a model without it, or drop the scaling if you train within the original length",
+            f"be one of {', '.join(ROPE_FIELDS)}",
+            "use another model, or remove the scaling if you train within the original context length",
         )
-    turned = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
-    if turned not in (None, 1, 1.0):
-        raise WeightsError(f"{where}: partial_rotary_factor", turned, "is 1 or absent", "use another model")
+    rotated_share = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    if rotated_share not in (None, 1, 1.0):
+        raise WeightsError(f"{where}: partial_rotary_factor", rotated_share, "be 1 or absent", "use another model")
 
 
 def _check_windows(config: Any, where: str) -> None:
-    """Which blocks have a window: none, all, or (Qwen) those after the first few."""
+    """Check that no block uses sliding windows, or all do, or (Qwen) all after the first few do."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return
     num_full = sum(kind == "full_attention" for kind in kinds)
-    windowed = len(kinds) - num_full
-    usual = ["full_attention"] * num_full + ["sliding_attention"] * windowed
-    by_type = config.model_type in ("qwen2", "qwen3")
-    if list(kinds) != usual or (windowed and (config.sliding_window is None or not by_type)):
+    num_windowed = len(kinds) - num_full
+    supported = ["full_attention"] * num_full + ["sliding_attention"] * num_windowed
+    is_qwen = config.model_type in ("qwen2", "qwen3")
+    if list(kinds) != supported or (num_windowed and (config.sliding_window is None or not is_qwen)):
         raise WeightsError(
             f"{where}: layer_types",
             kinds,
-            "is full_attention, or for Qwen full_attention and then sliding_attention with a sliding_window",
+            "be full_attention throughout, or for Qwen full_attention, then sliding_attention with a sliding_window",
             "use another model",
         )
 
 
 def exported_config(
     arch: Architecture,
-    carried: Mapping[str, Any] | None,
+    original: Mapping[str, Any] | None,
     *,
     dtype: str | None,
     special_ids: Mapping[str, int | None],
 ) -> dict[str, Any]:
-    """The content of an exported config.json.
+    """Return the content of an exported config.json.
 
     Args:
-        carried: the config.json the model once came with, which is kept but for what has changed; None for a model
-            that was born here.
-        dtype: what the weights are written in; None keeps what `carried` says.
-        special_ids: bos_token_id and eos_token_id, for a model that was born here.
+        original: config.json of the imported model, kept apart from changed fields; None for a model trained from
+            scratch.
+        dtype: dtype of the exported weights; None keeps the dtype in `original`.
+        special_ids: bos_token_id and eos_token_id, for a model trained from scratch.
 
     Raises:
-        WeightsError: `carried` is of another architecture, or no family of transformers' can express this one.
+        WeightsError: `original` describes another architecture, or no transformers family can express this one.
     """
-    if carried is None:
+    if original is None:
         config = family_of(arch).config(arch, dtype=dtype, **special_ids)
         return json.loads(config.to_json_string(use_diff=False))
     where = f"origin/{CONFIG}"
-    then = architecture_of(carried, where)
-    if replace(then, vocab_size=arch.vocab_size) != arch:
-        raise WeightsError(where, then, "describes the checkpoint's architecture", "do not change it")
-    out = dict(carried)
-    if then.vocab_size != arch.vocab_size:
+    imported = architecture_of(original, where)
+    for name, value in vars(arch).items():
+        if name != "vocab_size" and value != getattr(imported, name):
+            raise WeightsError(
+                f"{where}: {name}", getattr(imported, name), f"be {value!r} as in the checkpoint", "restore the file"
+            )
+    out = dict(original)
+    if imported.vocab_size != arch.vocab_size:
         out["vocab_size"] = arch.vocab_size
     names = [name for name in ("dtype", "torch_dtype") if name in out] or ["dtype"]  # torch_dtype is the older name
     if dtype is not None:

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder, read slice by slice from its safetensors files."""
+"""Weights of a Hugging Face folder, read slice by slice from its safetensors files."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 
 
 def weight_files(folder: Path, single: str) -> dict[str, str] | list[str]:
-    """Which files hold the weights, as transformers decides: those of the index, else the single file.
+    """List the weight files as transformers does: those of the index, else the single file.
 
-    Other files of the same kind (Mistral's `consolidated.safetensors`, the optimizer's) are not the model's.
+    Other files of the same kind (Mistral's `consolidated.safetensors`, optimizer states) are ignored.
 
     Args:
-        single: `model.safetensors` or `pytorch_model.bin`; its index has `.index.json` behind.
+        single: `model.safetensors` or `pytorch_model.bin`; the index is named `{single}.index.json`.
 
     Returns:
-        of an index, each tensor's file; else the one file's name, or nothing.
+        With an index, the file of each tensor by name; else the single file in a list, empty if there is none.
 
     Raises:
-        WeightsError: the index cannot be read, or a file that it names is missing.
+        WeightsError: the index is unreadable, or a shard is missing.
     """
     index = folder / f"{single}.index.json"
     if not index.exists():
@@ -41,23 +41,28 @@ def weight_files(folder: Path, single: str) -> dict[str, str] | list[str]:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            str(index), f"{type(error).__name__}: {error}", "is JSON with a weight_map", "download it again"
+            "weight index",
+            str(index),
+            f"be JSON with a weight_map ({type(error).__name__}: {error})",
+            "download it again",
         ) from error
     for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name:
             raise WeightsError(
-                str(index), name, "names only files that are in the folder", "download the missing shard"
+                f"{index}: weight_map", name, "name only files of its own folder", "download the folder again"
             )
+        if not (folder / name).is_file():
+            raise WeightsError.missing(str(folder / name), index.name, "download this shard")
     return weight_map
 
 
 class HuggingFaceSource:
-    """A `TensorSource` over safetensors; the names of Hugging Face's tensors are the logical names.
+    """`TensorSource` over safetensors; Hugging Face's tensor names are the logical names.
 
-    Files are opened for each read and closed again, so that none of them stays in memory.
+    Opens a file for each read and closes it again, so that no file stays in memory.
 
     Raises:
-        WeightsError: no safetensors files (pickles are not read here), one is damaged, or the index does not fit.
+        WeightsError: the files are missing or damaged, or contradict their index. `.bin` files are not read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,12 +72,7 @@ class HuggingFaceSource:
         self._dtypes: dict[str, torch.dtype] = {}
         listed = weight_files(folder, SAFETENSORS)
         if not listed:
-            raise WeightsError(
-                str(folder),
-                sorted(p.name for p in folder.glob("*"))[:12],
-                f"holds {SAFETENSORS} or its index (pickles are not read)",
-                "of a .bin folder make a checkpoint: tools/convert_checkpoint.py import --allow-bin",
-            )
+            raise _no_safetensors(folder)
         for name in dict.fromkeys(listed.values() if isinstance(listed, dict) else listed):
             self._read_header(folder / name)
         if isinstance(listed, dict):
@@ -81,45 +81,50 @@ class HuggingFaceSource:
     def _read_header(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (it is no mapping)
-                    held = file.get_slice(name)
+                for name in file.keys():  # noqa: SIM118  (not a mapping)
+                    tensor = file.get_slice(name)
                     self._paths[name] = path
-                    self._shapes[name] = tuple(held.get_shape())
-                    self._dtypes[name] = _DTYPES.get(held.get_dtype(), torch.uint8)
+                    self._shapes[name] = tuple(tensor.get_shape())
+                    self._dtypes[name] = _DTYPES.get(tensor.get_dtype(), torch.uint8)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(str(path), str(error), "is a whole safetensors file", "download it again") from error
+            raise WeightsError(
+                "weight file", str(path), f"be an undamaged safetensors file ({error})", "download it again"
+            ) from error
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
         index = self.folder / f"{SAFETENSORS}.index.json"
         for name, file in weight_map.items():
             if name not in self._paths or self._paths[name].name != file:
-                found = self._paths[name].name if name in self._paths else "in none of the files"
+                holder = self._paths[name].name if name in self._paths else "none does"
                 raise WeightsError(
-                    f"{index}: {name}", found, f"is in {file}, as the index says", "download the folder again"
+                    f"{index}: weight_map.{name}",
+                    file,
+                    f"name the file that holds this tensor ({holder})",
+                    "download the folder again",
                 )
-        extra = sorted(self._paths.keys() - weight_map.keys())
-        if extra:
-            raise WeightsError(
-                f"{index}: {extra[0]}",
-                f"only in {self._paths[extra[0]].name}",
-                "is named by the index, as every tensor of its files is",
+        unlisted = sorted(self._paths.keys() - weight_map.keys())
+        if unlisted:
+            name = unlisted[0]
+            raise WeightsError.missing(
+                f"{index}: weight_map.{name}",
+                f"{self._paths[name].name}, which holds this tensor",
                 "download the folder again",
             )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor."""
+        """Return the shape of every tensor by name."""
         return dict(self._shapes)
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Name and stored dtype of every tensor."""
+        """Return the stored dtype of every tensor by name."""
         return dict(self._dtypes)
 
     def files(self) -> dict[str, str]:
-        """Name of every tensor and the path of the file it is in."""
+        """Return the path of the file that holds each tensor, by tensor name."""
         return {name: str(path) for name, path in self._paths.items()}
 
     def content_sha256(self) -> str:
-        """SHA-256 over the folder's safetensors files: every byte is read."""
+        """Return the SHA-256 over the folder's safetensors files; reads every byte."""
         paths = sorted({*self._paths.values()})
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
             digests = list(pool.map(file_sha256, paths))
@@ -127,28 +132,34 @@ class HuggingFaceSource:
         return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) along the first dimension, in the stored dtype."""
-        return self._slice(name, lambda held: held[start:stop])
+        """Return rows [start, stop) along the first dimension, in the stored dtype."""
+        return self._slice(name, lambda tensor: tensor[start:stop])
 
     def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
-        """See `WeightSource.read`; there are no moments here, so they are zero."""
+        """Return elements [begin, end) of a part of a tensor, flattened, in fp32; the optimizer's moments are zero.
+
+        Raises:
+            WeightsError: the tensor is missing or has another shape.
+        """
         if quantity != "weight":
             return torch.zeros(end - begin)
         if part.name not in self._paths:
-            raise WeightsError(str(self.folder), part.name, "is among its tensors", "use a folder of this architecture")
+            raise WeightsError.missing(
+                f"{self.folder}: {part.name}", "the model's architecture", "use weights of this architecture"
+            )
         if self._shapes[part.name] != part.shape:
             raise WeightsError(
-                f"{self._paths[part.name]}: {part.name}",
+                f"{self._paths[part.name]}: shape of {part.name}",
                 self._shapes[part.name],
-                f"has shape {part.shape}",
-                "use a folder whose config.json fits its weights",
+                f"be {part.shape}, by config.json",
+                "use a folder whose config.json and weights belong together",
             )
         stop = part.start + part.length
 
-        def take(held: Any) -> Any:
+        def take(tensor: Any) -> Any:
             if part.dim is None:
-                return held[:]
-            return held[part.start : stop] if part.dim == 0 else held[:, part.start : stop]
+                return tensor[:]
+            return tensor[part.start : stop] if part.dim == 0 else tensor[:, part.start : stop]
 
         return self._slice(part.name, take).reshape(-1)[begin:end].float()
 
@@ -158,5 +169,13 @@ class HuggingFaceSource:
         return taken
 
 
+def _no_safetensors(folder: Path) -> WeightsError:
+    fix = "check the path, or download the weights"
+    if any(folder.glob("pytorch_model*.bin*")):
+        fix = "convert the .bin files first: tools/convert_checkpoint.py import --allow-bin"
+    rule = "required to load a model (.bin files are pickled and not loaded)"
+    return WeightsError(str(folder / SAFETENSORS), None, rule, fix)
+
+
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Of safetensors' names; whatever else is stored is no weight of ours, and is refused by `check_tensors`."""
+"""Dtypes by safetensors' names; `check_tensors` rejects all others."""

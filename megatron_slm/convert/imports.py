@@ -1,4 +1,4 @@
-"""A Hugging Face folder as one of our checkpoints: weights at step 0, as they were stored, and no moments."""
+"""Import of a Hugging Face folder as a checkpoint: step 0, weights in their stored dtype, no optimizer moments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,16 @@ from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.tensor_file import Entry, write_entries
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.bin_source import BinSource
-from megatron_slm.convert.carried import (
+from megatron_slm.convert.companion_files import (
     ORIGIN,
     ORIGIN_FILES,
-    STORY,
+    ORIGIN_RECORD,
     TOKENIZER,
     TOKENIZER_FILES,
     copy_files,
     tokenizer_folder,
 )
-from megatron_slm.convert.hf_config import is_hf_folder, read_architecture
+from megatron_slm.convert.hf_config import check_hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
 from megatron_slm.convert.tensors import TensorSource, check_tensors, expected_tensors, row_blocks
 from megatron_slm.convert.vocabulary import ExtendedVocabulary, check_extends
@@ -36,23 +37,22 @@ from megatron_slm.files import sync_folder, write_durably
 
 
 def import_folder(hf: str, output: str, *, extend_vocabulary: str | None = None, allow_bin: bool = False) -> Path:
-    """Write the weights of a Hugging Face model as a checkpoint in `output`, at most some tens of MiB at a time.
+    """Write a Hugging Face model as a checkpoint in `output`, holding a few tens of MiB in memory at a time.
 
-    Weights keep their dtype; configurations, tokenizer and licence travel along (see `carried`).
+    Weights keep their dtype; configurations, tokenizer and license are copied along (see `companion_files`).
 
     Args:
-        extend_vocabulary: a tokenizer folder with further tokens, which becomes the model's.
-        allow_bin: take pickled `.bin` files (read with weights_only) where there are no safetensors.
+        extend_vocabulary: tokenizer folder with further tokens; it becomes the model's tokenizer.
+        allow_bin: without safetensors files, read pickled `.bin` files (with weights_only).
 
     Returns:
-        the committed checkpoint folder, for `--init-from` and `--reference-load` at any layout.
+        The committed checkpoint folder, for `--init-from` and `--reference-load` in any layout.
 
     Raises:
-        WeightsError, VocabularyError: the folder is not whole or not supported, or `output` holds something already.
+        WeightsError, VocabularyError: the folder is incomplete or not supported, or `output` is not empty.
     """
     folder, target = Path(hf), Path(output)
-    if not is_hf_folder(folder):
-        raise WeightsError("--hf", hf, "is a Hugging Face folder (with a config.json)", "check the path")
+    check_hf_folder(hf, field="--hf")
     architecture = read_architecture(folder)
     source: TensorSource
     if allow_bin and not weight_files(folder, SAFETENSORS):
@@ -64,25 +64,25 @@ def import_folder(hf: str, output: str, *, extend_vocabulary: str | None = None,
     if extend_vocabulary is not None:
         new = build_tokenizer("HuggingFaceTokenizer", extend_vocabulary)
         check_extends(tokenizer, new, extend_vocabulary)
-        assert tokenizer is not None, "check_extends has seen to it"
+        assert tokenizer is not None, "checked by check_extends"
         architecture = replace(architecture, vocab_size=max(new.vocab_size, architecture.vocab_size))
         source = ExtendedVocabulary(source, num_tokens=tokenizer.vocab_size, vocab_size=architecture.vocab_size)
         tokenizer, tokenizer_from = new, Path(extend_vocabulary)
     elif tokenizer is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise VocabularyError(
-            f"--hf: tokenizer of {hf}",
+            "--hf: number of tokens of the tokenizer",
             tokenizer.vocab_size,
-            f"has at most the model's {architecture.vocab_size} tokens",
-            f"add rows for the others with --extend-vocabulary {hf}",
+            f"be at most {architecture.vocab_size}, the rows of the model's embedding",
+            f"add the missing rows with --extend-vocabulary {hf}",
         )
     temporary = _make_temporary(target)
     try:
-        with os_errors_as(WeightsError, "--output", str(output), "can be written", "free or choose another disk"):
+        with os_errors_as(WeightsError, "--output", str(output), "be writable", "free disk space or choose another"):
             files = _write_weights(temporary, architecture, source)
-            _carry(temporary, folder, tokenizer_from)
+            _copy_companions(temporary, folder, tokenizer_from)
             _commit(temporary, target, architecture, tokenizer, files)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
+        shutil.rmtree(temporary, ignore_errors=True)  # renamed already after a successful import
     return find_checkpoint(target)
 
 
@@ -92,28 +92,26 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
 
 def _make_temporary(target: Path) -> Path:
     temporary = target / f".{folder_name(0)}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # of an import that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed import
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise WeightsError(
-            "--output", str(target), "is a folder that does not exist yet, or is empty", "choose another"
-        )
-    with os_errors_as(WeightsError, "--output", str(target), "can be made", "choose another"):
+        raise WeightsError("--output", str(target), "be a new or empty folder", "choose another")
+    with os_errors_as(WeightsError, "--output", str(target), "be a folder that can be created", "choose another"):
         temporary.mkdir(parents=True)
     return temporary
 
 
 def _write_weights(folder: Path, architecture: Architecture, source: TensorSource) -> dict[str, dict[str, Any]]:
-    """One file for each of the folder's, with the same tensors, flattened; the files' lines in the manifest."""
-    dtypes, held_in = source.dtypes(), source.files()
+    """Write one file for each of the folder's, with the same tensors, flattened; return their manifest entries."""
+    dtypes, file_of = source.dtypes(), source.files()
     expected = expected_tensors(architecture)
     names_by_file: dict[str, list[str]] = {}
     for name in expected:
-        names_by_file.setdefault(held_in[name], []).append(name)
+        names_by_file.setdefault(file_of[name], []).append(name)
     files: dict[str, dict[str, Any]] = {}
     for number, (_, names) in enumerate(sorted(names_by_file.items())):
-        pieces = [_whole(name, expected[name]) for name in names]
+        pieces = [_whole_tensor(name, expected[name]) for name in names]
         by_key = {f"{i}.weight": name for i, name in enumerate(names)}
-        entries = [Entry(name=k, shape=(pieces[i]["end"],), dtype=dtypes[n]) for i, (k, n) in enumerate(by_key.items())]
+        entries = [Entry(name=key, shape=(prod(expected[name]),), dtype=dtypes[name]) for key, name in by_key.items()]
 
         def blocks(entry: Entry, by_key: dict[str, str] = by_key) -> Iterator[Tensor]:
             name = by_key[entry.name]
@@ -124,20 +122,17 @@ def _write_weights(folder: Path, architecture: Architecture, source: TensorSourc
     return files
 
 
-def _whole(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """How a checkpoint describes a tensor that is in one piece (see `checkpoint.save`)."""
-    numel = 1
-    for length in shape:
-        numel *= length
-    return {"name": name, "shape": shape, "dim": None, "start": 0, "length": 0, "begin": 0, "end": numel}
+def _whole_tensor(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return a checkpoint's description of an undivided tensor (see `checkpoint.save`)."""
+    return {"name": name, "shape": shape, "dim": None, "start": 0, "length": 0, "begin": 0, "end": prod(shape)}
 
 
-def _carry(temporary: Path, folder: Path, tokenizer_from: Path | None) -> None:
+def _copy_companions(temporary: Path, folder: Path, tokenizer_from: Path | None) -> None:
     if tokenizer_from is not None:
         copy_files(tokenizer_from, temporary / TOKENIZER, TOKENIZER_FILES)
     copy_files(folder, temporary / ORIGIN, ORIGIN_FILES)
-    story = {"base": {"path": str(folder)}}
-    (temporary / ORIGIN / STORY).write_text(json.dumps(story, indent=1))
+    origin = {"base": {"path": str(folder)}}
+    (temporary / ORIGIN / ORIGIN_RECORD).write_text(json.dumps(origin, indent=1))
 
 
 def _commit(
@@ -147,8 +142,8 @@ def _commit(
     tokenizer: Tokenizer | None,
     files: dict[str, dict[str, Any]],
 ) -> None:
-    others = (path for path in temporary.rglob("*") if path.is_file() and path.name not in files)
-    files |= {str(path.relative_to(temporary)): file_entry(path) for path in others}
+    companions = (path for path in temporary.rglob("*") if path.is_file() and path.name not in files)
+    files |= {str(path.relative_to(temporary)): file_entry(path) for path in companions}
     Manifest(
         state=RunState(),
         architecture=architecture,

@@ -1,4 +1,4 @@
-"""What a model folder is, from its headers and small files alone."""
+"""Summary of a model folder, from its headers and small files alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_slm.checkpoint.format import Manifest
 from megatron_slm.checkpoint.load import CheckpointSource
-from megatron_slm.convert.card import read_story
+from megatron_slm.convert.card import read_origin
 from megatron_slm.convert.families import family_of
 from megatron_slm.convert.hf_config import read_config
 from megatron_slm.convert.source import open_model
@@ -17,10 +17,10 @@ from megatron_slm.convert.tensors import check_tensors
 
 
 def inspect_model(path: str) -> dict[str, Any]:
-    """Kind, family, architecture, sizes, dtypes, files and history of a Hugging Face folder or of a checkpoint.
+    """Return kind, family, architecture, sizes, dtypes, files and origin of a Hugging Face folder or a checkpoint.
 
     Raises:
-        WeightsError, CheckpointError: it is neither, or its tensors do not fit its configuration.
+        WeightsError, CheckpointError: the folder is neither, or its tensors contradict its configuration.
     """
     model = open_model(path, field="PATH", checksums=False)
     check_tensors(model.architecture, model.source, field="PATH")
@@ -38,7 +38,7 @@ def inspect_model(path: str) -> dict[str, Any]:
             "tokens_kept": manifest.state.tokens_kept,
             "layout": manifest.layout,
             "written_by": manifest.versions,
-            "origin": read_story(model.source.folder),
+            "origin": read_origin(model.source.folder),
         }
     if model.origin_folder is not None:
         out["family"] = read_config(model.origin_folder).get("model_type")

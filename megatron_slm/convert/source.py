@@ -1,4 +1,4 @@
-"""What `--init-from` and `--reference-load` may name: a Hugging Face folder or one of our checkpoints."""
+"""Models on disk, as named by `--init-from` and `--reference-load`: a Hugging Face folder or a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint, verify_files
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.convert.carried import ORIGIN, TOKENIZER, tokenizer_folder
-from megatron_slm.convert.hf_config import is_hf_folder, read_architecture
+from megatron_slm.convert.companion_files import ORIGIN, TOKENIZER, tokenizer_folder
+from megatron_slm.convert.hf_config import check_folder, is_hf_folder, read_architecture
 from megatron_slm.convert.hf_source import HuggingFaceSource
 from megatron_slm.errors import CheckpointError, WeightsError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model on disk: its shape, its weights, and what travels with them."""
+    """A model on disk: architecture, weights and companion files."""
 
     architecture: Architecture
     source: HuggingFaceSource | CheckpointSource
     tokenizer_folder: Path | None
-    """Where its tokenizer is, if it has one."""
+    """Folder of the tokenizer; None without one."""
     origin_folder: Path | None
-    """Where the config.json it once came with is, and what else travels (see `carried`); None if it was born here."""
+    """Folder of the original config.json and other companion files; None for a model trained from scratch."""
 
     def content_sha256(self) -> str:
-        """SHA-256 over architecture and weights; of a Hugging Face folder it reads every file whole."""
+        """Return the SHA-256 over architecture and weights; for a Hugging Face folder this reads every file."""
         parts = [json.dumps(asdict(self.architecture), sort_keys=True), self.source.content_sha256()]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -37,15 +37,14 @@ def open_model(path: str, *, field: str, checksums: bool = True) -> Model:
     """Open a model folder of either kind.
 
     Args:
-        field: the flag that named it, for errors.
-        checksums: compare a checkpoint's contents with its manifest, not its files' sizes alone.
+        field: the flag that names the folder, for errors.
+        checksums: verify a checkpoint's files by checksum, not by size alone.
 
     Raises:
-        WeightsError, CheckpointError: it is neither, or not whole.
+        WeightsError, CheckpointError: the folder is neither, or incomplete.
     """
+    check_folder(path, field=field)
     folder = Path(path)
-    if not folder.is_dir():
-        raise WeightsError(field, path, "is a folder", "check the path")
     if is_hf_folder(folder):
         return Model(
             architecture=read_architecture(folder),
@@ -59,7 +58,7 @@ def open_model(path: str, *, field: str, checksums: bool = True) -> Model:
         raise WeightsError(
             field,
             path,
-            "is a Hugging Face folder (with a config.json) or holds a complete checkpoint of ours",
+            "be a Hugging Face folder (with a config.json) or hold a complete checkpoint",
             "check the path",
         ) from error
     manifest = Manifest.read(checkpoint)

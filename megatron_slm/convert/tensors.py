@@ -1,4 +1,4 @@
-"""Which tensors a model on disk must hold, and whether it does."""
+"""Validation of the tensors of a model on disk: names, shapes, dtypes."""
 
 from __future__ import annotations
 
@@ -17,103 +17,101 @@ from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import parts_of
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
-"""What weights may be stored in: all are numbers that fp32 holds exactly."""
+"""Supported storage dtypes; fp32 represents all of their values exactly."""
 EMBEDDING, OUTPUT = f"{EMBEDDING_NAME}.weight", f"{OUTPUT_NAME}.weight"
 BLOCK_BYTES = 32 * 2**20
-"""About what is held in memory of a tensor that is copied or compared."""
+"""Approximate memory for copying or comparing a tensor."""
 
 
 class TensorSource(Protocol):
-    """Logical tensors on disk, and what there is of them."""
+    """Logical tensors on disk."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor."""
+        """Return the shape of every tensor by name."""
         ...
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Name and stored dtype of every tensor."""
+        """Return the stored dtype of every tensor by name."""
         ...
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) along a tensor's first dimension, in fp32 or its stored dtype; only they are read."""
+        """Read rows [start, stop) along a tensor's first dimension, and no others, in fp32 or the stored dtype."""
         ...
 
     def files(self) -> dict[str, str]:
-        """Name of every tensor and the path of the file it is in."""
+        """Return the path of the file that holds each tensor, by tensor name."""
         ...
 
 
 def expected_tensors(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every logical tensor of an architecture, in the model's order."""
+    """Return the shape of every logical tensor of an architecture by name, in the model's order."""
     with torch.device("meta"):
         modules = [maker.make() for maker in layer_list(arch, ParallelLayers(vocabulary_divisible_by=1))]
     return {part.name: part.shape for module in modules for p in module.parameters() for part in parts_of(p)}
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, each about `BLOCK_BYTES` in all, that together are a tensor of `shape`."""
+    """Cut a tensor of `shape` into ranges of rows of about `BLOCK_BYTES` each."""
     step = max(1, BLOCK_BYTES // (itemsize * prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 
 
 def check_tensors(arch: Architecture, source: TensorSource, *, field: str) -> None:
-    """Compare what a model folder holds with what its architecture needs.
+    """Check the tensors of a model folder against its architecture.
 
-    Buffers of RoPE that old folders have are passed over, and so is a tied output weight that is stored a second
-    time, if it is the embedding.
+    Ignores RoPE buffers of old folders, and a tied output weight that is a second copy of the embedding.
 
     Args:
-        field: the flag that named the folder, for errors.
+        field: the flag that names the folder, for errors.
 
     Raises:
-        WeightsError: a tensor is missing, not expected, or of another shape or dtype; it and its file are named.
+        WeightsError: a tensor is missing, unexpected, or of another shape or dtype; names the tensor and its file.
     """
     expected, shapes, dtypes, files = expected_tensors(arch), source.shapes(), source.dtypes(), source.files()
     for name, shape in expected.items():
         if name not in shapes:
-            raise WeightsError(
+            raise WeightsError.missing(
                 f"{field}: {name}",
-                "missing",
-                f"has shape {shape}, as the configuration says; {len(shapes)} other tensors are there",
-                "use a folder whose weights fit its configuration",
+                f"the model's configuration, with shape {shape} ({len(shapes)} other tensors were found)",
+                "use a folder whose configuration and weights belong together",
             )
-        where = f"{field}: {name} in {files[name]}"
         if shapes[name] != shape:
             raise WeightsError(
-                where,
+                f"{field}: shape of {name} in {files[name]}",
                 shapes[name],
-                f"has shape {shape}, as the configuration says",
-                "use a folder whose weights fit its configuration",
+                f"be {shape}, by the model's configuration",
+                "use a folder whose configuration and weights belong together",
             )
         if dtypes[name] not in DTYPES.values():
             raise WeightsError(
-                where,
+                f"{field}: dtype of {name} in {files[name]}",
                 str(dtypes[name]).removeprefix("torch."),
-                f"is stored as one of {', '.join(DTYPES)}",
-                "convert the weights to one of them first",
+                f"be one of {', '.join(DTYPES)}",
+                "convert the weights to one of these first",
             )
-    for name in shapes.keys() - expected.keys():
-        _check_unexpected(name, arch, source, f"{field}: {name} in {files[name]}")
+    for name in sorted(shapes.keys() - expected.keys()):
+        _check_unexpected(name, arch, source, field)
 
 
-def _check_unexpected(name: str, arch: Architecture, source: TensorSource, where: str) -> None:
+def _check_unexpected(name: str, arch: Architecture, source: TensorSource, field: str) -> None:
+    file = source.files()[name]
     if name.endswith(".rotary_emb.inv_freq"):
         return
     if name == OUTPUT and arch.tied:
         if not _equal(source, OUTPUT, EMBEDDING):
             raise WeightsError(
-                where,
-                "other values than the embedding",
-                "is the embedding itself, because config.json says tie_word_embeddings",
-                "set tie_word_embeddings to false in config.json if the two were trained apart",
+                f"{field}: {name} in {file}",
+                "a weight of its own",
+                "equal the embedding, because tie_word_embeddings is true in config.json",
+                "set tie_word_embeddings to false if the two were trained separately",
             )
         return
     raise WeightsError(
-        where,
-        f"shape {source.shapes()[name]}",
-        "is a tensor that the architecture has, by its configuration",
-        "check model_type and the biases in config.json; a model with further layers is not supported",
+        f"{field}: tensor in {file}",
+        name,
+        "belong to the architecture of the model's configuration",
+        "check model_type and the bias options in config.json; models with extra layers are not supported",
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows for new tokens: the only change of a model's shape that an import makes."""
+"""Vocabulary extension: rows for new tokens, the only change an import makes to a model's shape."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megatron_slm.errors import VocabularyError
 
 
 class ExtendedVocabulary:
-    """A `TensorSource` with further rows behind those of the embedding and the output weight.
+    """`TensorSource` that appends rows to the embedding and the output weight of another one.
 
-    A new row is the mean of the rows of the old tokenizer's tokens, so that a new token is at first as likely as
-    tokens are on average (nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    New rows are the mean of the rows of the old tokenizer's tokens, so that a new token starts with an average
+    probability (nlp.stanford.edu/~johnhew/vocab-expansion.html).
 
     Args:
         source: the model.
-        num_tokens: tokens of the old tokenizer; rows behind them stand for no token and are left out of the mean.
-        vocab_size: rows there are to be.
+        num_tokens: tokens of the old tokenizer; later rows are unused padding and excluded from the mean.
+        vocab_size: rows after the extension.
     """
 
     def __init__(self, source: TensorSource, *, num_tokens: int, vocab_size: int) -> None:
@@ -28,20 +28,20 @@ class ExtendedVocabulary:
         self._means = {name: _mean_row(source, name, num_tokens) for name in names}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See `TensorSource.shapes`."""
+        """Return the shape of every tensor by name, after the extension."""
         shapes = self.source.shapes()
         return shapes | {name: (self.vocab_size, *shapes[name][1:]) for name in self._means}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """See `TensorSource.dtypes`."""
+        """Return the stored dtype of every tensor by name."""
         return self.source.dtypes()
 
     def files(self) -> dict[str, str]:
-        """See `TensorSource.files`."""
+        """Return the path of the file that holds each tensor, by tensor name."""
         return self.source.files()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See `TensorSource.rows`."""
+        """Return rows [start, stop) along the first dimension; rows of new tokens are the mean row."""
         if name not in self._means:
             return self.source.rows(name, start, stop)
         num_old = self.source.shapes()[name][0]
@@ -60,28 +60,26 @@ def _mean_row(source: TensorSource, name: str, num_rows: int) -> Tensor:
 
 
 def check_extends(old: Tokenizer | None, new: Tokenizer, new_name: str) -> None:
-    """Make sure that a tokenizer only adds tokens behind another one's.
+    """Check that a tokenizer only appends tokens to another one.
 
     Args:
         old: the folder's own tokenizer, None if it has none.
+        new_name: the argument of --extend-vocabulary.
 
     Raises:
-        VocabularyError: there is nothing to compare with, a token is lost, or an id means another one.
+        VocabularyError: there is no old tokenizer, or one of its tokens is missing or has another id.
     """
     if old is None:
-        raise VocabularyError(
-            "--extend-vocabulary",
-            new_name,
-            "extends the tokenizer of the --hf folder, which has none to compare with",
-            "copy the model's tokenizer into the folder",
+        raise VocabularyError.missing(
+            "--hf: tokenizer", "--extend-vocabulary", "copy the model's tokenizer into the --hf folder"
         )
-    ours, theirs = old.token_table(), new.token_table()
-    for index, token in enumerate(ours):
-        found = theirs[index] if index < len(theirs) else "none"
-        if found != token and token:  # an id without a token may be given one
+    old_tokens, new_tokens = old.token_table(), new.token_table()
+    for index, token in enumerate(old_tokens):
+        found = new_tokens[index] if index < len(new_tokens) else None
+        if found != token and token:  # an unused id may get a token
             raise VocabularyError(
-                "--extend-vocabulary",
-                f"id {index} is {found!r} in {new_name}",
-                f"keeps every token of the model's tokenizer, where it is {token!r} (of {len(ours)} tokens)",
-                "add tokens behind the old ones; another tokenizer needs another embedding, trained anew",
+                f"--extend-vocabulary: token {index} of {new_name}",
+                found,
+                f"be {token!r}, because all {len(old_tokens)} tokens of the model's tokenizer keep their ids",
+                "append new tokens only; a different tokenizer needs a model trained with it",
             )

@@ -1,4 +1,4 @@
-"""A model in safetensors files as transformers names them: one, or numbered shards and their index."""
+"""Safetensors files named as in transformers: a single file, or numbered shards with their index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_slm.convert.hf_source import SAFETENSORS
 
 
 def plan_shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
-    """Cut a model into files of at most `shard_bytes`, in order; a larger tensor has a file to itself."""
+    """Cut a model into files of at most `shard_bytes`, in order; a larger tensor gets a file of its own."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -25,7 +25,7 @@ def plan_shards(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]
 
 
 def write_shards(folder: Path, entries: Sequence[Entry], blocks: Blocks, *, shard_bytes: int) -> None:
-    """Write `model.safetensors`, or numbered shards and their index, as transformers names them."""
+    """Write `model.safetensors`, or numbered shards and their index."""
     shards = plan_shards(entries, shard_bytes)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):

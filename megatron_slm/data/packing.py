@@ -88,14 +88,14 @@ class PackedSamples(OrderedSamples):
         self._num_shuffled_first = self._samples_shuffled_first(num_samples)
 
     @cached_property
-    def _indices(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def _indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Document index, shuffle index and the stream's document ends, built on first use: most ranks of a pipeline
         never read a sample."""
 
         def build() -> dict[str, npt.NDArray[Any]]:
             # One state for both shuffles, in this order: Megatron's order depends on it.
             state = np.random.RandomState(self._seed)
-            documents = np.arange(self._start, self._stop, dtype=np.int32)
+            documents = _numbers(self._start, self._stop)
             separate_last = self._num_shuffled_first < self._num_samples
             document_index = _document_index(documents, self.num_epochs, separate_last, state)
             shuffle_index = _shuffle_index(self._num_shuffled_first, self._num_samples, state)
@@ -106,8 +106,8 @@ class PackedSamples(OrderedSamples):
         return arrays["document_index"], arrays["shuffle_index"], arrays["ends"]
 
     @property
-    def document_index(self) -> npt.NDArray[np.int32]:
-        """The sequence at every position of the shuffled stream, int32 [E * (stop - start)]."""
+    def document_index(self) -> npt.NDArray[Any]:
+        """The sequence at every position of the shuffled stream, int32 or int64 [E * (stop - start)]."""
         return self._indices[0]
 
     @property
@@ -202,9 +202,15 @@ class SequentialSamples(CorpusSamples):
         return _stream_pieces(self.corpus, self._documents, self._ends, position, count)
 
 
+def _numbers(start: int, stop: int) -> npt.NDArray[Any]:
+    """Return the numbers [start, stop), int32 as in Megatron, or int64 where int32 would wrap around."""
+    dtype = np.int32 if stop - 1 <= np.iinfo(np.int32).max else np.int64
+    return np.arange(start, stop, dtype=dtype)
+
+
 def _document_index(
-    documents: npt.NDArray[np.int32], num_epochs: int, separate_last: bool, state: np.random.RandomState
-) -> npt.NDArray[np.int32]:
+    documents: npt.NDArray[Any], num_epochs: int, separate_last: bool, state: np.random.RandomState
+) -> npt.NDArray[Any]:
     """Shuffle the documents of all epochs together, or those of a separate last epoch after all others."""
     epochs_shuffled_together = (num_epochs - 1, 1) if separate_last else (num_epochs,)
     shuffled = []

@@ -1,4 +1,4 @@
-"""Point-to-point traffic between neighbouring stages that lets both go on computing."""
+"""Point-to-point messages between neighboring stages, which keep computing meanwhile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_slm.parallel.topology import Topology
 
 
 class Lane(Enum):
-    """The kinds of traffic, each on process groups of its own so that none waits behind another."""
+    """Kinds of messages, each on process groups of its own so that none waits behind another."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -27,14 +27,14 @@ class Lane(Enum):
 
 
 class Channel:
-    """One lane between this stage and one neighbour.
+    """One lane between this stage and one neighbor.
 
-    Sends do not block. Receives are posted ahead of need and waited for by their consumer, in the order of
-    posting, which is the sender's order too. No wait outlasts the time-out of the group.
+    Sends do not block. Receives are posted ahead and waited for by their consumer, in the order of posting, which is
+    the sender's order too. No wait outlasts the time-out of the group.
     """
 
     MAX_SENDS_IN_FLIGHT = 4
-    """Beyond this many the oldest is waited for, which bounds the memory that unsent tensors hold. It cannot
+    """Beyond this many, a send waits for the oldest, which bounds the memory that unsent tensors hold. It cannot
     deadlock: the schedule is free of circles even if every send blocks."""
 
     def __init__(self, lane: Lane, group: Any, peer: int, activity: Activity) -> None:
@@ -43,49 +43,48 @@ class Channel:
         self.receives: deque[tuple[Any, Tensor]] = deque()
 
     def send(self, x: Tensor) -> None:
-        """Start sending; the tensor is kept alive until it has left.
+        """Start sending a tensor, which is kept alive until it is sent.
 
         Raises:
             PeerError: (as all methods) the peer is gone, or was silent for too long.
         """
         x = x.detach().contiguous()
-        with self._peer_named("sending"):
+        with self._waiting("sending to"):
             self.sends.append((dist.isend(x, self.peer, group=self.group), x))
             while len(self.sends) > self.MAX_SENDS_IN_FLIGHT:
                 self.sends.popleft()[0].wait()
 
     def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """Make room for the next message and let it arrive."""
+        """Post the receive of the next message."""
         buffer = torch.empty(shape, dtype=dtype, device=device)
-        with self._peer_named("receiving"):
+        with self._waiting("receiving from"):
             self.receives.append((dist.irecv(buffer, self.peer, group=self.group), buffer))
 
     def receive(self) -> Tensor:
-        """The oldest posted message, waited for."""
+        """Wait for the oldest posted message."""
         handle, buffer = self.receives.popleft()
-        with self._peer_named("receiving"):
+        with self._waiting("receiving from"):
             handle.wait()
         return buffer
 
     def flush(self) -> None:
-        """Wait until everything sent has left."""
-        with self._peer_named("sending"):
+        """Wait until all sends are done."""
+        with self._waiting("sending to"):
             while self.sends:
                 self.sends.popleft()[0].wait()
 
     @contextmanager
-    def _peer_named(self, doing: str) -> Iterator[None]:
-        preposition = "to" if doing == "sending" else "from"
-        channel = f"{doing} {preposition} rank {self.peer}, {self.lane.value} lane"
+    def _waiting(self, doing: str) -> Iterator[None]:
+        channel = f"{doing} rank {self.peer}, {self.lane.value} lane"
         with translate_peer_errors(channel), self.activity.waiting(channel):
             yield
 
 
 class Channels:
-    """This stage's channels: to and from the next and the previous stage, on each lane.
+    """This stage's channels to and from the next and the previous stage, on each lane.
 
-    Collective over the world: every rank takes part in making every group, in one order. Each group is used
-    once at start, because communicators are made on first use and that first use blocks.
+    Collective over the world: every rank takes part in creating every group, in one order. Each group is used
+    once at start, because communicators are created on first use and that first use blocks.
     """
 
     def __init__(
@@ -107,6 +106,6 @@ class Channels:
             dist.send(torch.zeros(1, device=device), channel.peer, group=channel.group)
 
     def flush(self) -> None:
-        """Wait until everything sent has left."""
+        """Wait until all sends are done."""
         for channel in (*self.next.values(), *self.previous.values()):
             channel.flush()

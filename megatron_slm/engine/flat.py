@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.engine.facts import MicroBatchFacts, StepFacts
-from megatron_slm.engine.gradients import gradients_scaled, step_factor, sum_over_world
-from megatron_slm.engine.module import Watch, output_rows, run_layer, watched
+from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
+from megatron_slm.engine.gradients import gradient_factor, scaled_gradients, sum_over_world
+from megatron_slm.engine.module import GradientHook, output_rows, run_layers
 from megatron_slm.engine.schedule.programs import Kind
 from megatron_slm.engine.timers import Timers
 from megatron_slm.engine.trainer import BatchSource
-from megatron_slm.loss.objective import Objective, Probed, StepSettings
-from megatron_slm.loss.sums import LossSums, evaluation_sums
+from megatron_slm.loss.objective import Objective, OutputWeight, ScoredTokens, StepSettings
+from megatron_slm.loss.sums import EVALUATION, LossSums
 from megatron_slm.model.llama import layer_list
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.layers import ParallelLayers
@@ -25,78 +26,104 @@ from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.types import MicroBatch, TokenStatistics
 
+T = TypeVar("T")
+
 
 class FlatTrainer:
-    """ZeRO-2 and ZeRO-3: one stage, DeepSpeed's plain engine around a `FlatModule`."""
+    """A `Trainer` of one stage: DeepSpeed's plain engine around a `FlatModule`. The reference rides along."""
 
     def __init__(
         self,
         engine: Any,
         topology: Topology,
+        objective: Objective,
+        *,
         reference: FrozenStage | None,
-        num_micro_batches: int,
         scores: StoredScores | None,
+        num_micro_batches: int,
         timers: Timers,
     ) -> None:
-        self.timers = timers
-        self.engine, self.topology, self.reference, self.scores = engine, topology, reference, scores
+        self.engine, self.topology, self.objective = engine, topology, objective
+        self.reference, self.scores = reference, scores
         self.num_micro_batches = num_micro_batches
-        self.activity = Activity()
-        self.objective = engine.module.objective
+        self.step_timers, self.activity = timers, Activity()
 
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
-        """See `Trainer`. The reference rides along, so there is no work for a next step."""
+        """Run forward, backward and optimizer step; return the sums over all ranks. Nothing is done ahead."""
         self.engine.train()
-        self._facts, timing, activity, count = StepFacts(), self.timers.timing, self.activity, self.num_micro_batches
+        self._diagnostics = StepDiagnostics()
+        timing, count = self.step_timers.timing, self.num_micro_batches
         for i in range(count):
-            activity.at(2 * i, 2 * count + 1, Kind.FORWARD.value, i)
+            self._enter(2 * i, Kind.FORWARD, i)
             with timing("batch-generator"):
                 read = source(i)
             batch = self._on_device(read)
             with timing("reference-forward-compute"):
                 reference = self._reference_statistics(read, batch)
             self.engine.set_gradient_accumulation_boundary(i == count - 1)
+            head = partial(self._loss, batch, reference, settings)
             with timing("forward-compute"):
-                loss_sum, values = self.engine(batch, reference, settings, watch=self._facts.watch(i))
-            activity.at(2 * i + 1, 2 * count + 1, Kind.BACKWARD.value, i)
+                loss_sum, sums = self.engine(batch, head, self._diagnostics.gradient_hook(i))
+            self._enter(2 * i + 1, Kind.BACKWARD, i)
             with timing("backward-compute"):
                 self.engine.backward(loss_sum, scale_wrt_gas=False)
-            if self.objective.tp.rank == 0:  # every tensor rank has the same; one of them is counted
-                self._facts.add(i, values)
-        activity.at(2 * count, 2 * count + 1, Kind.OPTIMIZER_STEP.value, -1)
-        sums = sum_over_world(self._facts.in_order, self.engine.device, num_sources=self.objective.num_sources)
-        with (
-            timing("optimizer"),
-            gradients_scaled(self.engine.optimizer, step_factor(sums, settings, self.topology.data)),
-        ):
+            if self.objective.tp.rank == 0:  # every tensor-parallel rank has the same; one of them is counted
+                self._diagnostics.add_sums(i, sums)
+        self._enter(2 * count, Kind.OPTIMIZER_STEP)
+        total = sum_over_world(self._diagnostics.sums_in_order, self.objective.sum_layout, self.engine.device)
+        factor = gradient_factor(total, settings, self.topology.data)
+        with timing("optimizer"), scaled_gradients(self.engine.optimizer, factor):
             self.engine.step()
-        return sums
+        return total
 
-    def micro_batch_facts(self) -> list[MicroBatchFacts]:
-        """See `Trainer`."""
-        return self._facts.read()
+    def micro_batch_diagnostics(self) -> list[MicroBatchDiagnostics]:
+        """Read the diagnostics of the last step's micro-batches on this rank."""
+        return self._diagnostics.read(self.objective.sum_layout)
 
     @torch.no_grad()
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
-        """See `Trainer`."""
+        """Compute the losses of held-out micro-batches; return the sums over all ranks."""
         self.engine.eval()
-        with self.timers.paused():
-            values = [self.engine(self._on_device(source(i)), None, None)[1] for i in range(num_micro_batches)]
-        return sum_over_world(values if self.objective.tp.rank == 0 else [], self.engine.device)
+        vectors = []
+        for i in range(num_micro_batches):
+            batch = self._on_device(source(i))
+            vectors.append(self.engine(batch, partial(self.objective.evaluation_sums, batch=batch)))
+        counted = vectors if self.objective.tp.rank == 0 else []
+        return sum_over_world(counted, EVALUATION, self.engine.device)
 
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
-        """See `Trainer`."""
+        """Run the reference, if there is one, on micro-batches outside of training."""
         batches = [source(i) for i in range(num_micro_batches)]
         return [self._reference_statistics(batch, self._on_device(batch)) for batch in batches]
 
     @torch.no_grad()
-    def probe(
+    def scored_tokens(
         self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings | None
-    ) -> list[Probed]:
-        """See `Trainer`."""
+    ) -> list[ScoredTokens]:
+        """Compute losses, scores and selection of micro-batches without a gradient.
+
+        Args:
+            references: the reference's statistics of each micro-batch.
+            settings: None computes the losses alone.
+        """
         self.engine.eval()
-        batches = (self._on_device(source(i)) for i in range(len(references)))
-        return [self.engine(b, x, settings, probing=True)[0] for b, x in zip(batches, references, strict=True)]
+        scored = []
+        for i, reference in enumerate(references):
+            batch = self._on_device(source(i))
+            head = partial(self.objective.scored_tokens, batch=batch, reference=reference, settings=settings)
+            scored.append(self.engine(batch, head))
+        return scored
+
+    def _loss(
+        self,
+        batch: MicroBatch,
+        reference: TokenStatistics | None,
+        settings: StepSettings,
+        x_sbd: Tensor,
+        weight: OutputWeight,
+    ) -> tuple[Tensor, Tensor]:
+        with self.step_timers.timing("loss-head"):
+            return self.objective.loss(x_sbd, weight, batch, reference, settings)
 
     def _reference_statistics(self, read: MicroBatch, batch: MicroBatch) -> TokenStatistics | None:
         if self.scores is not None:
@@ -108,48 +135,32 @@ class FlatTrainer:
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
         return batch.to(self.engine.device)
 
+    def _enter(self, number: int, kind: Kind, micro_batch: int = -1) -> None:
+        """Record the part of the step that starts: a forward and a backward a micro-batch, then the optimizer."""
+        self.activity.at(number, 2 * self.num_micro_batches + 1, kind.value, micro_batch)
+
 
 class FlatModule(nn.Module):
-    """The whole decoder with its loss, for the engine that has no pipeline (ZeRO-2 and ZeRO-3).
+    """The whole decoder, for the engine that has no pipeline (ZeRO-2 and ZeRO-3).
 
-    The loss is inside, because ZeRO-3 brings a layer's weights together only while the module runs.
+    What is computed from the last hidden states is called inside, because ZeRO-3 gathers a layer's weights only while
+    the module runs.
     """
 
-    def __init__(
-        self, arch: Architecture, layers: ParallelLayers, objective: Objective, *, recompute: bool, timers: Timers
-    ) -> None:
+    def __init__(self, arch: Architecture, layers: ParallelLayers, *, recompute: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(maker.make() for maker in layer_list(arch, layers))
-        self.objective, self.recompute = objective, recompute
-        self.timers = timers
+        self.recompute = recompute
 
     def forward(
-        self,
-        batch: MicroBatch,
-        reference: TokenStatistics | None,
-        settings: StepSettings | None,
-        *,
-        probing: bool = False,
-        watch: Watch | None = None,
-    ) -> tuple[Tensor | Probed, Tensor]:
-        """The loss sum (nats) and the values of its `LossSums`, fp64.
+        self, batch: MicroBatch, head: Callable[[Tensor, OutputWeight], T], hook: GradientHook | None = None
+    ) -> T:
+        """Return what `head` makes of the last hidden states [s, b, d] and the output weight.
 
         Args:
-            settings: the training step's; None evaluates, over all valid tokens and without a gradient.
-            probing: only look; instead of the loss comes what is said of each token.
-            watch: sees the gradient of the embedding's output, in the backward pass.
+            hook: is called with the gradient of the embedding's output, in the backward pass.
         """
-        embedding, *_, head = self.layers
-        x_sbd = batch.tokens_bs
-        for layer in self.layers:
-            x_sbd = run_layer(layer, x_sbd, batch.documents, recomputes=self.recompute and self.training)
-            x_sbd, watch = watched(x_sbd, watch)
-        weight = output_rows(head.output or embedding.embed_tokens)  # type: ignore[arg-type]
-        if probing:
-            probed = self.objective.probe(x_sbd, weight, batch, reference, settings)
-            return probed, x_sbd.new_empty(0, dtype=torch.float64)
-        with self.timers.timing("loss-head"):
-            if settings is not None:
-                return self.objective.loss(x_sbd, weight, batch, reference, settings)
-            sums = evaluation_sums(self.objective.statistics(x_sbd, weight, batch), batch)
-        return sums[0], sums
+        recomputes = self.recompute and self.training
+        x_sbd = run_layers(self.layers, batch.tokens_bs, batch.documents, recomputes=recomputes, hook=hook)
+        embedding, *_, last = self.layers
+        return head(x_sbd, output_rows(last.output or embedding.embed_tokens))  # type: ignore[arg-type]

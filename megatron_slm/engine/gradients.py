@@ -1,4 +1,4 @@
-"""The one division of a step: gradients of loss sums become those of the mean over all kept tokens."""
+"""The end of a step: gradients of loss sums are divided once, by the kept tokens of the whole batch, or discarded."""
 
 from __future__ import annotations
 
@@ -11,57 +11,65 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.engine.refusal import refusal
+from megatron_slm.engine.skipping import skip_reason
 from megatron_slm.loss.objective import StepSettings
-from megatron_slm.loss.sums import LossSums, num_sums
+from megatron_slm.loss.sums import LossSums, SumLayout
 
 
-def sum_over_world(vectors: Sequence[Tensor], device: torch.device, *, num_sources: int = 1) -> LossSums:
-    """Add up the statistics of all micro-batches and ranks, the same bits on each. Collective over the world.
+def sum_over_world(vectors: Sequence[Tensor], layout: SumLayout, device: torch.device) -> LossSums:
+    """Add up the sums of all micro-batches and ranks, the same bits on each. Collective over the world.
 
     Args:
-        vectors: values of `LossSums`, fp64 [`num_sums`] each; none on ranks that computed no loss.
-        num_sources: corpora of the run.
+        vectors: packed sums, one a micro-batch; none on ranks that computed no loss.
     """
-    total = torch.zeros(num_sums(num_sources), dtype=torch.float64, device=device)
+    total = torch.zeros(layout.size, dtype=torch.float64, device=device)
     if vectors:
         total += torch.stack(list(vectors)).sum(0)
     dist.all_reduce(total)
-    return LossSums.of(total.tolist())  # a step's one transfer from the device
+    return layout.unpack(total)  # a step's one transfer from the device
 
 
-def step_factor(sums: LossSums, settings: StepSettings, data_parallel_size: int) -> float:
-    """What gradients are multiplied by before the optimizer's step: 1 / divisor of the whole batch.
+def gradient_factor(sums: LossSums, settings: StepSettings, data_parallel_size: int) -> float | None:
+    """Return 1 / divisor of the whole batch, the factor of a step's gradients; None where the step is skipped.
 
-    ZeRO averages over data-parallel ranks; the sum over them is what is divided. NaN, which makes every optimizer
-    skip the step as it does for gradients that are not finite, where the sums say that it must not be applied.
+    ZeRO averages gradients over data-parallel ranks; the divisor is that of their sum.
     """
-    if refusal(sums, settings) is not None:
-        return math.nan
+    if skip_reason(sums, settings) is not None:
+        return None
     return data_parallel_size / sums.divisor
 
 
 @contextmanager
-def gradients_scaled(optimizer: Any, factor: float) -> Iterator[None]:
-    """Inside, the optimizer's step sees its gradients times `factor`, in its norm and its clipping too.
+def scaled_gradients(optimizer: Any, factor: float | None) -> Iterator[None]:
+    """Scale the gradients for the optimizer's step inside, for its norm and its clipping too; None skips that step.
 
-    ZeRO's loss scale divides gradients where they are unscaled and clipped, so it carries the factor for
-    those optimizers; BF16_Optimizer has no loss scale, and its fp32 gradients are multiplied in place.
+    DeepSpeed's optimizers have no call that skips a step, and without the call for a step the gradients and the
+    engine's counters would stay as they are. All of them skip a step whose gradients are not finite, on all ranks
+    alike: so the factor of a step to skip is NaN.
+
+    ZeRO's loss scale divides gradients where they are unscaled and clipped, and carries the factor for those
+    optimizers. BF16_Optimizer has no loss scale: its fp32 gradients are multiplied in place.
     """
+    skips, factor = factor is None, math.nan if factor is None else factor
     if hasattr(optimizer, "fp32_groups_gradients_flat"):
         for gradients in optimizer.fp32_groups_gradients_flat:
             gradients.mul_(factor)
         yield
         return
-    if math.isnan(factor):  # looked for in the gradients themselves, before they are unscaled
-        if getattr(optimizer, "offload_optimizer", False):  # ZeRO-3 took the norms as it sent the gradients down
-            optimizer.norm_for_param_grads = dict.fromkeys(optimizer.norm_for_param_grads, factor)
-        for group in optimizer.averaged_gradients.values():
-            for gradient in group or ():
-                if gradient is not None:
-                    gradient.fill_(factor)
+    if skips:
+        _fill_with_nan(optimizer)
     optimizer.loss_scale = 1.0 / factor
     try:
         yield
     finally:
         optimizer.loss_scale = 1.0
+
+
+def _fill_with_nan(optimizer: Any) -> None:
+    """Make ZeRO's check for overflow fail, which reads gradients and norms before the loss scale is applied."""
+    if getattr(optimizer, "offload_optimizer", False):  # ZeRO-3 took the norms as it sent the gradients to the host
+        optimizer.norm_for_param_grads = dict.fromkeys(optimizer.norm_for_param_grads, math.nan)
+    for group in optimizer.averaged_gradients.values():
+        for gradient in group or ():
+            if gradient is not None:
+                gradient.fill_(math.nan)

@@ -1,10 +1,10 @@
-"""The trained model as DeepSpeed takes it: a list of layers cut over stages, or whole on every rank."""
+"""The trained model as DeepSpeed takes it: a list of layers, cut over stages."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,12 +24,12 @@ from megatron_slm.types import Documents
 
 _TIED = "embedding"
 
-Watch = Callable[[Tensor], None]
-"""Sees a gradient on its way down."""
+GradientHook = Callable[[Tensor], None]
+"""Is called with a gradient in the backward pass."""
 
 
 def deepspeed_topology(topology: Topology) -> Any:
-    """The same axes for DeepSpeed, which numbers ranks in the same order."""
+    """Return the same axes for DeepSpeed, which numbers ranks in the same order."""
     return PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
 
 
@@ -55,51 +55,52 @@ class StageModule(PipelineModule):
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def forward(self, x: Tensor, documents: Documents | None = None, watch: Watch | None = None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None, hook: GradientHook | None = None) -> Tensor:
         """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d].
 
-        DeepSpeed's own hands one value from layer to layer, with nothing beside it.
-
-        Args:
-            watch: sees the gradient of the first layer's output, in the backward pass.
+        It takes the place of DeepSpeed's own, which passes one value from layer to layer and nothing beside it.
         """
         recomputes = self.activation_checkpoint_interval > 0 and torch.is_grad_enabled()
-        for layer in self.forward_funcs:
-            x, watch = watched(run_layer(layer, x, documents, recomputes=recomputes), watch)
-        return x
+        return run_layers(self.forward_funcs, x, documents, recomputes=recomputes, hook=hook)
 
     def output_weight(self) -> OutputWeight:
-        """The output weight's token rows held here; on the last stage only."""
+        """Return the output weight's token rows held here; on the last stage only."""
         head = next(layer for layer in self.forward_funcs if isinstance(layer, Head))
         return output_rows(head.output or self.tied_modules[_TIED].embed_tokens)  # type: ignore[arg-type]
 
 
-def run_layer(
-    layer: Callable[..., Tensor], x: Tensor, documents: Documents | None, *, recomputes: bool = False
+def run_layers(
+    layers: Iterable[Callable[..., Tensor]],
+    x: Tensor,
+    documents: Documents | None,
+    *,
+    recomputes: bool,
+    hook: GradientHook | None = None,
 ) -> Tensor:
-    """One layer of the list on a micro-batch; only blocks ask where its documents lie.
+    """Run layers one after the other on a micro-batch; only blocks take its documents.
 
     Args:
-        recomputes: do not keep a block's activations for its backward pass.
+        recomputes: do not keep the blocks' activations for their backward passes.
+        hook: is called with the gradient of the first layer's output.
     """
-    if not isinstance(layer, Block):
-        return layer(x)
     beside = () if documents is None else (documents,)
-    return checkpoint(layer, x, *beside, use_reentrant=False) if recomputes else layer(x, *beside)
-
-
-def watched(x: Tensor, watch: Watch | None) -> tuple[Tensor, None]:
-    """The same tensor, whose gradient `watch` will see; the second value stands for the watch, which is used up."""
-    if watch is not None and x.requires_grad:
-        x.register_hook(watch)
-    return x, None
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, Block):
+            x = layer(x)
+        elif recomputes:
+            x = checkpoint(layer, x, *beside, use_reentrant=False)
+        else:
+            x = layer(x, *beside)
+        if number == 0 and hook is not None and x.requires_grad:
+            x.register_hook(hook)
+    return x
 
 
 def _pass_on(embedding: nn.Module, x_sbd: Tensor) -> Tensor:
-    """The tied layer's second appearance: it only brings the weight to the last stage."""
+    """Forward function of the tied layer on the last stage, which holds it for its weight only."""
     return x_sbd
 
 
 def output_rows(weight: VocabularyWeight) -> OutputWeight:
-    """The rows of a vocabulary weight that are tokens."""
+    """Return the rows of a vocabulary weight that are tokens."""
     return OutputWeight(weight.tokens(), weight.start, weight.rows)

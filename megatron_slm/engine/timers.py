@@ -1,4 +1,4 @@
-"""How long the parts of a step take, by Megatron's names, without waiting for the device while a step runs."""
+"""Timers of the parts of a step, by Megatron's names. They do not wait for the device while a step runs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TIMERS: dict[str, int] = {
     "reference-recv": 2,
     "send": 2,
 }
-"""Every timer, and the `--timing-log-level` from which on it runs."""
+"""Every timer, and the lowest `--timing-log-level` that runs it."""
 
 WORK = ("batch-generator", "forward-compute", "backward-compute", "reference-forward-compute")
-"""Of them, a rank's own work, which runs at any level: it tells slow ranks from those that wait for them."""
+"""Timers of a rank's own work, which run at any level: they tell slow ranks from those that wait for them."""
 
 _MOST_PENDING = 1024
 """Intervals of a GPU that are kept; beyond these, those that are over are added up."""
@@ -36,8 +36,8 @@ _MOST_PENDING = 1024
 class Timers:
     """Sums of intervals by name, on this rank.
 
-    On a GPU an interval lies between two events of the stream, so that nothing is waited for until `read`; what the
-    host does meanwhile does not count. On the CPU it is wall-clock time.
+    On a GPU an interval lies between two events of the stream, so that nothing is waited for until `read`; the time the
+    host takes meanwhile does not count. On the CPU it is wall-clock time.
 
     Args:
         level: 0 times work alone, 1 a few intervals a step, 2 some for every micro-batch.
@@ -46,15 +46,16 @@ class Timers:
 
     def __init__(self, level: int = 0, *, work: Sequence[str] = WORK) -> None:
         self.names = tuple(name for name, least in TIMERS.items() if least <= level)
-        """Those that are asked for."""
+        """Timers of the level."""
         self.work = work
         self._running = {*self.names, *work}
         self._seconds: dict[str, float] = defaultdict(float)
+        self._intervals: dict[str, list[float]] | None = None
         self._pending: list[tuple[str, Any, Any]] = []
         self._off = nullcontext()
 
     def timing(self, name: str) -> AbstractContextManager[None]:
-        """Time what happens inside, where it is work or the level asks for it."""
+        """Time the code inside, if the timer is work or of the level."""
         return self._timing(name) if name in self._running else self._off
 
     @contextmanager
@@ -63,34 +64,57 @@ class Timers:
         if begin is None or end is None:
             started = time.perf_counter()
             yield
-            self._seconds[name] += time.perf_counter() - started
+            self._add(name, time.perf_counter() - started)
             return
         begin.record()
         yield
         end.record()
         self._pending.append((name, begin, end))
         if len(self._pending) > _MOST_PENDING:
-            self._add_up([*takewhile(lambda interval: interval[2].query(), self._pending)])
+            self._settle([*takewhile(lambda interval: interval[2].query(), self._pending)])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, nothing is timed: what is done beside training steps is no part of them."""
+        """Time nothing inside: work beside training steps is no part of them."""
         running, self._running = self._running, set()
         try:
             yield
         finally:
             self._running = running
 
-    def _add_up(self, over: Sequence[tuple[str, Any, Any]]) -> None:
-        """The first intervals, which the device has passed."""
-        for name, begin, end in over:
-            self._seconds[name] += begin.elapsed_time(end) / 1e3
-        del self._pending[: len(over)]
+    def keep_intervals(self) -> None:
+        """Keep the length of every interval from now on, beside the sums."""
+        self._settle_all()
+        self._intervals = defaultdict(list)
+
+    def take_intervals(self) -> dict[str, list[float]]:
+        """Return the seconds of every interval since `keep_intervals`, by timer, and stop keeping them.
+
+        Waits for the device.
+        """
+        self._settle_all()
+        assert self._intervals is not None, "intervals were not kept"
+        intervals, self._intervals = dict(self._intervals), None
+        return intervals
 
     def read(self) -> dict[str, float]:
-        """Seconds of each timer that ran since the last reading; waits for the device."""
-        if self._pending:
-            self._pending[-1][2].synchronize()
-        self._add_up(self._pending[:])
+        """Return the seconds of each timer that ran since the last reading. Waits for the device."""
+        self._settle_all()
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] += seconds
+        if self._intervals is not None:
+            self._intervals[name].append(seconds)
+
+    def _settle(self, over: Sequence[tuple[str, Any, Any]]) -> None:
+        """Add up the first pending intervals, which the device has passed."""
+        for name, begin, end in over:
+            self._add(name, begin.elapsed_time(end) / 1e3)
+        del self._pending[: len(over)]
+
+    def _settle_all(self) -> None:
+        if self._pending:
+            self._pending[-1][2].synchronize()
+        self._settle(self._pending[:])

@@ -1,4 +1,4 @@
-"""What every engine offers to the training loop."""
+"""The interface of both engines to the training loop."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_slm.engine.facts import MicroBatchFacts
-from megatron_slm.engine.refusal import Reason
+from megatron_slm.engine.diagnostics import MicroBatchDiagnostics
+from megatron_slm.engine.skipping import SkipReason
 from megatron_slm.engine.timers import Timers
-from megatron_slm.loss.objective import Probed, StepSettings
+from megatron_slm.loss.objective import ScoredTokens, StepSettings
 from megatron_slm.loss.sums import LossSums
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.types import MicroBatch, TokenStatistics
@@ -17,61 +17,72 @@ from megatron_slm.types import MicroBatch, TokenStatistics
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did."""
+    """Outcome of a training step."""
 
     sums: LossSums
-    """Over all micro-batches and ranks."""
+    """Sums over all micro-batches and ranks."""
     grad_norm: float
     """Global gradient norm before clipping; infinity where the step was skipped."""
-    refused: Reason | None
-    """Why nothing was updated; None where the step was applied."""
+    skip_reason: SkipReason | None
+    """Reason to skip the step; None where it was applied."""
     seconds: float
 
     @property
     def skipped(self) -> bool:
-        """Whether nothing was updated."""
-        return self.refused is not None
+        """True where nothing was updated."""
+        return self.skip_reason is not None
 
 
 class Trainer(Protocol):
-    """The two engines' common face."""
+    """One rank's part of an engine that trains. Except for `micro_batch_diagnostics`, its methods are collective."""
 
-    engine: Any
-    timers: Timers
-    activity: Activity
-    """What this rank is doing; the watchdog's source."""
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine, with the module and the optimizer."""
+        ...
+
+    @property
+    def step_timers(self) -> Timers:
+        """Timers of the training steps."""
+        ...
+
+    @property
+    def activity(self) -> Activity:
+        """Current activity of this rank, for the watchdog."""
+        ...
 
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
-        """Forward, backward and optimizer step; the sums over all ranks.
+        """Run forward, backward and optimizer step; return the sums over all ranks.
 
         Args:
-            is_last: no step follows; nothing of a next one is read.
+            is_last: no step follows, so that none of a next step's micro-batches is read.
         """
         ...
 
-    def micro_batch_facts(self) -> list[MicroBatchFacts]:
-        """What the last step saw of each micro-batch on this rank."""
+    def micro_batch_diagnostics(self) -> list[MicroBatchDiagnostics]:
+        """Read the diagnostics of the last step's micro-batches on this rank."""
         ...
 
     def evaluate(self, source: BatchSource, num_micro_batches: int) -> LossSums:
-        """Losses of held-out micro-batches; the sums over all ranks."""
+        """Compute the losses of held-out micro-batches, without reference or gradient; return sums over all ranks."""
         ...
 
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
-        """What the reference, if there is one, says of micro-batches outside of training; on the last stage."""
+        """Run the reference, if there is one, on micro-batches outside of training; results are on the last stage."""
         ...
 
-    def probe(
+    def scored_tokens(
         self, source: BatchSource, references: Sequence[TokenStatistics | None], settings: StepSettings | None
-    ) -> list[Probed]:
-        """What is said of the tokens of micro-batches, without a gradient; on the last stage.
+    ) -> list[ScoredTokens]:
+        """Compute losses, scores and selection of micro-batches without a gradient; results are on the last stage.
 
         Args:
-            settings: None selects nothing.
+            references: the reference's statistics of each micro-batch.
+            settings: None computes the losses alone.
         """
         ...
 
 
 BatchSource = Callable[[int], MicroBatch]
-"""A micro-batch by its number, counted from the step's first on this data-parallel rank; from the number of
-micro-batches of a step on they are the next step's."""
+"""Returns a micro-batch by its number, from the step's first on this data-parallel rank; the number of micro-batches of
+a step, and those after it, are the next step's."""

@@ -1,4 +1,4 @@
-"""The output weight in blocks of vocabulary rows, and the products of a block with rows of hidden states.
+"""The output weight in blocks of vocabulary rows, and products of a block with rows of hidden states.
 
 Shapes: N rows (tokens), K kept rows, d hidden, V vocabulary rows held here, B rows of one block.
 """
@@ -16,8 +16,8 @@ BLOCK_SIZE = 2048
 
 
 @dataclass(frozen=True)
-class Block:
-    """A run of vocabulary rows."""
+class VocabularyBlock:
+    """A run of rows of the output weight."""
 
     index: int
     start: int
@@ -25,49 +25,49 @@ class Block:
 
     @property
     def size(self) -> int:
-        """Rows of this block; the last one may be shorter."""
+        """Number of rows; the last block may be shorter."""
         return self.weight_Bd.shape[0]
 
     def columns(self, local_label_N: Tensor) -> Tensor:
-        """Each label's column in this block, int64 [N]; -1 where it is not in this block."""
+        """Return each label's column in this block, int64 [N]; -1 where another block has it."""
         column_N = local_label_N - self.start
         return column_N.masked_fill((column_N < 0) | (column_N >= self.size), -1)
 
 
 def block_sizes(num_vocabulary_rows: int) -> list[int]:
-    """Rows of every block."""
+    """Return the number of rows of every block."""
     return [min(BLOCK_SIZE, num_vocabulary_rows - start) for start in range(0, num_vocabulary_rows, BLOCK_SIZE)]
 
 
-def vocabulary_blocks(weight_Vd: Tensor) -> Iterator[Block]:
-    """The weight's blocks in order."""
+def vocabulary_blocks(weight_Vd: Tensor) -> Iterator[VocabularyBlock]:
+    """Cut the weight into its blocks, in order."""
     for index, start in enumerate(range(0, weight_Vd.shape[0], BLOCK_SIZE)):
-        yield Block(index, start, weight_Vd[start : start + BLOCK_SIZE])
+        yield VocabularyBlock(index, start, weight_Vd[start : start + BLOCK_SIZE])
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """fp64 for fp64 inputs, else fp32: logits, losses and sums are never less precise than fp32."""
+    """Return fp64 for fp64 inputs, else fp32: logits, losses and sums are never less precise than fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class BlockMemory:
-    """Memory for one block of columns after the other.
+    """Memory that one block of columns after the other is computed in.
 
     Args:
         num_rows, num_columns: of the largest block; columns beyond `BLOCK_SIZE` do not count.
         like: a tensor on the device.
-        dtype: default: what logits are kept in for products of `like`'s dtype.
+        dtype: default: the dtype of logits for products of `like`'s dtype.
     """
 
     def __init__(self, num_rows: int, num_columns: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
         self._memory = like.new_empty(num_rows * min(num_columns, BLOCK_SIZE), dtype=dtype or accumulation_dtype(like))
 
     def empty(self, num_rows: int, num_columns: int) -> Tensor:
-        """Uninitialised [rows, columns], in the memory of the one before."""
+        """Return uninitialized [rows, columns], in the memory of the block before."""
         return self._memory[: num_rows * num_columns].view(num_rows, num_columns)
 
-    def logits(self, rows_Nd: Tensor, block: Block) -> Tensor:
-        """`rows block^T`, [N, B] in fp32 (or fp64): bf16 logits would cost a loss error of 3e-2."""
+    def logits(self, rows_Nd: Tensor, block: VocabularyBlock) -> Tensor:
+        """Compute `rows block^T`, [N, B] in fp32 (or fp64): bf16 logits would cost a loss error of 3e-2."""
         out_NB = self.empty(rows_Nd.shape[0], block.size)
         if rows_Nd.dtype == out_NB.dtype:
             return torch.mm(rows_Nd, block.weight_Bd.t(), out=out_NB)
@@ -76,8 +76,8 @@ class BlockMemory:
         return torch.mm(rows_Nd.to(out_NB.dtype), block.weight_Bd.to(out_NB.dtype).t(), out=out_NB)
 
 
-def add_product(total_Kd: Tensor, gradient_KB: Tensor, block: Block) -> None:
-    """`total += gradient block`, in the precision of the total."""
+def add_product(total_Kd: Tensor, gradient_KB: Tensor, block: VocabularyBlock) -> None:
+    """Compute `total += gradient block`, in the precision of the total."""
     if gradient_KB.dtype == total_Kd.dtype:
         total_Kd.addmm_(gradient_KB, block.weight_Bd)
     elif gradient_KB.is_cuda:

@@ -1,4 +1,4 @@
-"""The two element-wise operations on a block of logits that a backend supplies; the products are cuBLAS' or MKL's."""
+"""Backends of the two element-wise operations on a block of logits; the products are cuBLAS' or MKL's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Kernels(Protocol):
         Args:
             logits_NB: fp32 (or fp64).
             column_N: the label's column, int64; -1 where it is not in this block.
-            exponentials_NB: receives exp(logit - the new maximum) in its own dtype, where given.
+            exponentials_NB: receives exp(logit - the new maximum) in its own dtype, unless None.
         """
         ...
 
@@ -39,20 +39,20 @@ class Kernels(Protocol):
         max_K: Tensor | None,
         out_KB: Tensor,
     ) -> None:
-        """Gradients of the logits: `exp(x - max) * factor`, and `target` in the label's column.
+        """Compute the logits' gradients: `exp(x - max) * factor`, and `target` in the label's column.
 
         Args:
-            x_KB: logits, or where `max_K` is None what `fold` made of them; overwritten.
+            x_KB: logits, or where `max_K` is None their exponentials from `fold`; overwritten.
             out_KB: receives the result in its own dtype; may be `x_KB` itself.
         """
         ...
 
 
 def choose_kernels(backend: BackendName, *, on_gpu: bool) -> Kernels:
-    """The kernels of a backend; `auto` is triton on a GPU where it is installed, else torch.
+    """Choose the kernels of a backend; `auto` is triton on a GPU where it is installed, else torch.
 
     Raises:
-        ConfigError: triton is asked for and not installed, or there is no GPU for it.
+        ConfigError: triton is not installed, or there is no GPU for it.
     """
     installed = importlib.util.find_spec("triton") is not None
     if backend == "torch" or (backend == "auto" and not (on_gpu and installed)):
@@ -60,9 +60,9 @@ def choose_kernels(backend: BackendName, *, on_gpu: bool) -> Kernels:
 
         return TorchKernels()
     if not installed:
-        raise ConfigError("--loss-head-backend", backend, "is an installed backend", "pip install triton, or use torch")
+        raise ConfigError("--loss-head-backend", backend, "be an installed backend", "pip install triton, or use torch")
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError("--loss-head-backend", backend, "runs on a GPU", "use torch (or auto) on a CPU")
+        raise ConfigError("--loss-head-backend", backend, "be torch or auto on a CPU", "use torch, or run on a GPU")
     from megatron_slm.loss.triton_backend import TritonKernels
 
     return TritonKernels()

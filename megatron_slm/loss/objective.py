@@ -1,57 +1,61 @@
-"""What a step trains on: a micro-batch's hidden states and labels in, a loss sum and its statistics out."""
+"""The training objective: from a micro-batch's hidden states and labels to its loss sum and its `LossSums`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_slm.loss.prediction import ThresholdPredictor
-from megatron_slm.loss.selective_ce import selective_cross_entropy, token_statistics
-from megatron_slm.loss.sums import loss_sums
+from megatron_slm.loss.selective_ce import row_losses, token_statistics
+from megatron_slm.loss.sums import EVALUATION, SumLayout, evaluation_sums, loss_sums
 from megatron_slm.loss.variants import LossHead
-from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
+from megatron_slm.loss.vocab_parallel import VocabularyPart, loss_rows
 from megatron_slm.parallel.collectives import all_gather_dim0
 from megatron_slm.parallel.groups import DataParallel, TensorParallel
 from megatron_slm.selection.selector import Choice, Ranking, Selector
 from megatron_slm.types import MicroBatch, Selection, TokenStatistics
 
-ONE_BY_ITSELF = DataParallel()
-
 
 class OutputWeight(NamedTuple):
-    """The output weight's token rows held here, and which rows they are."""
+    """The output weight's token rows held here, and their place in the vocabulary."""
 
     weight_Vd: Tensor
     start: int
+    """Token id of the first row."""
     rows: int
     """Rows of the largest part over the tensor-parallel ranks, padding included."""
 
+    def part(self, tp: TensorParallel) -> VocabularyPart:
+        """Return the part of the vocabulary that these rows are."""
+        return VocabularyPart(tp=tp, start=self.start, rows=self.rows)
 
-class Probed(NamedTuple):
-    """What a model and its selection say of a micro-batch, without a gradient, each [b, s]."""
+
+class ScoredTokens(NamedTuple):
+    """A micro-batch's tokens under a model and its selection, without a gradient, each [b, s]."""
 
     loss_bs: Tensor
     """Token losses in nats, fp32; 0 where not valid."""
     score_bs: Tensor | None
-    """What tokens are ranked by, fp32; this and the next are None where nothing was selected."""
+    """Scores that tokens are ranked by, fp32; this and the next are None where nothing was selected."""
     kept_bs: Tensor | None
-    """Which tokens would be kept, bool."""
+    """True for tokens that would be kept, bool."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step's objective depends on beside its tokens and weights."""
+    """Settings of a step's objective that change from step to step."""
 
     step: int
     """Steps done before this one."""
     score_threshold: float | None = None
     """The running threshold of the policy `quantile`; None before there is one."""
     loss_limit: float | None = None
-    """Mean loss over valid tokens, in nats, beyond which the step is not applied; None applies it at any."""
+    """Mean loss over valid tokens, in nats, beyond which the step is skipped; None applies it at any."""
 
 
 Observer = Callable[[MicroBatch, Tensor, Tensor | None, Tensor], None]
@@ -59,20 +63,28 @@ Observer = Callable[[MicroBatch, Tensor, Tensor | None, Tensor], None]
 kept rows (int64 [K])."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Objective:
-    """Selective language modeling, or CLM, which is the same with everything kept and no reference."""
+    """Selective language modeling, or CLM, which is the same with everything kept and no reference.
+
+    Its predictor learns from every micro-batch; nothing else of it changes, and no result depends on the predictor.
+    """
 
     selector: Selector
     tp: TensorParallel
-    dp: DataParallel = ONE_BY_ITSELF
-    """Who ranks together in the scope `data-parallel`; one rank by itself in the others."""
-    head: LossHead = LossHead()  # noqa: RUF009 (frozen)
+    dp: DataParallel = field(default_factory=DataParallel)
+    """The ranks whose tokens are ranked together in the scope `data-parallel`; one rank in the others."""
+    head: LossHead = field(default_factory=LossHead)
     predictor: ThresholdPredictor = field(default_factory=ThresholdPredictor)
-    """Guesses which rows will be kept; no result depends on what it has seen."""
+    """Predicts which rows will be kept."""
     observer: Observer | None = None
     num_sources: int = 1
     """Corpora of the run."""
+
+    @property
+    def sum_layout(self) -> SumLayout:
+        """Layout of the sums that `loss` returns."""
+        return SumLayout(self.num_sources)
 
     def loss(
         self,
@@ -82,53 +94,63 @@ class Objective:
         reference: TokenStatistics | None,
         settings: StepSettings,
     ) -> tuple[Tensor, Tensor]:
-        """The loss sum of a micro-batch (carrying the gradient of the kept tokens) and the values of its `LossSums`.
+        """Compute a micro-batch's loss sum, which carries the gradient of the kept tokens, and its packed `LossSums`.
 
-        The values, fp64 [`num_sums`], stay on the device: a step adds them up there and brings them over once.
+        The sums, fp64 [`sum_layout.size`], stay on the device: a step adds them up there and reads them once.
 
         Args:
-            x_sbd: the head's output, [s, b, d], or [s / size, b, d] under sequence parallelism.
-            reference: what the reference says of the same tokens; None where there is none.
-            settings: the step's.
+            x_sbd: the decoder's last hidden states, [s, b, d], or [s / size, b, d] under sequence parallelism.
+            reference: the reference's statistics of the same tokens; None where there is none.
         """
-        chosen: list[Choice] = []
-        scored: list[Tensor] = []
-
-        def likely(rows: slice, tokens: TokenStatistics) -> Tensor | None:
-            score_R = self.selector.row_scores(rows, tokens, reference, batch)
-            if score_R is None:
-                return None
-            scored.append(score_R)
-            return self.predictor.likely(score_R)
-
-        def select(tokens: TokenStatistics) -> Selection:
-            choice = self.choose(tokens, batch, reference, settings)
-            chosen.append(choice)
-            kept_K = choice.kept_N.nonzero().squeeze(1)
-            if scored:  # the loss asked what is likely: let it know better next time
-                self.predictor.learn(torch.cat(scored), choice.ranked_N, len(kept_K))
-            return Selection(kept_K, None if choice.weight_N is None else choice.weight_N[kept_K])
-
-        loss_sum, selection, tokens = selective_cross_entropy(
+        losses = row_losses(
             loss_rows(x_sbd, self.tp),
             output.weight_Vd,
             batch.labels_bs.flatten(),
             batch.valid_bs.flatten(),
-            select=select,
-            likely=likely,
+            predict=partial(self._predict, batch, reference),
             keep_ratio=self.selector.expected_share(settings.step),
-            shard=VocabularyShard(tp=self.tp, start=output.start, rows=output.rows),
+            part=output.part(self.tp),
             with_entropy=self.selector.needs("entropy"),
             head=self.head,
         )
+        choice = self.choose(losses.tokens, batch, reference, settings)
+        kept_K = choice.kept_N.nonzero().squeeze(1)
+        selection = Selection(kept_K, None if choice.weight_N is None else choice.weight_N[kept_K])
+        loss_sum = losses.kept_sum(selection)
+        if losses.predicted:
+            self._learn(losses.tokens, batch, reference, choice, num_kept=len(kept_K))
         reference_loss_N = None if reference is None else reference.loss_N
         if self.observer is not None:
-            self.observer(batch, tokens.loss_N, reference_loss_N, selection.kept_K)
-        measured = self.selector.measure(chosen[0], settings.step)
-        sources = (batch.source_b, self.num_sources)
-        return loss_sum, loss_sums(
-            tokens.loss_N, reference_loss_N, chosen[0], batch.valid_bs.flatten(), measured, sources
+            self.observer(batch, losses.tokens.loss_N, reference_loss_N, kept_K)
+        sums = loss_sums(
+            token_loss_N=losses.tokens.loss_N,
+            reference_loss_N=reference_loss_N,
+            choice=choice,
+            valid_N=batch.valid_bs.flatten(),
+            measured_threshold=self.selector.measure(choice, settings.step),
+            source_b=batch.source_b,
+            num_sources=self.num_sources,
         )
+        return loss_sum, self.sum_layout.pack(sums)
+
+    def _predict(
+        self, batch: MicroBatch, reference: TokenStatistics | None, rows: slice, tokens: TokenStatistics
+    ) -> Tensor | None:
+        score_R = self.selector.row_scores(rows, tokens, reference, batch)
+        return None if score_R is None else self.predictor.predict(score_R)
+
+    def _learn(
+        self,
+        tokens: TokenStatistics,
+        batch: MicroBatch,
+        reference: TokenStatistics | None,
+        choice: Choice,
+        *,
+        num_kept: int,
+    ) -> None:
+        score_N = self.selector.row_scores(slice(None), tokens, reference, batch)
+        if score_N is not None:
+            self.predictor.learn(score_N, choice.ranked_N, num_kept)
 
     def choose(
         self,
@@ -137,7 +159,7 @@ class Objective:
         reference: TokenStatistics | None,
         settings: StepSettings,
     ) -> Choice:
-        """Which tokens of a micro-batch are kept. Collective over `dp`, with one gather of a few numbers a token."""
+        """Choose the tokens of a micro-batch to keep. Collective over `dp`: one gather of a few numbers a token."""
         ranking = self.selector.rank(tokens, reference, batch)
         num_rows = ranking.ranked_N.numel()
         if self.dp.size > 1:
@@ -149,33 +171,37 @@ class Objective:
         )
         return choice.rows(slice(self.dp.rank * num_rows, (self.dp.rank + 1) * num_rows))
 
-    def probe(
+    def scored_tokens(
         self,
         x_sbd: Tensor,
         output: OutputWeight,
         batch: MicroBatch,
         reference: TokenStatistics | None,
         settings: StepSettings | None,
-    ) -> Probed:
-        """Losses of a micro-batch's tokens, and which of them would be kept; without settings the losses alone."""
+    ) -> ScoredTokens:
+        """Compute the losses of a micro-batch's tokens and choose among them; without settings the losses alone."""
         with_entropy = settings is not None and self.selector.needs("entropy")
         tokens = self.statistics(x_sbd, output, batch, with_entropy=with_entropy)
         loss_bs = tokens.loss_N.view(batch.valid_bs.shape)
         if settings is None:
-            return Probed(loss_bs, None, None)
+            return ScoredTokens(loss_bs, None, None)
         choice = self.choose(tokens, batch, reference, settings)
-        return Probed(loss_bs, choice.score_N.view_as(batch.valid_bs), choice.kept_N.view_as(batch.valid_bs))
+        return ScoredTokens(loss_bs, choice.score_N.view_as(batch.valid_bs), choice.kept_N.view_as(batch.valid_bs))
+
+    def evaluation_sums(self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch) -> Tensor:
+        """Compute a held-out micro-batch's sums without a gradient, packed by the layout `EVALUATION`."""
+        return EVALUATION.pack(evaluation_sums(self.statistics(x_sbd, output, batch), batch))
 
     def statistics(
         self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch, *, with_entropy: bool = False
     ) -> TokenStatistics:
-        """What a model says of every token, without a gradient: for the reference and for evaluation."""
+        """Compute the statistics of every token without a gradient: for the reference and for evaluation."""
         return token_statistics(
             loss_rows(x_sbd, self.tp),
             output.weight_Vd,
             batch.labels_bs.flatten(),
             batch.valid_bs.flatten(),
-            shard=VocabularyShard(tp=self.tp, start=output.start, rows=output.rows),
+            part=output.part(self.tp),
             with_entropy=with_entropy,
             head=self.head,
         )

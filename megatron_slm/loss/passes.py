@@ -1,4 +1,4 @@
-"""The loss's two walks over the vocabulary: statistics of all rows, gradients of the kept ones.
+"""The loss's two passes over the vocabulary: statistics of all rows, gradients of the kept ones.
 
 The vocabulary is the outer loop of the backward pass, so that the weight's gradient is written once, and of the
 forward pass too where it takes all rows at once. No table of N x V exists beyond the stash's capacity.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_slm.loss.blocks import Block, BlockMemory, accumulation_dtype, add_product, vocabulary_blocks
+from megatron_slm.loss.blocks import BlockMemory, VocabularyBlock, accumulation_dtype, add_product, vocabulary_blocks
 from megatron_slm.loss.kernels import Kernels
 from megatron_slm.loss.row_statistics import RowStatistics
 from megatron_slm.loss.stash import Stash
@@ -30,33 +30,33 @@ def forward_pass(
     with_entropy: bool,
     chunk_rows: int,
     stash: Stash | None = None,
-    likely: Callable[[slice, RowStatistics], Tensor | None] | None = None,
+    predict: Callable[[slice, RowStatistics], Tensor | None] | None = None,
 ) -> RowStatistics:
-    """The whole vocabulary's statistics of every row: one product of [N, d] and [d, V], block by block.
+    """Compute every row's statistics over the whole vocabulary: one product of [N, d] and [d, V], block by block.
 
     Args:
         local_label_N: the label's row in `weight_Vd`, int64; outside [0, V) where another rank holds it.
-        combine: makes the statistics of the whole vocabulary from those of the rows held here.
-        chunk_rows: rows walked over the vocabulary at once.
-        stash: keeps exponentials for the backward pass, of the rows that are `likely` to be kept.
+        combine: turns statistics over the vocabulary rows held here into those over the whole vocabulary.
+        chunk_rows: rows that pass over the vocabulary at once.
+        stash: keeps exponentials for the backward pass.
+        predict: rows of a chunk to stash; None stashes all, as far as there is space.
     """
     held = RowStatistics.of_no_logits(hidden_Nd, with_entropy=with_entropy)
     memory = BlockMemory(min(chunk_rows, hidden_Nd.shape[0]), weight_Vd.shape[0], hidden_Nd)
     combined: list[RowStatistics] = []
     for start in range(0, hidden_Nd.shape[0], chunk_rows):
         chunk = slice(start, min(start + chunk_rows, hidden_Nd.shape[0]))
-        rows, room = held.rows(chunk), None
-        if stash is not None:
-            room = stash.open(chunk.stop - chunk.start)
+        rows = held.rows(chunk)
+        stashed = None if stash is None else stash.open(chunk.stop - chunk.start)
         for block in vocabulary_blocks(weight_Vd):
             logits_RB = memory.logits(hidden_Nd[chunk], block)
-            exponentials_RB = None if room is None else room[block.index]
+            exponentials_RB = None if stashed is None else stashed[block.index]
             kernels.fold(logits_RB, rows, block.columns(local_label_N[chunk]), exponentials_RB)
             if stash is not None:
                 stash.max_LN[block.index, chunk] = rows.max_N
         combined.append(combine(rows))
-        if stash is not None and room is not None:
-            stash.close(chunk, None if likely is None else likely(chunk, combined[-1]))
+        if stash is not None and stashed is not None:
+            stash.close(chunk, None if predict is None else predict(chunk, combined[-1]))
     if stash is not None:
         stash.seal()
     return RowStatistics.concatenated(combined)
@@ -64,22 +64,22 @@ def forward_pass(
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRows:
-    """What the backward pass knows of the kept rows; statistics over the whole vocabulary."""
+    """The kept rows, as the backward pass takes them; statistics over the whole vocabulary."""
 
     hidden_Kd: Tensor
     local_label_K: Tensor
     kept_K: Tensor
     max_K: Tensor
     factor_K: Tensor
-    """What turns exp(logit - max) into the logit's gradient: the row's weight over its sum of exponentials."""
+    """Turns exp(logit - max) into the logit's gradient: the row's weight over its sum of exponentials."""
     target_K: Tensor
-    """The gradient of the label's logit: the row's weight times (probability - 1)."""
+    """Gradient of the label's logit: the row's weight times (probability - 1)."""
 
 
 def backward_pass(
     rows: KeptRows, weight_Vd: Tensor, *, kernels: Kernels, stash: Stash | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the kept rows' weighted loss sum.
+    """Compute the gradients of the kept rows' weighted loss sum.
 
     Returns:
         gradient of the rows through the vocabulary rows held here [K, d] in fp32 (or fp64), and of the weight
@@ -96,7 +96,7 @@ def backward_pass(
             x_KB, factor_K, max_K = memory.logits(hidden_Kd, block), rows.factor_K, rows.max_K
         else:
             (x_KB, factor_K), max_K = stashed.exponentials(block), None
-        # gradients in the dtype of the products: written over what they are made of where that has it
+        # gradients in the dtype of the products, in place where the logits or exponentials have it
         out_KB = x_KB if x_KB.dtype == weight_Vd.dtype else out_memory.empty(*x_KB.shape)
         column_K = block.columns(rows.local_label_K)
         kernels.gradient(x_KB, factor_K, column_K, rows.target_K, max_K=max_K, out_KB=out_KB)
@@ -106,10 +106,10 @@ def backward_pass(
 
 
 class _StashedRows:
-    """The kept rows' exponentials, block by block: from the stash, or made again for the rows it does not have.
+    """The kept rows' exponentials, block by block: from the stash, or recomputed for the rows it does not have.
 
-    Rows made again are rounded as the stash rounds and stand where they would stand in it, so that the result
-    does not depend on which rows were predicted.
+    Recomputed rows are rounded as the stash rounds, and in the same order, so that the result does not depend on
+    which rows were predicted.
     """
 
     def __init__(self, rows: KeptRows, stash: Stash) -> None:
@@ -119,18 +119,18 @@ class _StashedRows:
         self.hidden_Md = rows.hidden_Kd[self.missing_M]
         self.has_all = self.missing_M.numel() == 0 and self.slot_K.numel() == stash.used
 
-    def exponentials(self, block: Block) -> tuple[Tensor, Tensor]:
-        """(exp(logit - maximum so far) [K, B], what turns it into the logit's gradient [K])."""
+    def exponentials(self, block: VocabularyBlock) -> tuple[Tensor, Tensor]:
+        """Return exp(logit - maximum so far) [K, B], and the factors that turn it into the logits' gradients [K]."""
         max_K = self.stash.max_LN[block.index, self.rows.kept_K]
         x_KB = self.stash.take(block.index)
-        # where it has just these rows, they stand in order already, since slots ascend as rows do
+        # where it has just these rows, they are in order already, since slots ascend as rows do
         x_KB = x_KB[: self.stash.used] if self.has_all else x_KB.index_select(0, self.slot_K.clamp(min=0))
         if self.missing_M.numel():
-            made_MB = (
+            computed_MB = (
                 BlockMemory(len(self.hidden_Md), block.size, self.hidden_Md)
                 .logits(self.hidden_Md, block)
                 .sub_(max_K[self.missing_M][:, None])
                 .exp_()
             )
-            x_KB[self.missing_M] = made_MB.to(x_KB.dtype)
+            x_KB[self.missing_M] = computed_MB.to(x_KB.dtype)
         return x_KB, self.rows.factor_K * (max_K - self.rows.max_K).exp()

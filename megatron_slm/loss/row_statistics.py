@@ -1,4 +1,4 @@
-"""What the forward pass knows of each row: a handful of numbers from which losses and entropies follow."""
+"""Statistics of each row in the forward pass: a handful of numbers that give its loss and entropy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_slm.types import TokenStatistics
 class RowStatistics:
     """An online log-sum-exp over the vocabulary; all fp32 (or fp64) [N].
 
-    Maximum and sum stay apart, since folding them into one number loses digits of large logits: with an offset
+    Maximum and sum are kept apart, since folding them into one number loses digits of large logits: with an offset
     of 3000 the softmax's error is 1.2e-7 apart and 7e-5 folded.
     """
 
@@ -26,18 +26,18 @@ class RowStatistics:
     target_N: Tensor
     """The label's logit; 0 where the label is not held here."""
     moment_N: Tensor | None
-    """Sum of exp(logit - max) * (logit - max), from which the entropy follows; None where nothing asks for it."""
+    """Sum of exp(logit - max) * (logit - max), which gives the entropy; None where no entropy is needed."""
 
     @classmethod
     def of_no_logits(cls, like_Nd: Tensor, *, with_entropy: bool) -> RowStatistics:
-        """Where the pass starts; updated in place, block by block."""
+        """Return the statistics that a pass starts with and updates in place, block by block."""
         zero_N = torch.zeros(like_Nd.shape[0], dtype=accumulation_dtype(like_Nd), device=like_Nd.device)
         return cls(
             torch.full_like(zero_N, -torch.inf), zero_N, zero_N.clone(), zero_N.clone() if with_entropy else None
         )
 
     def rows(self, index: slice | Tensor) -> RowStatistics:
-        """The statistics of some rows; views for a slice."""
+        """Return the statistics of some rows; views for a slice."""
         moment_N = self.moment_N
         return RowStatistics(
             self.max_N[index], self.sum_N[index], self.target_N[index], None if moment_N is None else moment_N[index]
@@ -45,7 +45,7 @@ class RowStatistics:
 
     @classmethod
     def concatenated(cls, parts: list[RowStatistics]) -> RowStatistics:
-        """One after the other."""
+        """Join the statistics of one chunk of rows after the other."""
         if len(parts) == 1:
             return parts[0]
         moments = [part.moment_N for part in parts if part.moment_N is not None]
@@ -57,12 +57,12 @@ class RowStatistics:
         )
 
     def stacked(self) -> Tensor:
-        """[3, N], or [4, N] with the moment: what ranks exchange."""
+        """Stack into one tensor for the ranks' exchange: [3, N], or [4, N] with the moment."""
         return torch.stack([x for x in (self.max_N, self.sum_N, self.target_N, self.moment_N) if x is not None])
 
     @classmethod
     def from_parts(cls, parts_PSN: Tensor) -> RowStatistics:
-        """The statistics over a vocabulary from those over its parts, `stacked` and given in one fixed order.
+        """Combine the statistics over the parts of a vocabulary, each `stacked`, in a fixed order.
 
         The same input gives the same bits everywhere, which an all-reduce would not promise.
         """
@@ -79,7 +79,7 @@ class RowStatistics:
         return cls(max_N, sum_N, target_N, moment_N)
 
     def token_statistics(self, valid_N: Tensor) -> TokenStatistics:
-        """Losses, and entropies where their moment is there, in nats; 0 where not valid."""
+        """Compute losses, and entropies where there is a moment, in nats; 0 where not valid."""
         log_sum_N = self.sum_N.log()
         loss_N = (log_sum_N - (self.target_N - self.max_N)).masked_fill_(~valid_N, 0.0)
         if self.moment_N is None:

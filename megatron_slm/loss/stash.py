@@ -1,7 +1,7 @@
-"""Exponentials of logits that the forward pass keeps for the backward pass, of the rows that will need them.
+"""Cache of exp(logit - maximum so far) for the rows likely to need gradients.
 
-What is kept is `exp(logit - maximum so far)`, not the logit: it is what the forward pass has computed anyway, its
-relative error in bf16 is 2^-9 whatever the logit's size, and one factor a row turns it into a probability.
+The exponential is kept and not the logit: the forward pass has computed it anyway, its relative error in bf16 is 2^-9
+whatever the logit's size, and one factor a row turns it into a probability.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from megatron_slm.loss.blocks import accumulation_dtype, block_sizes
 
 
 class Stash:
-    """Room for `capacity` of N rows, in order of their rows; one tensor a vocabulary block, freed as it is consumed.
+    """Space for `capacity` of N rows, in the order of rows; one tensor a vocabulary block, freed as it is consumed.
 
     Args:
-        hidden_Nd, weight_Vd: what the logits are made of.
+        hidden_Nd, weight_Vd: factors of the logits.
         chunk_rows: rows of one chunk of the forward pass.
         dtype: of the exponentials.
     """
@@ -34,31 +34,31 @@ class Stash:
         )
         self._slot_N = torch.full((hidden_Nd.shape[0],), -1, dtype=torch.int64, device=hidden_Nd.device)
         self.max_LN = hidden_Nd.new_empty((len(self._sizes), hidden_Nd.shape[0]), dtype=accumulation_dtype(hidden_Nd))
-        """The rows' maxima after each of the L blocks, which that block's exponentials are relative to."""
+        """Maxima of the rows after each of the L blocks, which that block's exponentials are relative to."""
 
     @staticmethod
     def _empty(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return like.new_empty((rows, columns), dtype=dtype)
 
     def open(self, num_rows: int) -> list[Tensor] | None:
-        """Where a chunk's exponentials go, [num_rows, B] a block; None where there is no room for any."""
+        """Return the space for a chunk's exponentials, [num_rows, B] a block; None where the stash is full."""
         if self.used == self.capacity:
             return None
         if not self._scratch:
             return [block[self.used : self.used + num_rows] for block in self._blocks if block is not None]
         return [scratch[:num_rows] for scratch in self._scratch]
 
-    def close(self, chunk: slice, likely_R: Tensor | None) -> None:
-        """Keep the chunk's rows that are likely to be needed (None: all), as far as there is room."""
+    def close(self, chunk: slice, predicted_R: Tensor | None) -> None:
+        """Keep the chunk's rows that are predicted to be needed (None: all), as far as there is space."""
         if not self._scratch:
             first, num_rows = self.used, chunk.stop - chunk.start
             self._slot_N[chunk] = torch.arange(first, first + num_rows, device=self._slot_N.device)
             self.used += num_rows
             return
-        if likely_R is None:
+        if predicted_R is None:
             row_K = torch.arange(chunk.stop - chunk.start, device=self._slot_N.device)
         else:
-            row_K = likely_R.nonzero().squeeze(1)
+            row_K = predicted_R.nonzero().squeeze(1)
         row_K = row_K[: self.capacity - self.used]
         end = self.used + row_K.numel()
         for block, scratch in zip(self._blocks, self._scratch, strict=True):
@@ -68,17 +68,17 @@ class Stash:
         self.used = end
 
     def seal(self) -> None:
-        """The forward pass is over: free what only it needed."""
+        """End the forward pass: free the memory that only it needed."""
         self._scratch = []
 
     def slots(self, kept_K: Tensor) -> Tensor:
-        """Each kept row's place here, int64 [K]; -1 where it was not kept."""
+        """Return each kept row's slot, int64 [K]; -1 for rows without one."""
         return self._slot_N[kept_K]
 
     def take(self, index: int) -> Tensor:
-        """A block's exponentials, [capacity, B], of which `used` rows are filled.
+        """Return a block's exponentials, [capacity, B], of which `used` rows are filled.
 
-        Once for each block: it is the caller's from then on, to overwrite.
+        Once for each block: the caller may overwrite it.
 
         Raises:
             RuntimeError: it was taken before.

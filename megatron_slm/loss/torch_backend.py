@@ -1,4 +1,4 @@
-"""The loss's element-wise operations in plain PyTorch: what runs on a CPU, and the truth for other backends."""
+"""The loss's element-wise operations in plain PyTorch: the backend of the CPU, and the oracle of the others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megatron_slm.loss.row_statistics import RowStatistics
 
 
 class TorchKernels:
-    """See `Kernels`."""
+    """`Kernels` in plain PyTorch."""
 
     name = "torch"
 
     def fold(self, logits_NB: Tensor, rows: RowStatistics, column_N: Tensor, exponentials_NB: Tensor | None) -> None:
-        """See `Kernels`."""
+        """Fold a block's logits into the rows' statistics, in place; arguments as in `Kernels.fold`."""
         label_N1 = column_N.clamp(min=0)[:, None]
         rows.target_N.copy_(torch.where(column_N >= 0, logits_NB.gather(1, label_N1).squeeze(1), rows.target_N))
         max_N = torch.maximum(rows.max_N, logits_NB.amax(1))
@@ -39,7 +39,7 @@ class TorchKernels:
         max_K: Tensor | None,
         out_KB: Tensor,
     ) -> None:
-        """See `Kernels`."""
+        """Compute the logits' gradients; arguments as in `Kernels.gradient`."""
         if x_KB.dtype != factor_K.dtype:
             x_KB = out_KB.copy_(x_KB) if out_KB.dtype == factor_K.dtype else x_KB.to(factor_K.dtype)
         if max_K is not None:

@@ -78,12 +78,12 @@ def _gradient(
 
 
 class TritonKernels:
-    """See `Kernels`."""
+    """`Kernels` in Triton."""
 
     name = "triton"
 
     def fold(self, logits_NB: Tensor, rows: RowStatistics, column_N: Tensor, exponentials_NB: Tensor | None) -> None:
-        """See `Kernels`."""
+        """Fold a block's logits into the rows' statistics, in place; arguments as in `Kernels.fold`."""
         num_rows, num_columns = logits_NB.shape
         kept_NB = logits_NB if exponentials_NB is None else exponentials_NB
         _fold[(num_rows,)](
@@ -113,7 +113,7 @@ class TritonKernels:
         max_K: Tensor | None,
         out_KB: Tensor,
     ) -> None:
-        """See `Kernels`."""
+        """Compute the logits' gradients; arguments as in `Kernels.gradient`."""
         num_rows, num_columns = x_KB.shape
         if num_rows == 0:  # a grid of nothing cannot be launched
             return

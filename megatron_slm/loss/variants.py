@@ -1,13 +1,13 @@
-"""How the loss spends memory to save time: which exponentials it keeps between its two passes.
+"""Variants of the loss head, which trade memory for time: the exponentials kept between its two passes.
 
 With N rows, keep ratio k and a unit of one product [N, d] x [d, V], full logits cost 3 units. Here every row is scored
-(1 unit) and the kept ones get gradients (2k units); making the kept rows' logits again costs another k.
+(1 unit) and the kept ones get gradients (2k units); recomputing the kept rows' logits costs another k.
 
 | variant | units | rows kept between the passes |
 |---|---|---|
 | `recompute` | 1 + 3k | none |
 | `stash` | 1 + 2k | all |
-| `predictive` | 1 + 2k, and 1 for each row missed | those whose score nears the last micro-batch's threshold |
+| `predictive` | 1 + 2k, and 1 for each row missed | those with a score near or above the last micro-batch's threshold |
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ BAND = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class LossHead:
-    """What the loss computes with. Results do not depend on it beyond rounding; time and memory do."""
+    """Backend, variant and memory of the loss. Results do not depend on them beyond rounding; time and memory do."""
 
     backend: BackendName = "auto"
     variant: VariantName = "auto"
     stash_bytes: int = 2**30
     """Most memory that exponentials may take between the passes."""
     stash_dtype: StashDtypeName = "auto"
-    """auto: fp32 for fp32 models, bf16 for bf16 models, whose gradients of logits are rounded to bf16 anyway."""
+    """Dtype of the exponentials. auto: fp32 for fp32 models, bf16 for bf16 models, which round gradients of logits to
+    bf16 anyway."""
 
     @classmethod
     def from_config(cls, config: LossHeadConfig) -> LossHead:
-        """As the flags say."""
+        """Build it from a run's flags."""
         return cls(
             backend=config.loss_head_backend,
             variant=config.loss_head_variant,
@@ -56,11 +57,11 @@ class LossHead:
         )
 
     def plan(self, num_rows: int, num_columns: int, keep_ratio: float, dtype: torch.dtype) -> StashPlan:
-        """What to keep for one micro-batch.
+        """Plan the stash of one micro-batch.
 
         Args:
             num_columns: vocabulary rows held here.
-            keep_ratio: share of the rows that will be kept, about.
+            keep_ratio: approximate share of the rows that will be kept.
             dtype: of the hidden states.
         """
         stash_dtype = self._dtype(dtype)
@@ -72,7 +73,7 @@ class LossHead:
         wanted = num_rows if variant == "stash" else predicted
         if variant == "recompute" or rows_in_budget < min(2, num_rows):
             return StashPlan("recompute", 0, num_rows, stash_dtype)
-        if wanted == num_rows <= rows_in_budget:  # room for all rows: each is written where it stays
+        if wanted == num_rows <= rows_in_budget:  # space for all rows: each is written to its slot at once
             return StashPlan(variant, num_rows, num_rows, stash_dtype)
         chunk_rows = min(CHUNK_ROWS, num_rows, rows_in_budget // 2)  # otherwise one chunk passes through first
         return StashPlan(variant, min(wanted, rows_in_budget - chunk_rows), chunk_rows, stash_dtype)
@@ -93,17 +94,17 @@ class LossHead:
 
 @dataclass(frozen=True)
 class StashPlan:
-    """A choice made."""
+    """Plan of one micro-batch's stash."""
 
     variant: VariantName
     capacity: int
-    """Rows kept at most."""
+    """Most rows that are kept."""
     chunk_rows: int
     """Rows scored at once."""
     dtype: torch.dtype
 
     def stash(self, hidden_Nd: Tensor, weight_Vd: Tensor) -> Stash | None:
-        """The stash, empty; None for `recompute`."""
+        """Allocate the stash, empty; None for `recompute`."""
         if self.capacity <= 0:
             return None
         return Stash(hidden_Nd, weight_Vd, capacity=self.capacity, chunk_rows=self.chunk_rows, dtype=self.dtype)

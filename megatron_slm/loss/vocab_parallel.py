@@ -1,4 +1,4 @@
-"""What the ranks of a vocabulary-parallel loss exchange: a few numbers a row, and the kept rows' gradients."""
+"""Exchange between the ranks of a vocabulary-parallel loss: a few numbers a row, and the kept rows' gradients."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_slm.parallel.groups import TensorParallel
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularyShard:
-    """The part of the vocabulary that this rank's weight holds: token `start` is its row 0."""
+class VocabularyPart:
+    """The part of the vocabulary that this rank's output weight holds; token `start` is its row 0."""
 
     tp: TensorParallel
     start: int
@@ -24,17 +24,16 @@ class VocabularyShard:
     None where there is one part."""
 
     def combine(self, local: RowStatistics) -> RowStatistics:
-        """The whole vocabulary's statistics, bit-equal on all ranks.
+        """Return the whole vocabulary's statistics, bit-equal on all ranks, so that all keep the same tokens.
 
-        One all-gather; the parts are added in rank order by every rank alike, which an all-reduce would not
-        promise. Equal bits are what makes every rank keep the same tokens.
+        One all-gather; every rank adds the parts in rank order, which an all-reduce would not promise.
         """
         if self.tp.size == 1:
             return local
         return RowStatistics.from_parts(all_gather_dim0(local.stacked()[None], self.tp))
 
     def sum_rows(self, grad_hidden_Kd: Tensor) -> Tensor:
-        """The kept rows' gradient, summed over the vocabulary's parts."""
+        """Sum the kept rows' gradient over the vocabulary's parts."""
         return grad_hidden_Kd if self.tp.size == 1 else all_reduce_sum(grad_hidden_Kd, self.tp)
 
 
@@ -50,10 +49,10 @@ class _WholeSequence(torch.autograd.Function):
 
 
 def loss_rows(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
-    """Every token's row in (sequence, position) order, [s, b, d] (or [s / size, b, d]) to [N, d].
+    """Return every token's row in (sequence, position) order, [s, b, d] (or [s / size, b, d]) to [N, d].
 
-    The loss sums the gradient of its rows over the ranks by itself, of the kept rows only, so the backward
-    pass of the gather only takes this rank's positions.
+    The loss itself sums its gradient over the ranks, of the kept rows only, so the backward pass of the gather only
+    takes this rank's positions.
     """
     if tp.sequence_parallel:
         x_sbd = _WholeSequence.apply(x_sbd, tp)

@@ -87,7 +87,7 @@ class Watchdog:
         """Record that the loop enters a state, and set its limit."""
         before = self.activity.moment
         if before is self._reported:
-            logger.warning("%s resumed after %.0f s", _describe(before), _seconds_since(before))
+            logger.warning("%s finished after %.0f s", _describe(before), _seconds_since(before))
         self.activity.enter(state, step)
         if not self.enabled:
             return
@@ -238,7 +238,7 @@ class Watchdog:
             doing = self._record().doing
             rule = "receive answers from all its peers within --distributed-timeout-minutes"
             fix = "find what ended that rank (its own error, killed, out of memory) and resume with --load"
-            self._exit(PeerError(f"rank {self._rank}: {doing}", found.text, rule, fix), 1)
+            self._exit(PeerError(f"rank {self._rank}: {doing}", f"interrupted; {found.text}", rule, fix), 1)
         threading.Event().wait()  # the training thread ends the process
 
     def _exit_hang(self, alarm: _Alarm, found: Diagnosis) -> NoReturn:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_slm.engine.schedule.costs import training_flops
-from megatron_slm.engine.schedule.orders import Mode
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.search import MAX_COMPUTATIONS, choose_schedule
 from megatron_slm.engine.schedule.simulate import Simulation
 from megatron_slm.errors import LayoutError
@@ -101,10 +101,8 @@ def estimate(
     """
     durations = stage_durations(run, layout, cluster)
     costs = durations.costs
-    mode: Mode = "clm"
-    if run.reference is not None:
-        hides = layout.pipeline > 1 and layout.zero_stage == 1
-        mode = run.config.parallel.reference_schedule if hides else "ride-along"
+    flag = run.config.parallel.reference_schedule
+    mode = Mode.of_run(flag, num_stages=layout.pipeline, has_reference=run.reference is not None)
     simulation = Simulation(choose_schedule(mode, costs, layout.num_micro_batches, max_computations=max_computations))
     seconds = simulation.step_ticks * durations.seconds_per_tick
     time = step_time(run, layout, cluster, schedule_seconds=seconds)
@@ -174,12 +172,12 @@ def _nothing_fits(run: PlannedRun, cluster: Cluster, found: int, smallest: int) 
         return LayoutError(
             "--global-batch-size",
             run.config.training.global_batch_size,
-            f"be divisible over {cluster.num_gpus} GPUs in a layout to which the models' shapes can be sharded",
+            f"allow a layout on {cluster.num_gpus} GPUs that divides batch and models evenly",
             "choose a multiple of the number of GPUs, or another number of nodes",
         )
     return LayoutError(
         "--gpu",
         f"{cluster.usable_bytes / 2**30:.1f} GiB usable",
-        f"fit one of {found} layouts on {cluster.num_gpus} GPUs (the smallest needs {smallest / 2**30:.1f} GiB)",
+        f"hold one of {found} layouts on {cluster.num_gpus} GPUs (the smallest needs {smallest / 2**30:.1f} GiB)",
         "plan for more nodes, larger GPUs, or a smaller --micro-batch-size and --loss-head-stash-mib",
     )

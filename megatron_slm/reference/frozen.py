@@ -1,4 +1,4 @@
-"""The reference: a second decoder, frozen, one piece on every pipeline stage."""
+"""The reference: a second decoder, frozen, cut over the pipeline stages like the model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from megatron_slm.types import Documents, MicroBatch, TokenStatistics
 
 
 class FrozenStage(nn.Module):
-    """The layers of the reference that stand on one stage; no gradients, no stored activations.
+    """The reference's layers on one stage, without gradients or stored activations.
 
     It is kept beside the trained module, never inside it, so that DeepSpeed neither broadcasts, partitions,
-    optimises nor saves it. Its depth and width are its own; a stage may hold none of its blocks.
+    optimizes nor saves it. Its depth and width are its own; a stage may hold none of its blocks.
     """
 
     def __init__(self, arch: Architecture, layers: ParallelLayers, *, stage: int, num_stages: int) -> None:
@@ -41,7 +41,7 @@ class FrozenStage(nn.Module):
         self.eval()
 
     def output_weight(self) -> OutputWeight:
-        """The output weight's rows held here; on the last stage only."""
+        """Return the output weight's rows held here; on the last stage only."""
         head = self.layers[-1]
         assert isinstance(head, Head), "only the last stage has the head"
         weight = head.output
@@ -56,14 +56,14 @@ class FrozenStage(nn.Module):
         """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d].
 
         Args:
-            documents: what attention keeps apart; None for whole samples.
+            documents: of the micro-batch, where attention keeps them apart; None for whole samples.
         """
         for layer in self.layers:
             x = layer(x, documents) if documents is not None and isinstance(layer, Block) else layer(x)
         return x
 
     def statistics(self, x_sbd: Tensor, objective: Objective, batch: MicroBatch) -> TokenStatistics:
-        """What the reference says of every token; on the last stage only."""
+        """Compute the reference's statistics of every token; on the last stage only."""
         with_entropy = objective.selector.needs("reference-entropy")
         return objective.statistics(x_sbd, self.output_weight(), batch, with_entropy=with_entropy)
 
@@ -73,7 +73,7 @@ def build_reference(
 ) -> FrozenStage:
     """Build this rank's stage of a frozen reference and load its weights. Collective over the world."""
     stage = topology.coordinate(dist.get_rank()).pipeline
-    with _parameters_in(dtype), local_device():  # at once in its final dtype and place
+    with _parameters_in(dtype), local_device():  # created in its final dtype, on its device
         reference = FrozenStage(arch, layers, stage=stage, num_stages=topology.pipeline)
     with raise_on_all_ranks():
         fill_module(reference, source)

@@ -1,7 +1,7 @@
-"""What a store of reference scores says about itself, and what a run compares with it.
+"""Manifest of a store of reference scores, and its comparison with a run.
 
     STORE/
-        manifest.json              the settings below, and size and sha256 of every shard that is done
+        manifest.json                 the settings below, and size and sha256 of every finished shard
         scores_00000000.safetensors   samples [0, samples_per_shard) of the run's order, and so on
 
 A sample's absolute number in the order of the run is the key: an epoch repeats documents, packed differently.
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.format import versions
 from megatron_slm.config.scoring import ScoreDtype
 from megatron_slm.errors import ScoreStoreError
@@ -24,12 +25,12 @@ from megatron_slm.files import write_durably
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 2 << 20
-"""A shard holds at most about this many tokens: 8 MiB of fp32 losses. Data-parallel ranks meet after each shard, so
-the slowest pipeline must not take longer over one than the others wait for it."""
+"""About the most tokens of a shard: 8 MiB of fp32 losses. Data-parallel ranks meet after each shard, so the slowest
+pipeline must not take longer over one than the others wait for it."""
 LEAST_SHARDS = 64
-"""A small store is cut into about this many shards, so that data-parallel ranks have something to share."""
+"""About the number of shards of a small store, so that data-parallel ranks have something to share."""
 
-AGAIN = (
+_SCORE_AGAIN = (
     "score the run's samples with tools/score_corpus.py and the run's own flags (its --load too, where it was "
     "extended), or train with the scored ones"
 )
@@ -37,14 +38,14 @@ AGAIN = (
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredData:
-    """Which samples were scored: sample k of two equal ones is the same text. Each field names its flag."""
+    """Identity of the scored samples: sample k of two equal ones is the same text. Each field names its flag."""
 
     sequence_length: int = field(metadata={"flag": "--seq-length"})
     sequences: tuple[int, ...] = field(metadata={"flag": "--split (training sequences of the corpus, from and to)"})
     seed: int = field(metadata={"flag": "--seed"})
     corpus_bytes: int = field(metadata={"flag": "--data-path (size of the .bin in bytes)"})
     corpus_sha256: str | None = field(metadata={"flag": "--data-path (checksum of the .bin)"})
-    """None on the ranks that do not compare it."""
+    """None on ranks that do not compare it."""
     tokenizer: str = field(metadata={"flag": "--tokenizer-model (fingerprint of the token table)"})
     num_epochs: int = field(metadata={"flag": "epochs of the corpus (--train-iters x --global-batch-size)"})
     sample_order: str = field(metadata={"flag": "order of the samples"})
@@ -55,18 +56,18 @@ class ScoredData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """A store's settings and its finished shards; the only word on which shards there are."""
+class StoreManifest:
+    """A store's settings and its finished shards; files that it does not list are no part of the store."""
 
     data: ScoredData
     reference: str
-    """The reference's folder, as it was given."""
+    """The reference's folder, as passed to the scoring pass."""
     reference_sha256: str
     """Checksum of its weights and architecture."""
     computed_in: str
-    """What the reference computed in: float32 or bfloat16."""
+    """Dtype that the reference computed in: float32 or bfloat16."""
     dtype: ScoreDtype
-    """What the scores are stored in."""
+    """Dtype of the stored scores."""
     with_entropy: bool
     samples_per_shard: int
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -76,36 +77,36 @@ class Manifest:
 
     @property
     def num_shards(self) -> int:
-        """Shards of the whole store."""
-        return -(-self.data.num_samples // self.samples_per_shard)
+        """Number of shards of the whole store."""
+        return ceil_div(self.data.num_samples, self.samples_per_shard)
 
     def samples_of(self, shard: int) -> range:
-        """The numbers of a shard's samples."""
+        """Return the numbers of a shard's samples."""
         start = shard * self.samples_per_shard
         return range(start, min(start + self.samples_per_shard, self.data.num_samples))
 
     @property
     def store_id(self) -> str:
-        """SHA-256 of the settings; every shard repeats it, so that none of another store passes for its own."""
+        """SHA-256 of the settings. Every shard repeats it, so that no other store's shard is taken for this one's."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("shards", "versions")}
         return hashlib.sha256(_canonical(settings)).hexdigest()
 
-    def with_shards(self, shards: dict[str, dict[str, Any]]) -> Manifest:
-        """The same store with these shards."""
+    def with_shards(self, shards: dict[str, dict[str, Any]]) -> StoreManifest:
+        """Return the manifest of the same store with these shards."""
         return replace(self, shards=dict(sorted(shards.items())))
 
     def write(self, folder: Path) -> None:
-        """Replace the manifest in `folder` at once, reaching the disk before it returns."""
+        """Replace the manifest in `folder` atomically; it is on the disk when this returns."""
         content = asdict(self)
         content["checksum"] = hashlib.sha256(_canonical(content)).hexdigest()
         write_durably(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> StoreManifest:
         """Read a store's manifest.
 
         Raises:
-            ScoreStoreError: it is missing, damaged, or of a format this version does not know.
+            ScoreStoreError: it is missing, damaged, or of a format that this version cannot read.
         """
         path = folder / MANIFEST
         try:
@@ -115,25 +116,25 @@ class Manifest:
             raise ScoreStoreError(
                 "--reference-scores",
                 str(folder),
-                f"holds a {MANIFEST} ({error.strerror})",
-                "name a folder that tools/score_corpus.py wrote",
+                f"hold a {MANIFEST} ({error.strerror})",
+                "name a folder written by tools/score_corpus.py",
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"is a JSON object with format_version and checksum ({error!r})") from error
+            raise _damaged(path, f"be a JSON object with format_version and checksum ({error!r})") from error
         if version != FORMAT_VERSION:
             raise ScoreStoreError(
                 f"{path}: format_version",
                 version,
-                f"is {FORMAT_VERSION} in this version of megatron_slm",
+                f"be {FORMAT_VERSION} in this version of megatron_slm",
                 "read it with the version that wrote it, or score again",
             )
         if checksum != hashlib.sha256(_canonical(content)).hexdigest():
-            raise _damaged(path, "has the checksum that it was written with")
+            raise _damaged(path, "have the checksum that it was written with")
         data = content.pop("data")
         try:
             return cls(data=ScoredData(**{**data, "sequences": tuple(data["sequences"])}), **content)
         except (KeyError, TypeError) as error:
-            raise _damaged(path, f"has the fields of this version ({error})") from error
+            raise _damaged(path, f"have the fields of this version ({error})") from error
 
 
 def _canonical(content: dict[str, Any]) -> bytes:
@@ -141,25 +142,25 @@ def _canonical(content: dict[str, Any]) -> bytes:
 
 
 def _damaged(path: Path, rule: str) -> ScoreStoreError:
-    return ScoreStoreError(str(path), "content", rule, "copy the store again from where it was made, or score again")
+    return ScoreStoreError(str(path), "damaged", rule, "copy the store again from its source, or score again")
 
 
 def shard_name(shard: int) -> str:
-    """File name of a shard."""
+    """Return a shard's file name."""
     return f"scores_{shard:08d}.safetensors"
 
 
 def samples_per_shard(num_samples: int, sequence_length: int, micro_batch_size: int) -> int:
-    """Samples of a shard: many shards, none too large, each a whole number of micro-batches."""
+    """Return the samples of a shard: many shards, none too large, each a whole number of micro-batches."""
     most = max(1, SHARD_TOKENS // sequence_length)
-    wanted = min(most, -(-num_samples // LEAST_SHARDS))
-    return -(-wanted // micro_batch_size) * micro_batch_size
+    wanted = min(most, ceil_div(num_samples, LEAST_SHARDS))
+    return ceil_div(wanted, micro_batch_size) * micro_batch_size
 
 
 def differences(stored: ScoredData, wanted: ScoredData) -> Iterator[tuple[str, Any, Any]]:
-    """(flag, stored value, wanted value) of every field that says the samples are others, the plainest first.
+    """Yield (flag, stored value, wanted value) of every field that differs and makes other samples, the plainest first.
 
-    The number of samples is left to the caller; a checksum that one side does not have is not compared.
+    The number of samples is left to the caller; a checksum that one side lacks is not compared.
     """
     for f in fields(ScoredData):
         theirs, ours = getattr(stored, f.name), getattr(wanted, f.name)
@@ -168,32 +169,32 @@ def differences(stored: ScoredData, wanted: ScoredData) -> Iterator[tuple[str, A
 
 
 def check_data(folder: Path, stored: ScoredData, wanted: ScoredData) -> None:
-    """Refuse a store of other samples than a run's.
+    """Check that a store holds a run's samples.
 
     Raises:
         ScoreStoreError: with the first setting that differs, the store's value and the run's.
     """
     for flag, theirs, ours in differences(stored, wanted):
-        raise ScoreStoreError(f"--reference-scores {folder}: {flag}", theirs, f"is the run's, {ours!r}", AGAIN)
+        raise ScoreStoreError(f"--reference-scores {folder}: {flag}", theirs, f"be the run's, {ours!r}", _SCORE_AGAIN)
     if stored.num_samples < wanted.num_samples:
         raise ScoreStoreError(
             f"--reference-scores {folder}: samples",
             stored.num_samples,
-            f"is at least the run's, {wanted.num_samples} (--train-iters x --global-batch-size)",
+            f"be at least the run's, {wanted.num_samples} (--train-iters x --global-batch-size)",
             "shorten the run, or score again with its --train-iters and --global-batch-size",
         )
 
 
-def check_same_settings(folder: Path, found: Manifest, wanted: Manifest) -> None:
-    """Refuse to go on with a store of other settings.
+def check_same_settings(folder: Path, found: StoreManifest, wanted: StoreManifest) -> None:
+    """Check that a store was begun with the settings of this pass.
 
     Raises:
-        ScoreStoreError: with the first setting that differs, the store's value and the one asked for.
+        ScoreStoreError: with the first setting that differs, the store's value and this pass's.
     """
     pairs = list(differences(found.data, wanted.data))
     flags = {
         "reference_sha256": "--reference-load (checksum of the weights)",
-        "computed_in": "--bf16 (what the reference computes in)",
+        "computed_in": "--bf16 (dtype that the reference computes in)",
         "dtype": "--score-dtype",
         "with_entropy": "--with-entropy",
     }
@@ -208,6 +209,6 @@ def check_same_settings(folder: Path, found: Manifest, wanted: Manifest) -> None
         raise ScoreStoreError(
             f"--output {folder}: {flag}",
             theirs,
-            f"is what this pass is asked for, {ours!r}",
-            "give the flags that the store was begun with, or choose another folder",
+            f"be this pass's, {ours!r}",
+            "pass the flags that the store was begun with, or choose another folder",
         )

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.errors import ScoreStoreError, os_errors_as
 from megatron_slm.files import file_sha256, write_durably
-from megatron_slm.reference.manifest import MANIFEST, Manifest, check_same_settings, shard_name
+from megatron_slm.reference.manifest import MANIFEST, StoreManifest, check_same_settings, shard_name
 from megatron_slm.types import MicroBatch
 
 CHECKSUM_LIMIT_BYTES = 64 << 30
@@ -29,16 +30,16 @@ _DAMAGED = "run tools/score_corpus.py on it again with the same flags: it scores
 
 
 class Scores(NamedTuple):
-    """What the reference says of some samples."""
+    """The reference's statistics of some samples."""
 
     loss_bs: Tensor
     """-log P(label) in nats [b, s], of every position, masked or not."""
     entropy_bs: Tensor | None
-    """Entropy of the predicted distribution in nats [b, s]; None where it was not asked for."""
+    """Entropy of the predicted distribution in nats [b, s]; None in stores without entropies."""
 
 
 def token_digests(batch: MicroBatch) -> list[int]:
-    """A checksum of every sample's number and its s + 1 tokens (64 bits, signed); the batch is on the CPU."""
+    """Compute a checksum of every sample's number and its s + 1 tokens (64 bits, signed); the batch is on the CPU."""
     tokens = torch.cat([batch.tokens_bs, batch.labels_bs[:, -1:]], dim=1).contiguous().numpy()
     return [_digest(number, row) for number, row in zip(batch.sample_b.tolist(), tokens, strict=True)]
 
@@ -54,16 +55,16 @@ def _score_digest(sample: int, rows: Sequence[Tensor]) -> int:
     return _digest(sample, *(row.contiguous().view(torch.uint8).numpy() for row in rows))
 
 
-def _place(manifest: Manifest, shard: int) -> str:
-    """What a shard's header says of it. One value: safetensors writes several in an order that changes."""
+def _identity(manifest: StoreManifest, shard: int) -> str:
+    """Identify a shard in its header, in one value: safetensors writes several in an order that changes."""
     return f"shard {shard} of store {manifest.store_id}"
 
 
 # ---- writing ------------------------------------------------------------------------------------------------
 
 
-def begin(folder: Path, wanted: Manifest) -> Manifest:
-    """Make a store's folder, or take up one that was begun: its settings, and the shards in it that are whole.
+def begin(folder: Path, wanted: StoreManifest) -> StoreManifest:
+    """Create a store's folder, or resume one that was begun; return its settings and the shards that are whole.
 
     Raises:
         ScoreStoreError: the folder holds something else, or a store of other settings.
@@ -76,13 +77,13 @@ def begin(folder: Path, wanted: Manifest) -> Manifest:
             return wanted
     except OSError as error:
         raise ScoreStoreError(
-            "--output", str(folder), f"is a folder that can be written ({error.strerror})", "choose another"
+            "--output", str(folder), f"be a folder that can be written ({error.strerror})", "choose another"
         ) from error
     if MANIFEST not in inside:
         raise ScoreStoreError(
-            "--output", str(folder), f"is empty or holds a store's {MANIFEST}, not {inside[0]}", "choose another folder"
+            "--output", str(folder), f"be empty or hold a store's {MANIFEST}, not {inside[0]}", "choose another folder"
         )
-    found = Manifest.read(folder)
+    found = StoreManifest.read(folder)
     check_same_settings(folder, found, wanted)
     for leftover in folder.glob(".*.tmp"):  # of passes that were killed
         leftover.unlink()
@@ -90,15 +91,17 @@ def begin(folder: Path, wanted: Manifest) -> Manifest:
     return found.with_shards({name: entry for name, entry in found.shards.items() if name not in damage})
 
 
-def write_shard(folder: Path, manifest: Manifest, shard: int, scores: Scores, digests: Sequence[int]) -> dict[str, Any]:
-    """Write one shard so that it is whole or absent, and on the disk, when this returns.
+def write_shard(
+    folder: Path, manifest: StoreManifest, shard: int, scores: Scores, digests: Sequence[int]
+) -> dict[str, Any]:
+    """Write one shard atomically; it is on the disk when this returns.
 
     Args:
         scores: of `manifest.samples_of(shard)`, one row a sample, fp32 on the CPU.
         digests: of the same samples' tokens (`token_digests`).
 
     Returns:
-        its line in the manifest.
+        its entry in the manifest.
 
     Raises:
         ScoreStoreError: a loss is not finite, or the shard cannot be written.
@@ -109,7 +112,7 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, scores: Scores, di
     if manifest.with_entropy:
         if scores.entropy_bs is None:
             raise ScoreStoreError(
-                "--with-entropy", True, "needs a loss head that gives entropies", "leave --with-entropy out"
+                "--with-entropy", True, "have a loss head that computes entropies", "leave --with-entropy out"
             )
         tensors["entropy"] = scores.entropy_bs.to(dtype)
     for name, rows in tensors.items():
@@ -118,15 +121,17 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, scores: Scores, di
             raise ScoreStoreError(
                 f"{name} of sample {samples[row]}",
                 "not finite",
-                f"is a number that {manifest.dtype} holds",
-                "look at the reference's weights, or choose another --score-dtype",
+                f"be a number that {manifest.dtype} can hold",
+                "check the reference's weights, or choose another --score-dtype",
             )
     kept = list(tensors.values())
     row_digests = [_score_digest(number, [rows[i] for rows in kept]) for i, number in enumerate(samples)]
     tensors["token_digest"] = torch.tensor(digests, dtype=torch.int64)
     tensors["score_digest"] = torch.tensor(row_digests, dtype=torch.int64)
-    content = save(tensors, metadata={"place": _place(manifest, shard)})
-    with os_errors_as(ScoreStoreError, "--output", folder, "can be written", "free space and run the pass again"):
+    content = save(tensors, metadata={"place": _identity(manifest, shard)})
+    with os_errors_as(
+        ScoreStoreError, "--output", folder, "be a folder that can be written", "free space and run the pass again"
+    ):
         write_durably(folder / shard_name(shard), content)
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -134,29 +139,29 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, scores: Scores, di
 # ---- checking -----------------------------------------------------------------------------------------------
 
 
-def check_shards(folder: Path, manifest: Manifest, *, checksums: bool, whole: bool = False) -> None:
+def check_shards(folder: Path, manifest: StoreManifest, *, checksums: bool, whole: bool = False) -> None:
     """Compare a store's files with its manifest.
 
     Args:
-        checksums: contents too, not sizes alone; one rank of a run is enough.
+        checksums: compare contents too, not sizes alone; one rank of a run is enough.
         whole: compare every checksum, also of a store larger than `CHECKSUM_LIMIT_BYTES`.
 
     Raises:
-        ScoreStoreError: a shard was not scored yet, is missing, or has another size or checksum.
+        ScoreStoreError: a shard is not scored yet, missing, or of another size or checksum.
     """
     missing = [name for name in map(shard_name, range(manifest.num_shards)) if name not in manifest.shards]
     if missing:
         raise ScoreStoreError(
             f"--reference-scores {folder}",
             f"{manifest.num_shards - len(missing)} shards",
-            f"is complete, all {manifest.num_shards} shards ({missing[0]} is not there)",
+            f"be complete, all {manifest.num_shards} shards ({missing[0]} is missing)",
             "run tools/score_corpus.py with the same flags to its end",
         )
     entries = list(manifest.shards.items())
     damage = _compare(folder, entries, checksums=False)
     if checksums and not damage:
         total = sum(entry["size"] for _, entry in entries)
-        stride = 1 if whole else max(1, -(-total // CHECKSUM_LIMIT_BYTES))
+        stride = 1 if whole else max(1, ceil_div(total, CHECKSUM_LIMIT_BYTES))
         damage = _compare(folder, entries[::stride], checksums=True)
     for name, (found, rule) in damage.items():
         raise ScoreStoreError(str(folder / name), found, rule, _DAMAGED)
@@ -165,16 +170,16 @@ def check_shards(folder: Path, manifest: Manifest, *, checksums: bool, whole: bo
 def _compare(
     folder: Path, entries: Sequence[tuple[str, dict[str, Any]]], *, checksums: bool
 ) -> dict[str, tuple[str, str]]:
-    """By name of every file that is not as its entry says: what it is, and what it must be."""
+    """Return by name, for every file that differs from its entry, the found value and the rule it breaks."""
 
     def one(item: tuple[str, dict[str, Any]]) -> tuple[str, str] | None:
         name, entry = item
         path = folder / name
         size = path.stat().st_size if path.exists() else -1
         if size != entry["size"]:
-            return "missing" if size < 0 else f"{size} bytes", f"is {entry['size']} bytes long"
+            return "missing" if size < 0 else f"{size} bytes", f"be {entry['size']} bytes long"
         if checksums and (found := file_sha256(path)) != entry["sha256"]:
-            return f"sha256 {found[:12]}", f"has the manifest's sha256 {entry['sha256'][:12]}"
+            return f"sha256 {found[:12]}", f"have the manifest's sha256 {entry['sha256'][:12]}"
         return None
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
@@ -196,16 +201,16 @@ class _OpenShard:
 class ScoreReader:
     """A store's scores by sample number, at random access; files are mapped, not loaded."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def read(self, batch: MicroBatch) -> Scores:
-        """The scores of a micro-batch's samples, fp32 on the CPU; the batch is on the CPU too.
+        """Read the scores of a micro-batch's samples, fp32 on the CPU; the batch is on the CPU too.
 
         Raises:
-            ScoreStoreError: the store has no such sample, its tokens are not the ones that were scored, or the
-                scores are not the ones that were written.
+            ScoreStoreError: the store has no such sample, its tokens differ from the scored ones, or the scores differ
+                from the written ones.
         """
         rows = [
             self._row(number, digest)
@@ -219,7 +224,7 @@ class ScoreReader:
             raise ScoreStoreError(
                 f"--reference-scores {self.folder}: samples",
                 self.manifest.data.num_samples,
-                f"are more than the sample asked for, {sample}",
+                f"be more than {sample}, the number of a sample of the run",
                 "shorten the run, or score again with its --train-iters and --global-batch-size",
             )
         shard, at = divmod(sample, self.manifest.samples_per_shard)
@@ -227,10 +232,10 @@ class ScoreReader:
         path = self.folder / shard_name(shard)
         if held.token_digests[at] != token_digest:
             raise ScoreStoreError(
-                f"tokens of sample {sample}",
+                f"sample {sample}: tokens",
                 f"checksum {token_digest:x}",
-                f"are those that {path} was scored with, checksum {held.token_digests[at]:x}",
-                "the corpus was changed since: score again",
+                f"be the tokens that {path} was scored with, checksum {held.token_digests[at]:x}",
+                "score again: the corpus changed since",
             )
         rows = [part[at : at + 1] for part in held.scores]
         found = _score_digest(sample, [row[0] for row in rows])
@@ -238,7 +243,7 @@ class ScoreReader:
             raise ScoreStoreError(
                 f"{path}: scores of sample {sample}",
                 f"checksum {found:x}",
-                f"have the checksum they were written with, {held.score_digests[at]:x}",
+                f"have the checksum that they were written with, {held.score_digests[at]:x}",
                 _DAMAGED,
             )
         return rows
@@ -258,14 +263,14 @@ class ScoreReader:
         expected = [len(self.manifest.samples_of(shard)), self.manifest.data.sequence_length]
         try:
             file = safe_open(path, framework="pt")
-            said = (file.metadata() or {}).get("place")
+            identity = (file.metadata() or {}).get("place")
             parts = [file.get_slice(name) for name in names]
             digests = [file.get_tensor(name).tolist() for name in ("token_digest", "score_digest")]
         except (SafetensorError, OSError) as error:
-            raise ScoreStoreError(str(path), str(error), "is a whole shard of scores", _DAMAGED) from error
-        if said != _place(self.manifest, shard):
-            raise ScoreStoreError(str(path), said, f"is {_place(self.manifest, shard)}", _DAMAGED)
+            raise ScoreStoreError(str(path), str(error), "be a whole shard of scores", _DAMAGED) from error
+        if identity != _identity(self.manifest, shard):
+            raise ScoreStoreError(str(path), identity, f"be {_identity(self.manifest, shard)}", _DAMAGED)
         shapes = [part.get_shape() for part in parts] + [[len(column)] for column in digests]
         if shapes != [expected] * len(parts) + [expected[:1]] * 2:
-            raise ScoreStoreError(str(path), f"shapes {shapes}", f"holds {expected} scores", _DAMAGED)
+            raise ScoreStoreError(str(path), f"shapes {shapes}", f"hold {expected} scores", _DAMAGED)
         return _OpenShard(parts, *digests)

@@ -1,4 +1,4 @@
-"""The reference's word on a micro-batch, read from stores instead of computed."""
+"""The reference's statistics of a micro-batch, read from stores instead of computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StoredScores:
 
     Args:
         readers: the stores, in the order that sums are taken in.
-        combine: of several references, per token, the `minimum` or the `mean` of their losses (and entropies).
+        combine: combination of several references per token: `minimum` or `mean` of their losses (and entropies).
     """
 
     def __init__(self, readers: Sequence[ScoreReader], combine: Combine) -> None:
@@ -27,14 +27,14 @@ class StoredScores:
 
     @property
     def has_entropy(self) -> bool:
-        """Whether every store holds entropies, so that statistics have them."""
+        """True where every store holds entropies, so that the statistics have them."""
         return all(reader.manifest.with_entropy for reader in self.readers)
 
     def __call__(self, batch: MicroBatch) -> TokenStatistics:
-        """What the references say of a micro-batch on the CPU: fp32 [N], nats, 0 where not valid.
+        """Read the statistics of a micro-batch on the CPU: fp32 [N], nats, 0 where not valid.
 
         Raises:
-            ScoreStoreError: see `ScoreReader.read`.
+            ScoreStoreError: a store has not the scores of these samples and tokens.
         """
         scores = [reader.read(batch) for reader in self.readers]
         entropies = [one.entropy_bs for one in scores if one.entropy_bs is not None]

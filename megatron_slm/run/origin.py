@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.convert.card import read_story
-from megatron_slm.convert.carried import ORIGIN, ORIGIN_FILES, STORY, copy_files
+from megatron_slm.convert.card import read_origin
+from megatron_slm.convert.companion_files import ORIGIN, ORIGIN_FILES, ORIGIN_RECORD, copy_files
 from megatron_slm.convert.source import Model
 from megatron_slm.data.corpus.content import content_sha256
-from megatron_slm.reference.manifest import Manifest as StoreManifest
+from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.run.plan import Plan
 
 
@@ -31,11 +31,11 @@ def write_origin(plan: Plan, folder: Path) -> None:
     if before is not None and before.is_dir():
         copy_files(before, folder, ORIGIN_FILES)
     if plan.resume is not None:
-        base = read_story(plan.resume.folder).get("base")
+        base = read_origin(plan.resume.folder).get("base")
     else:
         base = _model(plan.config.model.init_from, plan.models.init)
-    story = {"base": base, "references": _references(plan), "data": _corpora(plan)}
-    (folder / STORY).write_text(json.dumps(story, indent=1) + "\n", encoding="utf-8")
+    origin = {"base": base, "references": _references(plan), "data": _corpora(plan)}
+    (folder / ORIGIN_RECORD).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def _model(path: str | None, model: Model | None) -> dict[str, Any] | None:

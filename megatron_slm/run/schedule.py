@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.costs import arithmetic_costs
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.programs import Schedule
 from megatron_slm.engine.schedule.search import choose_schedule
 from megatron_slm.engine.schedule.simulate import Sizes
@@ -42,7 +43,7 @@ def counted_schedule(
     *,
     keep_ratio: float,
 ) -> Schedule:
-    """The schedule for counted costs. With one stage no slot is idle, and the reference rides along."""
+    """Choose the schedule for counted costs."""
     costs = arithmetic_costs(
         arch,
         reference,
@@ -51,7 +52,6 @@ def counted_schedule(
         keep_ratio=keep_ratio,
         recomputes=config.parallel.recompute_granularity == "full",
     )
-    if reference is None:
-        return choose_schedule("clm", costs, num_micro_batches)
-    mode = config.parallel.reference_schedule if num_stages > 1 else "ride-along"
+    flag = config.parallel.reference_schedule
+    mode = Mode.of_run(flag, num_stages=num_stages, has_reference=reference is not None)
     return choose_schedule(mode, costs, num_micro_batches)

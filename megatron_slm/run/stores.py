@@ -12,8 +12,7 @@ from megatron_slm.data.corpus.content import content_sha256
 from megatron_slm.data.corpus.indexed import bin_path
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ScoreStoreError
-from megatron_slm.reference.manifest import Manifest as StoreManifest
-from megatron_slm.reference.manifest import ScoredData, check_data
+from megatron_slm.reference.manifest import ScoredData, StoreManifest, check_data
 from megatron_slm.reference.store import ScoreReader, check_shards
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.sample_order import document_treatment

@@ -16,8 +16,7 @@ from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.reference.manifest import Manifest as StoreManifest
-from megatron_slm.reference.manifest import samples_per_shard
+from megatron_slm.reference.manifest import StoreManifest, samples_per_shard
 from megatron_slm.run.backends import choose_backends
 from megatron_slm.run.checks import check_model_vocabulary
 from megatron_slm.run.corpora import open_run_data

@@ -15,7 +15,7 @@ from megatron_slm.operations.preflight.run import preflight
 from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
-from megatron_slm.reference.manifest import Manifest
+from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.run.resume import open_resume
 from megatron_slm.scoring.plan import ScoringPlan, make_scoring_plan
 from megatron_slm.scoring.score import score_corpus
@@ -23,7 +23,7 @@ from megatron_slm.scoring.score import score_corpus
 logger = logging.getLogger(__name__)
 
 
-def score(config: RunConfig, options: ScoringOptions) -> Manifest:
+def score(config: RunConfig, options: ScoringOptions) -> StoreManifest:
     """Score as configured. Collective over the world.
 
     Raises:
@@ -42,7 +42,7 @@ def score(config: RunConfig, options: ScoringOptions) -> Manifest:
     return manifest
 
 
-def _size(manifest: Manifest) -> str:
+def _size(manifest: StoreManifest) -> str:
     megabytes = sum(entry["size"] for entry in manifest.shards.values()) / 1e6
     return f"{manifest.data.num_samples:,} samples in {manifest.num_shards:,} shards, {megabytes:,.1f} MB"
 

@@ -23,7 +23,7 @@ from megatron_slm.parallel.collectives import all_gather_objects, broadcast_from
 from megatron_slm.parallel.groups import create_tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import build_reference
-from megatron_slm.reference.manifest import Manifest, shard_name
+from megatron_slm.reference.manifest import StoreManifest, shard_name
 from megatron_slm.reference.store import Scores, begin, token_digests, write_shard
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.scoring.plan import ScoringPlan
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _LOG_INTERVAL_SECONDS = 10.0
 
 
-def score_corpus(plan: ScoringPlan) -> Manifest:
+def score_corpus(plan: ScoringPlan) -> StoreManifest:
     """Write the missing shards of the store in `plan.output`. Collective over the world.
 
     Every pipeline (data-parallel rank) takes one missing shard at a time; after each round the manifest is
@@ -68,9 +68,9 @@ def score_corpus(plan: ScoringPlan) -> Manifest:
     return manifest
 
 
-def _agreed_manifest(plan: ScoringPlan) -> Manifest:
+def _agreed_manifest(plan: ScoringPlan) -> StoreManifest:
     """Begin or resume the store on rank 0; return its manifest on every rank."""
-    found: Manifest | None = None
+    found: StoreManifest | None = None
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             found = begin(plan.output, plan.manifest())
@@ -79,7 +79,7 @@ def _agreed_manifest(plan: ScoringPlan) -> Manifest:
     return found
 
 
-def _commit(plan: ScoringPlan, manifest: Manifest, written: dict[str, dict[str, Any]]) -> Manifest:
+def _commit(plan: ScoringPlan, manifest: StoreManifest, written: dict[str, dict[str, Any]]) -> StoreManifest:
     """Add every rank's shards to the manifest; rank 0 replaces the file."""
     entries = {name: entry for one in all_gather_objects(written) for name, entry in one.items()}
     manifest = manifest.with_shards({**manifest.shards, **entries})
@@ -122,7 +122,7 @@ class _Scorer:
         )
         self.progress = _Progress(num_samples, plan.config.data.seq_length, plan.topology.data)
 
-    def score(self, manifest: Manifest, shard: int | None) -> tuple[Scores, list[int]] | None:
+    def score(self, manifest: StoreManifest, shard: int | None) -> tuple[Scores, list[int]] | None:
         """Run a shard through this pipeline; return its scores and token checksums on the rank that writes them.
 
         Shards start at multiples of the micro-batch size: each micro-batch has the samples of one of the run's, and

@@ -18,14 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_slm.engine.trainer import StepResult
-from megatron_slm.loss.sums import SOURCE_SUMS, LossSums
+from megatron_slm.loss.sums import SCORE_QUANTILES, LossSums, SourceSums
 from megatron_slm.telemetry.history import History
 from megatron_slm.telemetry.monitors import Monitors, board_folder
 
 BAD_BATCHES = "bad_batches.jsonl"
 """File in the run's folder with one JSON object for each bad step."""
 _BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit")
-SCORE_QUANTILES = ("score_p05", "score_p25", "score_p50", "score_p75", "score_p95")
 
 
 def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         "nonfinite_tokens": sums.nonfinite_tokens,
         **{name: _mean(getattr(sums, name), sums.ranked_tokens) if has_scores else None for name in SCORE_QUANTILES},
         "grad_norm": _mean(result.grad_norm, 1.0),
-        "skip_reason": result.refused,
+        "skip_reason": result.skip_reason,
     }
 
 
@@ -64,10 +63,14 @@ def source_metrics(sums: LossSums, names: Sequence[str], consumed: Sequence[int]
     number of samples drawn from it so far."""
     parts = {}
     for i, (name, samples) in enumerate(zip(names, consumed, strict=True)):
-        values = sums.by_source[i * len(SOURCE_SUMS) : (i + 1) * len(SOURCE_SUMS)] or (0.0,) * len(SOURCE_SUMS)
-        kept_loss, kept, valid_loss, valid = values
-        losses = {"loss": _mean(kept_loss, kept), "loss_all": _mean(valid_loss, valid)}
-        parts[name] = {**losses, "kept_tokens": kept, "valid_tokens": valid, "samples": samples}
+        of_source = sums.by_source[i] if sums.by_source else SourceSums()
+        parts[name] = {
+            "loss": _mean(of_source.kept_loss, of_source.kept_tokens),
+            "loss_all": _mean(of_source.valid_loss, of_source.valid_tokens),
+            "kept_tokens": of_source.kept_tokens,
+            "valid_tokens": of_source.valid_tokens,
+            "samples": samples,
+        }
     return parts
 
 
@@ -175,9 +178,9 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, text=text)
         elif step % self._interval == 0 or step in (1, self.total) or time.monotonic() - self._printed_at > 30:
             self._printed_at = time.monotonic()
-            self.say(f"{self.title}  step {step}/{self.total}  {text}")
+            self.print(f"{self.title}  step {step}/{self.total}  {text}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line; a console that cannot be written (full disk, lost terminal) does not end the run."""
         with suppress(OSError):
             self.console.print(text, highlight=False, soft_wrap=True)

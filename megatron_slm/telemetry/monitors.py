@@ -18,6 +18,7 @@ from typing import Any
 
 from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from deepspeed.monitor.monitor import MonitorMaster
+from pydantic import ValidationError
 
 from megatron_slm.errors import ConfigError, ServiceError
 
@@ -35,10 +36,11 @@ def check_monitors(sections: Mapping[str, Any]) -> None:
     for name, section in sections.items():
         try:
             parsed = getattr(DeepSpeedMonitorConfig(**{name: section}), name)
-        except ValueError as error:
-            fields = "; ".join(str(error).splitlines()[1:3])
-            rule = f"have the fields of DeepSpeed's monitor ({fields})"
-            raise ConfigError(f"DeepSpeed JSON: {name}", section, rule, "correct them") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            rule = f"be accepted by DeepSpeed's monitors ({first['msg']})"
+            raise ConfigError(f"DeepSpeed JSON: {field}", first["input"], rule, "correct or remove it") from error
         package = _PACKAGES.get(name)
         if parsed.enabled and package is not None and importlib.util.find_spec(package) is None:
             fix = f"pip install {package}, or set enabled to false in {name}"
@@ -68,8 +70,8 @@ class Monitors:
     def __init__(self, sections: Mapping[str, Any], run_dir: Path, *, resume_step: int) -> None:
         wanted = {name: section for name, section in sections.items() if name != "tensorboard"}
         self._master: MonitorMaster | None = None
-        self._sections = {name: section for name, section in wanted.items() if section.get("enabled")}
-        if not self._sections:
+        self._enabled = [name for name, section in wanted.items() if section.get("enabled")]
+        if not self._enabled:
             return
         if wanted.get("csv_monitor", {}).get("enabled"):
             wanted["csv_monitor"] = {"output_path": str(run_dir), "job_name": "csv", **wanted["csv_monitor"]}
@@ -100,8 +102,9 @@ class Monitors:
             raise self._error("accept metrics", error, "resume, or set enabled to false first") from error
 
     def _error(self, rule: str, error: Exception, fix: str) -> ServiceError:
+        # names only: sections may hold API keys
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return ServiceError(f"DeepSpeed JSON: {', '.join(self._sections)}", self._sections, f"{rule} ({reason})", fix)
+        return ServiceError(f"DeepSpeed JSON: {', '.join(self._enabled)}", "enabled", f"{rule} ({reason})", fix)
 
     def close(self) -> None:
         """Have the services send buffered values; the process ends without running exit hooks."""

@@ -33,11 +33,11 @@ def show_record(board: SummaryWriter, texts: ProbedTexts, record: ProbeRecord) -
         finite = values[np.isfinite(values)]
         if finite.size:
             board.add_histogram(f"probe/{name}", finite, step)
-    for number in range(min(TEXTS_SHOWN, len(texts.pieces))):
+    for number in range(min(TEXTS_SHOWN, len(texts.token_texts))):
         name = f"probe/text {number + 1}"
         board.add_text(name, _markdown(texts, record, number), step)
         kept_s = None if record.kept_Ws is None else record.kept_Ws[number]
-        picture = text_picture(texts.pieces[number][: TOKENS_SHOWN + 1], record.loss_Ws[number], kept_s)
+        picture = text_picture(texts.token_texts[number][: TOKENS_SHOWN + 1], record.loss_Ws[number], kept_s)
         board.add_image(name, picture, step, dataformats="HWC")
 
 
@@ -51,7 +51,7 @@ def _markdown(texts: ProbedTexts, record: ProbeRecord, number: int) -> str:
 
 
 def _tokens(texts: ProbedTexts, record: ProbeRecord, number: int, mean: float) -> Iterator[str]:
-    first, *pieces = texts.pieces[number][: TOKENS_SHOWN + 1]
+    first, *pieces = texts.token_texts[number][: TOKENS_SHOWN + 1]
     yield _escape(first)
     for s, piece in enumerate(pieces):
         loss = float(record.loss_Ws[number, s])

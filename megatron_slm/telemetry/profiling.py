@@ -30,7 +30,7 @@ class StepProfiler:
         self._profile: Any = None
         self._first_profiled = self._latest = 0
 
-    def before(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """Start the profile if `step` (from 1, as in the metrics) is in range; call before every step."""
         self._latest = step
         if self._is_mine and self._profile is None and self.first <= step < self.end:
@@ -41,7 +41,7 @@ class StepProfiler:
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
             self._profile.start()
 
-    def ends_with(self, step: int) -> bool:
+    def is_last_step(self, step: int) -> bool:
         """Return True on all ranks if `step` is the last to profile; call `close` then."""
         return self.first > 0 and step + 1 == self.end
 

@@ -32,8 +32,9 @@ def text_picture(
     """
     font = ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"), _SIZE)
     width, height = round(font.getlength("x")), round(_SIZE * 1.75)
-    levels = [0, *np.searchsorted(np.array(LOSS_EDGES), loss_s[: len(pieces) - 1]).tolist()]
-    marked = [False, *(kept_s[: len(pieces) - 1].tolist() if kept_s is not None else [False] * (len(pieces) - 1))]
+    num_predicted = len(pieces) - 1
+    levels = [0, *np.searchsorted(np.array(LOSS_EDGES), loss_s[:num_predicted]).tolist()]
+    marked = [False] * len(pieces) if kept_s is None else [False, *kept_s[:num_predicted].tolist()]
     cells = list(_cells(pieces))
     rows = max((row for row, *_ in cells), default=0) + 1
     size = (_COLUMNS * width + 2 * _MARGIN, (rows + 2) * height + 2 * _MARGIN)

@@ -23,13 +23,14 @@ from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.load import write_yaml
-from megatron_slm.convert.carried import ORIGIN
+from megatron_slm.convert.companion_files import ORIGIN
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.device import local_device
+from megatron_slm.engine.context import StageContext
 from megatron_slm.engine.flat import FlatModule, FlatTrainer
 from megatron_slm.engine.module import StageModule, deepspeed_topology
-from megatron_slm.engine.pipeline import PipelineTrainer, StageContext, pipeline_engine
+from megatron_slm.engine.pipeline import pipeline_engine
 from megatron_slm.engine.schedule.simulate import describe
 from megatron_slm.engine.timers import WORK, Timers
 from megatron_slm.engine.trainer import Trainer
@@ -39,7 +40,6 @@ from megatron_slm.model.block import compile_blocks
 from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.groups import (
     DataParallel,
-    TensorParallel,
     create_data_parallel_group,
     create_tensor_parallel_group,
 )
@@ -94,7 +94,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
-    trainer = make(plan, layers, objective, reference, tp)
+    trainer = make(plan, layers, objective, reference)
     state = _load(plan, trainer.engine.optimizer)
     source = micro_batch_source(plan, plan.data.train, pads_at_end=False)
     return Run(
@@ -110,46 +110,39 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
 
 
 def _pipeline_trainer(
-    plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
+    plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None
 ) -> Trainer:
     module = StageModule(plan.models.architecture, layers, plan.topology)
     if plan.backends.compile_blocks:
         compile_blocks(module)
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
-    engine = pipeline_engine(module, optimizer, plan.deepspeed)
+    tp, parallel = objective.tp, plan.config.parallel
     length = plan.config.data.seq_length // (tp.size if tp.sequence_parallel else 1)
     schedule = plan_schedule(plan)
     sizes = message_sizes(plan, message_length=length)
     if reference is not None and plan.topology.pipeline > 1:
         logger.info("%s", describe(schedule, "counted", sizes))
-    engine.attach(
-        StageContext(
-            topology=plan.topology,
-            objective=objective,
-            reference=reference,
-            scores=plan.scores,
-            schedule=schedule,
-            sizes=sizes,
-            message_shape=(length, plan.config.training.micro_batch_size, plan.models.architecture.hidden_size),
-            dtype=plan.dtype,
-            keeps_documents_apart=boundaries(plan.config, plan.models.tokenizer).matter_to_layers,
-            timers=Timers(plan.config.logging.timing_log_level),
-        )
+    context = StageContext(
+        topology=plan.topology,
+        objective=objective,
+        reference=reference,
+        scores=plan.scores,
+        schedule=schedule,
+        num_measured_steps=parallel.reference_schedule_warmup_steps if schedule.mode.works_ahead else 0,
+        sizes=sizes,
+        message_shape=(length, plan.config.training.micro_batch_size, plan.models.architecture.hidden_size),
+        dtype=plan.dtype,
+        keeps_documents_apart=boundaries(plan.config, plan.models.tokenizer).matter_to_layers,
+        timers=Timers(plan.config.logging.timing_log_level),
     )
-    searches = schedule.mode in ("skewed", "bubble")
-    measured = plan.config.parallel.reference_schedule_warmup_steps if searches else 0
-    return PipelineTrainer(engine, num_measured_steps=measured)
+    return pipeline_engine(module, optimizer, plan.deepspeed, context)
 
 
-def _flat_trainer(
-    plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None, tp: TensorParallel
-) -> Trainer:
+def _flat_trainer(plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None) -> Trainer:
     recompute = plan.config.parallel.recompute_granularity == "full"
     # backward passes reduce gradients: they wait for other ranks
     timers = Timers(plan.config.logging.timing_log_level, work=[name for name in WORK if name != "backward-compute"])
-    module = FlatModule(plan.models.architecture, layers, objective, recompute=recompute, timers=timers).to(
-        local_device()
-    )
+    module = FlatModule(plan.models.architecture, layers, recompute=recompute).to(local_device())
     if plan.backends.compile_blocks:
         compile_blocks(module)
     updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
@@ -157,7 +150,15 @@ def _flat_trainer(
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
-    return FlatTrainer(engine, plan.topology, reference, plan.num_micro_batches, plan.scores, timers)
+    return FlatTrainer(
+        engine,
+        plan.topology,
+        objective,
+        reference=reference,
+        scores=plan.scores,
+        num_micro_batches=plan.num_micro_batches,
+        timers=timers,
+    )
 
 
 def _load(plan: Plan, optimizer: Any) -> RunState:

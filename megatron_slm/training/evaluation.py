@@ -40,7 +40,7 @@ class Evaluator:
         run_dir = run.plan.config.logging.run_dir
         with raise_on_all_ranks(), disk_errors(run_dir):
             if dist.get_rank() == 0:
-                ProbeFolder(run_dir).go_on_after(step)
+                ProbeFolder(run_dir).discard_after(step)
 
     def catch_up(self) -> str | None:
         """Evaluate what is due at the step resumed from and has no record, because the run was killed before.

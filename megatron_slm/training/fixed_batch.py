@@ -14,7 +14,7 @@ from megatron_slm.checkpoint.state import RunState
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.device import local_device
 from megatron_slm.engine.trainer import Trainer
-from megatron_slm.loss.objective import Probed, StepSettings
+from megatron_slm.loss.objective import ScoredTokens, StepSettings
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import TokenStatistics
 
@@ -43,14 +43,14 @@ class FixedBatch:
         self._references = self.trainer.reference_statistics(read, self.num_micro_batches)
         return self._references
 
-    def measure(self, state: RunState, *, selects: bool) -> list[Probed]:
+    def measure(self, state: RunState, *, selects: bool) -> list[ScoredTokens]:
         """Run the model; on the last stage, one result a micro-batch.
 
         Args:
             selects: also rank and select the tokens, as the next training step would.
         """
         settings = StepSettings(step=state.step, score_threshold=state.score_threshold) if selects else None
-        return self.trainer.probe(partial(self.source.micro_batch, 0), self._references, settings)
+        return self.trainer.scored_tokens(partial(self.source.micro_batch, 0), self._references, settings)
 
     def gather(self, parts_bs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Assemble per-token values, [B, s] on every rank's device, from the last stage's micro-batches.

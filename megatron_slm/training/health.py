@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megatron_slm.config.health import HealthConfig
 from megatron_slm.data.sampler import sample_indices
-from megatron_slm.engine.facts import MicroBatchFacts
-from megatron_slm.engine.refusal import Reason
+from megatron_slm.engine.diagnostics import MicroBatchDiagnostics
+from megatron_slm.engine.skipping import SkipReason
 from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import TrainingError
 from megatron_slm.loss.objective import StepSettings
@@ -29,7 +29,7 @@ class BadBatch:
 
     step: int
     """Counted from 1, as in the metrics."""
-    reason: Reason
+    reason: SkipReason
     skipped: bool
     """Nothing was updated; False for a spike that was applied."""
     first_sample: int
@@ -72,7 +72,7 @@ class Health:
 
     def __init__(self, run: Run) -> None:
         self._run, self._config = run, run.plan.config.health
-        self._in_a_row: list[Reason] = []
+        self._in_a_row: list[SkipReason] = []
 
     def settings(self) -> StepSettings:
         """Build the settings of the next step's objective."""
@@ -87,23 +87,23 @@ class Health:
             the description of a bad step, the same on every rank; None for a good one, and for a batch whose tokens
             are all masked, which is neither.
         """
-        if result.refused == "no-trained-token":
+        if result.skip_reason == "no-trained-token":
             return None
         state, loss = self._run.state, mean_loss(result.sums)
         limit = spike_limit(state.recent_losses, self._config)
-        if result.refused in (None, "loss-spike"):
+        if result.skip_reason in (None, "loss-spike"):
             state.recent_losses = with_loss(state.recent_losses, loss, self._config)
-        self._in_a_row = [*self._in_a_row, result.refused] if result.refused else []
-        reason = result.refused
+        self._in_a_row = [*self._in_a_row, result.skip_reason] if result.skip_reason else []
+        reason = result.skip_reason
         if reason is None and limit is not None and loss is not None and loss > limit:
             reason = "loss-spike"
         return None if reason is None else self._describe(result, reason, loss, limit)
 
-    def _describe(self, result: StepResult, reason: Reason, loss: float | None, limit: float | None) -> BadBatch:
+    def _describe(self, result: StepResult, reason: SkipReason, loss: float | None, limit: float | None) -> BadBatch:
         run, rank = self._run, dist.get_rank()
         plan, state = run.plan, run.state
         coordinate = plan.topology.coordinate(rank)
-        mine = (coordinate.pipeline, coordinate.data, run.trainer.micro_batch_facts())
+        mine = (coordinate.pipeline, coordinate.data, run.trainer.micro_batch_diagnostics())
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for stage, data_rank, facts in all_gather_objects(mine):
             for fact in facts:
@@ -172,7 +172,7 @@ def mean_loss(sums: LossSums) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _merge(entry: dict[str, Any], fact: MicroBatchFacts, stage: int) -> None:
+def _merge(entry: dict[str, Any], fact: MicroBatchDiagnostics, stage: int) -> None:
     if fact.sums is not None:
         entry["loss_all"] = mean_loss(fact.sums)
         entry["valid_tokens"] = round(fact.sums.valid_tokens)

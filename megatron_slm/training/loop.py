@@ -92,7 +92,7 @@ class _Loop:
     def _train_step(self) -> None:
         run, step = self._run, self._state.step
         self._watchdog.enter(LoopState.STEP, step + 1)
-        self._profiler.before(step + 1)
+        self._profiler.begin_step(step + 1)
         rate = learning_rate(step, self._config.optimizer, self._last)
         source = partial(run.train_source.micro_batch, self._state.consumed_samples)
         is_last = step + 1 == self._last
@@ -112,7 +112,7 @@ class _Loop:
             )
 
     def _end_profile(self) -> None:
-        if self._profiler.ends_with(self._state.step):  # some ranks write a profile, and all of them wait
+        if self._profiler.is_last_step(self._state.step):  # some ranks write a profile, and all of them wait
             self._watchdog.enter(LoopState.PROFILE, self._state.step)
             self._profiler.close()
 
@@ -135,7 +135,7 @@ class _Loop:
 
     def _read_ahead(self) -> SlmError | None:
         """Wait until the next two steps' micro-batches are in memory; this rank's read error."""
-        with self._run.trainer.timers.timing("batch-generator"):
+        with self._run.trainer.step_timers.timing("batch-generator"):
             return self._run.train_source.prepare(self._state.consumed_samples)
 
     def _agree_to_stop(self, *, must_stop: bool) -> str | None:

@@ -65,7 +65,7 @@ class Recorder:
         if result.sums.nonfinite_tokens:
             count = f"{result.sums.nonfinite_tokens:,.0f}"
             self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score")
-        if result.refused == "no-trained-token":
+        if result.skip_reason == "no-trained-token":
             self.log(f"warning: step {state.step}: all tokens of its samples are masked; nothing was updated")
         values = self._training_line(result, learning_rate)
         if used is not None:
@@ -94,7 +94,7 @@ class Recorder:
 
     def _take_resources(self) -> dict[str, Any]:
         """Memory and times since the last logged step. Collective."""
-        step, timers = self._run.state.step, self._run.trainer.timers
+        step, timers = self._run.state.step, self._run.trainer.step_timers
         seconds, num_steps = timers.read(), step - self._logged_step
         times = gather_times(
             sum(seconds.get(name, 0.0) for name in timers.work) / num_steps,
@@ -136,7 +136,7 @@ class Recorder:
     def log(self, text: str) -> None:
         """Print a line on the console."""
         if self._writer is not None:
-            self._line.say(text)
+            self._line.print(text)
 
     def flush(self) -> None:
         """Flush TensorBoard."""

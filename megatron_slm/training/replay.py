@@ -166,7 +166,7 @@ class Replay:
         self._seen.clear()
         result = train_step(self.run.trainer, read, settings, learning_rate=0.0, is_last=True)
         coordinate = self.plan.topology.coordinate(dist.get_rank())
-        below = any(fact.gradient_is_finite is False for fact in self.run.trainer.micro_batch_facts())
+        below = any(fact.gradient_is_finite is False for fact in self.run.trainer.micro_batch_diagnostics())
         sources = self.plan.data.train.sources
         mine = [_samples(*seen, names=[source.name for source in sources]) for seen in self._seen]
         everyones = all_gather_objects((coordinate.pipeline if below else None, mine))
@@ -180,7 +180,7 @@ class Replay:
             nonfinite_losses=round(sums.nonfinite_losses / copies),
             nonfinite_scores=round((sums.nonfinite_tokens - sums.nonfinite_losses) / copies),
             grad_norm=result.grad_norm if math.isfinite(result.grad_norm) and not result.skipped else None,
-            skip_reason=result.refused,
+            skip_reason=result.skip_reason,
             nonfinite_gradient_below_stages=sorted({stage for stage, _ in everyones if stage is not None}),
         )
 

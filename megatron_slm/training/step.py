@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from megatron_slm.engine.refusal import Reason, refusal
+from megatron_slm.engine.skipping import SkipReason, skip_reason
 from megatron_slm.engine.trainer import BatchSource, StepResult, Trainer
 from megatron_slm.loss.objective import StepSettings
 
@@ -24,11 +24,11 @@ def train_step(
     skipped_before = engine.skipped_steps
     sums = trainer.train_step(source, settings, is_last=is_last)
     skipped = engine.skipped_steps > skipped_before
-    refused: Reason | None = refusal(sums, settings) or ("nonfinite-gradient" if skipped else None)
-    assert skipped == (refused is not None), "the optimizer skips the steps that are refused, and no others"
+    reason: SkipReason | None = skip_reason(sums, settings) or ("nonfinite-gradient" if skipped else None)
+    assert skipped == (reason is not None), "the optimizer skips the steps that have a reason, and no others"
     return StepResult(
         sums=sums,
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
-        refused=refused,
+        skip_reason=reason,
         seconds=time.perf_counter() - started,
     )

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_slm.analysis.excerpt import texts_of_tokens
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder, ProbeRecord
-from megatron_slm.analysis.sample import pieces_of
 from megatron_slm.checkpoint.state import RunState
 from megatron_slm.data.texts import TextSamples
 from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
@@ -81,7 +81,7 @@ class TextProbe:
         return ProbedTexts(
             tokens_Ws1=np.stack([sample.tokens[: self._length + 1] for sample in own]),
             valid_Ws=np.stack([sample.valid[: self._length] for sample in own]),
-            pieces=tuple(tuple(pieces_of(self.decode, ids.tolist())) for ids in self.samples.ids),
+            token_texts=tuple(tuple(texts_of_tokens(self.decode, ids.tolist())) for ids in self.samples.ids),
             sources=self.samples.sources,
             reference_loss_Ws=reference_loss_Ws,
         )

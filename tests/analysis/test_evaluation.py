@@ -59,11 +59,11 @@ def test_published_forms(form: str, record: dict[str, Any], question: str, answe
 @pytest.mark.parametrize(
     ("form", "record", "match"),
     [
-        ("gsm8k", {"answer": "4"}, r"line 1 = \['answer'\]: has a question under question or problem or input"),
-        ("gsm8k", {"question": "Q"}, "has an answer under answer or target"),
-        ("gsm8k", {"question": "Q", "answer": "#### "}, "an answer that is not empty"),
-        ("mmlu_stem", {"question": "Q", "answer": "A"}, "has choices"),
-        ("gsm8k", [1], "is a JSON object"),
+        ("gsm8k", {"answer": "4"}, r"line 1 is \['answer'\]: must have a question \(question or problem or input\)"),
+        ("gsm8k", {"question": "Q"}, r"must have an answer \(answer or target\)"),
+        ("gsm8k", {"question": "Q", "answer": "#### "}, "line 1: answer is '#### ': must hold an answer"),
+        ("mmlu_stem", {"question": "Q", "answer": "A"}, "must have choices"),
+        ("gsm8k", [1], "line 1 is 'list': must be a JSON object"),
     ],
 )
 def test_lines_without_their_fields(form: str, record: Any, match: str, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_files_that_are_no_tasks(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(TaskError, match="line 1"):
         read_task(f"gsm8k={tmp_path / 'a.jsonl'}")
-    with pytest.raises(TaskError, match="holds a question"):
+    with pytest.raises(TaskError, match="must hold at least one question"):
         read_task(f"gsm8k={write_lines(tmp_path / 'b.jsonl')}")
     for text in ("unknown=x", "gsm8k"):
         with pytest.raises(TaskError, match="--task"):
@@ -143,9 +143,9 @@ def test_a_stop_ends_the_text(folders: list[Path]) -> None:
 
 def test_prompts_that_do_not_fit_and_models_that_do_not_load(folders: list[Path], tmp_path: Path) -> None:
     generator = load_generator(str(folders[0]))
-    with pytest.raises(TaskError, match=r"prompt of question 2 = .* 64 tokens.*fewer --shots"):
+    with pytest.raises(TaskError, match=r"prompt of question 2 is \d+: must be less than 64 tokens.*fewer --shots"):
         generator.write(["a", "word " * 70], max_new_tokens=4, stops=STOPS, batch_size=2)
-    with pytest.raises(WeightsError, match="loads with transformers"):
+    with pytest.raises(WeightsError, match=r"--model is .*: must load in transformers"):
         load_generator(str(tmp_path))
 
 
@@ -222,20 +222,20 @@ def test_lm_eval_on_a_task_of_ones_own(folders: list[Path], tmp_path: Path) -> N
 def test_bad_input(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = str(folders[0])
     cases = {
-        ("--model", one): "is given --perplexity, --task or --lm-eval",
+        ("--model", one): "--perplexity, --task or --lm-eval is missing",
         ("--model", one, "--perplexity", "x"): "NAME=FILE",
         ("--model", one, "--perplexity", "x=/none.jsonl"): "must be a file",
         ("--model", str(tmp_path), "--task", "gsm8k=/none"): "must be a file",
         ("--model", one, "--task", "gsm8k=/none", "--shots", "-1"): "--shots",
         ("--model", one, "--task", "gsm8k=/none", "--batch-size", "0"): "--batch-size",
-        ("--model", one, "--task", "gsm8k=/none", "--output", "x.txt"): "ends in .json",
+        ("--model", one, "--task", "gsm8k=/none", "--output", "x.txt"): "must end in .json",
     }
     for argv, message in cases.items():
         assert main(list(argv)) == 1
         assert message in capsys.readouterr().err
     corpus = write_corpus(tmp_path / "corpus", vocab_size=400, num_documents=200)
     assert main(["--model", one, "--perplexity", f"x={corpus}"]) == 1
-    assert "token id = 399: is of the model's vocabulary, below 300" in capsys.readouterr().err
+    assert "largest token id is 399: must be less than 300, the model's vocabulary size" in capsys.readouterr().err
     task = write_lines(tmp_path / "t.jsonl", {"question": "Q", "answer": "1"})
     assert main(["--model", str(tmp_path), "--task", f"gsm8k={task}"]) == 1
     assert "error: " in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.analysis.run_report import panels, summary, tokens_to_reach
-from megatron_slm.analysis.runs import MOST_POINTS, Curve, read_run, read_runs
+from megatron_slm.analysis.runs import MAX_POINTS, Series, read_run, read_runs
 from megatron_slm.cli.report import main
 from megatron_slm.errors import AnalysisError
 
@@ -66,14 +66,14 @@ def test_a_half_finished_run(tmp_path: Path) -> None:
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", steps=5000, planned=5000))
-    curve = run.curve("loss_all", "steps")
-    assert len(curve.x) <= MOST_POINTS
+    curve = run.metric("loss_all", "steps")
+    assert len(curve.x) <= MAX_POINTS
     assert curve.x[-1] == 5000
     assert all(a < b for a, b in zip(curve.x, curve.x[1:], strict=False))
 
 
 def test_a_curve_reaches_a_value_between_its_points() -> None:
-    curve = Curve((1.0, 2.0, 4.0), (5.0, 3.0, 1.0))
+    curve = Series((1.0, 2.0, 4.0), (5.0, 3.0, 1.0))
     assert [curve.reaches(value) for value in (6.0, 4.0, 3.0, 2.0, 0.5)] == [1.0, 1.5, 2.0, 3.0, None]
 
 
@@ -95,7 +95,7 @@ def test_only_charts_with_something_in_them(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     titles = [panel.title for panel in panels([run], "tokens")]
     assert "Held-out loss: target" in titles
-    assert "Selection kept since the last probe" in titles
+    assert "Selection unchanged since the last probe" in titles
     assert not {"Training loss, tokens not kept", "Gradient norm before clipping"} & set(titles)
 
 
@@ -133,14 +133,14 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AnalysisError, match=r"RUN = .*a run's folder, with a metrics.jsonl"):
+    with pytest.raises(AnalysisError, match=r"RUN is .*: must be a run's folder"):
         read_run(tmp_path / "empty")
     (tmp_path / "empty" / "metrics.jsonl").write_text("{nonsense\n")
-    with pytest.raises(AnalysisError, match=r"1 unreadable lines.*at least one line"):
+    with pytest.raises(AnalysisError, match=r"number of readable lines is 0: must be at least 1"):
         read_run(tmp_path / "empty")
     one = write_run(tmp_path / "a" / "run")
     two = write_run(tmp_path / "b" / "run")
-    with pytest.raises(AnalysisError, match="a name of one run only"):
+    with pytest.raises(AnalysisError, match="RUN: name is 'run': must differ"):
         read_runs([str(one), str(two)])
     for bad in ("other=1.0", "target=-1", "target=x"):
         assert main([str(one), "--target-loss", bad]) == 1

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_slm.analysis import losses
-from megatron_slm.analysis.kept import Kept, agreement, frequency_bands, groups, levels, select
-from megatron_slm.analysis.losses import model_statistics, sample_of_store, stages_of, store_losses
-from megatron_slm.analysis.sample import Sample, sample_texts
+from megatron_slm.analysis.excerpt import Excerpt, excerpt_of_texts
+from megatron_slm.analysis.kept import KeptTokens, agreement, frequency_bands, groups, levels, select
+from megatron_slm.analysis.losses import checkpoints_in, excerpt_of_store, model_statistics, store_losses
 from megatron_slm.analysis.selection_page import at_quarters
 from megatron_slm.cli.analyze_tokens import main
 from megatron_slm.convert.imports import import_folder
@@ -34,66 +34,66 @@ from tests.support.world import run_world
 
 
 @pytest.fixture(scope="module")
-def sample(tokenizer: Any, text_file: Path) -> Sample:
-    return sample_texts([str(text_file)], tokenizer, sequence_length=24, max_tokens=10**6)
+def excerpt(tokenizer: Any, text_file: Path) -> Excerpt:
+    return excerpt_of_texts([str(text_file)], tokenizer, sequence_length=24, max_tokens=10**6)
 
 
 def test_losses_and_entropies_are_transformers(
-    folders: list[Path], sample: Sample, monkeypatch: pytest.MonkeyPatch
+    folders: list[Path], excerpt: Excerpt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of every token, in batches that do not divide the windows; 0 where nothing is predicted."""
     monkeypatch.setattr(losses, "BATCH_TOKENS", 24 * 5)
-    said = model_statistics(open_model(str(folders[0]), field="--load"), sample, with_entropy=True)
+    said = model_statistics(open_model(str(folders[0]), field="--load"), excerpt, with_entropy=True)
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(folders[0])(torch.from_numpy(sample.tokens_Ws1[:, :-1])).logits
+        logits = AutoModelForCausalLM.from_pretrained(folders[0])(torch.from_numpy(excerpt.tokens_Ws1[:, :-1])).logits
     log_probs = logits.double().log_softmax(-1)
-    expected = -log_probs.gather(2, torch.from_numpy(sample.labels_Ws)[..., None])[..., 0].numpy()
+    expected = -log_probs.gather(2, torch.from_numpy(excerpt.labels_Ws)[..., None])[..., 0].numpy()
     entropy = -(log_probs.exp() * log_probs).sum(-1).numpy()
     assert said.entropy_Ws is not None
-    np.testing.assert_allclose(said.loss_Ws[sample.valid_Ws], expected[sample.valid_Ws], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(said.entropy_Ws[sample.valid_Ws], entropy[sample.valid_Ws], rtol=1e-4, atol=1e-5)
-    assert not said.loss_Ws[~sample.valid_Ws].any()
+    np.testing.assert_allclose(said.loss_Ws[excerpt.valid_Ws], expected[excerpt.valid_Ws], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(said.entropy_Ws[excerpt.valid_Ws], entropy[excerpt.valid_Ws], rtol=1e-4, atol=1e-5)
+    assert not said.loss_Ws[~excerpt.valid_Ws].any()
 
 
 @pytest.mark.parametrize("together", [0, 4])
-def test_kept_are_the_highest_scores_of_each_micro_batch(folders: list[Path], sample: Sample, together: int) -> None:
-    model, reference = (model_statistics(open_model(str(f), field="--load"), sample) for f in folders[:2])
+def test_kept_are_the_highest_scores_of_each_micro_batch(folders: list[Path], excerpt: Excerpt, together: int) -> None:
+    model, reference = (model_statistics(open_model(str(f), field="--load"), excerpt) for f in folders[:2])
     kept = select(
-        "x", sample, model, reference, score=score_named("excess"), keep_ratio=0.4, scope="micro-batch",
-        windows_together=together,
+        "x", excerpt, model, reference, score=score_named("excess"), keep_ratio=0.4, scope="micro-batch",
+        spans_per_micro_batch=together,
     )  # fmt: skip
-    size = together or len(sample.windows)
-    for start in range(0, len(sample.windows), size):
+    size = together or len(excerpt.spans)
+    for start in range(0, len(excerpt.spans), size):
         part = slice(start, start + size)
-        valid = sample.valid_Ws[part]
+        valid = excerpt.valid_Ws[part]
         excess = (model.loss_Ws[part] - reference.loss_Ws[part])[valid]
         order = np.argsort(-excess, kind="stable")[: math.ceil(0.4 * valid.sum())]
         expected = np.zeros(excess.size, bool)
         expected[order] = True
         assert kept.kept_Ws[part][valid].tolist() == expected.tolist()
         assert not kept.kept_Ws[part][~valid].any()
-    rows = groups(sample, kept, model, reference)
+    rows = groups(excerpt, kept, model, reference)
     for grouping in {row.grouping for row in rows}:
         own = [row for row in rows if row.grouping == grouping]
-        assert sum(row.tokens for row in own) == sample.num_tokens
+        assert sum(row.tokens for row in own) == excerpt.num_tokens
         assert sum(row.kept_share * row.tokens for row in own) == pytest.approx(kept.kept_Ws.sum())
     assert {row.name for row in rows if row.grouping == "source"} == {"site 0", "site 1"}
-    assert {"words", "number", "not said"} == {row.name for row in rows if row.grouping == "part of the document"}
+    assert {"words", "number", "unlabeled"} == {row.name for row in rows if row.grouping == "part of the document"}
 
 
-def test_agreement_and_levels(folders: list[Path], sample: Sample) -> None:
-    model, reference, other = (model_statistics(open_model(str(f), field="--load"), sample) for f in folders[:3])
+def test_agreement_and_levels(folders: list[Path], excerpt: Excerpt) -> None:
+    model, reference, other = (model_statistics(open_model(str(f), field="--load"), excerpt) for f in folders[:3])
 
     def by(reference: Any) -> Any:
-        return select("x", sample, model, reference, score=score_named("excess"), keep_ratio=0.5,
-                      scope="sequence", windows_together=0)  # fmt: skip
+        return select("x", excerpt, model, reference, score=score_named("excess"), keep_ratio=0.5,
+                      scope="sequence", spans_per_micro_batch=0)  # fmt: skip
 
     first, second = by(reference), by(other)
     assert agreement(first, first) == 1.0
     both = (first.kept_Ws & second.kept_Ws).sum()
     assert agreement(first, second) == agreement(second, first) == pytest.approx(both / first.kept_Ws.sum())
-    level_N = levels(first, sample.valid_Ws)[sample.valid_Ws]
-    score_N = first.score_Ws[sample.valid_Ws]
+    level_N = levels(first, excerpt.valid_Ws)[excerpt.valid_Ws]
+    score_N = first.score_Ws[excerpt.valid_Ws]
     assert max(np.bincount(level_N)) - min(np.bincount(level_N)) <= 1
     for level in range(4):
         assert score_N[level_N == level].min() >= score_N[level_N == level + 1].max()
@@ -110,7 +110,7 @@ def test_quarters() -> None:
 
     def chosen(steps: list[int | None]) -> list[int]:
         nothing: Any = None
-        kept = [Kept(name=str(i), score_Ws=nothing, kept_Ws=nothing, step=step) for i, step in enumerate(steps)]
+        kept = [KeptTokens(name=str(i), score_Ws=nothing, kept_Ws=nothing, step=step) for i, step in enumerate(steps)]
         return [int(one.name) for _, one in at_quarters(kept)]
 
     assert chosen([None] * 7) == chosen([10, 20, 30, 40, 50, 60, None]) == [0, 2, 4, 6]
@@ -184,15 +184,15 @@ def test_what_a_loss_mask_leaves_out_is_shown_and_not_counted(folders: list[Path
         assert json.loads(page_path.with_suffix(".json").read_text())["tokens"] == expected
         page = page_path.read_text()
         assert sum(page.count(f'class="t {kind}"') for kind in kinds) == expected
-        assert "the loss mask leaves it out" in page
+        assert "excluded by the loss mask" in page
 
 
-def test_checkpoints_and_folders_give_the_same(folders: list[Path], sample: Sample, tmp_path: Path) -> None:
+def test_checkpoints_and_folders_give_the_same(folders: list[Path], excerpt: Excerpt, tmp_path: Path) -> None:
     """A checkpoint of ours, imported, has the losses of the folder it came from; a run's checkpoints are all found."""
     import_folder(str(folders[0]), str(tmp_path / "run" / "checkpoints"))
-    (stage,) = stages_of([str(tmp_path / "run")])
-    ours = model_statistics(open_model(stage.path, field="--load"), sample).loss_Ws
-    theirs = model_statistics(open_model(str(folders[0]), field="--load"), sample).loss_Ws
+    (stage,) = checkpoints_in([str(tmp_path / "run")])
+    ours = model_statistics(open_model(stage.path, field="--load"), excerpt).loss_Ws
+    theirs = model_statistics(open_model(str(folders[0]), field="--load"), excerpt).loss_Ws
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -220,16 +220,16 @@ def test_stores_hold_the_same_losses(tmp_path: Path) -> None:
     corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "model")
     store = tmp_path / "store"
     run_world(score_here, 1, run_flags(corpus, tmp_path / "r", objective="slm", reference_load=reference, output=store))
-    sample = sample_of_store(str(store), str(corpus), None, max_tokens=20 * SEQ_LENGTH)
-    assert len(sample.windows) == 20
-    expected = model_statistics(open_model(str(reference), field="--load"), sample).loss_Ws
-    np.testing.assert_allclose(store_losses(str(store), sample), expected, rtol=1e-5, atol=1e-6)
+    excerpt = excerpt_of_store(str(store), str(corpus), None, max_tokens=20 * SEQ_LENGTH)
+    assert len(excerpt.spans) == 20
+    expected = model_statistics(open_model(str(reference), field="--load"), excerpt).loss_Ws
+    np.testing.assert_allclose(store_losses(str(store), excerpt), expected, rtol=1e-5, atol=1e-6)
     output = tmp_path / "page.html"
     argv = ["dynamics", "--scores", *[str(store)] * 3, "--data-path", str(corpus), "--output", str(output)]
     assert main(argv) == 0
     other = write_corpus(tmp_path / "other", seed=1)
-    with pytest.raises(AnalysisError, match=r"is the corpus that .*store was written for"):
-        sample_of_store(str(store), str(other), None, max_tokens=64)
+    with pytest.raises(AnalysisError, match=r"--data-path is .*other': must be the corpus of the store .*store\."):
+        excerpt_of_store(str(store), str(other), None, max_tokens=64)
 
 
 def test_bad_input(folders: list[Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,21 +237,29 @@ def test_bad_input(folders: list[Path], text_file: Path, tmp_path: Path, capsys:
     other = save_hf_llama(tmp_path / "other", vocab_size=99)
     one, text = str(folders[0]), ["--text-file", str(text_file), "--output", str(tmp_path / "x.html")]
     cases = {
-        ("dynamics", "--load", one, one): "three checkpoints or more",
-        ("dynamics", "--load", one, one, str(other)): "vocabulary of the first model",
-        ("selection", "--load", one): "--reference-load",
+        ("dynamics", "--load", one, one): "must name at least 3 checkpoints",
+        ("dynamics", "--load", one, one, str(other)): "must equal the first model's, ",
+        ("selection", "--load", one): "--reference-load is missing: required by --slm-score excess",
         (
             "selection",
             "--load",
             str(tmp_path),
             "--reference-load",
             one,
-        ): "is a Hugging Face folder, a checkpoint, or a run's folder",
-        ("selection", "--load", one, "--reference-load", str(other)): "vocabulary of the first model",
+        ): "must be a Hugging Face folder, a checkpoint, or a run's folder",
+        ("selection", "--load", one, "--reference-load", str(other)): "must equal the first model's, ",
         ("selection", "--load", one, "--reference-load", one, "--slm-keep-ratio", "0"): "(0, 1]",
-        ("selection", "--load", one, "--reference-load", one, "--seq-length", "65"): "what the model reads",
-        ("selection", "--load", one, "--data-path", "x"): "and not both",
-        ("dynamics",): "names models",
+        (
+            "selection",
+            "--load",
+            one,
+            "--reference-load",
+            one,
+            "--seq-length",
+            "65",
+        ): "must be at most 64, the model's context length",
+        ("selection", "--load", one, "--data-path", "x"): "but not both",
+        ("dynamics",): "be the only source of losses",
     }
     for words, message in cases.items():
         assert main([*words, *text]) == 1

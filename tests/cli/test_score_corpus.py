@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_slm.reference.manifest import Manifest
+from megatron_slm.reference.manifest import StoreManifest
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.world import free_port
 
@@ -34,7 +34,7 @@ def test_launch(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "scored 16 of 16 samples" in done.stderr
-    manifest = Manifest.read(store)
+    manifest = StoreManifest.read(store)
     assert (manifest.dtype, manifest.num_shards, len(manifest.shards)) == ("bfloat16", 8, 8)
 
     trained = start(sys.executable, "tools/pretrain_slm.py", "--config", str(config), "--lr", "1e-2")

@@ -168,16 +168,16 @@ def test_folders_that_are_taken(tmp_path: Path) -> None:
     hf = save_hf_llama(tmp_path / "hf")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    with pytest.raises(WeightsError, match=r"--output.*is empty"):
+    with pytest.raises(WeightsError, match=r"--output is .*: must be a new or empty folder"):
         import_folder(str(hf), str(tmp_path / "taken"))
     checkpoint = import_folder(str(hf), str(tmp_path / "ours"))
     with pytest.raises(WeightsError, match=r"--output.*--overwrite"):
         export_checkpoint(str(checkpoint), str(tmp_path / "taken"))
-    with pytest.raises(WeightsError, match=r"to be overwritten"):
+    with pytest.raises(WeightsError, match=r"must be a Hugging Face folder .* to be replaced by --overwrite"):
         export_checkpoint(str(checkpoint), str(tmp_path / "taken"), overwrite=True)
     assert (tmp_path / "taken" / "file").exists()
     for inside in (checkpoint, checkpoint.parent):
-        with pytest.raises(WeightsError, match="the checkpoint is in"):
+        with pytest.raises(WeightsError, match="must not contain the checkpoint"):
             export_checkpoint(str(checkpoint), str(inside), overwrite=True)
     with pytest.raises(WeightsError, match="--overwrite"):
         export_checkpoint(str(checkpoint), str(hf))
@@ -187,7 +187,7 @@ def test_folders_that_are_taken(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours", "taken"], "nothing is left over"
     (tmp_path / "killed" / ".step_00000000.tmp").mkdir(parents=True)
     import_folder(str(hf), str(tmp_path / "killed"))
-    with pytest.raises(CheckpointError, match="is a checkpoint of ours"):
+    with pytest.raises(CheckpointError, match=r"--load is .*: must be a checkpoint"):
         export_checkpoint(str(hf), str(tmp_path / "x"))
 
 
@@ -219,10 +219,12 @@ def test_an_export_that_does_not_agree_is_not_published(tmp_path: Path, monkeypa
         )
 
     monkeypatch.setattr(CheckpointSource, "rows", wrong)
-    with pytest.raises(WeightsError, match=r"max .Δ log-prob.*nothing was kept"):
+    with pytest.raises(
+        WeightsError, match=r"max .Δ log-prob.* is \d.*: must be at most 0.0001 nats; nothing was written"
+    ):
         export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("megatron_slm.convert.export.enough_memory", lambda *_: "needs 9 GiB of memory")
+    monkeypatch.setattr("megatron_slm.convert.export.memory_shortage", lambda *_: "needs 9 GiB of memory")
     done = export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     assert (done.report, done.not_verified) == (None, "needs 9 GiB of memory")
 
@@ -231,11 +233,13 @@ def test_verify_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
     hf = save_hf_llama(tmp_path / "hf")
     import_folder(str(hf), str(tmp_path / "ours"))
     other = save_hf_llama(tmp_path / "other", vocab_size=50)
-    with pytest.raises(WeightsError, match="--load: vocab_size = 97"):
+    with pytest.raises(WeightsError, match="--load: vocab_size is 97: must equal 50"):
         verify(str(other), str(tmp_path / "ours"))
     (tmp_path / "text.txt").write_text("some words")
-    with pytest.raises(WeightsError, match=r"--text-file.*has a tokenizer"):
+    with pytest.raises(WeightsError, match=r"--hf is .*: must have a tokenizer .* required by --text-file"):
         verify(str(hf), None, str(tmp_path / "text.txt"))
+    with pytest.raises(WeightsError, match=r"--text-file is .*: must be readable"):
+        verify(str(hf), None, str(tmp_path / "none.txt"))
     with pytest.raises(WeightsError, match="--tokens"):
         verify(str(hf), num_tokens=0)
     with pytest.raises(WeightsError, match="--hf"):

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from megatron_slm.engine import measure
-from megatron_slm.engine.measure import Stopwatch
+from megatron_slm.engine import timers
+from megatron_slm.engine.measure import TIMER_OF, measured_costs
 from megatron_slm.engine.schedule.costs import Costs, Work
+from megatron_slm.engine.timers import Timers
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.topology import Topology
 from tests.support.world import run_world
@@ -17,18 +18,24 @@ from tests.support.world import run_world
 SECONDS = {Work.FORWARD: 0.02, Work.BACKWARD: 0.04, Work.REFERENCE: 0.01}
 
 
-def measured_costs() -> Costs:
+def costs_of_three_steps() -> Costs:
     init_distributed()
-    now, stopwatch = 0.0, Stopwatch()
-    measure.time = SimpleNamespace(perf_counter=lambda: now)  # type: ignore[assignment]
+    now, running = 0.0, Timers()
+    timers.time = SimpleNamespace(perf_counter=lambda: now)  # type: ignore[assignment]
+    with running.timing("forward-compute"):
+        now += 1e6  # before the measuring starts
+    running.keep_intervals()
     slow = 3.0 if dist.get_rank() == 3 else 1.0  # one of the last stage's two ranks
     for attempt in range(3):
         for work, seconds in SECONDS.items():
-            with stopwatch.timing(work):
+            with running.timing(TIMER_OF[work]):
                 now += seconds * slow * (50 if attempt == 0 else 1)  # the first is an outlier
-    return stopwatch.costs(Topology(pipeline=2, data=2), torch.device("cpu"))
+        running.read()  # a line of metrics in between takes nothing away
+    with running.paused(), running.timing("forward-compute"):
+        now += 1e6  # an evaluation
+    return measured_costs(running.take_intervals(), Topology(pipeline=2, data=2), torch.device("cpu"))
 
 
 def test_the_slowest_rank_of_a_stage_counts() -> None:
     expected = Costs.scaled([1.0, 3.0], [2.0, 6.0], [0.5, 1.5])
-    assert run_world(measured_costs, 4) == [expected] * 4
+    assert run_world(costs_of_three_steps, 4) == [expected] * 4

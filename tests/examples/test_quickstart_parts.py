@@ -126,10 +126,10 @@ def test_only_changed_characters_are_called_corrupted() -> None:
     line = "Add them: 140 + 21 = 161."
     changed = 0
     for _ in range(300):
-        pieces = make_corpora.corrupt_line(rng, line)
-        text = "".join(piece for _, piece in pieces)
+        segments = make_corpora.corrupt_line(rng, line)
+        text = "".join(segment for _, segment in segments)
         assert text.endswith("\n")
-        marks = "".join(kind[0] * len(piece) for kind, piece in pieces)
+        marks = "".join(kind[0] * len(segment) for kind, segment in segments)
         if len(text) == len(line) + 1:
             differing = "".join("c" if a != b else "a" for a, b in zip(text, line + "\n", strict=True))
             assert marks == differing

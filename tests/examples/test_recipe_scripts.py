@@ -196,8 +196,8 @@ def test_a_run_that_was_stopped_is_not_taken_for_a_whole_one(
     assert [words[0] for words in commands].count("deepspeed") == launched * nodes
     assert any("tools/convert_checkpoint.py" in words for words in commands) == (launched == 2)
     said = {
-        None: "runs/rho1_math_1b/reference was stopped before its first checkpoint; the same command starts it again.",
-        1430: "runs/rho1_math_1b/reference was stopped at step 1430 of 1431; the same command goes on with it.",
+        None: "runs/rho1_math_1b/reference was stopped before its first checkpoint; run the same command to start it again.",
+        1430: "runs/rho1_math_1b/reference was stopped at step 1430 of 1431; run the same command to resume it.",
         1431: None,
     }[reached]
     assert [line for line in done.stdout.splitlines() if "was stopped" in line] == ([said] if said else [])
@@ -340,7 +340,7 @@ def test_unknown_steps_are_refused(tmp_path: Path) -> None:
     words = ["bash", "examples/rho1_math_1b/run.sh", "slmm"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})  # fmt: skip
     assert done.returncode == 2
-    assert "step = slmm: is one of: plan data reference slm export" in done.stderr
+    assert "step is 'slmm': must be one of plan data reference slm export" in done.stderr
 
 
 def test_one_step_can_be_planned(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def test_the_held_out_problems_are_in_no_other_corpus(tmp_path: Path, modules: t
         assert sum(length for _, length in record["spans"]) == len(record["text"])
 
     def clean(name: str) -> float:
-        pieces = [piece for document in made[name] for piece in document.pieces]
-        return sum(len(t) for k, t in pieces if k == "arithmetic") / sum(len(t) for _, t in pieces)
+        segments = [segment for document in made[name] for segment in document.segments]
+        return sum(len(t) for k, t in segments if k == "arithmetic") / sum(len(t) for _, t in segments)
 
     assert clean("curated_train") == 1.0
     assert 0.35 < clean("noisy_train") < 0.55

@@ -1,4 +1,4 @@
-"""What signals to the launchers' processes, and dead ranks, leave behind: a checkpoint, exit codes, and no process."""
+"""Signals to the launchers' processes, and dead ranks: a checkpoint, exit codes, and no process left behind."""
 
 from __future__ import annotations
 

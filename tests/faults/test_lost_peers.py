@@ -1,4 +1,4 @@
-"""A rank that dies or falls silent in the middle of a step ends all of them: soon, and with an error that names it."""
+"""A rank that dies or stops responding within a step: all ranks end soon, with an error that names it."""
 
 from __future__ import annotations
 

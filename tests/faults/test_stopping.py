@@ -1,4 +1,4 @@
-"""Whatever asks a run to stop: all ranks stop after the same step, with a checkpoint of it, and go on from there."""
+"""Requests to stop: all ranks stop after the same step, save it, and resume from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_slm.checkpoint.format import complete_checkpoints, find_checkpoint
 from megatron_slm.checkpoint.retention import read_evaluations
 from megatron_slm.config.load import parse
 from megatron_slm.config.resilience import STOP_FILE
-from megatron_slm.engine.pipeline import PipelineTrainer
+from megatron_slm.engine.pipeline import SelectiveEngine
 from megatron_slm.operations import stopping
 from megatron_slm.training.pretrain import pretrain
 from tests.parity.test_resume import metrics
@@ -42,16 +42,8 @@ def train_until_killed(values: dict[str, Any], at_micro_batch: int) -> int:
 
 def train_and_signal(values: dict[str, Any], rank: int, where: str, moment: int, number: int) -> int:
     """The step that a run stops after whose `rank` gets a signal when it does `where` for the `moment`th time."""
-    owner: Any = {"evaluate": PipelineTrainer, "write_tensor_file": save, "commit": save.Writer}[where]
+    owner: Any = {"evaluate": SelectiveEngine, "write_tensor_file": save, "commit": save.Writer}[where]
     count = 0
-    if where == "evaluate":  # an attribute of the trainer, given to it by its constructor
-        init = PipelineTrainer.__init__
-
-        def constructed(self: Any, *args: Any, **kwargs: Any) -> None:
-            init(self, *args, **kwargs)
-            self.evaluate = struck(self.evaluate)
-
-        PipelineTrainer.__init__ = constructed  # type: ignore[method-assign]
 
     def struck(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -63,8 +55,7 @@ def train_and_signal(values: dict[str, Any], rank: int, where: str, moment: int,
 
         return call
 
-    if where != "evaluate":
-        setattr(owner, where, struck(getattr(owner, where)))
+    setattr(owner, where, struck(getattr(owner, where)))
     return train(values)
 
 
@@ -213,7 +204,7 @@ assert not launcher.is_gone()
 Path("{tmp_path}/ready").touch()
 while os.getppid() == {{parent}}:
     time.sleep(0.05)
-Path("{tmp_path}/said").write_text(str(launcher.is_gone()))
+Path("{tmp_path}/answer").write_text(str(launcher.is_gone()))
 """
     # a parent whose command line has the module's name in it, as a launcher's has
     code = f"""
@@ -228,7 +219,7 @@ while not Path("{tmp_path}/ready").exists():
     script.write_text(code)
     os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-X", module, str(script)])
     deadline = time.monotonic() + 60
-    while not (tmp_path / "said").exists() or not (tmp_path / "said").read_text():
+    while not (tmp_path / "answer").exists() or not (tmp_path / "answer").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert (tmp_path / "said").read_text() == str(ends)
+    assert (tmp_path / "answer").read_text() == str(ends)

@@ -1,4 +1,4 @@
-"""The configured time-out is that of every group and of every wait on a channel."""
+"""The configured timeout applies to every group and to every wait on a channel."""
 
 from __future__ import annotations
 

@@ -46,12 +46,11 @@ class Cluster:
     def finish(self, *launched: subprocess.Popen, logs: Sequence[str], timeout: float = 240.0) -> None:
         """Wait for the launchers; all well, and nothing left on either host."""
         deadline = time.monotonic() + timeout
-        said = "".join((self.folder / log).read_text(errors="replace") for log in logs)
         for process in launched:
             process.wait(max(1.0, deadline - time.monotonic()))
-        said = "".join((self.folder / log).read_text(errors="replace") for log in logs)
-        assert [process.returncode for process in launched] == [0] * len(launched), said
-        assert [host.processes() for host in self.hosts] == [{}, {}], said
+        output = "".join((self.folder / log).read_text(errors="replace") for log in logs)
+        assert [process.returncode for process in launched] == [0] * len(launched), output
+        assert [host.processes() for host in self.hosts] == [{}, {}], output
 
     def losses(self, name: str) -> list[dict[str, Any]]:
         return recorded(self.folder / name)
@@ -99,7 +98,7 @@ def test_by_ssh(slots: int, layout: dict[str, Any], cluster: Cluster, request: p
 
 @needs_hosts()
 def test_without_ssh(cluster_without_ssh: Cluster) -> None:
-    """Each host is told which it is; the index is built by each, where they share no folder for it."""
+    """Each host has its own --node_rank, and builds the index if they share no folder for it."""
     cluster = cluster_without_ssh
     values = cluster.values("no-ssh", data_cache_path=cluster.folder / "own" / "cache")
     launched = [
@@ -166,7 +165,7 @@ def test_a_cable_pulled_in_the_middle_of_a_step(tmp_path: Path) -> None:
 
 
 def preflight(cluster: Cluster, name: str, **changes: Any) -> tuple[int, dict[str, Any], str]:
-    """The preflight on both hosts: exit code, what it wrote, what it said."""
+    """The preflight on both hosts: exit code, report, and output."""
     written = cluster.folder / f"{name}.json"
     limits = {"preflight_link_seconds": 0.2, **changes}
     words = [*flags(cluster.values(name, **limits)), "--json", str(written)]
@@ -198,11 +197,11 @@ def test_preflight_names_the_slow_direction(cluster: Cluster) -> None:
     except AssertionError as error:
         pytest.skip(f"this kernel has no tbf: {error}")
     try:
-        code, written, said = preflight(cluster, "slow", min_bandwidth_gbps=0.5)
+        code, written, output = preflight(cluster, "slow", min_bandwidth_gbps=0.5)
     finally:
         cluster.hosts[1].run("tc", "qdisc", "del", "dev", "eth0", "root")
     found = {check["name"]: check for check in written["checks"]}
-    assert code == 1, said
+    assert code == 1, output
     for name in ("least bandwidth", "links between nodes"):
         (problem,) = found[name]["problems"]
         assert problem.startswith("node1 (rank 2) to node0 (rank 0): 0.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.loss import LossHead, SelectiveLoss, selective_cross_entropy
-from megatron_slm.loss.selective_ce import Likely
+from megatron_slm.loss.selective_ce import Predict
 from megatron_slm.selection.select import top_share
 from megatron_slm.types import Selection, TokenStatistics
 
@@ -83,20 +83,20 @@ def oracle(p: Problem, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     return losses[kept].sum(), kept, losses.detach().masked_fill(~p.valid_N, 0.0)
 
 
-def ours(p: Problem, ratio: float, head: LossHead, likely: Likely | None = None) -> SelectiveLoss:
+def ours(p: Problem, ratio: float, head: LossHead, predict: Predict | None = None) -> SelectiveLoss:
     """Keep the top share by excess loss."""
 
     def select(tokens: TokenStatistics) -> Selection:
         return Selection(top_share(tokens.loss_N - p.reference_N, p.valid_N, ratio))
 
     return selective_cross_entropy(
-        p.hidden_Nd, p.weight_Vd, p.label_N, p.valid_N, select=select, likely=likely, keep_ratio=ratio, head=head
+        p.hidden_Nd, p.weight_Vd, p.label_N, p.valid_N, select=select, predict=predict, keep_ratio=ratio, head=head
     )
 
 
-def check(p: Problem, ratio: float, head: LossHead, tolerance: float, likely: Likely | None = None) -> Tensor:
+def check(p: Problem, ratio: float, head: LossHead, tolerance: float, predict: Predict | None = None) -> Tensor:
     """Compare losses, kept rows and gradients with the oracle's; the kept rows."""
-    result = ours(p, ratio, head, likely)
+    result = ours(p, ratio, head, predict)
     (3.0 * result.loss_sum).backward()
     found = p.gradients()
     truth = p.in_fp64()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slm.engine.gradients import step_factor
-from megatron_slm.engine.refusal import refusal
+from megatron_slm.engine.gradients import gradient_factor
+from megatron_slm.engine.skipping import skip_reason
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
-from megatron_slm.loss.sums import LossSums
+from megatron_slm.loss.sums import LossSums, SumLayout
+from megatron_slm.loss.variants import LossHead
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.selection.scores import SCORES
 from megatron_slm.selection.selector import Selector
@@ -42,7 +43,7 @@ def run(selector: Selector, p: Any, reference: Tensor | None) -> tuple[Tensor, L
     objective = Objective(selector=selector, tp=TensorParallel())
     statistics = None if reference is None else TokenStatistics(reference)
     loss, values = objective.loss(x_sbd, OutputWeight(weight, 0, len(weight)), batch, statistics, StepSettings(step=0))
-    return loss.detach(), LossSums.of(values.tolist()), list(torch.autograd.grad(loss, [x_sbd, weight]))
+    return loss.detach(), SumLayout().unpack(values), list(torch.autograd.grad(loss, [x_sbd, weight]))
 
 
 def full_losses(p: Any) -> Tensor:
@@ -95,7 +96,7 @@ def test_a_token_loss_that_is_not_finite_does_not_touch_its_neighbours(clm: bool
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in gradients)
     assert sums.nonfinite_losses == 1, "the model's own, not a score"
-    assert refusal(sums, StepSettings(step=0)) == "nonfinite-loss"
+    assert skip_reason(sums, StepSettings(step=0)) == "nonfinite-loss"
     assert (sums.nonfinite_tokens, sums.valid_tokens, sums.kept_tokens) == (1, 13, 13 if clm else 7)
     losses, valid = full_losses(p).detach(), p[2].valid_bs.flatten().clone()
     valid[10] = False
@@ -117,21 +118,21 @@ def test_all_masked_is_zero_of_everything() -> None:
         assert float(loss) == 0
         assert sums == LossSums()
         assert not any(g.any() for g in gradients)
-        assert refusal(sums, StepSettings(step=0)) == "no-trained-token", "a gradient of zeros is none"
+        assert skip_reason(sums, StepSettings(step=0)) == "no-trained-token", "a gradient of zeros is none"
 
 
 def test_the_divisor_of_a_step() -> None:
     sums, settings = LossSums(kept_tokens=5, divisor=4.0, ranked_tokens=9), StepSettings(step=0)
-    assert step_factor(sums, settings, 2) == 0.5
+    assert gradient_factor(sums, settings, 2) == 0.5
     for bad in (LossSums(nonfinite_tokens=3), replace(sums, nonfinite_losses=1.0)):
-        assert math.isnan(step_factor(bad, settings, 2))
+        assert gradient_factor(bad, settings, 2) is None
 
 
-def test_why_a_step_is_refused() -> None:
+def test_why_a_step_is_skipped() -> None:
     sums = LossSums(kept_tokens=5, divisor=4.0, ranked_tokens=9, valid_loss=30.0, valid_tokens=10)
 
     def reason(limit: float | None = None, **changes: float) -> str | None:
-        return refusal(replace(sums, **changes), StepSettings(step=0, loss_limit=limit))
+        return skip_reason(replace(sums, **changes), StepSettings(step=0, loss_limit=limit))
 
     assert reason() is None
     assert reason(nonfinite_tokens=3) is None, "scores that are not finite are left out"
@@ -149,9 +150,33 @@ def test_the_expected_count_divides_in_quantile_selections() -> None:
     objective = Objective(selector=chosen, tp=TensorParallel())
     settings = StepSettings(step=7, score_threshold=0.0)
     _, values = objective.loss(p[0], OutputWeight(p[1], 0, len(p[1])), p[2], None, settings)
-    sums = LossSums.of(values.tolist())
+    sums = SumLayout().unpack(values)
     assert sums.kept_tokens == 14
     assert sums.divisor == 7
     losses = full_losses(p).detach()[p[2].valid_bs.flatten()].sort(descending=True).values
     assert sums.threshold / sums.threshold_tokens == pytest.approx(float(losses[6]), abs=2**-16)
     assert sums.score_p50 / sums.ranked_tokens == pytest.approx(float(losses.double().quantile(0.5)), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows_in_budget", [6, 1000])
+def test_the_predictor_learns_from_all_rows_of_a_micro_batch(rows_in_budget: int) -> None:
+    """Also where the stash is full before the last rows are scored; the results are those without a stash."""
+    chosen = Selector(scores=(SCORES["loss"],), keep_ratio=0.25)
+    small = LossHead(variant="predictive", stash_bytes=rows_in_budget * VOCAB * 4)
+    predicting = Objective(selector=chosen, tp=TensorParallel(), head=small)
+    plain = Objective(selector=chosen, tp=TensorParallel(), head=LossHead(variant="recompute"))
+    for seed in range(3):
+        p = problem(seed)
+        found = []
+        for objective in (predicting, plain):
+            output, settings = OutputWeight(p[1], 0, VOCAB), StepSettings(step=0)
+            loss, sums = objective.loss(p[0], output, p[2], None, settings)
+            found.append([loss.detach(), sums, *torch.autograd.grad(loss, [p[0], p[1]])])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+        losses = full_losses(p).detach()
+        ranked = losses[p[2].valid_bs.flatten()].sort(descending=True).values
+        predicted = predicting.predictor.predict(losses)
+        assert predicted is not None
+        # a quarter of 14 is kept, and a band of a twentieth more
+        assert sorted(losses[predicted & p[2].valid_bs.flatten()].tolist()) == sorted(ranked[:5].tolist())

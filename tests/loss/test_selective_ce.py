@@ -63,11 +63,11 @@ def test_any_prediction_gives_the_same(guess: str, budget_rows: int) -> None:
     head = LossHead(variant="predictive", stash_bytes=budget_rows * 5003 * 8)
     seen: list[slice] = []
 
-    def likely(chunk: slice, tokens: TokenStatistics) -> Tensor | None:
+    def predict(chunk: slice, tokens: TokenStatistics) -> Tensor | None:
         seen.append(chunk)
         return GUESSES[guess](tokens.loss_N - p.reference_N[chunk])
 
-    check(p, 0.6, head, 1e-10, likely)
+    check(p, 0.6, head, 1e-10, predict)
     assert seen[0] == slice(0, min(7, budget_rows // 2))
     assert all(one.stop == other.start for one, other in pairwise(seen))
 

@@ -117,10 +117,10 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
 
 def test_backends_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ConfigError, match=r"--loss-head-backend = 'triton': runs on a GPU"):
+    with pytest.raises(ConfigError, match=r"--loss-head-backend is 'triton': must be torch or auto on a CPU"):
         kernels.choose_kernels("triton", on_gpu=False)
     assert kernels.choose_kernels("auto", on_gpu=False).name == "torch"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="is an installed backend"):
+    with pytest.raises(ConfigError, match="must be an installed backend"):
         kernels.choose_kernels("triton", on_gpu=True)
     assert kernels.choose_kernels("auto", on_gpu=True).name == "torch"

@@ -70,12 +70,12 @@ def test_dtype_of_the_stash() -> None:
 def test_predictor_expects_the_last_micro_batch_again() -> None:
     predictor, valid = ThresholdPredictor(), torch.ones(100, dtype=torch.bool)
     valid[0] = False
-    assert predictor.likely(torch.zeros(3)) is None
+    assert predictor.predict(torch.zeros(3)) is None
     score = torch.arange(100.0)
     score[0] = 1e9  # not valid, so it does not count
     predictor.learn(score, valid, num_kept=60)
-    likely = predictor.likely(torch.arange(100.0))
-    assert likely is not None
-    assert likely.nonzero().squeeze(1).tolist() == list(range(35, 100))  # 60 kept, and a band of 5 of 99
+    predicted = predictor.predict(torch.arange(100.0))
+    assert predicted is not None
+    assert predicted.nonzero().squeeze(1).tolist() == list(range(35, 100))  # 60 kept, and a band of 5 of 99
     predictor.learn(score, torch.zeros_like(valid), num_kept=0)  # nothing to learn from
-    assert predictor.likely(score) is not None
+    assert predictor.predict(score) is not None

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megatron_slm.loss import LossHead, selective_cross_entropy, variants
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
-from megatron_slm.loss.sums import LossSums
-from megatron_slm.loss.vocab_parallel import VocabularyShard, loss_rows
+from megatron_slm.loss.sums import SumLayout
+from megatron_slm.loss.vocab_parallel import VocabularyPart, loss_rows
 from megatron_slm.parallel.groups import TensorParallel, create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.selection import scope
@@ -63,7 +63,7 @@ def outcome(tp: TensorParallel, *, ties: bool) -> dict[str, Any]:
         parts = [torch.empty_like(hidden_grad) for _ in range(tp.size)]
         dist.all_gather(parts, hidden_grad, group=tp.group)
         hidden_grad = torch.cat(parts)
-    return {"loss": loss.detach(), "sums": LossSums.of(sums.tolist()), "kept": kept[0], "losses": losses[0], "hidden": hidden_grad,
+    return {"loss": loss.detach(), "sums": SumLayout().unpack(sums), "kept": kept[0], "losses": losses[0], "hidden": hidden_grad,
             "weight": shard.grad}  # fmt: skip
 
 
@@ -106,9 +106,9 @@ def cut_head_main(size: int, variant: Any, vocab: int) -> dict[str, Any]:
         p.label_N,
         p.valid_N,
         select=select,
-        likely=lambda chunk, tokens: tokens.loss_N - p.reference_N[chunk] > 1.4,
+        predict=lambda chunk, tokens: tokens.loss_N - p.reference_N[chunk] > 1.4,
         keep_ratio=0.6,
-        shard=VocabularyShard(tp=tp, start=start, rows=rows),
+        part=VocabularyPart(tp=tp, start=start, rows=rows),
         with_entropy=True,
         head=LossHead(variant=variant, stash_bytes=32 * max(1, len(weight_Vd)) * 8),
     )

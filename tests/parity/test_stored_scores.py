@@ -163,7 +163,7 @@ def test_an_extended_run_reads_scores_of_the_very_samples_that_it_goes_on_with(n
     run_world(score_here, 1, fresh)
     with pytest.raises(WorldError) as failed:
         run_world(train_and_report, 1, {**offline, "reference-scores": [tmp_path / "fresh"]})
-    assert "is the run's" in str(failed.value)
+    assert "must be the run's" in str(failed.value)
     assert "(its --load too, where it was extended)" in str(failed.value)
     other = {**scoring, "seed": 5, "output": tmp_path / "other"}
     with pytest.raises(WorldError, match=r"--load: order of the corpus web"):

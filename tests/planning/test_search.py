@@ -39,5 +39,5 @@ def test_nothing_faster_is_missed(run: PlannedRun) -> None:
 
 def test_what_does_not_fit_under_its_schedule_is_not_proposed(run: PlannedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Estimate, "fits", property(lambda self: False))
-    with pytest.raises(LayoutError, match=r"--gpu is .*must fit one of \d+ layouts on 4 GPUs"):
+    with pytest.raises(LayoutError, match=r"--gpu is .*must hold one of \d+ layouts on 4 GPUs"):
         search(run, CLUSTER, num_results=3)

@@ -1,4 +1,4 @@
-"""Predicted step times against the real engine, and what they are made of."""
+"""Predicted step times against the real engine, and their parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.runs import VOCAB_SIZE, flags, run_flags, save_hf_llama, writ
 from tests.support.world import run_world
 
 STEP_SECONDS = 2.0
-"""What the plain layout's step is stretched to, so that what the test's processes do beside it is little."""
+"""Stretched step time of the plain layout, so that the test's own overhead is small."""
 
 
 def planned(values: dict[str, Any], world: int) -> Estimate:

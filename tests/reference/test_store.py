@@ -18,8 +18,8 @@ from megatron_slm.reference import store
 from megatron_slm.reference.manifest import (
     MANIFEST,
     SHARD_TOKENS,
-    Manifest,
     ScoredData,
+    StoreManifest,
     check_data,
     samples_per_shard,
     shard_name,
@@ -33,7 +33,7 @@ DATA = ScoredData(
     sequence_length=LENGTH, sequences=(0, 5), seed=1, corpus_bytes=100, corpus_sha256="c" * 64, tokenizer="t" * 64,
     num_epochs=2, sample_order="o" * 64, num_samples=SAMPLES,
 )  # fmt: skip
-SETTINGS = Manifest(
+SETTINGS = StoreManifest(
     data=DATA, reference="runs/reference", reference_sha256="r" * 64, computed_in="float32", dtype="float32",
     with_entropy=False, samples_per_shard=PER_SHARD,
 )  # fmt: skip
@@ -50,7 +50,7 @@ def losses(*, seed: int = 0) -> torch.Tensor:
     return torch.rand(SAMPLES, LENGTH, generator=torch.Generator().manual_seed(seed)) * 9
 
 
-def write_store(folder: Path, settings: Manifest = SETTINGS, *, seed: int = 0, upto: int | None = None) -> Path:
+def write_store(folder: Path, settings: StoreManifest = SETTINGS, *, seed: int = 0, upto: int | None = None) -> Path:
     manifest = begin(folder, settings)
     loss, entropy = losses(seed=seed), losses(seed=seed + 100)
     entries = {}
@@ -65,7 +65,7 @@ def write_store(folder: Path, settings: Manifest = SETTINGS, *, seed: int = 0, u
 
 def open_store(folder: Path, *, checksums: bool = True) -> ScoreReader:
     """As a run opens one."""
-    manifest = Manifest.read(folder)
+    manifest = StoreManifest.read(folder)
     check_data(folder, manifest.data, DATA)
     check_shards(folder, manifest, checksums=checksums)
     return ScoreReader(folder, manifest)
@@ -152,11 +152,11 @@ def test_a_truncated_file_is_refused(name: str, keep: int, tmp_path: Path) -> No
 def test_a_missing_shard_and_an_incomplete_store_are_refused(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store")
     (folder / shard_name(1)).unlink()
-    with pytest.raises(ScoreStoreError, match=rf"{shard_name(1)} = 'missing'"):
+    with pytest.raises(ScoreStoreError, match=rf"{shard_name(1)} is 'missing'"):
         open_store(folder)
     with pytest.raises(ScoreStoreError, match=r"2 shards.*complete, all 3"):
         open_store(write_store(tmp_path / "begun", upto=2))
-    with pytest.raises(ScoreStoreError, match=r"holds a manifest\.json"):
+    with pytest.raises(ScoreStoreError, match=r"hold a manifest\.json"):
         open_store(tmp_path / "nowhere")
 
 
@@ -165,9 +165,9 @@ def test_a_shard_of_another_store_or_place_is_refused_when_it_is_read(tmp_path: 
     other = write_store(tmp_path / "other", replace(SETTINGS, reference_sha256="q" * 64), seed=1)
     for source in (other / shard_name(0), folder / shard_name(1)):
         changed(folder, shard_name(0), lambda _, source=source: source.read_bytes())
-        with pytest.raises(ScoreStoreError, match=r"is shard 0 of store"):
+        with pytest.raises(ScoreStoreError, match=r"must be shard 0 of store"):
             open_store(folder, checksums=False).read(batch_of(0))
-        with pytest.raises(ScoreStoreError, match=r"has the manifest's sha256"):
+        with pytest.raises(ScoreStoreError, match=r"have the manifest's sha256"):
             open_store(folder)
 
 
@@ -192,25 +192,25 @@ def test_scores_of_other_tokens_are_refused_when_they_are_read(tmp_path: Path) -
     for position in (0, LENGTH):  # the first input, and the last label
         batch = batch_of(3, 6)
         (batch.tokens_bs if position == 0 else batch.labels_bs)[1, min(position, LENGTH - 1)] += 1
-        with pytest.raises(ScoreStoreError, match="tokens of sample 6"):
+        with pytest.raises(ScoreStoreError, match="sample 6: tokens"):
             reader.read(batch)
     numbered_wrongly = batch_of(3)._replace(sample_b=torch.tensor([4]))
-    with pytest.raises(ScoreStoreError, match="tokens of sample 4"):
+    with pytest.raises(ScoreStoreError, match="sample 4: tokens"):
         reader.read(numbered_wrongly)
-    with pytest.raises(ScoreStoreError, match=r"samples = 10: are more than the sample asked for, 10"):
+    with pytest.raises(ScoreStoreError, match=r"samples is 10: must be more than 10, the number of a sample"):
         reader.read(batch_of(10))
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
-    "length": ({"sequence_length": 16}, r"--seq-length = 16: is the run's, 8"),
-    "split": ({"sequences": (0, 4)}, r"--split.* = \(0, 4\): is the run's, \(0, 5\)"),
-    "seed": ({"seed": 2}, r"--seed = 2: is the run's, 1"),
-    "corpus size": ({"corpus_bytes": 102}, r"--data-path \(size.* = 102: is the run's, 100"),
+    "length": ({"sequence_length": 16}, r"--seq-length is 16: must be the run's, 8"),
+    "split": ({"sequences": (0, 4)}, r"--split.* is \(0, 4\): must be the run's, \(0, 5\)"),
+    "seed": ({"seed": 2}, r"--seed is 2: must be the run's, 1"),
+    "corpus size": ({"corpus_bytes": 102}, r"--data-path \(size.* is 102: must be the run's, 100"),
     "corpus": ({"corpus_sha256": "d" * 64}, r"--data-path \(checksum.*dddd.*cccc"),
     "tokenizer": ({"tokenizer": "u" * 64}, r"--tokenizer-model.*uuuu.*tttt"),
-    "epochs": ({"num_epochs": 3}, r"epochs.* = 3: is the run's, 2"),
+    "epochs": ({"num_epochs": 3}, r"epochs.* is 3: must be the run's, 2"),
     "order": ({"sample_order": "p" * 64}, r"order of the samples.*pppp.*oooo"),
-    "fewer samples": ({"num_samples": 9}, r"samples = 9: is at least the run's, 10"),
+    "fewer samples": ({"num_samples": 9}, r"samples is 9: must be at least the run's, 10"),
 }
 
 
@@ -228,11 +228,11 @@ def test_more_samples_and_an_unknown_checksum_are_accepted(tmp_path: Path) -> No
 
 OTHER_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "reference": ({"reference_sha256": "s" * 64}, r"--reference-load.*rrrr.*ssss"),
-    "precision": ({"computed_in": "bfloat16"}, r"--bf16.*'float32': is what this pass is asked for, 'bfloat16'"),
-    "dtype": ({"dtype": "float16"}, r"--score-dtype = 'float32'.*'float16'"),
-    "entropy": ({"with_entropy": True}, r"--with-entropy = False.*True"),
-    "samples": ({"data": replace(DATA, num_samples=12)}, r"samples.* = 10: .*12"),
-    "seed": ({"data": replace(DATA, seed=3)}, r"--seed = 1: .*3"),
+    "precision": ({"computed_in": "bfloat16"}, r"--bf16.*'float32': must be this pass's, 'bfloat16'"),
+    "dtype": ({"dtype": "float16"}, r"--score-dtype is 'float32'.*'float16'"),
+    "entropy": ({"with_entropy": True}, r"--with-entropy is False.*True"),
+    "samples": ({"data": replace(DATA, num_samples=12)}, r"samples.* is 10: .*12"),
+    "seed": ({"data": replace(DATA, seed=3)}, r"--seed is 1: .*3"),
 }
 
 
@@ -264,7 +264,7 @@ def test_folders_that_are_no_stores_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ScoreStoreError, match=r"not notes\.txt"):
         begin(tmp_path, SETTINGS)
-    with pytest.raises(ScoreStoreError, match="is a folder that can be written"):
+    with pytest.raises(ScoreStoreError, match="must be a folder that can be written"):
         begin(tmp_path / "notes.txt", SETTINGS)
 
 
@@ -273,7 +273,9 @@ def test_a_loss_that_is_no_number_is_not_stored(dtype: Any, value: float, tmp_pa
     manifest = begin(tmp_path / "store", replace(SETTINGS, dtype=dtype))
     loss = losses()[4:8]
     loss[2, 3] = value
-    with pytest.raises(ScoreStoreError, match=f"loss of sample 6 = 'not finite': is a number that {dtype} holds"):
+    with pytest.raises(
+        ScoreStoreError, match=f"loss of sample 6 is 'not finite': must be a number that {dtype} can hold"
+    ):
         write_shard(tmp_path / "store", manifest, 1, Scores(loss, None), token_digests(batch_of(4, 5, 6, 7)))
     with pytest.raises(ScoreStoreError, match="--with-entropy"):
         write_shard(tmp_path / "store", replace(manifest, with_entropy=True), 0, Scores(loss * 0, None), [])
@@ -293,9 +295,9 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
-        (lambda raw: {**raw, "format_version": 2}, r"format_version = 2: is 1"),
-        (lambda raw: {**raw, "data": {**raw["data"], "seed": 2}}, "has the checksum"),
-        (lambda raw: [raw], "is a JSON object"),
+        (lambda raw: {**raw, "format_version": 2}, r"format_version is 2: must be 1"),
+        (lambda raw: {**raw, "data": {**raw["data"], "seed": 2}}, "have the checksum"),
+        (lambda raw: [raw], "must be a JSON object"),
         (lambda raw: {k: v for k, v in raw.items() if k != "checksum"}, "checksum"),
     ],
     ids=["version", "edited", "list", "no checksum"],
@@ -305,7 +307,7 @@ def test_a_manifest_that_was_edited_is_refused(change: Any, pattern: str, tmp_pa
     raw = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(change(raw)))
     with pytest.raises(ScoreStoreError, match=pattern):
-        Manifest.read(folder)
+        StoreManifest.read(folder)
 
 
 def test_a_manifest_with_other_fields_is_refused(tmp_path: Path) -> None:
@@ -317,8 +319,8 @@ def test_a_manifest_with_other_fields_is_refused(tmp_path: Path) -> None:
         broken.pop("checksum")
         canonical = json.dumps(broken, sort_keys=True).encode()
         (folder / MANIFEST).write_text(json.dumps({**broken, "checksum": hashlib.sha256(canonical).hexdigest()}))
-        with pytest.raises(ScoreStoreError, match="has the fields of this version"):
-            Manifest.read(folder)
+        with pytest.raises(ScoreStoreError, match="must have the fields of this version"):
+            StoreManifest.read(folder)
 
 
 def test_large_stores_are_sampled_at_start_unless_asked_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +328,7 @@ def test_large_stores_are_sampled_at_start_unless_asked_whole(tmp_path: Path, mo
     size = (folder / shard_name(0)).stat().st_size
     monkeypatch.setattr(store, "CHECKSUM_LIMIT_BYTES", 2 * size)  # of three: every second one fits
     changed(folder, shard_name(1), flip(size - 5))
-    manifest = Manifest.read(folder)
+    manifest = StoreManifest.read(folder)
     check_shards(folder, manifest, checksums=True)
     with pytest.raises(ScoreStoreError, match=shard_name(1)):
         check_shards(folder, manifest, checksums=True, whole=True)

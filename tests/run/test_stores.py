@@ -13,7 +13,7 @@ import pytest
 
 from megatron_slm.config.load import parse
 from megatron_slm.errors import ConfigError, ScoreStoreError, SlmError
-from megatron_slm.reference.manifest import Manifest, shard_name
+from megatron_slm.reference.manifest import StoreManifest, shard_name
 from megatron_slm.run.dry_run import print_dry_run
 from megatron_slm.run.plan import make_plan
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
@@ -56,23 +56,23 @@ def plan(folder: Path, **changes: Any) -> Any:
 
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "seed": ({"seed": 5}, r"--seed = 1234: is the run's, 5\."),
-    "length": ({"seq_length": 8}, r"--seq-length = 16: is the run's, 8\."),
-    "split": ({"split": "9,1,0"}, r"--split.* = \(0, 40\): is the run's, \(0, 36\)"),
-    "corpus of another size": ({"corpus": "longer", "split": "40,1,0"}, r"--data-path \(size.* = \d+: is the run's, \d+"),
-    "corpus with one token changed": ({"corpus": "same_lengths"}, r"--data-path \(checksum.* = '\w+': is the run's, '\w+'"),
-    "tokenizer": ({"vocab_size": 97}, r"--tokenizer-model.* = '\w+': is the run's, '\w+'"),
-    "longer run": ({"train_iters": 6}, r"samples = 40: is at least the run's, 48 "),
-    "much longer run": ({"train_iters": 60}, r"epochs.* = 1: is the run's, \d+"),
-    "larger batch": ({"global_batch_size": 10}, r"samples = 40: is at least the run's, 50 "),
-    "no store": ({"reference_scores": ["{folder}/nowhere"]}, r"nowhere.*holds a manifest\.json"),
-    "a folder of another kind": ({"reference_scores": ["{folder}/reference"]}, r"holds a manifest\.json"),
+    "seed": ({"seed": 5}, r"--seed is 1234: must be the run's, 5\."),
+    "length": ({"seq_length": 8}, r"--seq-length is 16: must be the run's, 8\."),
+    "split": ({"split": "9,1,0"}, r"--split.* is \(0, 40\): must be the run's, \(0, 36\)"),
+    "corpus of another size": ({"corpus": "longer", "split": "40,1,0"}, r"--data-path \(size.* is \d+: must be the run's, \d+"),
+    "corpus with one token changed": ({"corpus": "same_lengths"}, r"--data-path \(checksum.* is '\w+': must be the run's, '\w+'"),
+    "tokenizer": ({"vocab_size": 97}, r"--tokenizer-model.* is '\w+': must be the run's, '\w+'"),
+    "longer run": ({"train_iters": 6}, r"samples is 40: must be at least the run's, 48 "),
+    "much longer run": ({"train_iters": 60}, r"epochs.* is 1: must be the run's, \d+"),
+    "larger batch": ({"global_batch_size": 10}, r"samples is 40: must be at least the run's, 50 "),
+    "no store": ({"reference_scores": ["{folder}/nowhere"]}, r"nowhere.*hold a manifest\.json"),
+    "a folder of another kind": ({"reference_scores": ["{folder}/reference"]}, r"hold a manifest\.json"),
     "another reference": ({"reference_load": "{folder}/other_reference"}, r"of_reference: reference = '.*/reference \(\w+\)': is the one of --reference-load, .*other_reference \(\w+\)"),
     "one reference twice": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_reference"], "reference_scores_combine": "mean"}, "are of different references, but both are of .*/reference"),
     "several, not combined": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"]}, r"--reference-scores-combine is missing: required by several"),
-    "one, combined": ({"reference_scores_combine": "mean"}, "--reference-scores-combine = 'mean'"),
+    "one, combined": ({"reference_scores_combine": "mean"}, "--reference-scores-combine is 'mean'"),
     "several and a model": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"], "reference_scores_combine": "mean", "reference_load": "{folder}/reference"}, r"--reference-load is .*must not be used with several"),
-    "plain objective": ({"objective": "clm"}, "--reference-scores = "),
+    "plain objective": ({"objective": "clm"}, "--reference-scores is "),
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def flip_last(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "pattern"),
-    [(remove, "missing"), (truncate, "bytes long"), (flip_last, "has the manifest's sha256")],
+    [(remove, "missing"), (truncate, "bytes long"), (flip_last, "manifest's sha256")],
 )
 def test_a_damaged_store_ends_every_rank_before_the_first_step(
     damage: Callable[[Path], None], pattern: str, folder: Path, tmp_path: Path
@@ -123,7 +123,7 @@ def test_a_damaged_store_ends_every_rank_before_the_first_step(
 
 def test_an_unfinished_store_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "of_reference", tmp_path / "store")
-    manifest = Manifest.read(tmp_path / "store")
+    manifest = StoreManifest.read(tmp_path / "store")
     manifest.with_shards({shard_name(0): manifest.shards[shard_name(0)]}).write(tmp_path / "store")
     with pytest.raises(SlmError, match=r"1 shards.*is complete, all 3 shards"):
         plan(folder, reference_scores=[tmp_path / "store"])
@@ -132,7 +132,7 @@ def test_an_unfinished_store_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_store_that_fits_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Shorter runs of the same order, the reference beside it by name, and several references together."""
     made = plan(folder, train_iters=4, reference_load=folder / "reference")
-    assert made.reference is None
+    assert made.models.reference is None
     assert made.has_reference
     both = [folder / "of_reference", folder / "of_other_reference"]
     print_dry_run(plan(folder, reference_scores=both, reference_scores_combine="minimum"))

@@ -79,5 +79,5 @@ def online_then_stored(
 
 def stored(folder: Path, name: str = "loss") -> torch.Tensor:
     """All rows of a store, [samples, s], in the stored dtype, read without the package's reader."""
-    num_shards = manifest.Manifest.read(folder).num_shards
+    num_shards = manifest.StoreManifest.read(folder).num_shards
     return torch.cat([load_file(folder / manifest.shard_name(i))[name] for i in range(num_shards)])

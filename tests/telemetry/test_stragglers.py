@@ -1,4 +1,4 @@
-"""Which rank works longer than those that do as much."""
+"""The rank that works longer than its peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations a second, MFU, and profiles of steps."""
+"""FLOP/s, MFU, and profiles of steps."""
 
 from __future__ import annotations
 

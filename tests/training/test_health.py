@@ -292,7 +292,10 @@ def test_masked_batches_are_no_bad_steps_and_never_end_a_run() -> None:
         state=SimpleNamespace(recent_losses=[2.0, 3.0]),
         plan=SimpleNamespace(config=parse(flags(run_flags(Path("corpus"), Path("run"))))[0]),
     )
-    health, masked = Health(run), StepResult(sums=LossSums(), grad_norm=0.0, refused="no-trained-token", seconds=1.0)
+    health, masked = (
+        Health(run),
+        StepResult(sums=LossSums(), grad_norm=0.0, skip_reason="no-trained-token", seconds=1.0),
+    )
     for _ in range(run.plan.config.training.max_skipped_steps + 1):
         assert health.examine(masked) is None
         assert not health.must_stop

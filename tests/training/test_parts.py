@@ -46,7 +46,7 @@ def test_metrics_are_quotients_of_sums() -> None:
         kept_loss=12.0, kept_tokens=6, valid_loss=20.0, valid_tokens=10, reference_loss=15.0, kept_excess=3.0,
         weighted_loss=12.0, nonfinite_tokens=2, ranked_tokens=10, score_p05=-10.0, score_p95=40.0,
     )  # fmt: skip
-    result = StepResult(sums=sums, grad_norm=2.0, refused=None, seconds=1.0)
+    result = StepResult(sums=sums, grad_norm=2.0, skip_reason=None, seconds=1.0)
     values = training_metrics(result, has_reference=True)
     assert values == {
         "loss": 2.0, "loss_all": 2.0, "loss_unselected": 2.0, "reference_loss": 1.5, "excess_selected": 0.5,
@@ -65,7 +65,7 @@ def test_metrics_are_quotients_of_sums() -> None:
     plain = training_metrics(result, has_reference=False, has_scores=False)
     assert {plain[f"score_p{level}"] for level in ("05", "25", "50", "75", "95")} == {None}
     empty = training_metrics(
-        StepResult(sums=LossSums(), grad_norm=float("inf"), refused="nonfinite-gradient", seconds=1.0),
+        StepResult(sums=LossSums(), grad_norm=float("inf"), skip_reason="nonfinite-gradient", seconds=1.0),
         has_reference=True,
     )
     assert empty["loss"] is None

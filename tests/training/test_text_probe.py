@@ -117,7 +117,7 @@ def test_layouts_record_the_same(files: Path, one_rank: Path, tmp_path: Path, la
     ours, theirs = ProbeFolder(one_rank), ProbeFolder(tmp_path / "run")
     assert theirs.steps() == ours.steps()
     np.testing.assert_array_equal(theirs.texts().tokens_Ws1, ours.texts().tokens_Ws1)
-    assert theirs.texts().pieces == ours.texts().pieces
+    assert theirs.texts().token_texts == ours.texts().token_texts
     np.testing.assert_allclose(
         theirs.texts().reference_loss_Ws,
         ours.texts().reference_loss_Ws,
@@ -332,7 +332,7 @@ def test_text_survives_tensorboards_own_filter() -> None:
     texts = ProbedTexts(
         tokens_Ws1=np.zeros((1, count + 1), np.int64),
         valid_Ws=np.ones((1, count), np.bool_),
-        pieces=(pieces,),
+        token_texts=(pieces,),
         sources=("line 1",),
         reference_loss_Ws=np.full((1, count), 0.5, np.float32),
     )
@@ -351,7 +351,7 @@ def test_long_texts_are_cut_where_they_are_shown() -> None:
     texts = ProbedTexts(
         tokens_Ws1=np.zeros((1, count + 1), np.int64),
         valid_Ws=np.ones((1, count), np.bool_),
-        pieces=(("x",) * (count + 1),),
+        token_texts=(("x",) * (count + 1),),
         sources=("line 1",),
     )
     record = ProbeRecord(step=1, loss_Ws=np.ones((1, count), np.float32))

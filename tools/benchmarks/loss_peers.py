@@ -162,7 +162,7 @@ def _ours(head: LossHead) -> Step:
             p.label_N,
             valid_N,
             select=select,
-            likely=lambda rows, tokens: p.predictor.likely(tokens.loss_N - p.reference_N[rows]),
+            predict=lambda rows, tokens: p.predictor.predict(tokens.loss_N - p.reference_N[rows]),
             keep_ratio=p.keep,
             head=head,
         )

@@ -171,7 +171,7 @@ def _costs(job: dict[str, Any], stepper: _Stepper) -> Any:
 
 
 def _slept_out(lengths: dict[Any, float]) -> Callable[[Any], AbstractContextManager[None]]:
-    """In place of the engine's stopwatch: each computation ends when its length has passed."""
+    """In place of the engine's timers: each computation ends when its length has passed."""
 
     @contextmanager
     def sleeping(work: Any) -> Iterator[None]:
@@ -184,18 +184,21 @@ def _slept_out(lengths: dict[Any, float]) -> Callable[[Any], AbstractContextMana
 
 def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]:
     """What takes turns, each by what the engine works with: its schedule, and where reference losses come from."""
+    from megatron_slm.engine.schedule.modes import Mode
     from megatron_slm.engine.schedule.search import choose_schedule
-    from megatron_slm.reference.manifest import Manifest
+    from megatron_slm.reference.manifest import StoreManifest
     from megatron_slm.reference.store import ScoreReader
     from megatron_slm.reference.stored import StoredScores
     from megatron_slm.selection.selector import Selector
 
-    alone = replace(context, schedule=choose_schedule("clm", costs, job["micro_batches"]))
+    alone = replace(context, schedule=choose_schedule(Mode.CLM, costs, job["micro_batches"]))
     found = {BASELINE: replace(alone, objective=replace(context.objective, selector=Selector()))}
     for mode in MODES:
-        found[mode] = replace(context, schedule=choose_schedule(mode, costs, job["micro_batches"]))
+        found[mode] = replace(context, schedule=choose_schedule(Mode(mode), costs, job["micro_batches"]))
     folder = Path(job["folder"]) / "scores"
-    return found | {STORED: replace(alone, scores=StoredScores([ScoreReader(folder, Manifest.read(folder))], "mean"))}
+    return found | {
+        STORED: replace(alone, scores=StoredScores([ScoreReader(folder, StoreManifest.read(folder))], "mean"))
+    }
 
 
 class _Stepper:
@@ -233,11 +236,14 @@ class _Stepper:
 
     def measured_costs(self) -> Any:
         """What each computation takes on each stage."""
+        from megatron_slm.engine.measure import measured_costs
+
         self.take(is_last=False)  # the first is slower
-        self.engine.start_measuring()
+        context = self.engine.context
+        context.timers.keep_intervals()
         for step in range(MEASURED_STEPS):
             self.take(is_last=step == MEASURED_STEPS - 1)
-        return self.engine.measured_costs()
+        return measured_costs(context.timers.take_intervals(), context.topology, self.engine.device)
 
 
 def _record(job: dict[str, Any], name: str, context: Any, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""How many kept tokens another `--score-dtype` changes: train from an fp32 store and select with rounded scores beside.
+"""Count the kept tokens that another `--score-dtype` changes, by selecting with rounded scores during training.
 
     python examples/small/self_reference/storage.py --config examples/small/self_reference/train.yaml \
       --reference-scores runs/self_reference/scores --pipeline-model-parallel-size 1 --run-dir runs/storage
 
-takes the flags of pretrain_slm.py, runs in one process, and trains as usual; at every micro-batch it also selects by
-the excess over the reference losses rounded to each dtype, at the very same weights.
+takes the flags of pretrain_slm.py, runs in one process, and trains from an fp32 store; at every micro-batch it also
+selects by the excess over the reference losses rounded to each dtype, with the same weights.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def kept(score_N: Tensor, valid_N: Tensor, keep_ratio: float) -> Tensor:
-    """The rows that a micro-batch keeps, ascending: the highest scores of valid tokens, ties to the lower position."""
+    """Return the kept rows of a micro-batch, ascending: the highest scores of valid tokens, ties to the lower row."""
     count = math.ceil(keep_ratio * int(valid_N.sum()))
     order = score_N.masked_fill(~valid_N, -math.inf).argsort(descending=True, stable=True)
     return order[:count].sort().values
 
 
 def main(argv: list[str]) -> Counter[str]:
-    """Train and count; the kept tokens that each dtype exchanges for others, and all kept tokens."""
+    """Train, and return the number of kept tokens, in total ("kept") and replaced by others with each dtype."""
     config, _ = parse(argv)
     counts: Counter[str] = Counter()
 
@@ -54,4 +54,4 @@ if __name__ == "__main__":
     setup_logging()
     totals = main(sys.argv[1:])
     for name in map(str, DTYPES):
-        print(f"{name}: {100 * totals[name] / totals['kept']:.3f} % of {totals['kept']:,} kept tokens are others")
+        print(f"{name} replaces {100 * totals[name] / totals['kept']:.3f} % of {totals['kept']:,} kept tokens")

@@ -1,1 +1,1 @@
-"""Evaluation of finished models: perplexity of named sets, and few-shot questions whose answers are checked."""
+"""Evaluation of finished models: perplexity of named sets, and accuracy on few-shot questions."""

@@ -1,9 +1,9 @@
-"""From what a model wrote to an answer, and whether it is the right one.
+"""Extraction of answers from a model's output, and their comparison with the correct ones.
 
-The answer is looked for as in the harness of Rho-1's authors: the last `\\boxed{...}`, else what follows the last
-"the answer is" (or "the final answer is", or GSM8K's "####"), else the last number. Numbers are then compared as
-exact fractions: thousands separators, currency signs, units, percent signs and LaTeX around them do not count. What
-is no number is compared by math-verify (https://github.com/huggingface/Math-Verify).
+Extraction follows the harness of Rho-1's authors: the last `\\boxed{...}`, else the text after the last "the answer
+is" (or "the final answer is", or GSM8K's "####"), else the last number. Numbers are compared as exact fractions,
+ignoring thousands separators, currency signs, units, percent signs and LaTeX. Other answers are compared by
+math-verify (https://github.com/huggingface/Math-Verify).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from megatron_slm.errors import TaskError
 
 AnswerKind = Literal["number", "math", "choice"]
 Rules = Literal["strict", "paper"]
-"""`paper` also takes a number for right that is a hundredth or hundred times the answer (percent), or that rounds to
-it, as the authors' harness does."""
+"""`paper` also accepts numbers that are a hundredth or a hundred times the answer (percent) or that round to it, as
+the authors' harness does."""
 
 _MARK = re.compile(r"(?:[tT]he (?:final )?answer is|####|[aA]nswer:)\s*:?\s*")
 _HOPE = re.compile(r"\.?\s*I hope it is correct\.?", re.IGNORECASE)
@@ -31,20 +31,19 @@ _NUMBER = re.compile(
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))")
 _DROPPED = re.compile(r"\\(?:left|right|displaystyle|,|!|;|:|quad)|\\?\$|\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
 _EXPLAINED = re.compile(r"\s\((?=[a-zA-Z])|,?\s(?:because|since)\s")
-"""What follows is about the answer, and may hold equations."""
+"""Start of an explanation after the answer, which may hold equations."""
 _EQUALS = re.compile(r"=|\\approx|≈")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 
 
 def extract(text: str, kind: AnswerKind) -> str | None:
-    """The answer in a text; None where there is none that can be read."""
+    """Return the answer in a text, None if it holds no readable one."""
     if kind == "choice":
         return _choice(text)
     found = last_boxed(text)
-    if found is None:
-        *_, after = _MARK.split(text) if _MARK.search(text) else [None]
-        if after is not None:
-            found = _HOPE.sub("", after).strip().split("\n")[0].strip()
+    if found is None and _MARK.search(text):
+        after = _MARK.split(text)[-1]
+        found = _HOPE.sub("", after).strip().split("\n")[0].strip()
     if found is None or not found.strip(" .:"):
         numbers = list(_NUMBER.finditer(_plain(text) if kind == "number" else text))
         return numbers[-1].group().strip() if numbers else None
@@ -55,20 +54,23 @@ def extract(text: str, kind: AnswerKind) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{...}` holds, braces balanced; None where there is none."""
+    """Return the content of the last `\\boxed{...}`, with balanced braces; None without one."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0 or (opened := text.find("{", start)) < 0:
         return None
     depth = 0
     for end in range(opened, len(text)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[opened + 1 : end]
+        if text[end] == "{":
+            depth += 1
+        elif text[end] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[opened + 1 : end]
     return None
 
 
 def _choice(text: str) -> str | None:
-    """The letter after "the answer is"; a box before it holds the value, and counts only where nothing is said."""
+    """Return the letter after "the answer is", else the one in a box: a box often holds the value instead."""
     parts = _MARK.split(text)
     tail = parts[-1] if len(parts) > 1 else last_boxed(text) or text
     patterns = (r"\(\s*([A-J])\s*\)", r"(?:^|[\s$*{])([A-J])(?=[\s.,:;)$*}]|$)")
@@ -80,15 +82,15 @@ def _choice(text: str) -> str | None:
 
 
 def number_of(text: str) -> Fraction | None:
-    """The number that an answer gives, without an explanation behind it: after the last equals sign, the first one.
+    """Return the number in an answer: the first one after the last equals sign, ignoring a following explanation.
 
-    None where there is none.
+    None without a number.
     """
     plain = _plain(text)
-    said = _EXPLAINED.split(plain)[0]
-    *before, last = _EQUALS.split(said if _NUMBER.search(said) else plain)
+    claim = _EXPLAINED.split(plain)[0]
+    *before, last = _EQUALS.split(claim if _NUMBER.search(claim) else plain)
     match = _NUMBER.search(last)
-    if match is None and before:  # "8 = half of it"; of an expression without its result no number is the answer
+    if match is None and before:  # "8 = half of it"; an expression of several numbers without a result has no answer
         found = list(_NUMBER.finditer(before[-1]))
         match = found[0] if len(found) == 1 else None
     if match is None:
@@ -101,7 +103,7 @@ def number_of(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """A text without LaTeX around its numbers; fractions as a/b."""
+    """Return a text without LaTeX around its numbers, with fractions as a/b."""
     plain = _TEXT.sub(r" \1 ", text)
     plain = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", plain)
     return _DROPPED.sub("", plain).replace("{,}", ",").replace("\\%", "%").replace("{", " ").replace("}", " ")
@@ -116,34 +118,34 @@ def _value(match: re.Match[str]) -> Fraction:
 
 
 def equal(answer: str | None, truth: str, kind: AnswerKind, *, rules: Rules = "strict") -> bool:
-    """Whether an extracted answer is the right one."""
+    """Return True if an extracted answer is correct."""
     if answer is None:
         return False
     if kind == "choice":
         return answer.strip().upper() == truth.strip().strip("()").upper()
     if kind == "number" or (_is_number(answer) and _is_number(truth)):
-        given, wanted = number_of(answer), number_of(truth)
-        if given is not None and wanted is not None and _same_number(given, wanted, rules):
+        found, correct = number_of(answer), number_of(truth)
+        if found is not None and correct is not None and _same_number(found, correct, rules):
             return True
         if kind == "number":
             return False
     return _normal(answer) == _normal(truth) or _verified(answer, truth)
 
 
-def _same_number(given: Fraction, wanted: Fraction, rules: Rules) -> bool:
-    """Equal, or rounded to as many places as the right answer would be if it were written with at least four."""
-    if abs(given - wanted) <= Fraction(1, 10_000) * min(Fraction(1), abs(wanted)):
+def _same_number(found: Fraction, correct: Fraction, rules: Rules) -> bool:
+    """Compare two numbers, allowing rounding to four digits or more."""
+    if abs(found - correct) <= Fraction(1, 10_000) * min(Fraction(1), abs(correct)):
         return True
     if rules == "strict":
         return False
-    for scaled in (wanted / 100, wanted, wanted * 100):
-        if given == scaled or (scaled.denominator == 1 and round(float(given)) == scaled):
+    for scaled in (correct / 100, correct, correct * 100):
+        if found == scaled or (scaled.denominator == 1 and round(float(found)) == scaled):
             return True
     return False
 
 
 def _is_number(text: str) -> bool:
-    """Whether nothing but one number is there, with its sign, currency or percent."""
+    """Return True if a text is a single number, apart from its sign, currency or percent."""
     plain = _DROPPED.sub("", _FRACTION.sub("1/2", text)).replace("\\%", "").replace("%", "").strip(" .{}")
     return _NUMBER.fullmatch(plain) is not None
 
@@ -157,14 +159,11 @@ def _verified(answer: str, truth: str) -> bool:
     try:
         from math_verify import verify
     except ImportError as error:
-        raise TaskError(
-            "math-verify",
-            None,
-            "is installed: it compares answers that are no plain numbers",
-            "pip install math-verify",
+        raise TaskError.missing(
+            "package math-verify", "answers other than plain numbers", "pip install math-verify"
         ) from error
-    wanted, given = _parsed(truth), _parsed(answer)
-    return bool(wanted and given and verify(list(wanted), list(given)))
+    correct, found = _parsed(truth), _parsed(answer)
+    return bool(correct and found and verify(list(correct), list(found)))
 
 
 @cache

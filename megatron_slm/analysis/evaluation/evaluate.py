@@ -1,4 +1,4 @@
-"""Evaluate one model: its perplexity on named sets and its accuracy on tasks, with intervals."""
+"""Evaluation of one model: perplexity on named sets and accuracy on tasks, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_slm.analysis.evaluation.generation import Generator
 from megatron_slm.analysis.evaluation.prompts import STOPS, Prompt, prompt_named
 from megatron_slm.analysis.evaluation.statistics import bootstrap
 from megatron_slm.analysis.evaluation.tasks import Task
+from megatron_slm.analysis.excerpt import Excerpt, excerpt_of_corpus, excerpt_of_texts, load_tokenizer
 from megatron_slm.analysis.losses import model_statistics
-from megatron_slm.analysis.sample import Sample, load_tokenizer, sample_corpus, sample_texts
 from megatron_slm.convert.export import export_checkpoint
 from megatron_slm.convert.hf_config import is_hf_folder
 from megatron_slm.convert.source import Model
@@ -27,10 +27,10 @@ from megatron_slm.errors import ConfigError
 
 @contextmanager
 def hugging_face_folder(path: str) -> Iterator[str]:
-    """A model as a Hugging Face folder: itself, or a checkpoint of ours exported for as long as it is needed.
+    """Yield a model as a Hugging Face folder: the folder itself, or a temporary export of a checkpoint.
 
     Raises:
-        CheckpointError, WeightsError: it is neither.
+        CheckpointError, WeightsError: the path is neither.
     """
     if is_hf_folder(Path(path)):
         yield path
@@ -45,16 +45,16 @@ def hugging_face_folder(path: str) -> Iterator[str]:
 
 
 def named_sets(texts: Sequence[str]) -> dict[str, str]:
-    """`NAME=FILE` or `NAME=PREFIX` (a Megatron corpus) by name.
+    """Parse `NAME=FILE` or `NAME=PREFIX` (a Megatron corpus) into paths by name.
 
     Raises:
-        ConfigError: there is no name, or one twice.
+        ConfigError: a name is missing or used twice.
     """
     sets: dict[str, str] = {}
     for text in texts:
         name, _, path = text.partition("=")
         if not name or not path or name in sets:
-            raise ConfigError("--perplexity", text, "is NAME=FILE or NAME=PREFIX, each name once", "name the set")
+            raise ConfigError("--perplexity", text, "be NAME=FILE or NAME=PREFIX, each name once", "name the set")
         sets[name] = path
     return sets
 
@@ -62,34 +62,34 @@ def named_sets(texts: Sequence[str]) -> dict[str, str]:
 def perplexity(
     model: Model, path: str, *, tokenizer_model: str | None, sequence_length: int | None, max_tokens: int
 ) -> dict[str, Any]:
-    """Loss in nats a token, perplexity and (of texts) bits a byte of one set, each window read by itself.
+    """Compute loss in nats per token, perplexity and (for texts) bits per byte of one set, span by span.
 
-    The interval is over windows, which are drawn whole: tokens of one text are no independent draws.
+    The bootstrap interval draws whole spans, since the tokens of one text are not independent.
     """
     length = sequence_length or min(model.architecture.max_position_embeddings, 2048)
     is_corpus = bin_path(path).is_file()
     tokenizer = None if is_corpus else load_tokenizer(model, tokenizer_model)
-    sample = (
-        sample_corpus(path, None, sequence_length=length, max_tokens=max_tokens)
+    excerpt = (
+        excerpt_of_corpus(path, None, sequence_length=length, max_tokens=max_tokens)
         if is_corpus
-        else sample_texts([path], tokenizer, sequence_length=length, max_tokens=max_tokens)
+        else excerpt_of_texts([path], tokenizer, sequence_length=length, max_tokens=max_tokens)
     )
-    loss_Ws = model_statistics(model, sample).loss_Ws
-    loss_W, tokens_W = loss_Ws.sum(axis=1, dtype=np.float64), sample.valid_Ws.sum(axis=1).astype(np.float64)
+    loss_Ws = model_statistics(model, excerpt).loss_Ws
+    loss_W, tokens_W = loss_Ws.sum(axis=1, dtype=np.float64), excerpt.valid_Ws.sum(axis=1).astype(np.float64)
     interval = bootstrap(loss_W, tokens_W, resamples=2_000)
     return {
         "loss": interval.mean,
         "loss_interval": [interval.low, interval.high],
         "perplexity": math.exp(min(interval.mean, 700.0)),
-        "bits_per_byte": None if is_corpus else float(loss_W.sum()) / math.log(2) / max(1, _num_bytes(sample)),
-        "tokens": sample.num_tokens,
-        "windows": len(sample.windows),
+        "bits_per_byte": None if is_corpus else float(loss_W.sum()) / math.log(2) / max(1, _num_bytes(excerpt)),
+        "tokens": excerpt.num_tokens,
+        "windows": len(excerpt.spans),
     }
 
 
-def _num_bytes(sample: Sample) -> int:
-    """Bytes of the predicted tokens."""
-    return sum(len("".join(window.pieces[1:]).encode()) for window in sample.windows if window.pieces)
+def _num_bytes(excerpt: Excerpt) -> int:
+    """Count the bytes of the predicted tokens."""
+    return sum(len("".join(span.token_texts[1:]).encode()) for span in excerpt.spans if span.token_texts)
 
 
 # ---- tasks --------------------------------------------------------------------------------------------------
@@ -106,14 +106,14 @@ def evaluate_task(
     rules: Rules = "strict",
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask every question, few-shot and greedily.
+    """Ask every question with a few-shot prompt and greedy decoding.
 
     Args:
-        prompt: instead of the task's own.
-        num_shots: use only the first of its shots.
+        prompt: replaces the task's own prompt.
+        num_shots: number of the prompt's shots to use; None for all.
 
     Returns:
-        accuracy with its interval and the count of answers that could not be read; and a record a question.
+        The accuracy with its interval and the number of unreadable answers; and one record per question.
     """
     prompt = prompt or prompt_named(task.prompt)
     if num_shots is not None:

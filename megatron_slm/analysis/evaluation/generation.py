@@ -1,4 +1,4 @@
-"""Greedy generation in batches with transformers and its key-value cache."""
+"""Batched greedy generation with transformers and its key-value cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """A model of transformers and its tokenizer, padded on the left."""
+    """A transformers model and its tokenizer, padding on the left."""
 
     model: Any
     tokenizer: Any
     context: int
-    """Tokens that the model reads at most, prompt and answer together."""
+    """Context length of the model in tokens, for prompt and answer together."""
 
     def write(
         self,
@@ -33,21 +33,21 @@ class Generator:
         batch_size: int,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[str]:
-        """What the model writes after each prompt, greedily, up to the first stop.
+        """Generate a continuation of each prompt, greedily, up to the first stop string.
 
-        Prompts of like length share a batch; the texts come back in the order of the prompts.
+        Prompts of similar length share a batch; the result has the order of the prompts.
 
         Raises:
-            TaskError: a prompt leaves the model no room to answer.
+            TaskError: a prompt fills the model's context.
         """
         ids = [self.tokenizer(prompt, add_special_tokens=True)["input_ids"] for prompt in prompts]
         for i, row in enumerate(ids):
             if len(row) >= self.context:
                 raise TaskError(
-                    f"prompt of question {i + 1}",
-                    f"{len(row)} tokens",
-                    f"is shorter than what the model reads, {self.context} tokens",
-                    "give fewer --shots, or a model with a longer context",
+                    f"length of the prompt of question {i + 1}",
+                    len(row),
+                    f"be less than {self.context} tokens, the model's context length",
+                    "use fewer --shots, or a model with a longer context",
                 )
         texts = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
@@ -80,13 +80,13 @@ class Generator:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops."""
+    """Return the text before the first stop string."""
     ends = [at for stop in stops if (at := text.find(stop)) >= 0]
     return text[: min(ends)] if ends else text
 
 
 def load_generator(folder: str, *, dtype: str = "float32") -> Generator:
-    """A Hugging Face folder, ready to write on this process's device.
+    """Load a Hugging Face folder for generation on this process's device.
 
     Raises:
         WeightsError: transformers cannot load the model or its tokenizer.
@@ -96,9 +96,9 @@ def load_generator(folder: str, *, dtype: str = "float32") -> Generator:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
-    except Exception as error:  # the library raises anything
+    except Exception as error:  # the library raises errors of any kind
         raise WeightsError(
-            "--model", folder, f"loads with transformers ({type(error).__name__}: {error})", "check the folder"
+            "--model", folder, f"load in transformers ({type(error).__name__}: {error})", "check the folder"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

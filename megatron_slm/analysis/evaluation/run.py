@@ -1,4 +1,4 @@
-"""Evaluates a model: perplexity, few-shot questions, lm-eval; results are written as they come."""
+"""One evaluation from its command line: perplexity, few-shot questions, lm-eval; prints and saves the results."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for; results are written as they come, so that a killed evaluation keeps them.
+    """Run the requested evaluations, saving after each one, so that a killed evaluation keeps its results.
 
     Raises:
-        SlmError: before the first forward pass, if it can be known by then.
+        SlmError: an input is invalid; raised before the first forward pass if possible.
     """
     tasks = [read_task(text, limit=args.limit) for text in args.task]
     prompt = read_prompt(args.prompt_file) if args.prompt_file else None
@@ -36,7 +36,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"model": args.model, "perplexity": {}, "tasks": {}}
     model = open_model(_inside(args.model), field="--model", checksums=False) if sets else None
     for name, path in sets.items():
-        assert model is not None, "opened where there are sets"
+        assert model is not None, "opened if there are sets"
         results["perplexity"][name] = perplexity(
             model,
             path,
@@ -50,7 +50,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with hugging_face_folder(args.model) as folder:
         generator = load_generator(folder, dtype=args.dtype) if tasks else None
         for task in tasks:
-            assert generator is not None, "loaded where there are tasks"
+            assert generator is not None, "loaded if there are tasks"
             results["tasks"][task.name], records = evaluate_task(
                 generator,
                 task,
@@ -77,24 +77,25 @@ def _inside(path: str) -> str:
 
 
 def lm_eval(folder: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The same model through EleutherAI's harness.
+    """Evaluate a model with EleutherAI's lm-evaluation-harness.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the harness is not installed, or does not know a task.
     """
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.models import huggingface  # noqa: F401 (a model that lm-eval would load later)
+        from lm_eval.models import huggingface  # noqa: F401 (lm-eval would import it later)
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError(
-            "--lm-eval", args.lm_eval, f"needs the package lm-eval[hf] ({error})", "pip install -e '.[eval]'"
-        ) from error
+        raise ConfigError.missing("package lm-eval[hf]", f"--lm-eval ({error})", "pip install -e '.[eval]'") from error
     tasks = TaskManager(include_path=args.lm_eval_include)
     unknown = [name for name in args.lm_eval if not tasks.match_tasks([name])]
     if unknown:
         raise ConfigError(
-            "--lm-eval", unknown[0], "is a task of the harness or of --lm-eval-include", "see lm-eval ls tasks"
+            "--lm-eval",
+            unknown[0],
+            "name a task of the harness or of --lm-eval-include",
+            "list tasks: lm-eval ls tasks",
         )
     out = simple_evaluate(
         model="hf",
@@ -118,14 +119,14 @@ def _write(output: Path | None, results: dict[str, Any]) -> None:
 
 
 class _Progress:
-    """A line now and then while answers are written."""
+    """Logs the progress of a task every ten seconds."""
 
     def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.said_at = name, total, time.monotonic()
+        self.name, self.total, self.logged_at = name, total, time.monotonic()
 
     def __call__(self, done: int) -> None:
-        if time.monotonic() - self.said_at > 10 or done == self.total:
-            self.said_at = time.monotonic()
+        if time.monotonic() - self.logged_at > 10 or done == self.total:
+            self.logged_at = time.monotonic()
             logger.info("%s: %d of %d questions", self.name, done, self.total)
 
 
@@ -144,7 +145,7 @@ def print_results(results: dict[str, Any]) -> None:
         console.print(table)
     if results["tasks"]:
         table = Table(title="Accuracy")
-        for column in ("task", "accuracy", "95 % interval", "questions", "no answer read"):
+        for column in ("task", "accuracy", "95 % interval", "questions", "unreadable answers"):
             table.add_column(column, justify="left" if column == "task" else "right")
         for name, row in results["tasks"].items():
             low, high = row["interval"]

@@ -1,4 +1,4 @@
-"""Intervals by the bootstrap: what the mean could have been with other questions of the same kind."""
+"""Bootstrap confidence intervals of means."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy.typing as npt
 RESAMPLES = 10_000
 LEVEL = 0.95
 _BLOCK = 1 << 22
-"""Drawn indices at a time: memory does not grow with the number of questions."""
+"""Indices drawn at a time, to bound the memory."""
 
 
 class Interval(NamedTuple):
-    """A mean and the bounds of its percentile interval."""
+    """A mean and its percentile interval."""
 
     mean: float
     low: float
@@ -29,19 +29,19 @@ def bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """Mean of `values` with its 95 % interval; with weights, `sum(values) / sum(weights)` of whole pairs.
+    """Estimate the mean of `values`, or `sum(values) / sum(weights)`, with its 95 % interval over resampled pairs.
 
     Args:
-        values: one number a question, or the loss sum of a window.
-        weights: what each number is divided by, such as the tokens of a window.
+        values: one number per question, or the loss sum of each span.
+        weights: denominators, such as the number of tokens of each span.
     """
     value_Q = np.asarray(values, np.float64)
     weight_Q = np.ones_like(value_Q) if weights is None else np.asarray(weights, np.float64)
     generator = np.random.default_rng(seed)
     means = []
-    at_once = max(1, _BLOCK // max(1, value_Q.size))
-    for start in range(0, resamples, at_once):
-        count = min(at_once, resamples - start)
+    block_size = max(1, _BLOCK // max(1, value_Q.size))
+    for start in range(0, resamples, block_size):
+        count = min(block_size, resamples - start)
         drawn = generator.integers(0, value_Q.size, (count, value_Q.size))
         means.append(value_Q[drawn].sum(axis=1) / weight_Q[drawn].sum(axis=1))
     tail = (1 - LEVEL) / 2

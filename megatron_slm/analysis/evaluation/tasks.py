@@ -1,4 +1,4 @@
-"""Tasks: JSON lines with questions and right answers, in the form that each data set is published in, or in ours."""
+"""Tasks: JSON lines of questions and answers, in the published form of each data set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_slm.errors import TaskError
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question and its right answer."""
+    """One question and its correct answer."""
 
     text: str
     answer: str
@@ -26,7 +26,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Questions that are asked with one prompt."""
+    """Questions that share a prompt."""
 
     name: str
     prompt: PromptName
@@ -35,12 +35,12 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """How a data set writes its lines."""
+    """Fields of a data set's lines."""
 
     prompt: PromptName
     kind: AnswerKind
     question: tuple[tuple[str, ...], ...] = (("question",), ("problem",), ("input",))
-    """Fields that make up the question, joined; the first of these that a line has in full."""
+    """Alternatives of fields that, joined, are the question; the first alternative present in a line applies."""
     answer: tuple[str, ...] = ("answer", "target")
     clean: Callable[[str], str] = str.strip
 
@@ -70,28 +70,33 @@ FORMS = {
     "mmlu_stem": _Form(prompt="choices", kind="choice"),
     "sat_math": _Form(prompt="choices", kind="choice", answer=("answer", "Answer")),
 }  # fmt: skip
-"""The nine tasks of the paper's table 1, by name."""
+"""Forms of the nine tasks in the paper's table 1."""
 
 
 def read_task(text: str, *, limit: int | None = None) -> Task:
-    """A task from `FORM=FILE` or `NAME:FORM=FILE`.
+    """Read a task from `FORM=FILE` or `NAME:FORM=FILE`.
+
+    Args:
+        limit: largest number of questions; None for all.
 
     Raises:
-        TaskError: an unknown form, or a line without its fields.
-        CorpusError: the file is missing or cut off.
+        TaskError: the form is unknown, or a line lacks its fields.
+        CorpusError: the file is missing or truncated.
     """
     label, separator, path = text.partition("=")
     name, _, form_name = label.partition(":")
     form = FORMS.get(form_name or name)
     if not separator or form is None:
-        raise TaskError("--task", text, f"is FORM=FILE or NAME:FORM=FILE with one of {', '.join(FORMS)}", "name a form")
+        raise TaskError(
+            "--task", text, f"be FORM=FILE or NAME:FORM=FILE, with a form of {', '.join(FORMS)}", "name a form"
+        )
     questions: list[Question] = []
     for file in expand_inputs([path], "--task"):
         for number, line in enumerate(read_lines(file, "--task"), 1):
             if line.strip() and (limit is None or len(questions) < limit):
                 questions.append(_question(line, form, f"{file}: line {number}"))
     if not questions:
-        raise TaskError("--task", text, "holds a question", "give a file that is not empty")
+        raise TaskError("--task", text, "hold at least one question", "use a file that is not empty")
     return Task(name=name, prompt=form.prompt, questions=tuple(questions))
 
 
@@ -99,26 +104,29 @@ def _question(line: bytes, form: _Form, place: str) -> Question:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
-        raise TaskError(place, str(error), "is a JSON object", "mend the line") from error
+        start = line[:40].decode(errors="replace")
+        raise TaskError(place, start, f"be a JSON object ({error})", "correct the line") from error
     if not isinstance(record, dict):
-        raise TaskError(place, type(record).__name__, "is a JSON object", "mend the line")
+        raise TaskError(place, type(record).__name__, "be a JSON object", "correct the line")
     fields = next((names for names in form.question if all(record.get(name) for name in names)), None)
+    if fields is None:
+        wanted = " or ".join(" + ".join(names) for names in form.question)
+        raise TaskError(place, sorted(record), f"have a question ({wanted})", "rename the fields")
     answer = next((record[name] for name in form.answer if record.get(name) not in (None, "")), None)
-    if fields is None or answer is None:
-        wanted = " or ".join("+".join(names) for names in form.question) if fields is None else " or ".join(form.answer)
-        what = "a question" if fields is None else "an answer"
-        raise TaskError(place, sorted(record), f"has {what} under {wanted}", "rename the fields of the file")
+    if answer is None:
+        wanted = " or ".join(form.answer)
+        raise TaskError(place, sorted(record), f"have an answer ({wanted})", "rename the fields")
     text = " ".join(str(record[name]).strip() for name in fields)
     options = record.get("choices") or record.get("options")
     if form.kind == "choice":
         if not options:
-            raise TaskError(place, sorted(record), "has choices (a list, an object, or text)", "add them")
+            raise TaskError(place, sorted(record), "have choices (a list, an object, or text)", "add the choices")
         return Question(text=with_choices(text, _options(options)), answer=_letter(str(answer)), kind="choice")
     if options:
         text += f" Please select from the following options: {options}"
     clean = form.clean(str(answer))
     if not clean:
-        raise TaskError(place, answer, "has an answer that is not empty", "mend the line")
+        raise TaskError(f"{place}: answer", answer, "hold an answer", "correct the line")
     return Question(text=text, answer=clean, kind=form.kind)
 
 
@@ -131,6 +139,6 @@ def _options(options: Any) -> str:
 
 
 def _letter(answer: str) -> str:
-    """MMLU numbers its choices from 0, MathQA writes them in lower case."""
+    """Return a choice as a capital letter; MMLU numbers choices from 0, MathQA has lower-case letters."""
     plain = answer.strip().strip("().")
     return chr(ord("A") + int(plain)) if plain.isdigit() else plain.upper()

@@ -7,6 +7,8 @@ M documents + 1 u64 | lengths i32[N] (tokens) | pointers i64[N] (bytes into `.bi
 
 from __future__ import annotations
 
+import glob
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +108,12 @@ class CorpusIndex:
             if path.is_file():
                 continue
             bare = self.prefix.removesuffix(".bin").removesuffix(".idx")
-            fix = f"pass the prefix {bare!r}" if bare != self.prefix else "check the prefix, or preprocess again"
+            near = _nearby_prefixes(self.prefix)
+            fix = "check the prefix, or preprocess again"
+            if bare != self.prefix:
+                fix = f"pass the prefix {bare!r}"
+            elif near:
+                fix = f"pass {' or '.join(map(repr, near))}"
             raise CorpusError("corpus prefix", self.prefix, f"name existing files; {path} is missing", fix)
 
     def _map_index(self) -> npt.NDArray[np.uint8]:
@@ -178,6 +185,13 @@ class CorpusIndex:
                 f"be {expected} bytes ({self.num_tokens} tokens of {self.dtype.name}); it is {relation}",
                 "copy the corpus again, or preprocess again (a copy was cut off, or .bin and .idx are of two runs)",
             )
+
+
+def _nearby_prefixes(prefix: str) -> list[str]:
+    """Return up to three prefixes of corpora that continue this one, as preprocessing names them (`_text_document`)."""
+    folder, name = os.path.split(prefix)
+    found = sorted(Path(folder or ".").glob(f"{glob.escape(name)}*_document.idx")) if name else []
+    return [os.path.join(folder, path.name.removesuffix(".idx")) for path in found[:3]]
 
 
 class IndexedCorpus(CorpusIndex):

@@ -1,4 +1,4 @@
-"""How long each computation takes on each stage: what schedules are made from. Pure; no processes, no tensors."""
+"""Costs of a schedule: the duration of each computation on each stage. Pure; no processes, no tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Work(Enum):
 class Costs:
     """Duration of each computation on each stage, in ticks (integers of at least 1), first stage first.
 
-    Only proportions matter; wrong ones cost time, never correctness. Integers, because with float times two
+    Only proportions matter; wrong ones cost time, never correctness. They are integers, because with float times two
     events that are meant to coincide can sort differently from their cause.
     """
 
@@ -45,7 +45,7 @@ class Costs:
 
     @property
     def max_unread(self) -> int:
-        """How many reference results one stage may leave unread by the next: bounds the memory they take.
+        """Most reference results of one stage that the next has not begun to read, which bounds their memory.
 
         As many as a stage makes while the model does one micro-batch, and two: fewer cost time, more gain none.
         """
@@ -53,12 +53,12 @@ class Costs:
         return min(2 + math.ceil(in_one_micro_batch), 24)
 
     def of(self, work: Work) -> tuple[int, ...]:
-        """Ticks of one kind of computation on every stage."""
+        """Return the ticks of one kind of computation on every stage."""
         return {Work.FORWARD: self.forward, Work.BACKWARD: self.backward, Work.REFERENCE: self.reference}[work]
 
     @classmethod
     def scaled(cls, forward: Sequence[float], backward: Sequence[float], reference: Sequence[float]) -> Costs:
-        """Costs from durations in any one unit; a stage's mean forward plus backward becomes 30,000 ticks."""
+        """Build costs from durations in any one unit; a stage's mean forward plus backward becomes 30,000 ticks."""
         ticks = 30_000 * len(forward) / (sum(forward) + sum(backward))
 
         def whole(durations: Sequence[float]) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class Costs:
         head_backward: float = 0.0,
         head_reference: float = 0.0,
     ) -> Costs:
-        """Equal stages, the last of which also has the loss head."""
+        """Build the costs of equal stages, the last of which also has the loss head."""
 
         def stages(base: float, head: float) -> list[float]:
             return [base] * (num_stages - 1) + [base + head]
@@ -89,7 +89,7 @@ class Costs:
 
 
 def block_flops(arch: Architecture, seq_length: int) -> float:
-    """Floating-point operations of one block's forward pass for one token, causal attention counted as half."""
+    """Count the floating-point operations of one block's forward pass for one token, causal attention as half."""
     queries, keys = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
     weights = arch.hidden_size * (2 * queries + 2 * keys) + 3 * arch.hidden_size * arch.ffn_hidden_size
     seen = seq_length / 2 if arch.sliding_window is None else min(arch.sliding_window, seq_length / 2)
@@ -97,28 +97,28 @@ def block_flops(arch: Architecture, seq_length: int) -> float:
 
 
 def forward_flops(arch: Architecture, num_stages: int, seq_length: int) -> tuple[list[float], float]:
-    """What each stage's forward pass of one token costs without the loss head, and what the head costs.
+    """Count the operations of one token's forward pass: of each stage without the loss head, and of the head.
 
     Blocks are cut as the models are; the embedding is a lookup, counted as one pass over its row.
     """
-    blocks = []
-    for stage, (begin, end) in enumerate(pairwise(stage_bounds(arch.num_layers, num_stages))):
-        blocks.append(end - begin - (stage == 0) - (stage == num_stages - 1))
-    stages = [count * block_flops(arch, seq_length) for count in blocks]
+    num_layers = [end - begin for begin, end in pairwise(stage_bounds(arch.num_layers, num_stages))]
+    num_layers[0] -= 1  # the embedding
+    num_layers[-1] -= 1  # the head
+    stages = [count * block_flops(arch, seq_length) for count in num_layers]
     stages[0] += 2.0 * arch.hidden_size
     return stages, 2.0 * arch.hidden_size * arch.vocab_size
 
 
 def training_flops(arch: Architecture, seq_length: int) -> float:
-    """Operations of training on one token, counted the usual way for MFU: three forwards, the loss head whole.
+    """Count the operations of training on one token, the usual way for MFU: three forwards, the loss head whole.
 
-    Recomputation is not counted, nor is what the selection saves in the head's backward pass.
+    Neither recomputation counts nor the part of the head's backward pass that the selection saves.
     """
     return 3 * inference_flops(arch, seq_length)
 
 
 def inference_flops(arch: Architecture, seq_length: int) -> float:
-    """Operations of one token's forward pass, the loss head included."""
+    """Count the operations of one token's forward pass, the loss head included."""
     stages, head = forward_flops(arch, 1, seq_length)
     return sum(stages) + head
 
@@ -132,10 +132,10 @@ def arithmetic_costs(
     keep_ratio: float,
     recomputes: bool,
 ) -> Costs:
-    """Costs from counting operations; a backward pass is two forwards, or three where activations are recomputed.
+    """Count the costs of operations; a backward pass is two forwards, or three where activations are recomputed.
 
     The loss head computes all rows forwards, and recomputes and differentiates the kept ones: 1 and 3 * keep
-    ratio (see `selective_cross_entropy`). The reference's computes all rows forwards.
+    ratio (see `loss/variants.py`). The reference's head computes all rows forwards.
     """
     stages, head = forward_flops(model, num_stages, seq_length)
     forward, backward = list(stages), [(3.0 if recomputes else 2.0) * cost for cost in stages]

@@ -1,19 +1,17 @@
-"""In which order each stage runs its computations: where the modes differ. Pure; no processes, no tensors.
+"""Orders of each stage's computations: where the modes differ. Pure; no processes, no tensors.
 
 Micro-batches are counted from the step's first. The reference may be ahead of the model: at the end of a step
 stage `s` has run its first `leads[s]` forwards of the next step's micro-batches already, so that in every step
-it runs numbers `leads[s]` to `leads[s] + m - 1`, where numbers from `m` on are the next step's.
+it runs numbers `leads[s]` to `leads[s] + m - 1`, where numbers from `m` are the next step's.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megatron_slm.engine.schedule.costs import Costs, Work
-
-Mode = Literal["clm", "ride-along", "sequential", "bubble", "skewed"]
 
 
 class Computation(NamedTuple):
@@ -28,7 +26,7 @@ Orders = list[list[Computation]]
 
 
 def one_forward_one_backward(num_stages: int, num_micro_batches: int, stage: int) -> list[Computation]:
-    """The model's order on one stage: a warm-up of forwards, then one of each, then the last backwards."""
+    """Return the model's order on one stage: a warm-up of forwards, then one of each, then the last backwards."""
     warm_up = min(num_stages - 1 - stage, num_micro_batches)
     order = [Computation(Work.FORWARD, i) for i in range(warm_up)]
     for i in range(num_micro_batches - warm_up):
@@ -37,47 +35,48 @@ def one_forward_one_backward(num_stages: int, num_micro_batches: int, stage: int
 
 
 def model_orders(num_stages: int, num_micro_batches: int) -> Orders:
-    """The model alone."""
+    """Order the model alone."""
     return [one_forward_one_backward(num_stages, num_micro_batches, stage) for stage in range(num_stages)]
 
 
 def ride_along_orders(num_stages: int, num_micro_batches: int) -> Orders:
-    """The reference's forward of a micro-batch right before the model's; the plainest of all."""
-
-    def with_reference(item: Computation) -> list[Computation]:
-        return [Computation(Work.REFERENCE, item.micro_batch), item] if item.work is Work.FORWARD else [item]
-
-    return [
-        [c for item in order for c in with_reference(item)] for order in model_orders(num_stages, num_micro_batches)
-    ]
+    """Order the reference's forward of a micro-batch right before the model's; the plainest of all."""
+    orders: Orders = []
+    for model in model_orders(num_stages, num_micro_batches):
+        orders.append([])
+        for computation in model:
+            if computation.work is Work.FORWARD:
+                orders[-1].append(Computation(Work.REFERENCE, computation.micro_batch))
+            orders[-1].append(computation)
+    return orders
 
 
 def reference_orders(begins: Sequence[int], ends: Sequence[int]) -> Orders:
-    """The reference alone, on each stage micro-batches `begins[s]` to `ends[s] - 1`."""
+    """Order the reference alone, on stage `s` micro-batches `begins[s]` to `ends[s] - 1`."""
     return [[Computation(Work.REFERENCE, i) for i in range(*span)] for span in zip(begins, ends, strict=True)]
 
 
 def sequential_orders(num_stages: int, num_micro_batches: int) -> Orders:
-    """All of the reference, then the model."""
+    """Order all of the reference, then the model."""
     first = reference_orders([0] * num_stages, [num_micro_batches] * num_stages)
     return [[*a, *b] for a, b in zip(first, model_orders(num_stages, num_micro_batches), strict=True)]
 
 
 def without_next_step(orders: Orders, num_micro_batches: int) -> Orders:
-    """The form for a step that nothing follows: no reference work for the next one."""
-    return [[item for item in order if item.micro_batch < num_micro_batches] for order in orders]
+    """Leave out the reference work for the next step: the orders of a step that none follows."""
+    return [[computation for computation in order if computation.micro_batch < num_micro_batches] for order in orders]
 
 
 class ListScheduler:
-    """Merges the reference's forwards into the model's 1F1B order by playing both through with the costs.
+    """Merges the reference's forwards into the model's 1F1B order by simulating both with the costs.
 
     A stage runs the reference where the next computation of the model is not ready, unless that would push
     the latter past its latest start: the one by which a step can still end at `deadline`. So an early deadline
-    keeps the reference out of the model's way, and a distant one lets it take whatever time is idle.
+    keeps the reference out of the model's way, and a distant one lets it take all idle time.
 
     Args:
-        leads: see the head of this file; they never rise from one stage to the next, nor fall by more than
-            `costs.max_unread`.
+        leads: reference forwards of the next step that each stage does (see above); they never rise from one stage to
+            the next, nor fall by more than `costs.max_unread`.
         deadline: ticks from the start of the step.
         eager: the reference comes before a computation of the model that is ready, too.
     """
@@ -98,7 +97,7 @@ class ListScheduler:
         tails = longest_tails(self.model, costs)
         self.latest = [[deadline - tail for tail in stage] for stage in tails]
         self.orders: Orders = [[] for _ in range(self.num_stages)]
-        # counts of what each stage has started and finished, which say all, as each kind runs in order
+        # counts suffice, since each stage runs each kind of computation in the order of micro-batches
         self.next_model = [0] * self.num_stages
         self.forwards_done = [0] * self.num_stages
         self.backwards_done = [0] * self.num_stages
@@ -110,7 +109,7 @@ class ListScheduler:
         """Ticks; after `run`, the step's length."""
 
     def run(self) -> Orders:
-        """The orders of all stages."""
+        """Simulate a step; return the orders of all stages."""
         stages = set(range(self.num_stages))
         left = self.num_stages * 3 * self.m
         while left:
@@ -150,8 +149,8 @@ class ListScheduler:
         work, i = self.model[stage][at]
         return work is Work.FORWARD and self.references_done[stage] <= i
 
-    def _model_ready(self, stage: int, item: Computation) -> bool:
-        work, i = item
+    def _model_ready(self, stage: int, computation: Computation) -> bool:
+        work, i = computation
         if work is Work.BACKWARD:
             return stage == self.num_stages - 1 or self.backwards_done[stage + 1] > i
         if stage == self.num_stages - 1 and self.references_done[stage] <= i:
@@ -167,16 +166,16 @@ class ListScheduler:
         return stage == 0 or self.references_done[stage - 1] > begun
 
     def _begin_reference(self, stage: int, now: int) -> None:
-        item = Computation(Work.REFERENCE, self.references_begun[stage])
+        computation = Computation(Work.REFERENCE, self.references_begun[stage])
         self.references_begun[stage] += 1
-        self._begin(stage, now, item)
+        self._begin(stage, now, computation)
         if stage and self.running[stage - 1] is None:
             self._start(stage - 1, now)  # it may have waited for this one to be read
 
-    def _begin(self, stage: int, now: int, item: Computation) -> None:
-        self.running[stage] = item.work
-        self.orders[stage].append(item)
-        heapq.heappush(self._heap, (now + self.costs.of(item.work)[stage], stage))
+    def _begin(self, stage: int, now: int, computation: Computation) -> None:
+        self.running[stage] = computation.work
+        self.orders[stage].append(computation)
+        heapq.heappush(self._heap, (now + self.costs.of(computation.work)[stage], stage))
 
     def _finish(self, stage: int) -> None:
         done = {
@@ -190,13 +189,13 @@ class ListScheduler:
         self.running[stage] = None
 
     def _start_any_reference(self, now: int) -> None:
-        """Nothing runs and nothing fits: the model waits for a reference held back, so the latest stage's runs."""
+        """Start the latest stage's reference: nothing runs, nothing fits, and the model waits for one held back."""
         stage = max(s for s in range(self.num_stages) if self._reference_ready(s))
         self._begin_reference(stage, now)
 
 
 def longest_tails(orders: Orders, costs: Costs) -> list[list[int]]:
-    """Ticks from the start of each of the model's computations to the end of the step, at the least."""
+    """Return the least ticks from the start of each of the model's computations to the end of the step."""
     num_stages = len(orders)
     tails = [[0] * len(order) for order in orders]
     at = [len(order) - 1 for order in orders]

@@ -1,4 +1,4 @@
-"""A schedule as a picture: one row a stage, time to the right."""
+"""Picture of a schedule: one row a stage, time to the right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOOKS = {
 def draw(schedule: Schedule, path: Path) -> None:
     """Write a PNG of a step in the middle of a run."""
     simulation, num_stages, m = Simulation(schedule), schedule.num_stages, schedule.num_micro_batches
-    unit = simulation.step_ticks / 100  # the axis is in per cent of the step
+    unit = simulation.step_ticks / 100  # the axis is in percent of the step
     width = min(24.0, max(9.0, 0.28 * simulation.step_ticks / max(1, min(schedule.costs.forward))))
     figure = Figure(figsize=(width, 1.6 + 0.55 * num_stages), layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""What a schedule costs in time and memory, by playing it through. Pure; no processes, no tensors."""
+"""Time and memory of a schedule, by simulation. Pure; no processes, no tensors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megatron_slm.engine.schedule.search import lower_bound
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Bytes on one rank of what schedules keep more or less of."""
+    """Bytes on one rank of the data whose number depends on the schedule."""
 
     reference_message: int
     """Hidden states of the reference between two stages."""
     micro_batch: int
     """Tokens, labels and masks of a micro-batch."""
     statistics: int
-    """What the reference says of a micro-batch."""
+    """The reference's statistics of a micro-batch."""
     stage_activations: int = 0
-    """What a stage keeps of a micro-batch between the model's forward and backward pass."""
+    """Activations of a micro-batch on a stage, kept from the model's forward to its backward pass."""
 
     @classmethod
     def of_micro_batch(cls, num_samples: int, seq_length: int, *, reference_message: int) -> Sizes:
-        """Sizes of what does not depend on the model."""
+        """Build the sizes that do not depend on the model."""
         return cls(
             reference_message=reference_message,
             micro_batch=num_samples * (17 * seq_length + 16),  # two int64 and one bool a token; two int64 a sample
@@ -59,23 +59,23 @@ class Simulation:
 
     @cached_property
     def lower_bound(self) -> float:
-        """The least ratio that any schedule of the same work can have."""
+        """Least ratio that any schedule of the same work can have."""
         if self.schedule.leads is None:
             return 1.0
         return lower_bound(self.schedule.costs, self.schedule.num_micro_batches) / self.clm_ticks
 
     def bubble_fraction(self, stage: int) -> float:
-        """Share of the step in which a stage has nothing to do."""
+        """Compute the share of the step in which a stage is idle."""
         busy = sum(event.end - event.start for event in self.schedule.events if event.stage == stage)
         return 1.0 - busy / self.step_ticks
 
     def activations(self, stage: int) -> int:
-        """Most micro-batches whose backward pass a stage still has to do."""
+        """Count the most micro-batches between their forward and backward pass on a stage."""
         forward, backward = self._events(stage, Work.FORWARD), self._events(stage, Work.BACKWARD)
         return _high_water([(e.start, 1) for e in forward] + [(e.end, -1) for e in backward])
 
     def unread(self, stage: int) -> int:
-        """Most reference results made for a stage by the one before that it has not begun to read."""
+        """Count the most reference results that wait for a stage: sent by the one before, not yet read."""
         leads = self.schedule.leads
         if leads is None or stage == 0:
             return 0
@@ -83,8 +83,8 @@ class Simulation:
         changes = [(e.end, 1) for e in made] + [(e.start + 1, -1) for e in read]  # a read begins by taking
         return _high_water(changes, leads[stage - 1] - leads[stage])
 
-    def window(self, stage: int) -> int:
-        """Most micro-batches that a stage holds from the first pass that reads them to the model's."""
+    def micro_batches_held(self, stage: int) -> int:
+        """Count the most micro-batches that a stage holds, from the first pass that reads them to the model's."""
         if stage not in (0, self.schedule.num_stages - 1):
             return 0
         forward = self._events(stage, Work.FORWARD)
@@ -93,11 +93,11 @@ class Simulation:
         return _high_water([(e.start, 1) for e in first] + [(e.end, -1) for e in forward], ahead)
 
     def memory_bytes(self, stage: int, sizes: Sizes) -> int:
-        """Bytes that the counts above come to on one rank of a stage."""
+        """Compute the bytes of these counts on one rank of a stage."""
         total = self.activations(stage) * sizes.stage_activations + self.unread(stage) * sizes.reference_message
-        total += self.window(stage) * sizes.micro_batch
+        total += self.micro_batches_held(stage) * sizes.micro_batch
         if self.schedule.leads is not None and stage == self.schedule.num_stages - 1:
-            total += self.window(stage) * sizes.statistics
+            total += self.micro_batches_held(stage) * sizes.statistics
         return total
 
     def _events(self, stage: int, work: Work) -> list[Event]:
@@ -105,7 +105,7 @@ class Simulation:
 
 
 def _high_water(changes: Iterable[tuple[int, int]], level: int = 0) -> int:
-    """The highest level under changes at given ticks; what is given back at a tick is free at that tick."""
+    """Return the highest level under changes at given ticks; a release at a tick counts before an addition there."""
     highest = level
     for _, change in sorted(changes):
         level += change
@@ -114,10 +114,10 @@ def _high_water(changes: Iterable[tuple[int, int]], level: int = 0) -> int:
 
 
 def describe(schedule: Schedule, costs: str, sizes: Sizes) -> str:
-    """A line for the log.
+    """Describe a schedule in a line of the log.
 
     Args:
-        costs: where the costs come from, in a word.
+        costs: origin of the costs, in a word.
     """
     simulation, stages = Simulation(schedule), range(schedule.num_stages)
     extra = max(simulation.memory_bytes(stage, sizes) for stage in stages) / 2**20
@@ -125,5 +125,5 @@ def describe(schedule: Schedule, costs: str, sizes: Sizes) -> str:
         f"reference schedule {schedule.mode} (costs {costs}): predicted step {simulation.ratio:.3f} x CLM's, lower "
         f"bound {simulation.lower_bound:.3f}; micro-batches ahead by stage {list(schedule.leads or ())}; at most "
         f"{max(simulation.unread(stage) for stage in stages)} reference messages waiting and "
-        f"{max(simulation.window(stage) for stage in stages)} micro-batches held, {extra:.1f} MiB a rank"
+        f"{max(simulation.micro_batches_held(stage) for stage in stages)} micro-batches held, {extra:.1f} MiB a rank"
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_slm.engine.channels import Channel
 from megatron_slm.engine.schedule.costs import Costs, Work
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.orders import Computation, ListScheduler, model_orders
 from megatron_slm.engine.schedule.programs import (
     Instruction,
@@ -49,7 +50,7 @@ def listed_schedules(draw: Any, most_stages: int = 6, most_micro_batches: int = 
         leads.append(draw(st.integers(max(0, leads[-1] - costs.max_unread), leads[-1])))
     deadline = int(lower_bound(costs, m) * draw(st.sampled_from([0.5, 1.0, 1.1, 3.0])))
     orders = ListScheduler(costs, m, leads, deadline=deadline, eager=draw(st.booleans())).run()
-    return Schedule("skewed", costs, m, tuple(leads), orders)
+    return Schedule(Mode.SKEWED, costs, m, tuple(leads), orders)
 
 
 def check(schedule: Schedule, num_steps: int) -> None:
@@ -82,7 +83,7 @@ def test_a_run_of_the_plain_modes_finishes(data: Any, make: Any, num_stages: int
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.sampled_from(["skewed", "bubble"]), st.integers(1, 6), st.integers(1, 12))
+@given(st.data(), st.sampled_from([Mode.SKEWED, Mode.BUBBLE]), st.integers(1, 6), st.integers(1, 12))
 def test_a_run_by_the_search_finishes(data: Any, mode: Any, num_stages: int, num_micro_batches: int) -> None:
     check(choose_schedule(mode, data.draw(costs_of(num_stages)), num_micro_batches), num_steps=3)
 
@@ -113,7 +114,7 @@ def test_few_reference_results_wait_for_the_next_stage(schedule: Schedule) -> No
 
 
 def test_skewed_leads_follow_from_the_orders() -> None:
-    schedule = choose_schedule("skewed", Costs.uniform(4), 8)
+    schedule = choose_schedule(Mode.SKEWED, Costs.uniform(4), 8)
     assert schedule.leads == (8, 7, 6, 5)
     for stage, (order, lead) in enumerate(zip(schedule.orders, schedule.leads, strict=True)):
         references = [item.micro_batch for item in order if item.work is Work.REFERENCE]
@@ -132,7 +133,7 @@ def test_ride_along_runs_the_reference_right_before_the_model() -> None:
 
 
 def test_a_micro_batch_is_loaded_before_it_is_used_on_the_first_and_last_stage() -> None:
-    for stage, program in enumerate(run_of(choose_schedule("skewed", Costs.uniform(4), 6), 2)):
+    for stage, program in enumerate(run_of(choose_schedule(Mode.SKEWED, Costs.uniform(4), 6), 2)):
         loads = [x for x in program if x.kind in (Kind.LOAD_MICRO_BATCH, Kind.LOAD_REFERENCE_MICRO_BATCH)]
         assert len(loads) == (24 if stage in (0, 3) else 0)
         for kind, i in loads:
@@ -142,7 +143,7 @@ def test_a_micro_batch_is_loaded_before_it_is_used_on_the_first_and_last_stage()
 
 def test_a_step_ends_with_reductions_and_the_optimizer_once() -> None:
     end = [Kind.REDUCE_TIED_GRADIENTS, Kind.REDUCE_GRADIENTS, Kind.OPTIMIZER_STEP]
-    schedule = choose_schedule("skewed", Costs.uniform(2), 3)
+    schedule = choose_schedule(Mode.SKEWED, Costs.uniform(2), 3)
     for program in (*schedule.step, *schedule.last):
         assert [x.kind for x in program if x.kind in end] == end
         assert [x.kind for x in program[-3:]] == end
@@ -158,7 +159,7 @@ def test_makespan_is_that_of_one_forward_one_backward(num_stages: int, num_micro
 def test_the_model_order_is_deepspeeds() -> None:
     from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
-    for mode in ("clm", "skewed"):
+    for mode in (Mode.CLM, Mode.SKEWED):
         for stage, program in enumerate(choose_schedule(mode, Costs.uniform(4), 9).step):
             stock = [
                 c for step in TrainSchedule(9, 4, stage) for c in step if isinstance(c, ForwardPass | BackwardPass)

@@ -9,6 +9,7 @@ from statistics import mean
 import pytest
 
 from megatron_slm.engine.schedule.costs import Costs
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.orders import model_orders
 from megatron_slm.engine.schedule.programs import makespan, play
 from megatron_slm.engine.schedule.search import choose_schedule, lower_bound
@@ -46,7 +47,7 @@ def assert_close_to_the_bound(num_stages: int, heads: tuple[float, ...]) -> None
                     num_stages, reference=reference, head_forward=head, head_backward=2 * head,
                     head_reference=head * reference,
                 )  # fmt: skip
-                ticks = makespan(choose_schedule("skewed", costs, num_micro_batches).events)
+                ticks = makespan(choose_schedule(Mode.SKEWED, costs, num_micro_batches).events)
                 case = (num_stages, num_micro_batches, reference, head)
                 assert ticks <= 1.03 * lower_bound(costs, num_micro_batches), case
                 assert (ticks <= 1.03 * plain_bound(costs, num_micro_batches)) == (case not in CANNOT), case
@@ -67,7 +68,7 @@ def ratios(count: int) -> list[float]:
         num_stages = rng.choice((2, 4, 8))
         num_micro_batches = num_stages * rng.choice((1, 2, 4, 8))
         costs = random_costs(rng, num_stages)
-        ticks = makespan(choose_schedule("skewed", costs, num_micro_batches).events)
+        ticks = makespan(choose_schedule(Mode.SKEWED, costs, num_micro_batches).events)
         out.append(ticks / plain_bound(costs, num_micro_batches))
     return out
 
@@ -90,7 +91,7 @@ def test_five_hundred_random_costs_come_close() -> None:
 def test_modes_in_order(num_stages: int, num_micro_batches: int, bubble: float, skewed: float) -> None:
     """A reference as large as the model: each mode is better than the one before."""
     costs = Costs.uniform(num_stages)
-    modes = ("clm", "skewed", "bubble", "sequential", "ride-along")
+    modes = (Mode.CLM, Mode.SKEWED, Mode.BUBBLE, Mode.SEQUENTIAL, Mode.RIDE_ALONG)
     clm, *ticks = (makespan(choose_schedule(mode, costs, num_micro_batches).events) for mode in modes)
     found = [t / clm for t in ticks]
     assert found == sorted(found)
@@ -101,13 +102,13 @@ def test_modes_in_order(num_stages: int, num_micro_batches: int, bubble: float, 
 
 def test_the_search_is_a_matter_of_seconds() -> None:
     started = time.process_time()
-    schedule = choose_schedule("skewed", random_costs(random.Random(1), 16), 128)
+    schedule = choose_schedule(Mode.SKEWED, random_costs(random.Random(1), 16), 128)
     assert all(schedule.step)
     assert time.process_time() - started < 15
 
 
 def test_every_rank_finds_the_same() -> None:
     costs = random_costs(random.Random(3), 4)
-    one, other = (choose_schedule("skewed", costs, 12) for _ in range(2))
+    one, other = (choose_schedule(Mode.SKEWED, costs, 12) for _ in range(2))
     assert one == other
     assert one.step == other.step

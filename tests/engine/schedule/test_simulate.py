@@ -8,7 +8,7 @@ import pytest
 
 from megatron_slm.cli.plan import main
 from megatron_slm.engine.schedule.costs import Costs
-from megatron_slm.engine.schedule.orders import Mode
+from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.picture import draw
 from megatron_slm.engine.schedule.programs import Kind
 from megatron_slm.engine.schedule.search import choose_schedule
@@ -19,26 +19,26 @@ SIZES = Sizes(reference_message=1000, micro_batch=100, statistics=10, stage_acti
 
 def test_one_forward_one_backward() -> None:
     """4 stages, 8 micro-batches, backward twice the forward: 11 of 8 slots, so 3/11 idle on every stage."""
-    clm = Simulation(choose_schedule("clm", Costs.uniform(4), 8))
+    clm = Simulation(choose_schedule(Mode.CLM, Costs.uniform(4), 8))
     assert (clm.step_ticks, clm.ratio, clm.lower_bound) == (330_000, 1.0, 1.0)
     assert [clm.bubble_fraction(stage) for stage in range(4)] == pytest.approx([3 / 11] * 4)
     assert [clm.activations(stage) for stage in range(4)] == [4, 3, 2, 1]
     assert [clm.unread(stage) for stage in range(4)] == [0] * 4
-    assert [clm.window(stage) for stage in range(4)] == [1, 0, 0, 1]
+    assert [clm.micro_batches_held(stage) for stage in range(4)] == [1, 0, 0, 1]
     assert clm.memory_bytes(1, SIZES) == 30_000
 
 
 def test_sequential() -> None:
     """2 stages, 2 micro-batches, all on the last stage after the first's: R R then 1F1B."""
-    simulation = Simulation(choose_schedule("sequential", Costs.uniform(2), 2))
+    simulation = Simulation(choose_schedule(Mode.SEQUENTIAL, Costs.uniform(2), 2))
     assert simulation.step_ticks == 110_000  # 90,000 of the model, 20,000 of the reference before it
-    assert [simulation.window(stage) for stage in range(2)] == [2, 2]
+    assert [simulation.micro_batches_held(stage) for stage in range(2)] == [2, 2]
     assert simulation.unread(1) == 1
     assert simulation.memory_bytes(1, SIZES) == 10_000 + 1000 + 2 * 110
 
 
 def test_working_ahead_holds_more() -> None:
-    simulation = Simulation(choose_schedule("skewed", Costs.uniform(4), 8))
+    simulation = Simulation(choose_schedule(Mode.SKEWED, Costs.uniform(4), 8))
     assert simulation.ratio == 1.0
     assert simulation.window(0) >= 8
     assert max(simulation.unread(stage) for stage in range(4)) <= Costs.uniform(4).max_unread
@@ -47,7 +47,7 @@ def test_working_ahead_holds_more() -> None:
         assert expected in text, text
 
 
-@pytest.mark.parametrize("mode", ["skewed", "bubble", "sequential", "ride-along"])
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.CLM])
 @pytest.mark.parametrize("costs", [Costs.uniform(4), Costs.uniform(3, reference=0.3), Costs.uniform(2, reference=2)])
 def test_waiting_messages_are_those_of_the_programs(costs: Costs, mode: Mode) -> None:
     schedule = choose_schedule(mode, costs, 8)
@@ -65,7 +65,7 @@ def test_waiting_messages_are_those_of_the_programs(costs: Costs, mode: Mode) ->
 def test_the_picture(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
-    draw(choose_schedule("skewed", Costs.uniform(2), 4), tmp_path / "schedule.png")
+    draw(choose_schedule(Mode.SKEWED, Costs.uniform(2), 4), tmp_path / "schedule.png")
     pixels = (imread(tmp_path / "schedule.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
     colours = {tuple(pixel) for pixel in pixels.tolist()}
     assert {(0, 0x72, 0xB2), (0xE6, 0x9F, 0), (0x9A, 0xD6, 0xC1)} <= colours

@@ -1,4 +1,4 @@
-"""The preflight on four ranks that stand for two nodes, in which faults are planted."""
+"""The preflight on four ranks of two simulated nodes, with planted faults."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_before_training(faults: list[str], nodes: Path) -> None:
     found = run_world(on_a_node, 4, str(nodes), argv, faults, True)
     if faults:
         assert [code for code, _ in found] == [2] * 4
-        assert all("error: preflight is 'NOT READY: versions'" in said for _, said in found)
+        assert all("error: preflight is 'NOT READY: versions'" in output for _, output in found)
         assert not (nodes / "run" / "metrics.jsonl").exists()
     else:
         assert [code for code, _ in found] == [0] * 4

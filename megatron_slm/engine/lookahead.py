@@ -1,15 +1,15 @@
-"""Micro-batches that were read and are not yet trained on, with what the reference says of them."""
+"""Lookahead: micro-batches that were read and not yet trained on, with the reference's statistics of them."""
 
 from __future__ import annotations
 
 from megatron_slm.types import MicroBatch, TokenStatistics
 
 
-class Window:
-    """Keeps them by their number from the first step of this process on.
+class Lookahead:
+    """Holds micro-batches and statistics, addressed by micro-batch from the first of the current step.
 
-    Its users count from the first micro-batch of the step at hand, so number `m` and on are the next step's;
-    `advance` moves that origin, and what was read ahead is found under its new number.
+    Number `m`, the count of micro-batches of a step, and those after it are the next step's; `advance` moves the
+    origin, and what was read ahead is found under its new number.
     """
 
     def __init__(self) -> None:
@@ -24,27 +24,27 @@ class Window:
         return len(self._batches)
 
     def add(self, i: int, batch: MicroBatch) -> None:
-        """Keep a micro-batch."""
+        """Hold a micro-batch."""
         self._batches[self._origin + i] = batch
 
     def batch(self, i: int) -> MicroBatch:
-        """A micro-batch that was added."""
+        """Return a micro-batch that is held."""
         return self._batches[self._origin + i]
 
     def remove(self, i: int) -> None:
-        """Let go of a micro-batch, where it is held at all."""
+        """Release a micro-batch, if it is held."""
         self._batches.pop(self._origin + i, None)
 
     def add_reference(self, i: int, statistics: TokenStatistics) -> None:
-        """Keep what the reference says of a micro-batch."""
+        """Hold the reference's statistics of a micro-batch."""
         self._statistics[self._origin + i] = statistics
 
     def take_reference(self, i: int) -> TokenStatistics | None:
-        """What the reference says of a micro-batch, once; None where it was not asked."""
+        """Remove and return the reference's statistics of a micro-batch; None where there are none."""
         return self._statistics.pop(self._origin + i, None)
 
     def advance(self, num_micro_batches: int) -> None:
-        """A step is done: count from the next one's first micro-batch."""
+        """End a step: count from the next one's first micro-batch."""
         self._origin += num_micro_batches
         behind = [i for i in (*self._batches, *self._statistics) if i < self._origin]
         assert not behind, f"micro-batches {behind} were read and not trained on"

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from megatron_slm.engine import timers
-from megatron_slm.engine.facts import StepFacts
+from megatron_slm.engine.diagnostics import StepDiagnostics
 from megatron_slm.engine.timers import TIMERS, WORK, Timers
-from megatron_slm.loss.sums import LossSums, num_sums
+from megatron_slm.loss.sums import LossSums, SumLayout
 
 
-def test_facts_come_by_micro_batch_whatever_the_order_of_work() -> None:
-    facts = StepFacts()
+def test_diagnostics_come_by_micro_batch_whatever_the_order_of_work() -> None:
+    facts = StepDiagnostics()
     for i in (2, 0, 1):
-        facts.add(i, torch.full((num_sums(1),), float(i), dtype=torch.float64))
-    facts.see_gradient(1, torch.tensor([[1.0, -3.0]]))
-    facts.see_gradient(3, torch.tensor([[math.inf, -math.inf]], dtype=torch.bfloat16))
-    assert [int(vector[0]) for vector in facts.in_order] == [0, 1, 2]
-    found = facts.read()
+        facts.add_sums(i, SumLayout().pack({"kept_loss": torch.tensor(float(i))}))
+    facts.add_gradient(1, torch.tensor([[1.0, -3.0]]))
+    facts.add_gradient(3, torch.tensor([[math.inf, -math.inf]], dtype=torch.bfloat16))
+    assert [int(vector[0]) for vector in facts.sums_in_order] == [0, 1, 2]
+    found = facts.read(SumLayout())
     assert [fact.micro_batch for fact in found] == [0, 1, 2, 3]
     assert [fact.gradient_is_finite for fact in found] == [None, True, None, False]
     assert [None if fact.sums is None else fact.sums.kept_loss for fact in found] == [0.0, 1.0, 2.0, None]
@@ -30,12 +30,12 @@ def test_facts_come_by_micro_batch_whatever_the_order_of_work() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_value_among_many_is_seen_by_the_hook(bad: float) -> None:
-    facts, x = StepFacts(), torch.zeros(7, 5, requires_grad=True)
-    x.register_hook(facts.watch(4))
+    facts, x = StepDiagnostics(), torch.zeros(7, 5, requires_grad=True)
+    x.register_hook(facts.gradient_hook(4))
     gradient = torch.rand(7, 5)
     gradient[6, 2] = bad
     x.backward(gradient)
-    (fact,) = facts.read()
+    (fact,) = facts.read(SumLayout())
     assert (fact.micro_batch, fact.gradient_is_finite) == (4, False)
 
 

@@ -1,6 +1,6 @@
-"""What travels with the weights of a Hugging Face folder: its tokenizer, configurations and licence, byte for byte.
+"""Files that accompany a model's weights: tokenizer, configurations, license; copied byte for byte.
 
-In one of our checkpoints they lie in `tokenizer/` and `origin/`.
+A checkpoint holds them in `tokenizer/` and `origin/`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What transformers' tokenizers of these families are made of."""
+"""Files of a transformers tokenizer, for the supported families."""
 ORIGIN_FILES = (CONFIG, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER, ORIGIN = "tokenizer", "origin"
-"""Folders in a checkpoint."""
-STORY = "origin.json"
-"""In `origin/`: where a trained model comes from (see `run/origin.py`)."""
+"""Folders of a checkpoint."""
+ORIGIN_RECORD = "origin.json"
+"""In `origin/`: the initial weights, references and corpora of a trained model (see `run/origin.py`)."""
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy those of a folder's files that match, into a folder that is made."""
+    """Copy the files of a folder that match one of the patterns; creates `target`."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(path for pattern in patterns for path in source.glob(pattern) if path.is_file()):
         shutil.copy2(path, target / path.name)
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
-    """The folder, if transformers finds a tokenizer in it."""
+    """Return the folder if transformers finds a tokenizer in it, else None."""
     names = ("tokenizer.json", "tokenizer_config.json")
     return folder if any((folder / name).exists() for name in names) else None

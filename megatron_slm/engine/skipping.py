@@ -1,4 +1,4 @@
-"""Why a step is not applied, known from its losses before the optimizer's step."""
+"""Reasons to skip a step, decided from its losses before the optimizer's step."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Literal
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.loss.sums import LossSums
 
-Reason = Literal[
+SkipReason = Literal[
     "nonfinite-loss", "nonfinite-score", "nonfinite-gradient", "loss-spike", "nothing-kept", "no-trained-token"
 ]
 """All but `no-trained-token` are of bad steps; that one is of a batch whose tokens are all masked."""
 
 
-def refusal(sums: LossSums, settings: StepSettings) -> Reason | None:
-    """Why a step with these sums over the world must not be applied, the same on every rank; None where it may be.
+def skip_reason(sums: LossSums, settings: StepSettings) -> SkipReason | None:
+    """Return the reason to skip a step with these sums over the world, the same on every rank; None applies the step.
 
-    A loss of the model that is not finite comes from weights or activations that are not, whose gradient is worth
-    nothing even where it happens to be finite. Without a kept token the gradient is zero, and applying it would still
-    decay weights and move moments. (Gradients that are not finite are found by the optimizer itself.)
+    A loss of the model that is not finite comes from weights or activations that are not: its gradient is worth nothing
+    even where it happens to be finite. Without a kept token the gradient is zero, and a step would still decay weights
+    and update moments. (The optimizer itself finds gradients that are not finite: `nonfinite-gradient`.)
     """
     if sums.nonfinite_losses:
         return "nonfinite-loss"
