@@ -12,10 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import rows  # beside this file
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
@@ -98,7 +100,22 @@ def planned(out: Path, seed: int, ratios: Sequence[float] = RATIOS) -> Iterator[
                 yield selective("self-reference", own, *by_itself, "--slm-score", "reference-loss")
 
 
-def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
+def planned_rows(out: Path, seed: int) -> list[Planned]:
+    """List the runs of a seed that compare backward passes: those they need of the study, and their own."""
+    ratio = rows.KEEP_RATIO
+    needed = ("base", "reference", "clm", f"slm-{ratio}")
+    runs = [run for run in planned(out, seed, (ratio,)) if run.name in needed]
+    exact, clean = runs[-1], runs[1]
+    runs.append(_variant(clean, rows.CLEAN, rows.SAMPLED))
+    return runs + [_variant(exact, name, flags) for name, flags in rows.METHODS.items()]
+
+
+def _variant(run: Planned, name: str, flags: tuple[str, ...]) -> Planned:
+    """Return the same run with further flags."""
+    return replace(run, name=name, folder=run.folder.with_name(name), flags=(*run.flags, *flags))
+
+
+def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int, held_out: Mapping[str, str] = HELD_OUT) -> None:
     """Train every unfinished run, `jobs` at a time, each in a process of its own.
 
     Raises:
@@ -106,7 +123,7 @@ def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
     """
     for wave in sorted({run.wave for run in runs}):
         with ThreadPoolExecutor(jobs) as pool:
-            started = [pool.submit(_train_one, out, run, fast) for run in runs if run.wave == wave]
+            started = [pool.submit(_train_one, out, run, fast, held_out) for run in runs if run.wave == wave]
             try:
                 for one in as_completed(started):
                     one.result()
@@ -115,7 +132,7 @@ def train(out: Path, runs: Sequence[Planned], *, fast: bool, jobs: int) -> None:
                 raise
 
 
-def _train_one(out: Path, run: Planned, fast: bool) -> None:
+def _train_one(out: Path, run: Planned, fast: bool, held_out: Mapping[str, str] = HELD_OUT) -> None:
     if run.is_finished:
         return
     shutil.rmtree(run.folder, ignore_errors=True)  # left by an interrupted call
@@ -123,7 +140,7 @@ def _train_one(out: Path, run: Planned, fast: bool) -> None:
     print(f"-- seed {run.seed}: {run.name}", flush=True)
     command = [sys.executable, "tools/pretrain_slm.py", "--config", str(HERE / "train.yaml"), *run.flags]
     command += ["--tokenizer-model", f"{out}/tokenizer/tokenizer.model", "--valid-data-path"]
-    command += [f"{name}={out}/corpora/{corpus}_heldout_text_document" for name, corpus in HELD_OUT.items()]
+    command += [f"{name}={out}/corpora/{corpus}_heldout_text_document" for name, corpus in held_out.items()]
     command += ["--seed", str(run.seed), "--run-dir", str(run.folder), *(FAST if fast else ())]
     with (run.folder / "log.txt").open("w") as log:
         if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
@@ -136,20 +153,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=["train", "results"])
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds to run (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to run (default: three, or five with --rows)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
     parser.add_argument("--fast", action="store_true", help="a few steps of a few runs, with one seed")
+    parser.add_argument(
+        "--rows", action="store_true", help="train or report the runs that compare backward passes (rows.py)"
+    )
     args = parser.parse_args()
-    seeds, ratios = (SEEDS[:1], RATIOS[:2]) if args.fast else (args.seeds, RATIOS)
+    default = rows.SEEDS if args.rows else SEEDS
+    seeds, ratios = (SEEDS[:1], RATIOS[:2]) if args.fast else (args.seeds or default, RATIOS)
     # seed by seed within each kind of run, so that an interrupted study has several seeds of the first kinds
-    runs = [run for alike in zip(*(planned(args.out, seed, ratios) for seed in seeds), strict=True) for run in alike]
+    plans = [planned_rows(args.out, seed) if args.rows else list(planned(args.out, seed, ratios)) for seed in seeds]
+    runs = [run for alike in zip(*plans, strict=True) for run in alike]
     if args.command == "train":
         train(args.out, runs, fast=args.fast, jobs=args.jobs)
         return
     from analyses import analyze  # both modules are in this folder
-    from results import write_results
+    from results import Results, write_results
 
     analyze(args.out, runs)
+    if args.rows:
+        benchmark = HERE.parents[1] / "docs/benchmarks/backward.json"
+        print(f"wrote {rows.write_rows(args.out, Results(runs), benchmark)}")
+        return
     print(f"wrote {write_results(args.out, runs)}")
 
 

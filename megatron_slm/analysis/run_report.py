@@ -23,6 +23,10 @@ _TRAINING_PANELS = (
     ("Excess loss of kept tokens", "excess_selected", _NATS),
     ("KeptTokens share", "keep_fraction", "share of valid tokens"),
     ("Gradient norm before clipping", "grad_norm", "norm"),
+    ("Share of clipped steps", "clipped_share", "share of steps"),
+    ("Rows of the backward pass", "backward_row_share", "share of rows"),
+    ("Variance added by row sampling", "backward_added_variance", "share of the squared norm"),
+    ("The same, block with most", "backward_added_variance_max", "share of the squared norm"),
     ("Throughput", "tokens_per_second", "tokens per second"),
     ("Learning rate", "lr", "learning rate"),
 )

@@ -35,6 +35,8 @@ class RunState:
     """Tokens of these that were trained on."""
     recent_losses: list[float] = field(default_factory=list)
     """Mean losses of the last steps in nats, for the detection of loss spikes; empty where it is off."""
+    row_shares: list[int] = field(default_factory=list)
+    """Sixteenths of the rows in each block's backward pass; empty without --backward-row-variance."""
     probe_kept: Tensor | None = field(default=None, compare=False, metadata=_TENSOR)
     """Tokens that the last selection probe kept, bool [samples, s]; None before the first probe."""
 

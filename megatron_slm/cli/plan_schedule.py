@@ -32,6 +32,12 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
         ("head-reference", 0.0, "its share of the reference's forward pass"),
     ):
         durations.add_argument(f"--{name}", type=float, default=default, help=f"{text} (default: {default})")
+    durations.add_argument(
+        "--row-share",
+        type=float,
+        default=1.0,
+        help="share of the backward pass left by sampled rows; plain training takes all of it (default: 1.0)",
+    )
     sizes = parser.add_argument_group("sizes of one micro-batch on one rank, in MiB")
     sizes.add_argument(
         "--activations-mib", type=float, default=0.0, help="activations a stage keeps for the backward pass"
@@ -52,6 +58,8 @@ def plan_schedule(args: argparse.Namespace) -> None:
     for name in ("stages", "micro_batches", "forward", "backward", "reference"):
         if getattr(args, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(args, name), "be positive", "raise it")
+    if not 0.0 < args.row_share <= 1.0:
+        raise ConfigError("--row-share", args.row_share, "lie in (0, 1]", "use a share such as 0.7")
     costs = Costs.uniform(
         args.stages,
         forward=args.forward,
@@ -60,6 +68,7 @@ def plan_schedule(args: argparse.Namespace) -> None:
         head_forward=args.head_forward,
         head_backward=args.head_backward,
         head_reference=args.head_reference,
+        row_share=args.row_share,
     )
     schedules = {mode: choose_schedule(mode, costs, args.micro_batches) for mode in Mode}
     sizes = Sizes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_slm.config.backends import BackendConfig
+from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.config.checkpoint import CheckpointConfig
 from megatron_slm.config.data import DataConfig
 from megatron_slm.config.health import HealthConfig
@@ -32,6 +33,7 @@ class RunConfig:
     data: DataConfig
     selection: SelectionConfig
     loss_head: LossHeadConfig
+    backward: BackwardConfig
     backend: BackendConfig
     optimizer: OptimizerConfig
     training: TrainingConfig

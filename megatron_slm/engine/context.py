@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.programs import Schedule
 from megatron_slm.engine.schedule.simulate import Sizes
 from megatron_slm.engine.timers import Timers
@@ -33,6 +34,8 @@ class StageContext:
     message_shape: tuple[int, int, int]
     """Hidden states between the model's stages: [s or s / size, b, d]."""
     dtype: torch.dtype
+    rows: RowSampler | None = None
+    """Chooses the rows that the blocks' backward passes run on; None for all."""
     keeps_documents_apart: bool = False
     """Layers must know the documents of a micro-batch, so that every stage reads its micro-batches."""
     timers: Timers = field(default_factory=Timers)

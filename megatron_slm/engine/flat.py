@@ -13,12 +13,14 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
 from megatron_slm.engine.gradients import gradient_factor, scaled_gradients, sum_over_world
 from megatron_slm.engine.module import GradientHook, output_rows, run_layers
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.programs import Kind
 from megatron_slm.engine.timers import Timers
 from megatron_slm.engine.trainer import BatchSource
 from megatron_slm.loss.objective import Objective, OutputWeight, ScoredTokens, StepSettings
 from megatron_slm.loss.sums import EVALUATION, LossSums
 from megatron_slm.model.llama import layer_list
+from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
@@ -42,9 +44,10 @@ class FlatTrainer:
         scores: StoredScores | None,
         num_micro_batches: int,
         timers: Timers,
+        rows: RowSampler | None = None,
     ) -> None:
         self.engine, self.topology, self.objective = engine, topology, objective
-        self.reference, self.scores = reference, scores
+        self.reference, self.scores, self.rows = reference, scores, rows
         self.num_micro_batches = num_micro_batches
         self.step_timers, self.activity = timers, Activity()
 
@@ -62,15 +65,17 @@ class FlatTrainer:
                 reference = self._reference_statistics(read, batch)
             self.engine.set_gradient_accumulation_boundary(i == count - 1)
             head = partial(self._loss, batch, reference, settings)
+            rows = None if self.rows is None else self.rows.of_micro_batch(i, settings)
             with timing("forward-compute"):
-                loss_sum, sums = self.engine(batch, head, self._diagnostics.gradient_hook(i))
+                loss_sum, sums = self.engine(batch, head, self._diagnostics.gradient_hook(i), rows)
             self._enter(2 * i + 1, Kind.BACKWARD, i)
             with timing("backward-compute"):
                 self.engine.backward(loss_sum, scale_wrt_gas=False)
             if self.objective.tp.rank == 0:  # every tensor-parallel rank has the same; one of them is counted
                 self._diagnostics.add_sums(i, sums)
         self._enter(2 * count, Kind.OPTIMIZER_STEP)
-        total = sum_over_world(self._diagnostics.sums_in_order, self.objective.sum_layout, self.engine.device)
+        vectors, layout = self._diagnostics.sums_in_order, self.objective.sum_layout
+        total = sum_over_world(vectors, layout, self.engine.device, rows=self.rows)
         factor = gradient_factor(total, settings, self.topology.data)
         with timing("optimizer"), scaled_gradients(self.engine.optimizer, factor):
             self.engine.step()
@@ -153,14 +158,19 @@ class FlatModule(nn.Module):
         self.recompute = recompute
 
     def forward(
-        self, batch: MicroBatch, head: Callable[[Tensor, OutputWeight], T], hook: GradientHook | None = None
+        self,
+        batch: MicroBatch,
+        head: Callable[[Tensor, OutputWeight], T],
+        hook: GradientHook | None = None,
+        rows: BackwardRows | None = None,
     ) -> T:
         """Return what `head` makes of the last hidden states [s, b, d] and the output weight.
 
         Args:
             hook: is called with the gradient of the embedding's output, in the backward pass.
+            rows: choice of the rows that the blocks' backward passes run on; None for all.
         """
         recomputes = self.recompute and self.training
-        x_sbd = run_layers(self.layers, batch.tokens_bs, batch.documents, recomputes=recomputes, hook=hook)
+        x_sbd = run_layers(self.layers, batch.tokens_bs, batch.documents, recomputes=recomputes, hook=hook, rows=rows)
         embedding, *_, last = self.layers
         return head(x_sbd, output_rows(last.output or embedding.embed_tokens))  # type: ignore[arg-type]

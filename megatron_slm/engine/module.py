@@ -18,6 +18,7 @@ from megatron_slm.loss.objective import OutputWeight
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
+from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.parallel.layers import ParallelLayers, VocabularyWeight
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents
@@ -55,13 +56,19 @@ class StageModule(PipelineModule):
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def forward(self, x: Tensor, documents: Documents | None = None, hook: GradientHook | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        documents: Documents | None = None,
+        hook: GradientHook | None = None,
+        rows: BackwardRows | None = None,
+    ) -> Tensor:
         """Token ids [b, s] on the first stage, else hidden states [s, b, d], to hidden states [s, b, d].
 
         It takes the place of DeepSpeed's own, which passes one value from layer to layer and nothing beside it.
         """
         recomputes = self.activation_checkpoint_interval > 0 and torch.is_grad_enabled()
-        return run_layers(self.forward_funcs, x, documents, recomputes=recomputes, hook=hook)
+        return run_layers(self.forward_funcs, x, documents, recomputes=recomputes, hook=hook, rows=rows)
 
     def output_weight(self) -> OutputWeight:
         """Return the output weight's token rows held here; on the last stage only."""
@@ -76,17 +83,21 @@ def run_layers(
     *,
     recomputes: bool,
     hook: GradientHook | None = None,
+    rows: BackwardRows | None = None,
 ) -> Tensor:
     """Run layers one after the other on a micro-batch; only blocks take its documents.
 
     Args:
-        recomputes: do not keep the blocks' activations for their backward passes.
+        recomputes: do not keep the blocks' activations for their backward passes (with `rows`, these decide).
         hook: is called with the gradient of the first layer's output.
+        rows: choice of the rows that the blocks' backward passes run on; None for all.
     """
     beside = () if documents is None else (documents,)
     for number, layer in enumerate(layers):
         if not isinstance(layer, Block):
             x = layer(x)
+        elif rows is not None:
+            x = layer(x, documents, rows)
         elif recomputes:
             x = checkpoint(layer, x, *beside, use_reentrant=False)
         else:

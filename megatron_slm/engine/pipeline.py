@@ -19,10 +19,11 @@ from torch.profiler import record_function
 from megatron_slm.engine.channels import Channel, Channels, Lane
 from megatron_slm.engine.context import StageContext
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
-from megatron_slm.engine.gradients import gradient_factor, scaled_gradients, sum_over_world
+from megatron_slm.engine.gradients import accumulate_in_place, gradient_factor, scaled_gradients, sum_over_world
 from megatron_slm.engine.lookahead import Lookahead
 from megatron_slm.engine.measure import TIMER_OF, measured_costs
 from megatron_slm.engine.module import StageModule
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.costs import Work
 from megatron_slm.engine.schedule.programs import Instruction, Kind, Programs, Schedule, forward_programs
 from megatron_slm.engine.schedule.search import choose_schedule
@@ -56,7 +57,7 @@ class SelectiveEngine(PipelineEngine):
         """
         self.context = context
         if self.using_bf16_optimizer:
-            self.optimizer.backward_prologue = lambda: None  # `_backward` clears the bf16 gradients, in time
+            accumulate_in_place(self.optimizer)
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes, context.activity)
         self._lookahead = Lookahead()
@@ -79,6 +80,11 @@ class SelectiveEngine(PipelineEngine):
     def step_timers(self) -> Timers:
         """Timers of the training steps; `timers` are DeepSpeed's own."""
         return self.context.timers
+
+    @property
+    def rows(self) -> RowSampler | None:
+        """Chooser of the rows of the backward passes; None where they run on all."""
+        return self.context.rows
 
     @property
     def activity(self) -> Activity:
@@ -193,13 +199,12 @@ class SelectiveEngine(PipelineEngine):
         for index, (kind, micro_batch) in enumerate(program):
             self.activity.at(index, length, kind.value, micro_batch)
             which = f" of micro-batch {micro_batch}" if micro_batch >= 0 else ""
-            with (
-                translate_peer_errors(f"stage {self.stage_id}, {kind.value}{which}"),
-                record_function(f"slm::{kind.value}"),
-            ):
+            doing = f"stage {self.stage_id}, {kind.value}{which}"
+            with translate_peer_errors(doing), record_function(f"slm::{kind.value}"):
                 self._HANDLERS[kind](self, micro_batch)
 
     def _timing(self, work: Work) -> AbstractContextManager[None]:
+        self._channels.before_computation()
         return self.step_timers.timing(TIMER_OF[work])
 
     def _receive(self, channel: Channel) -> Tensor:
@@ -234,7 +239,8 @@ class SelectiveEngine(PipelineEngine):
         documents = self._documents(i)
         with self._timing(Work.FORWARD):
             hook = self._diagnostics.gradient_hook(i) if self.is_first_stage() and trains else None
-            out = DeepSpeedEngine.forward(self, x, documents, hook)
+            rows = self.rows.of_micro_batch(i, self._settings) if trains and self.rows is not None else None
+            out = DeepSpeedEngine.forward(self, x, documents, hook, rows)
             if trains:
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
             if not self.is_last_stage():
@@ -271,10 +277,6 @@ class SelectiveEngine(PipelineEngine):
 
     def _backward(self, i: int) -> None:
         if self.is_last_stage():
-            if self.using_bf16_optimizer:
-                # DeepSpeed would do this when the gradient reaches the module's output. By then the loss, which is no
-                # part of the module, has given the output weight its gradient, and that would be lost.
-                self.optimizer.clear_lp_grads()
             with self._timing(Work.BACKWARD):
                 DeepSpeedEngine.backward(self, self._losses.pop(i), scale_wrt_gas=False)
         else:
@@ -331,7 +333,8 @@ class SelectiveEngine(PipelineEngine):
 
     def _optimizer_step(self, _: int) -> None:
         """Divide once, by the kept tokens of the whole batch, then step; or skip the step, as its losses ask."""
-        self._sums = sum_over_world(self._diagnostics.sums_in_order, self.context.objective.sum_layout, self.device)
+        vectors, layout = self._diagnostics.sums_in_order, self.context.objective.sum_layout
+        self._sums = sum_over_world(vectors, layout, self.device, rows=self.rows)
         factor = gradient_factor(self._sums, self._settings, self.context.topology.data)
         with self.step_timers.timing("optimizer"), scaled_gradients(self.optimizer, factor):
             PipelineEngine._exec_optimizer_step(self)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics
+from megatron_slm.engine.rows import RowSampler, RowSums
 from megatron_slm.engine.skipping import SkipReason
 from megatron_slm.engine.timers import Timers
 from megatron_slm.loss.objective import ScoredTokens, StepSettings
@@ -26,6 +27,8 @@ class StepResult:
     skip_reason: SkipReason | None
     """Reason to skip the step; None where it was applied."""
     seconds: float
+    rows: RowSums | None = None
+    """Measured by its backward passes, over all micro-batches and ranks; None where they run on all rows."""
 
     @property
     def skipped(self) -> bool:
@@ -44,6 +47,11 @@ class Trainer(Protocol):
     @property
     def step_timers(self) -> Timers:
         """Timers of the training steps."""
+        ...
+
+    @property
+    def rows(self) -> RowSampler | None:
+        """Chooser of the rows of the backward passes; None where they run on all."""
         ...
 
     @property

@@ -56,6 +56,8 @@ class StepSettings:
     """The running threshold of the policy `quantile`; None before there is one."""
     loss_limit: float | None = None
     """Mean loss over valid tokens, in nats, beyond which the step is skipped; None applies it at any."""
+    row_shares: tuple[int, ...] | None = None
+    """Sixteenths of the rows of each block's backward pass; None where nothing controls them."""
 
 
 Observer = Callable[[MicroBatch, Tensor, Tensor | None, Tensor], None]
@@ -126,6 +128,7 @@ class Objective:
             token_loss_N=losses.tokens.loss_N,
             reference_loss_N=reference_loss_N,
             choice=choice,
+            kept_K=kept_K,
             valid_N=batch.valid_bs.flatten(),
             measured_threshold=self.selector.measure(choice, settings.step),
             source_b=batch.source_b,

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.model import flash, sdpa
+from megatron_slm.model import flash, flash3, sdpa
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.norm import RMSNorm
 from megatron_slm.model.rope import rotate, rotation
@@ -24,7 +24,7 @@ class Attention(nn.Module):
     def __init__(self, arch: Architecture, layers: Layers, prefix: str, *, window: int | None) -> None:
         super().__init__()
         self.width, self.window = arch.kv_channels, window
-        self.kernels = {"sdpa": sdpa, "flash": flash}[layers.backends.attention]
+        self.kernels = {"sdpa": sdpa, "flash": flash, "flash3": flash3}[layers.backends.attention]
         self.num_heads = layers.share(arch.num_attention_heads, field="number of attention heads")
         self.num_groups = layers.share(arch.num_query_groups, field="number of query groups")
         q, kv = arch.num_attention_heads * self.width, arch.num_query_groups * self.width
@@ -43,12 +43,15 @@ class Attention(nn.Module):
         Args:
             documents: document boundaries; None to attend to whole samples.
         """
-        q_sbf, k_sbf, v_sbf = self.qkv(x_sbd)
+        return self.o_proj(self.mix(*self.qkv(x_sbd), documents=documents))
+
+    def mix(self, q_sbf: Tensor, k_sbf: Tensor, v_sbf: Tensor, *, documents: Documents | None) -> Tensor:
+        """Attention without its projections: queries, keys and values [s, b, heads * k] to [s, b, h * k]."""
         q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
         k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.num_groups, self.width)))
         v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
 
-        cos, sin = rotation(q_sbhk.shape[0], *self.rope, x_sbd.device)
+        cos, sin = rotation(q_sbhk.shape[0], *self.rope, q_sbf.device)
         if documents is not None and documents.position_bs is not None:
             position_sb = documents.position_bs.t()
             cos, sin = cos[position_sb, 0], sin[position_sb, 0]
@@ -61,4 +64,4 @@ class Attention(nn.Module):
             q_Nhk, k_Ngk, v_Ngk = (x.transpose(0, 1).flatten(0, 1) for x in (q_sbhk, k_sbgk, v_sbgk))
             out_Nhk = self.kernels.attend_in_documents(q_Nhk, k_Ngk, v_Ngk, self.window, documents)
             out_sbhk = out_Nhk.unflatten(0, (num_samples, length)).transpose(0, 1)
-        return self.o_proj(out_sbhk.flatten(-2))
+        return out_sbhk.flatten(-2)

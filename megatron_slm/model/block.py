@@ -9,6 +9,8 @@ from megatron_slm.model.attention import Attention
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.mlp import MLP
 from megatron_slm.model.norm import RMSNorm
+from megatron_slm.model.row_sampling import BackwardRows
+from megatron_slm.model.sampled_block import SampledBlock
 from megatron_slm.types import Documents
 
 COMPILER = "inductor"
@@ -20,6 +22,7 @@ class Block(nn.Module):
 
     def __init__(self, arch: Architecture, layers: Layers, index: int) -> None:
         super().__init__()
+        self.layers, self.index = layers, index
         prefix = f"model.layers.{index}."
         self.input_layernorm = RMSNorm(layers, f"{prefix}input_layernorm", arch.hidden_size, arch.norm_epsilon)
         self.self_attn = Attention(arch, layers, f"{prefix}self_attn.", window=arch.window_of(index))
@@ -28,12 +31,15 @@ class Block(nn.Module):
         )
         self.mlp = MLP(arch, layers, f"{prefix}mlp.")
 
-    def forward(self, x_sbd: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(self, x_sbd: Tensor, documents: Documents | None = None, rows: BackwardRows | None = None) -> Tensor:
         """[s, b, d] to [s, b, d].
 
         Args:
             documents: document boundaries; None to attend to whole samples.
+            rows: choice of the rows that the backward pass runs on; None for all.
         """
+        if rows is not None:
+            return SampledBlock.apply(self, documents, rows, x_sbd, *self.parameters())
         x_sbd = x_sbd + self.self_attn(self.input_layernorm(x_sbd), documents)
         return x_sbd + self.mlp(self.post_attention_layernorm(x_sbd))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -20,6 +21,39 @@ class VocabularyWeight(Protocol):
         ...
 
 
+class HasParameters(Protocol):
+    """A layer."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights."""
+        ...
+
+
+class LinearIn(HasParameters, Protocol):
+    """From the residual stream into one share of each of several outputs."""
+
+    def __call__(self, x_sbd: Tensor) -> tuple[Tensor, ...]:
+        """[s, b, in] to one [s, b, out] per output."""
+        ...
+
+    def replay(self, x: Tensor, outputs: Sequence[Tensor], rows_M: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The same for a backward pass alone: the outputs are known, and the first one's gradient is zero outside of
+        the rows, where there are some."""
+        ...
+
+
+class LinearOut(HasParameters, Protocol):
+    """From a share of the inputs back into the residual stream."""
+
+    def __call__(self, x_sbf: Tensor) -> Tensor:
+        """[s, b, in] to [s, b, out]."""
+        ...
+
+    def replay(self, x_Rf: Tensor) -> Tensor:
+        """The same for a backward pass alone: what it returns, [R, out], is not to be read."""
+        ...
+
+
 class Layers(Protocol):
     """Makes the model's layers, dense or tensor-parallel.
 
@@ -33,13 +67,13 @@ class Layers(Protocol):
         """Return this rank's number of `count` heads or groups."""
         ...
 
-    def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> nn.Module:
+    def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> LinearIn:
         """Make a linear layer from the residual stream to this rank's share of each output: [s, b, in] to a tuple of
         [s, b, out].
         """
         ...
 
-    def linear_out(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
+    def linear_out(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> LinearOut:
         """Make a linear layer from this rank's share of `in_features` back to the residual stream."""
         ...
 
@@ -53,6 +87,19 @@ class Layers(Protocol):
 
     def replicated(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
         """Make a parameter replicated on every rank."""
+        ...
+
+    @property
+    def sequence_part(self) -> int:
+        """Number of the part of the residual stream's positions that is held here; 0 where all are."""
+        ...
+
+    def agreed(self, value_N: Tensor) -> Tensor:
+        """A value of the residual stream's rows that must have the same bits wherever the same rows are held."""
+        ...
+
+    def whole_rows(self, row_M: Tensor, num_rows: int) -> Tensor:
+        """Rows of the part held here, of `num_rows`, by their numbers in the whole stream, with all other parts'."""
         ...
 
     def on_sequence_shard(self, weight: Tensor) -> Tensor:

@@ -22,5 +22,9 @@ class MLP(nn.Module):
 
     def forward(self, x_sbd: Tensor) -> Tensor:
         """[s, b, d] to [s, b, d]."""
-        gate_sbf, up_sbf = self.gate_up(x_sbd)
-        return self.down_proj(F.silu(gate_sbf) * up_sbf)
+        return self.down_proj(self.activate(*self.gate_up(x_sbd)))
+
+    @staticmethod
+    def activate(gate_sbf: Tensor, up_sbf: Tensor) -> Tensor:
+        """The gated activation: [..., f] and [..., f] to [..., f]."""
+        return F.silu(gate_sbf) * up_sbf

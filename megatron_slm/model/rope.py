@@ -65,5 +65,5 @@ def rotate(x_sbhk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     [s, b, heads, k] to the same shape.
     """
-    first, second = x_sbhk.float().chunk(2, dim=-1)
+    first, second = x_sbhk.to(torch.promote_types(x_sbhk.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_sbhk.dtype)

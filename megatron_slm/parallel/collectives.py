@@ -47,6 +47,13 @@ def reduce_scatter_dim0(x: Tensor, tp: TensorParallel) -> Tensor:
     return out
 
 
+def broadcast(x: Tensor, tp: TensorParallel) -> Tensor:
+    """The first tensor-parallel rank's `x`, in a new tensor."""
+    x = x.contiguous().clone()
+    dist.broadcast(x, group=tp.group, group_src=0)
+    return x
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:

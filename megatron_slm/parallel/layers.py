@@ -10,14 +10,23 @@ positions a rank; `linear_in` gathers them and `linear_out` scatters the sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.config.backends import Backends
 from megatron_slm.errors import LayoutError
-from megatron_slm.parallel.collectives import copy_to_tensor_parallel, enter_parallel_region, leave_parallel_region
+from megatron_slm.parallel.collectives import (
+    all_gather_dim0,
+    broadcast,
+    copy_to_tensor_parallel,
+    enter_parallel_region,
+    leave_parallel_region,
+)
 from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.parallel.replay import KnownLinear, UnreadLinear
 from megatron_slm.parallel.shards import Part, new_parameter
 
 
@@ -69,6 +78,18 @@ class LinearIn(nn.Module):
         out = F.linear(enter_parallel_region(x_sbd, self.tp), self.weight, self.bias)
         return out.split(self.widths, dim=-1)
 
+    def replay(self, x: Tensor, outputs: Sequence[Tensor], rows_M: Tensor | None = None) -> tuple[Tensor, ...]:
+        """`forward` for a backward pass alone, its outputs being known.
+
+        Args:
+            x: [..., in].
+            outputs: one [..., width / size] per output, of all positions.
+            rows_M: outside of these rows of the flattened outputs the first one's gradient is zero; None where it
+                is not.
+        """
+        entered = enter_parallel_region(x, self.tp)
+        return KnownLinear.apply(entered, self.weight, self.bias, rows_M, *outputs)
+
 
 class LinearOut(nn.Module):
     """`x W^T`, partitioned by rows (input features); the ranks' partial results are summed."""
@@ -87,7 +108,16 @@ class LinearOut(nn.Module):
         out = leave_parallel_region(F.linear(x_sbf, self.weight), self.tp)
         if self.bias is None:
             return out
-        return out + (copy_to_tensor_parallel(self.bias, self.tp) if self.tp.sequence_parallel else self.bias)
+        return out + self._bias()
+
+    def replay(self, x_Rf: Tensor) -> Tensor:
+        """`forward` for a backward pass alone: zeros in place of the product, and of the sum over the ranks."""
+        out = UnreadLinear.apply(x_Rf, self.weight, self.tp)
+        return out if self.bias is None else out + self._bias()
+
+    def _bias(self) -> Tensor:
+        assert self.bias is not None, "asked for where there is one"
+        return copy_to_tensor_parallel(self.bias, self.tp) if self.tp.sequence_parallel else self.bias
 
 
 class VocabularyWeight(nn.Module):
@@ -150,11 +180,11 @@ class ParallelLayers:
         """Return this rank's number of `count` heads or groups."""
         return even_share(count, self.tp, field=field)[1]
 
-    def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> nn.Module:
+    def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> LinearIn:
         """Make a `LinearIn`."""
         return LinearIn(self.tp, prefix, in_features, outputs, bias=bias)
 
-    def linear_out(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> nn.Module:
+    def linear_out(self, name: str, in_features: int, out_features: int, *, bias: bool = False) -> LinearOut:
         """Make a `LinearOut`."""
         return LinearOut(self.tp, name, in_features, out_features, bias=bias)
 
@@ -169,6 +199,21 @@ class ParallelLayers:
     def replicated(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
         """Make a parameter replicated on every rank (a norm's weight)."""
         return new_parameter(shape, (Part(name=name, shape=shape),))
+
+    @property
+    def sequence_part(self) -> int:
+        """Number of the part of the residual stream's positions that this rank holds."""
+        return self.tp.rank if self.tp.sequence_parallel else 0
+
+    def agreed(self, value_N: Tensor) -> Tensor:
+        """The first rank's value of rows that all ranks hold; each rank's own of a stream that is cut."""
+        return value_N if self.tp.size == 1 or self.tp.sequence_parallel else broadcast(value_N, self.tp)
+
+    def whole_rows(self, row_M: Tensor, num_rows: int) -> Tensor:
+        """Every rank's rows of its part of `num_rows`, by their numbers in the whole residual stream."""
+        if not self.tp.sequence_parallel:
+            return row_M
+        return all_gather_dim0(row_M + self.tp.rank * num_rows, self.tp)
 
     def on_sequence_shard(self, weight: Tensor) -> Tensor:
         """Prepare a replicated weight for use on the residual stream.

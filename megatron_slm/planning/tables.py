@@ -74,10 +74,13 @@ def speed_table(planned: Estimate, gpu: str) -> Table:
     time, layout, simulation = planned.time, planned.layout, planned.simulation
     per_gpu = planned.tokens_per_second / planned.cluster.num_gpus
     idle = max(simulation.bubble_fraction(stage) for stage in range(layout.pipeline))
+    exact = planned.durations.backward == planned.durations.exact_backward
+    share = sum(planned.durations.backward) / sum(planned.durations.exact_backward)
     rows = {
         "micro-batch": f"{layout.micro_batch_size} samples, {layout.num_micro_batches} per step and data-parallel rank",
         "passes": f"{time.schedule:.3f} s ({simulation.schedule.mode}; {simulation.ratio:.3f} x CLM's; "
         f"stages idle up to {idle:.1%})",
+        **({} if exact else {"backward passes": f"{share:.2f} of those on all rows (--backward-rows)"}),
         "messages between stages": f"{time.messages:.3f} s",
         "gradient reduction": f"{time.gradients:.3f} s",
         "optimizer, parameter gathering": f"{time.optimizer:.3f} s",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.engine.schedule.costs import Costs, forward_flops
+from megatron_slm.config.backward import BackwardConfig, planned_share
+from megatron_slm.engine.schedule.costs import Costs, forward_flops, planned_passes
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.memory import loss_head_plan, model_parameters
@@ -33,11 +34,14 @@ class Durations:
     backward: tuple[float, ...]
     reference: tuple[float, ...]
     """Zeros without a reference."""
+    exact_backward: tuple[float, ...]
+    """Backward passes on all rows of the gradient; equal to `backward` with --backward-rows exact."""
 
     @property
     def costs(self) -> Costs:
         """Durations in ticks."""
-        return Costs.scaled(self.forward, self.backward, self.reference)
+        exact = None if self.exact_backward == self.backward else self.exact_backward
+        return Costs.scaled(self.forward, self.backward, self.reference, exact)
 
     @property
     def seconds_per_tick(self) -> float:
@@ -76,9 +80,10 @@ class StepTime:
 def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durations:
     """Return the duration of each stage's passes.
 
-    A backward pass costs two forward passes, or three with recomputation. The loss head costs one matrix product over
-    all rows forward, and over the kept rows two backward, or three if it recomputes their logits. Tensor parallelism
-    adds two all-reduces (or their halves) per block and direction, which do not overlap with computation.
+    A backward pass costs two forward passes, or three with recomputation, and less on some of the rows. The loss head
+    costs one matrix product over all rows forward, and over the kept rows two backward, or three if it recomputes
+    their logits. Tensor parallelism adds two all-reduces (or their halves) per block and direction, which do not
+    overlap with computation.
     """
     rate = cluster.gpu.flops(bf16=run.config.training.bf16) * cluster.efficiency * layout.tensor
     tokens = layout.micro_batch_size * run.config.data.seq_length
@@ -90,20 +95,30 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
         return [tokens * x / rate for x in flops], [2 * ring * n for n in blocks], tokens * head / rate
 
     compute, communication, head = passes(run.architecture)
-    num_recomputations = 1 if layout.recomputes else 0
     forward = [x + y for x, y in zip(compute, communication, strict=True)]
-    backward = [
-        (2 + num_recomputations) * x + (1 + num_recomputations) * y for x, y in zip(compute, communication, strict=True)
-    ]
     forward[-1] += head
     num_products = 2 if loss_head_plan(run, layout).capacity else 3
-    backward[-1] += num_products * run.keep_ratio * head
+
+    def backward_pass(rows: BackwardConfig) -> tuple[float, ...]:
+        length, share = run.config.data.seq_length, planned_share(rows, run.keep_ratio)
+        num_passes = planned_passes(run.architecture, length, rows, run.keep_ratio, recomputes=layout.recomputes)
+        # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
+        num_communications = (1 + layout.recomputes) * (1 + share) / 2
+        backward = [num_passes * x + num_communications * y for x, y in zip(compute, communication, strict=True)]
+        backward[-1] += num_products * run.keep_ratio * head
+        return tuple(backward)
+
     reference = [0.0] * layout.pipeline
     if run.reference is not None:
-        compute, communication, head = passes(run.reference)
-        reference = [x + y for x, y in zip(compute, communication, strict=True)]
-        reference[-1] += head
-    return Durations(forward=tuple(forward), backward=tuple(backward), reference=tuple(reference))
+        frozen_compute, frozen_communication, frozen_head = passes(run.reference)
+        reference = [x + y for x, y in zip(frozen_compute, frozen_communication, strict=True)]
+        reference[-1] += frozen_head
+    return Durations(
+        forward=tuple(forward),
+        backward=backward_pass(run.config.backward),
+        reference=tuple(reference),
+        exact_backward=backward_pass(BackwardConfig()),
+    )
 
 
 def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_seconds: float) -> StepTime:

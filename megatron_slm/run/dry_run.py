@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.backward import planned_share
 from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.simulate import Simulation
 from megatron_slm.parallel.topology import Topology
@@ -85,6 +86,7 @@ def batch_rows(
     num_micro_batches = global_batch_size // (config.training.micro_batch_size * topology.data)
     return {
         "objective": f"{config.selection.objective}, {selector.describe()}",
+        "backward": _backward_in_words(config, selector),
         "precision": "bf16, fp32 accumulation" if config.training.bf16 else "fp32",
         "global batch": f"{global_batch_size} samples = {config.training.micro_batch_size} a micro-batch x "
         f"{num_micro_batches} micro-batches x {topology.data} data parallel",
@@ -92,6 +94,15 @@ def batch_rows(
         "steps": f"{config.training.train_iters:,}" + (f" from {first_step:,}" if first_step else ""),
         "tokens of the run": f"{tokens_per_step * config.training.train_iters:,}",
     }
+
+
+def _backward_in_words(config: RunConfig, selector: Selector) -> str:
+    rows = config.backward
+    if rows.is_exact:
+        return "all rows of the gradient"
+    share = planned_share(rows, selector.expected_share(config.training.train_iters))
+    by = "" if rows.backward_row_variance is None else f", by a variance of {rows.backward_row_variance:g}"
+    return f"{rows.backward_rows} rows of the gradient, about {share:.2f} of all{by}"
 
 
 def _batch_table(plan: Plan) -> Table:

@@ -11,6 +11,7 @@ from megatron_slm.planning.layouts import configured_layout
 from megatron_slm.planning.memory import stage_memory
 from megatron_slm.planning.planned_run import PlannedRun, plan_run
 from megatron_slm.planning.tables import stage_memory_table
+from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.run.dry_run import batch_rows, layout_table, rows_table
 from megatron_slm.run.layout import check_layout
 from megatron_slm.run.schedule import counted_schedule
@@ -28,6 +29,7 @@ def print_outline(config: RunConfig, world_size: int) -> None:
     check_layout(run.architecture, config, topology, what="model")
     if run.reference is not None:
         check_layout(run.reference, config, topology, what="reference")
+    check_backward_rows(config, run.selector)
     ds_config.resolve(run.deepspeed, config, data_parallel_size=layout.data, num_micro_batches=layout.num_micro_batches)
     schedule = counted_schedule(
         config, run.architecture, run.reference, layout.pipeline, layout.num_micro_batches, keep_ratio=run.keep_ratio

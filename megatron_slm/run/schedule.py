@@ -51,6 +51,7 @@ def counted_schedule(
         seq_length=config.data.seq_length,
         keep_ratio=keep_ratio,
         recomputes=config.parallel.recompute_granularity == "full",
+        rows=config.backward,
     )
     flag = config.parallel.reference_schedule
     mode = Mode.of_run(flag, num_stages=num_stages, has_reference=reference is not None)

@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.utils import set_z3_leaf_modules
 
 from megatron_slm.analysis.probe_records import ProbeFolder
 from megatron_slm.checkpoint.fragments import fill_optimizer
@@ -31,15 +32,17 @@ from megatron_slm.engine.context import StageContext
 from megatron_slm.engine.flat import FlatModule, FlatTrainer
 from megatron_slm.engine.module import StageModule, deepspeed_topology
 from megatron_slm.engine.pipeline import pipeline_engine
+from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.simulate import describe
 from megatron_slm.engine.timers import WORK, Timers
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.errors import ConfigError, os_errors_as
 from megatron_slm.loss.objective import Objective, Observer
-from megatron_slm.model.block import compile_blocks
+from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.groups import (
     DataParallel,
+    TensorParallel,
     create_data_parallel_group,
     create_tensor_parallel_group,
 )
@@ -96,6 +99,8 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
     trainer = make(plan, layers, objective, reference)
     state = _load(plan, trainer.engine.optimizer)
+    if trainer.rows is not None:
+        state.row_shares = trainer.rows.first_shares(state.row_shares)
     source = micro_batch_source(plan, plan.data.train, pads_at_end=False)
     return Run(
         plan=plan,
@@ -134,6 +139,7 @@ def _pipeline_trainer(
         dtype=plan.dtype,
         keeps_documents_apart=boundaries(plan.config, plan.models.tokenizer).matter_to_layers,
         timers=Timers(plan.config.logging.timing_log_level),
+        rows=_row_sampler(plan, tp),
     )
     return pipeline_engine(module, optimizer, plan.deepspeed, context)
 
@@ -147,6 +153,8 @@ def _flat_trainer(plan: Plan, layers: ParallelLayers, objective: Objective, refe
         compile_blocks(module)
     updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, updates_on)
+    if plan.zero_stage == 3 and not plan.config.backward.is_exact:
+        set_z3_leaf_modules(module, [Block])  # its backward pass is one function, which needs all of its weights
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
         grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
@@ -158,6 +166,25 @@ def _flat_trainer(plan: Plan, layers: ParallelLayers, objective: Objective, refe
         scores=plan.scores,
         num_micro_batches=plan.num_micro_batches,
         timers=timers,
+        rows=_row_sampler(plan, objective.tp),
+    )
+
+
+def _row_sampler(plan: Plan, tp: TensorParallel) -> RowSampler | None:
+    config = plan.config
+    if config.backward.is_exact:
+        return None
+    return RowSampler(
+        config=config.backward,
+        selector=plan.selector,
+        seed=config.training.seed,
+        num_blocks=plan.models.architecture.num_layers,
+        num_samples=config.training.micro_batch_size,
+        length=config.data.seq_length,
+        data_rank=plan.topology.coordinate(dist.get_rank()).data,
+        data_size=plan.topology.data,
+        recomputes=config.parallel.recompute_granularity == "full",
+        counts_here=tp.rank == 0 or tp.sequence_parallel,
     )
 
 

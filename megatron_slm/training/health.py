@@ -78,7 +78,12 @@ class Health:
         """Build the settings of the next step's objective."""
         state = self._run.state
         limit = spike_limit(state.recent_losses, self._config) if self._config.skip_loss_spikes else None
-        return StepSettings(step=state.step, score_threshold=state.score_threshold, loss_limit=limit)
+        return StepSettings(
+            step=state.step,
+            score_threshold=state.score_threshold,
+            loss_limit=limit,
+            row_shares=tuple(state.row_shares),
+        )
 
     def examine(self, result: StepResult) -> BadBatch | None:
         """Examine a step before the run's state moves past it. Collective for bad steps.

@@ -103,8 +103,10 @@ class _Loop:
         self._recorder.bad_batch(bad)
 
     def _advance(self, result: StepResult) -> None:
-        """Move the run's state past a step; a skipped one consumes its samples and changes nothing else."""
+        """Move the run's state past a step; a skipped one consumes its samples, and may change row shares."""
         state, sums = self._state, result.sums
+        if self._run.trainer.rows is not None and result.rows is not None:
+            state.row_shares = self._run.trainer.rows.next_shares(state.row_shares, result.rows)
         state.advance(self._run.plan.global_batch_size, None if result.skipped else sums)
         if not result.skipped:
             state.score_threshold = self._run.plan.selector.next_threshold(
@@ -162,7 +164,9 @@ class _Loop:
         self._recorder.flush()
         _raise_on_all_ranks(self._recorder.error)
         if stopping is not None:
-            self._recorder.log(f"asked to stop ({stopping}); stopped after step {self._state.step}")
+            self._recorder.log(f"asked to stop ({stopping}); stopped after step {self._state.step}", always=True)
+        else:
+            self._recorder.finished()
 
 
 @contextmanager

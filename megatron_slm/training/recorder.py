@@ -16,8 +16,9 @@ from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import RunFolderError, ServiceError
 from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.telemetry.history import disk_errors
-from megatron_slm.telemetry.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
+from megatron_slm.telemetry.metrics import MetricsWriter, source_metrics, training_metrics
 from megatron_slm.telemetry.probe_board import show_record
+from megatron_slm.telemetry.progress import ProgressLine
 from megatron_slm.telemetry.resources import resources
 from megatron_slm.telemetry.stragglers import gather_times
 from megatron_slm.training.build import Run
@@ -25,6 +26,9 @@ from megatron_slm.training.health import BadBatch
 from megatron_slm.training.intervals import is_due
 from megatron_slm.training.selection_probe import SelectionChange
 from megatron_slm.training.text_probe import TextProbe
+
+MOST_ADDED_VARIANCE = 0.1
+"""Mean over blocks, relative to the squared norm of the gradient, above which a run warns."""
 
 
 class Recorder:
@@ -41,13 +45,18 @@ class Recorder:
         self._writer: MetricsWriter | None = None
         self._utilization = run.plan.utilization
         self._logged_step, self._step_seconds = run.state.step, 0.0
+        self._clipped: list[bool] = []
+        """True for each clipped step since the last logged line."""
+        self._is_noisy = False
         with raise_on_all_ranks(), disk_errors(config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
                 self._writer = MetricsWriter(run_dir, resume_step=run.state.step, monitors=run.plan.monitors)
                 write_yaml(config, run_dir / "config.yaml")
                 title = f"{config.selection.objective} {run_dir.name}"
-                self._line = ProgressLine(title, config.training.train_iters, start=run.state.step)
+                self._line = ProgressLine(
+                    title, config.training.train_iters, start=run.state.step, quiet=config.logging.quiet
+                )
 
     @property
     def resumed_lines(self) -> list[dict[str, Any]]:
@@ -58,18 +67,23 @@ class Recorder:
         """Record a training step. Collective."""
         state, plan = self._run.state, self._run.plan
         self._step_seconds += result.seconds
+        self._clipped.append(0.0 < plan.config.optimizer.clip_grad < result.grad_norm and not result.skipped)
         is_logged = is_due(state.step, plan.config.logging.log_interval, plan.config.training.train_iters)
         used = self._take_resources() if is_logged else None
         if self._writer is None:
             return
         if result.sums.nonfinite_tokens:
             count = f"{result.sums.nonfinite_tokens:,.0f}"
-            self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score")
+            self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score", always=True)
         if result.skip_reason == "no-trained-token":
-            self.log(f"warning: step {state.step}: all tokens of its samples are masked; nothing was updated")
+            self.log(
+                f"warning: step {state.step}: all tokens of its samples are masked; nothing was updated", always=True
+            )
         values = self._training_line(result, learning_rate)
+        self._warn_of_variance(values["backward_added_variance"])
         if used is not None:
             self._write({**values, **used})
+            self._clipped.clear()
         self._line.update(state.step, values)
 
     def _training_line(self, result: StepResult, learning_rate: float) -> dict[str, Any]:
@@ -85,12 +99,23 @@ class Recorder:
             "tokens_per_second": tokens_per_second,
             **self._utilization.metrics(tokens_per_second),
             "skipped_steps": state.skipped_steps,
+            "clipped_share": sum(self._clipped) / len(self._clipped) if plan.config.optimizer.clip_grad else None,
         }
         samples = plan.data.train
         if len(samples.sources) > 1:
             names, consumed = [source.name for source in samples.sources], samples.consumed(state.consumed_samples)
             values["sources"] = source_metrics(result.sums, names, consumed)
         return values
+
+    def _warn_of_variance(self, variance: float | None) -> None:
+        """Warn when the variance added by row sampling rises above `MOST_ADDED_VARIANCE`."""
+        was, self._is_noisy = self._is_noisy, variance is not None and variance > MOST_ADDED_VARIANCE
+        if self._is_noisy and not was:
+            self.log(
+                f"warning: step {self._run.state.step}: row sampling adds {variance:.2f} of the gradient's squared "
+                f"norm as variance (recommended: below {MOST_ADDED_VARIANCE}); raise --backward-row-share, or use "
+                "--backward-row-variance 0.02"
+            )
 
     def _take_resources(self) -> dict[str, Any]:
         """Memory and times since the last logged step. Collective."""
@@ -112,7 +137,9 @@ class Recorder:
             self._writer.bad_batch(asdict(bad))
         last = bad.first_sample + bad.num_samples - 1
         outcome = "skipped" if bad.skipped else "applied"
-        self.log(f"warning: step {bad.step}: {bad.reason}, {outcome}; samples {bad.first_sample} to {last}")
+        self.log(
+            f"warning: step {bad.step}: {bad.reason}, {outcome}; samples {bad.first_sample} to {last}", always=True
+        )
 
     def evaluation(self, name: str, loss: float | None) -> None:
         """Record the mean loss of a held-out set in nats; None where it is not finite."""
@@ -133,10 +160,23 @@ class Recorder:
         line = {"event": "probe", "step": self._run.state.step, "tokens": self._tokens}
         self._write({**line, "agreement": change.agreement, "kept_tokens": change.kept_tokens})
 
-    def log(self, text: str) -> None:
-        """Print a line on the console."""
+    def log(self, text: str, *, always: bool = False) -> None:
+        """Print a line on the console; `always` prints it with --quiet too."""
         if self._writer is not None:
-            self._line.print(text)
+            self._line.print(text, always=always)
+
+    def finished(self) -> None:
+        """Print what a complete run made, and the commands that continue from it."""
+        state, config = self._run.state, self._run.plan.config
+        run_dir = config.logging.run_dir
+        kept = "" if state.tokens_kept is None else f", trained on {state.tokens_kept:,} tokens"
+        self.log(f"finished step {state.step}{kept}; made {run_dir}: metrics.jsonl, tensorboard/, config.yaml")
+        self.log(f"  compare runs:  slm-report {run_dir}")
+        if config.checkpoint.enabled:
+            folder = config.save_folder
+            self.log(f"  export:        slm-convert export --load {folder} --output {Path(run_dir) / 'hf'}")
+        else:
+            self.log("  no checkpoint was saved: add --save-interval to keep the model")
 
     def flush(self) -> None:
         """Flush TensorBoard."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
@@ -206,6 +207,7 @@ def _quiet(config: RunConfig, scratch: Path) -> RunConfig:
         ),
         logging=replace(config.logging, run_dir=str(scratch), timing_log_level=0, probe_file=None),
         parallel=replace(config.parallel, reference_schedule_warmup_steps=0),
+        backward=BackwardConfig(),  # all rows: a bad gradient is looked for, not estimated
         selection=replace(
             config.selection,
             slm_probe_interval=0,

@@ -31,4 +31,5 @@ def train_step(
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         skip_reason=reason,
         seconds=time.perf_counter() - started,
+        rows=None if trainer.rows is None else trainer.rows.last,
     )

@@ -67,8 +67,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "larger batch": ({"global_batch_size": 10}, r"samples is 40: must be at least the run's, 50 "),
     "no store": ({"reference_scores": ["{folder}/nowhere"]}, r"nowhere.*hold a manifest\.json"),
     "a folder of another kind": ({"reference_scores": ["{folder}/reference"]}, r"hold a manifest\.json"),
-    "another reference": ({"reference_load": "{folder}/other_reference"}, r"of_reference: reference = '.*/reference \(\w+\)': is the one of --reference-load, .*other_reference \(\w+\)"),
-    "one reference twice": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_reference"], "reference_scores_combine": "mean"}, "are of different references, but both are of .*/reference"),
+    "another reference": ({"reference_load": "{folder}/other_reference"}, r"of_reference: reference is '.*/reference \(\w+\)': must .*--reference-load, .*other_reference \(\w+\)"),
+    "one reference twice": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_reference"], "reference_scores_combine": "mean"}, "different references, but both are of .*/reference"),
     "several, not combined": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"]}, r"--reference-scores-combine is missing: required by several"),
     "one, combined": ({"reference_scores_combine": "mean"}, "--reference-scores-combine is 'mean'"),
     "several and a model": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"], "reference_scores_combine": "mean", "reference_load": "{folder}/reference"}, r"--reference-load is .*must not be used with several"),
@@ -125,7 +125,7 @@ def test_an_unfinished_store_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "of_reference", tmp_path / "store")
     manifest = StoreManifest.read(tmp_path / "store")
     manifest.with_shards({shard_name(0): manifest.shards[shard_name(0)]}).write(tmp_path / "store")
-    with pytest.raises(SlmError, match=r"1 shards.*is complete, all 3 shards"):
+    with pytest.raises(SlmError, match=r"1 shards.*must be complete, all 3 shards"):
         plan(folder, reference_scores=[tmp_path / "store"])
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 
 
@@ -20,7 +22,10 @@ def test_quick(tmp_path: Path) -> None:
     assert predicted["clm"] == (1.0, 1.0)
     assert predicted["ride-along"] == (1.2667, 1.0667)
     assert predicted["skewed"] == (1.0667, 1.0667)
+    assert predicted["skewed-rows"][0] < 0.91
+    assert predicted["stored scores + rows"][0] == pytest.approx((1 + 2 * 0.68) / 3, abs=1e-3)
     ratios = {r["mode"]: r["ratio"] for r in records}
     assert ratios["clm"] == 1.0
     assert ratios["skewed"] < ratios["ride-along"]
+    assert ratios["stored scores + rows"] < ratios["skewed-rows"] < ratios["skewed"]
     assert "| skewed | 2 | 4 |" in done.stdout

@@ -30,6 +30,11 @@ EMULATED = [(2, 4), (2, 8), (4, 8), (4, 16)]
 REAL = [(2, 4)]
 MODES = ("ride-along", "sequential", "bubble", "skewed")
 BASELINE, STORED = "clm", "stored scores"
+SKEWED_ROWS, STORED_ROWS = "skewed-rows", "stored scores + rows"
+ROW_SHARE = 0.65
+EMULATED_BACKWARD_SHARE = 0.68
+"""Of a backward pass, what ROW_SHARE of the rows leave in a model of usual shape: keys' and values' projections and
+attention's own products stay."""
 SEQ_LENGTH = {True: 8, False: 256}
 WIDTH = {True: 16, False: 512}
 MEASURED_STEPS = 3
@@ -154,7 +159,7 @@ def _flags(job: dict[str, Any]) -> list[str]:
         "pipeline-model-parallel-size": job["stages"],
         "micro-batch-size": 1,
         "global-batch-size": job["micro_batches"],
-        "train-iters": MEASURED_STEPS + 2 + job["rounds"] * (len(MODES) + 2) * (TIMED_STEPS + 2),
+        "train-iters": MEASURED_STEPS + 2 + job["rounds"] * (len(MODES) + 4) * (TIMED_STEPS + 2),
     }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
@@ -166,16 +171,18 @@ def _costs(job: dict[str, Any], stepper: _Stepper) -> Any:
         return stepper.measured_costs()
     unit = job["unit_seconds"]
     lengths = {Work.FORWARD: unit, Work.BACKWARD: 2 * unit, Work.REFERENCE: unit}
-    stepper.engine._timing = _slept_out(lengths)
+    stepper.engine._timing = _slept_out(stepper.engine, lengths)
     return Costs.uniform(job["stages"])
 
 
-def _slept_out(lengths: dict[Any, float]) -> Callable[[Any], AbstractContextManager[None]]:
+def _slept_out(engine: Any, lengths: dict[Any, float]) -> Callable[[Any], AbstractContextManager[None]]:
     """In place of the engine's timers: each computation ends when its length has passed."""
+    from megatron_slm.engine.schedule.costs import Work
 
     @contextmanager
     def sleeping(work: Any) -> Iterator[None]:
-        end = time.perf_counter() + lengths[work]
+        sampled = work is Work.BACKWARD and engine.context.rows is not None
+        end = time.perf_counter() + lengths[work] * (EMULATED_BACKWARD_SHARE if sampled else 1.0)
         yield
         time.sleep(max(0.0, end - time.perf_counter()))
 
@@ -196,9 +203,62 @@ def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]
     for mode in MODES:
         found[mode] = replace(context, schedule=choose_schedule(Mode(mode), costs, job["micro_batches"]))
     folder = Path(job["folder"]) / "scores"
-    return found | {
-        STORED: replace(alone, scores=StoredScores([ScoreReader(folder, StoreManifest.read(folder))], "mean"))
-    }
+    stored = StoredScores([ScoreReader(folder, StoreManifest.read(folder))], "mean")
+    found[STORED] = replace(alone, scores=stored)
+    with_rows, rows = _rows_costs(costs, job), _row_sampler(context, job)
+    found[SKEWED_ROWS] = replace(
+        context, schedule=choose_schedule(Mode.SKEWED, with_rows, job["micro_batches"]), rows=rows
+    )
+    after = choose_schedule(Mode.CLM, with_rows, job["micro_batches"])
+    return found | {STORED_ROWS: replace(alone, schedule=after, scores=stored, rows=rows)}
+
+
+def _rows_costs(costs: Any, job: dict[str, Any]) -> Any:
+    """Costs with a backward pass on ROW_SHARE of the rows."""
+    shorter = tuple(round(_backward_share(job) * ticks) for ticks in costs.backward)
+    return replace(costs, backward=shorter, exact_backward=costs.backward)
+
+
+def _backward_share(job: dict[str, Any]) -> float:
+    """Length of a backward pass on ROW_SHARE of the rows over that on all."""
+    from megatron_slm.engine.schedule.costs import backward_passes
+
+    if job["emulated"]:
+        return EMULATED_BACKWARD_SHARE
+    return backward_passes(_architecture(job), SEQ_LENGTH[False], recomputes=False, row_share=ROW_SHARE) / 2
+
+
+def _architecture(job: dict[str, Any]) -> Any:
+    from megatron_slm.config.architecture import Architecture
+
+    width = WIDTH[job["emulated"]]
+    return Architecture(
+        num_layers=4,
+        hidden_size=width,
+        ffn_hidden_size=2 * width,
+        num_attention_heads=4,
+        num_query_groups=4,
+        kv_channels=width // 4,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def _row_sampler(context: Any, job: dict[str, Any]) -> Any:
+    from megatron_slm.config.backward import BackwardConfig
+    from megatron_slm.engine.rows import RowSampler
+
+    return RowSampler(
+        config=BackwardConfig(backward_rows="sampled", backward_row_share=ROW_SHARE),
+        selector=context.objective.selector,
+        seed=0,
+        num_blocks=4,
+        num_samples=1,
+        length=SEQ_LENGTH[job["emulated"]],
+        data_rank=0,
+        data_size=1,
+        recomputes=False,
+        counts_here=True,
+    )
 
 
 class _Stepper:

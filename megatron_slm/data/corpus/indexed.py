@@ -195,7 +195,7 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         fix = "check the disk or the network share"
         if error.errno in (errno.EMFILE, errno.ENFILE):
             fix = (
-                "raise the limit of open files (ulimit -n), about 6 a corpus, or join corpora (tools/merge_corpora.py)"
+                "raise the limit of open files (ulimit -n), about 6 a corpus, or join some with tools/merge_corpora.py"
             )
         raise CorpusError("corpus file", str(path), f"be readable ({error.strerror})", fix) from error
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.backward import BackwardConfig, planned_share
 from megatron_slm.model.partition import stage_bounds
 
 
@@ -31,6 +32,8 @@ class Costs:
     forward: tuple[int, ...]
     backward: tuple[int, ...]
     reference: tuple[int, ...]
+    exact_backward: tuple[int, ...] | None = None
+    """The model's backward passes on all rows of the gradient; None where `backward` is these."""
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward", "reference"):
@@ -42,6 +45,11 @@ class Costs:
     def num_stages(self) -> int:
         """Number of pipeline stages."""
         return len(self.forward)
+
+    @property
+    def plain(self) -> Costs:
+        """The same with backward passes on all rows: what plain training is made of."""
+        return self if self.exact_backward is None else replace(self, backward=self.exact_backward, exact_backward=None)
 
     @property
     def max_unread(self) -> int:
@@ -57,14 +65,25 @@ class Costs:
         return {Work.FORWARD: self.forward, Work.BACKWARD: self.backward, Work.REFERENCE: self.reference}[work]
 
     @classmethod
-    def scaled(cls, forward: Sequence[float], backward: Sequence[float], reference: Sequence[float]) -> Costs:
+    def scaled(
+        cls,
+        forward: Sequence[float],
+        backward: Sequence[float],
+        reference: Sequence[float],
+        exact_backward: Sequence[float] | None = None,
+    ) -> Costs:
         """Build costs from durations in any one unit; a stage's mean forward plus backward becomes 30,000 ticks."""
         ticks = 30_000 * len(forward) / (sum(forward) + sum(backward))
 
         def whole(durations: Sequence[float]) -> tuple[int, ...]:
             return tuple(max(1, round(duration * ticks)) for duration in durations)
 
-        return cls(forward=whole(forward), backward=whole(backward), reference=whole(reference))
+        return cls(
+            forward=whole(forward),
+            backward=whole(backward),
+            reference=whole(reference),
+            exact_backward=None if exact_backward is None else whole(exact_backward),
+        )
 
     @classmethod
     def uniform(
@@ -77,14 +96,22 @@ class Costs:
         head_forward: float = 0.0,
         head_backward: float = 0.0,
         head_reference: float = 0.0,
+        row_share: float = 1.0,
     ) -> Costs:
-        """Build the costs of equal stages, the last of which also has the loss head."""
+        """Build the costs of equal stages, the last of which also has the loss head.
+
+        Args:
+            row_share: part of the time of `backward` that sampled rows leave.
+        """
 
         def stages(base: float, head: float) -> list[float]:
             return [base] * (num_stages - 1) + [base + head]
 
         return cls.scaled(
-            stages(forward, head_forward), stages(backward, head_backward), stages(reference, head_reference)
+            stages(forward, head_forward),
+            stages(row_share * backward, head_backward),
+            stages(reference, head_reference),
+            stages(backward, head_backward) if row_share < 1.0 else None,
         )
 
 
@@ -94,6 +121,26 @@ def block_flops(arch: Architecture, seq_length: int) -> float:
     weights = arch.hidden_size * (2 * queries + 2 * keys) + 3 * arch.hidden_size * arch.ffn_hidden_size
     seen = seq_length / 2 if arch.sliding_window is None else min(arch.sliding_window, seq_length / 2)
     return 2.0 * weights + 4.0 * seen * queries
+
+
+def backward_passes(
+    arch: Architecture, seq_length: int, *, recomputes: bool, row_share: float = 1.0, all_keys: bool = True
+) -> float:
+    """Length of a block's backward pass, in forward passes: 2 on all rows, or 3 where activations are recomputed.
+
+    On a share of the rows, attention's own products and (with `all_keys`) the projections of keys and values stay
+    whole; recomputed are attention with all projections before it, and the rest on the rows.
+    """
+    whole = block_flops(arch, seq_length)
+    queries, keys = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
+    projected = 2.0 * arch.hidden_size * queries
+    key_value = 4.0 * arch.hidden_size * keys
+    attention = whole - 2 * projected - key_value - 6.0 * arch.hidden_size * arch.ffn_hidden_size
+    on_rows = whole - key_value - attention
+    flops = 2 * (row_share * on_rows + (1.0 if all_keys else row_share) * key_value + attention)
+    if recomputes:
+        flops += attention + key_value + projected + row_share * (on_rows - projected)
+    return flops / whole
 
 
 def forward_flops(arch: Architecture, num_stages: int, seq_length: int) -> tuple[list[float], float]:
@@ -131,18 +178,31 @@ def arithmetic_costs(
     seq_length: int,
     keep_ratio: float,
     recomputes: bool,
+    rows: BackwardConfig | None = None,
 ) -> Costs:
     """Count the costs of operations; a backward pass is two forwards, or three where activations are recomputed.
 
-    The loss head computes all rows forwards, and recomputes and differentiates the kept ones: 1 and 3 * keep
-    ratio (see `loss/variants.py`). The reference's head computes all rows forwards.
+    Sampled rows shorten it. The loss head computes all rows forwards, and recomputes and differentiates the kept ones:
+    1 and 3 * keep ratio (see `loss/variants.py`). The reference's head computes all rows forwards.
     """
     stages, head = forward_flops(model, num_stages, seq_length)
-    forward, backward = list(stages), [(3.0 if recomputes else 2.0) * cost for cost in stages]
+    lengths = [backward_passes(model, seq_length, recomputes=recomputes)]
+    if rows is not None and not rows.is_exact:
+        lengths.append(planned_passes(model, seq_length, rows, keep_ratio, recomputes=recomputes))
+    forward, (exact, *sampled) = list(stages), [[length * cost for cost in stages] for length in lengths]
     forward[-1] += head
-    backward[-1] += 3.0 * keep_ratio * head
+    for backward in (exact, *sampled):
+        backward[-1] += 3.0 * keep_ratio * head
     frozen = [1.0] * num_stages
     if reference is not None:
         frozen, frozen_head = forward_flops(reference, num_stages, seq_length)
         frozen[-1] += frozen_head
-    return Costs.scaled(forward, backward, frozen)
+    return Costs.scaled(forward, sampled[0] if sampled else exact, frozen, exact if sampled else None)
+
+
+def planned_passes(
+    arch: Architecture, seq_length: int, rows: BackwardConfig, keep_ratio: float, *, recomputes: bool
+) -> float:
+    """Length of a block's backward pass, in forward passes, as a run is configured."""
+    share, all_keys = planned_share(rows, keep_ratio), rows.backward_rows != "kept"
+    return backward_passes(arch, seq_length, recomputes=recomputes, row_share=share, all_keys=all_keys)

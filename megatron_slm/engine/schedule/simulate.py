@@ -48,9 +48,9 @@ class Simulation:
 
     @cached_property
     def clm_ticks(self) -> int:
-        """Length of the same step without a reference."""
+        """Length of the same step without a reference, on all rows of the gradient."""
         orders = model_orders(self.schedule.num_stages, self.schedule.num_micro_batches)
-        return makespan(play(orders, self.schedule.costs))
+        return makespan(play(orders, self.schedule.costs.plain))
 
     @property
     def ratio(self) -> float:
@@ -61,7 +61,7 @@ class Simulation:
     def lower_bound(self) -> float:
         """Least ratio that any schedule of the same work can have."""
         if self.schedule.leads is None:
-            return 1.0
+            return self.ratio
         return lower_bound(self.schedule.costs, self.schedule.num_micro_batches) / self.clm_ticks
 
     def bubble_fraction(self, stage: int) -> float:

@@ -7,7 +7,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.engine.schedule.costs import Costs, arithmetic_costs, block_flops, forward_flops
+from megatron_slm.config.backward import BackwardConfig
+from megatron_slm.engine.schedule.costs import Costs, arithmetic_costs, backward_passes, block_flops, forward_flops
+from megatron_slm.engine.schedule.modes import Mode
+from megatron_slm.engine.schedule.search import choose_schedule
+from megatron_slm.engine.schedule.simulate import Simulation
 
 ARCH = Architecture(
     num_layers=8,
@@ -59,3 +63,45 @@ def test_costs_are_whole_and_scaled_alike() -> None:
     assert Costs.uniform(3) == Costs(forward=(10_000,) * 3, backward=(20_000,) * 3, reference=(10_000,) * 3)
     assert Costs.uniform(2, reference=0.5).max_unread == 8
     assert Costs.uniform(2, reference=0.01).max_unread == 24
+
+
+def test_backward_passes_on_some_of_the_rows() -> None:
+    """By hand: keys' and values' projections and attention stay whole; the rest is the share."""
+    block, keys, attention = block_flops(ARCH, 32), 2 * 64 * 32 * 2, 4 * 16 * 64
+    on_rows = block - keys - attention
+    assert backward_passes(ARCH, 32, recomputes=False) == pytest.approx(2.0)
+    assert backward_passes(ARCH, 32, recomputes=True) == pytest.approx(3.0)
+    half = backward_passes(ARCH, 32, recomputes=False, row_share=0.5)
+    assert half * block == pytest.approx(2 * (0.5 * on_rows + keys + attention))
+    kept = backward_passes(ARCH, 32, recomputes=False, row_share=0.5, all_keys=False)
+    assert (half - kept) * block == pytest.approx(keys)
+    again = backward_passes(ARCH, 32, recomputes=True, row_share=0.5)
+    queries = 2 * 64 * 64
+    assert (again - half) * block == pytest.approx(attention + keys + queries + 0.5 * (on_rows - queries))
+
+
+def test_costs_with_sampled_rows_are_compared_with_plain_training() -> None:
+    rows = BackwardConfig(backward_rows="sampled", backward_row_share=0.65)
+    options = {"seq_length": 32, "keep_ratio": 0.6, "recomputes": False}
+    exact = arithmetic_costs(ARCH, ARCH, 4, **options)
+    costs = arithmetic_costs(ARCH, ARCH, 4, **options, rows=rows)
+    assert costs.exact_backward is not None
+    scale = exact.forward[1] / costs.forward[1]
+    assert [x * scale for x in costs.exact_backward] == pytest.approx(list(exact.backward), rel=1e-3)
+    assert costs.backward[1] / costs.forward[1] == pytest.approx(
+        backward_passes(ARCH, 32, recomputes=False, row_share=0.65), rel=1e-3
+    )
+    assert arithmetic_costs(ARCH, ARCH, 4, **options, rows=BackwardConfig()) == exact
+
+
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "ratio"), [(2, 4, 0.90), (4, 8, 0.83), (4, 16, 0.95), (8, 16, 0.80)]
+)
+def test_the_skewed_schedule_with_two_thirds_of_the_rows(stages: int, micro_batches: int, ratio: float) -> None:
+    """An equal reference hides in what the smaller backward leaves; plain training is 1."""
+    costs = Costs.uniform(stages, row_share=0.68)
+    simulation = Simulation(choose_schedule(Mode.SKEWED, costs, micro_batches))
+    assert simulation.ratio == pytest.approx(ratio, abs=0.012)
+    assert simulation.ratio <= 1.04 * simulation.lower_bound
+    stored = Simulation(choose_schedule(Mode.CLM, costs, micro_batches))
+    assert stored.ratio == stored.lower_bound == pytest.approx((1 + 2 * 0.68) / 3, abs=1e-3)

@@ -1,0 +1,187 @@
+"""A decoder block whose backward pass runs on some of the gradient rows.
+
+Forwards it is the block, bit for bit. Backwards, with gradient rows dZ and a draw of rows R with weights w:
+
+- the feed-forward layer, the output projection, the queries' projection and their norms run on `w * dZ` of R;
+- attention gives gradients to the queries of R and to **all** keys and values, whose projections run on all rows;
+- the residual stream passes dZ on as it is: `dX = dZ + (what R's branches add)`.
+
+Given dZ, all of this is linear in the weighted rows, and these are on average dZ; so the gradient is an unbiased
+estimate of the exact one, at any depth. With the kind `kept`, R are the rows that have a gradient at all, the weights
+are 1, and the keys and values of all others are taken as constants: biased, and as cheap as it gets.
+
+Shapes: N rows of the residual stream held here, M of them drawn; under sequence parallelism attention and the
+feed-forward layer see the rows of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_slm.model.layers import HasParameters
+from megatron_slm.model.row_sampling import BackwardRows, Drawn
+from megatron_slm.types import Documents
+
+if TYPE_CHECKING:
+    from megatron_slm.model.block import Block
+
+
+class _Attended(NamedTuple):
+    """The first half of a block, with the graphs that its backward pass goes through."""
+
+    x_sbd: Tensor
+    """The block's input, a leaf."""
+    normed_sbd: Tensor
+    qkv: tuple[Tensor, ...]
+    """Queries, keys and values before norms and rotation, [s, b, heads * k] each; leaves."""
+    mixed_sbf: Tensor
+    """Output of attention, before its projection."""
+
+
+class _Inner(NamedTuple):
+    """Second half of a block, as it is kept for the backward pass."""
+
+    y_sbd: Tensor
+    """Input of the feed-forward layer."""
+    gate_up: tuple[Tensor, ...]
+
+
+class SampledBlock(torch.autograd.Function):
+    """The function of (block, documents, rows, input, the block's parameters) described above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, block: Block, documents: Documents | None, rows: BackwardRows, x_sbd: Tensor, *_: Tensor
+    ) -> Tensor:
+        """[s, b, d] to [s, b, d]."""
+        attended = _attend(block, x_sbd, documents)
+        y_sbd = x_sbd + block.self_attn.o_proj(attended.mixed_sbf)
+        gate_up = block.mlp.gate_up(block.post_attention_layernorm(y_sbd))
+        ctx.block, ctx.documents, ctx.rows = block, documents, rows
+        # plain attributes: the graphs inside hold their own tensors, and the backward pass lets go of them
+        ctx.kept = x_sbd if rows.recomputes else (attended, _Inner(y_sbd, gate_up))
+        return y_sbd + block.mlp.down_proj(block.mlp.activate(*gate_up))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input and of the parameters."""
+        assert ctx.kept is not None, "one backward pass for a forward pass"
+        kept, ctx.kept = ctx.kept, None
+        attended, inner = (_attend(ctx.block, kept, ctx.documents), None) if ctx.rows.recomputes else kept
+        passed = _Pass(ctx.block, attended, inner)
+        dx_sbd = passed.run(grads[0], ctx.rows)
+        return None, None, None, dx_sbd, *(passed.found[id(p)] for p in ctx.block.parameters())
+
+
+def _attend(block: Block, x_sbd: Tensor, documents: Documents | None) -> _Attended:
+    with torch.enable_grad():
+        x_sbd = x_sbd.detach().requires_grad_()
+        normed_sbd = block.input_layernorm(x_sbd)
+    with torch.no_grad():
+        projected = block.self_attn.qkv(normed_sbd)
+    with torch.enable_grad():
+        qkv = tuple(part.detach().requires_grad_() for part in projected)
+        return _Attended(x_sbd, normed_sbd, qkv, block.self_attn.mix(*qkv, documents=documents))
+
+
+class _Pass:
+    """One backward pass through a block; `found` has its parameters' gradients by identity."""
+
+    def __init__(self, block: Block, attended: _Attended, inner: _Inner | None) -> None:
+        self.block, self.attended, self.inner = block, attended, inner
+        self.found: dict[int, Tensor] = {}
+
+    def run(self, dz_sbd: Tensor, rows: BackwardRows) -> Tensor:
+        """The gradient of the block's input from that of its output."""
+        block, dz_Nd = self.block, dz_sbd.flatten(0, 1)
+        norm_N = torch.linalg.vector_norm(dz_Nd, dim=1, dtype=_wide(dz_Nd))
+        drawn = rows.draw(block.layers.agreed(norm_N), block=block.index, part=block.layers.sequence_part)
+        whole_M = block.layers.whole_rows(drawn.row_M, len(dz_Nd))
+        dz_Md = dz_Nd[drawn.row_M]
+        weighted_Md = (dz_Md.to(_wide(dz_Md)) * drawn.weight_M[:, None].to(_wide(dz_Md))).to(dz_Md.dtype)
+        dy_Md = self._feed_forward(weighted_Md, drawn.row_M, whole_M)
+        dqkv = self._attention(dy_Md, whole_M)
+        branches_Md = dy_Md - weighted_Md
+        if rows.kind == "kept":
+            dx_Nd = dz_Nd.clone()
+            branches_Md = branches_Md + self._projections_of_rows(dqkv, drawn)
+        else:
+            dx_Nd = dz_Nd + self._projections(dqkv, whole_M).flatten(0, 1)
+        return dx_Nd.index_add_(0, drawn.row_M, branches_Md).view_as(dz_sbd)
+
+    def _feed_forward(self, dz_Md: Tensor, row_M: Tensor, whole_M: Tensor) -> Tensor:
+        """The gradient of the feed-forward layer's input, the residual stream's included."""
+        block, mlp = self.block, self.block.mlp
+        if self.inner is None:  # made again, of these rows alone
+            mixed_Mf = _rows(self.attended.mixed_sbf.detach(), whole_M)
+            y_Md = _rows(self.attended.x_sbd.detach(), row_M) + block.self_attn.o_proj(mixed_Mf)
+        else:
+            y_Md = _rows(self.inner.y_sbd, row_M)
+        with torch.enable_grad():
+            y_Md.requires_grad_()
+            normed_Md = block.post_attention_layernorm(y_Md)
+            if self.inner is None:
+                gate_up = mlp.gate_up(normed_Md)
+            else:
+                gate_up = mlp.gate_up.replay(normed_Md, [_rows(x, whole_M) for x in self.inner.gate_up])
+            out_Md = mlp.down_proj.replay(mlp.activate(*gate_up))
+        (dy_Md,) = self._differentiate([out_Md], [dz_Md], [y_Md], [block.post_attention_layernorm, mlp])
+        return dz_Md + dy_Md
+
+    def _attention(self, dy_Md: Tensor, whole_M: Tensor) -> list[Tensor]:
+        """Gradients of queries (zero outside of the rows), keys and values, [s, b, heads * k] each."""
+        attention, mixed_sbf = self.block.self_attn, self.attended.mixed_sbf
+        with torch.enable_grad():
+            mixed_Mf = _rows(mixed_sbf.detach(), whole_M).requires_grad_()
+            out_Md = attention.o_proj.replay(mixed_Mf)
+        (dmixed_Mf,) = self._differentiate([out_Md], [dy_Md], [mixed_Mf], [attention.o_proj])
+        dmixed_Nf = dmixed_Mf.new_zeros(mixed_sbf.shape).flatten(0, 1).index_copy_(0, whole_M, dmixed_Mf)
+        norms = [attention.q_norm, attention.k_norm]
+        return self._differentiate([mixed_sbf], [dmixed_Nf.view_as(mixed_sbf)], self.attended.qkv, norms)
+
+    def _projections(self, dqkv: Sequence[Tensor], whole_M: Tensor) -> Tensor:
+        """The part of the input's gradient that comes from queries of the rows, and all keys and values."""
+        block, attended = self.block, self.attended
+        with torch.enable_grad():
+            qkv = block.self_attn.qkv.replay(attended.normed_sbd, attended.qkv, whole_M)
+        (dx_sbd,) = self._differentiate(qkv, dqkv, [attended.x_sbd], [block.input_layernorm, block.self_attn.qkv])
+        return dx_sbd
+
+    def _projections_of_rows(self, dqkv: Sequence[Tensor], drawn: Drawn) -> Tensor:
+        """The same with keys and values of all other rows as constants, [M, d]."""
+        block, is_kept_M1 = self.block, (drawn.weight_M > 0)[:, None]
+        with torch.enable_grad():
+            x_Md = _rows(self.attended.x_sbd.detach(), drawn.row_M).requires_grad_()
+            known = [_rows(part.detach(), drawn.row_M) for part in self.attended.qkv]
+            qkv = block.self_attn.qkv.replay(block.input_layernorm(x_Md), known)
+        grads = [_rows(grad, drawn.row_M).masked_fill(~is_kept_M1, 0.0) for grad in dqkv]
+        (dx_Md,) = self._differentiate(qkv, grads, [x_Md], [block.input_layernorm, block.self_attn.qkv])
+        return dx_Md
+
+    def _differentiate(
+        self,
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        modules: Sequence[HasParameters],
+    ) -> list[Tensor]:
+        """Gradients of the leaves; those of the modules' parameters are put down."""
+        parameters = [p for module in modules for p in module.parameters()]
+        found = torch.autograd.grad(outputs, [*leaves, *parameters], grads)
+        self.found.update(zip(map(id, parameters), found[len(leaves) :], strict=True))
+        return list(found[: len(leaves)])
+
+
+def _rows(x: Tensor, row_M: Tensor) -> Tensor:
+    """Some rows of [s, b, ...], [M, ...]."""
+    return x.flatten(0, 1)[row_M]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
