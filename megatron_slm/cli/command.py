@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_slm.errors import SlmError
+from megatron_slm.files import raise_open_file_limit
 from megatron_slm.log import print_traceback, setup_logging
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -33,6 +34,7 @@ def run_command(
         argv: the command line; by default this process's.
         exit_code: of an error the user can fix, which is printed as one line on standard error.
     """
+    raise_open_file_limit()
     setup_logging(int(os.environ.get("RANK", "0")))
     completed = False
     try:
