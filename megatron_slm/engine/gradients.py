@@ -31,8 +31,6 @@ def sum_over_world(
         total += torch.stack(list(vectors)).sum(0)
     if rows is not None:
         total = torch.cat([total, rows.take_table(device)])
-    if rows is not None:
-        total = torch.cat([total, rows.take_table(device)])
     dist.all_reduce(total)
     total = total.cpu()  # a step's one transfer from the device
     if rows is not None:
