@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +44,35 @@ def timing_event() -> Any | None:
     return torch.cuda.Event(enable_timing=True) if on_gpu() else None
 
 
+class SideStream:
+    """A stream beside the computing one, for work that need not wait for all that was computed; no-op on the CPU."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream() if on_gpu() else None
+        self._mark: Any | None = None
+
+    def mark(self) -> None:
+        """Remember how far the computing stream has come: what is issued here next waits for that much of it."""
+        if self._stream is not None:
+            self._mark = torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def after_mark(self) -> Iterator[None]:
+        """Inside, memory is allocated and work is issued on this stream, after what `mark` remembered."""
+        if self._stream is None:
+            yield
+            return
+        if self._mark is not None:
+            self._stream.wait_event(self._mark)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def hand_over(self, x: torch.Tensor) -> None:
+        """Let the computing stream use a tensor of this stream's memory, which is then free only after that."""
+        if self._stream is not None:
+            x.record_stream(torch.cuda.current_stream())
+
+
 def device_rng_state() -> torch.Tensor | None:
     """Return the state of the GPU's random generator (uint8), or None on the CPU."""
     return torch.cuda.get_rng_state() if on_gpu() else None
@@ -56,6 +87,11 @@ def set_device_rng_state(state: torch.Tensor) -> None:
 def device_name() -> str:
     """Return the GPU's name as its driver reports it, or `cpu`."""
     return torch.cuda.get_device_name() if on_gpu() else "cpu"
+
+
+def compute_capability() -> tuple[int, int]:
+    """Generation of the GPU, such as (9, 0) for Hopper; (0, 0) on the CPU."""
+    return torch.cuda.get_device_capability() if on_gpu() else (0, 0)
 
 
 def device_memory() -> tuple[int, int] | None:

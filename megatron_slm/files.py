@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,10 @@ def write_json(path: str, values: Any, *, flag: str = "--json") -> None:
         return
     with os_errors_as(ConfigError, flag, path, "be a writable file", "choose another path"):
         Path(path).write_text(text)
+
+
+def raise_open_file_limit() -> None:
+    """Raise this process's limit of open files to the most that it may have: every corpus of a blend needs some."""
+    with suppress(OSError, ValueError):  # some systems report a hard limit that they do not grant
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

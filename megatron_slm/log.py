@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
+import traceback
 import warnings
+
+_printed: list[BaseException] = []
 
 
 def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
@@ -24,3 +28,16 @@ def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
     # gloo's all_gather_into_tensor and reduce_scatter_tensor work, yet warn at every call that they are new
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print an error's traceback to standard error and flush it, once for each error.
+
+    It comes before anything that communicates: on NCCL, leaving a process group waits for kernels that never end once a
+    rank has failed, and a launcher ends the process meanwhile.
+    """
+    if any(error is one for one in _printed):
+        return
+    _printed.append(error)
+    traceback.print_exception(error)
+    sys.stderr.flush()

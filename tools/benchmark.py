@@ -11,6 +11,7 @@ BENCHMARKS = {
     "checkpoint": ("checkpoint", "how long training stands still for a save, synchronous and asynchronous"),
     "data": ("data", "preprocessing against Hugging Face and Megatron's way of sharing work"),
     "data-loading": ("data_loading", "indices, blends' orders and micro-batches of large corpora"),
+    "gpu-model": ("gpu_model", "a step's speed on given GPUs, modelled without one"),
     "loss-head": ("loss_head", "the loss against full logits and other libraries' losses"),
     "pipeline": ("pipeline", "the reference's schedules against plain training"),
 }

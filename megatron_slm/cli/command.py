@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_slm.errors import SlmError
-from megatron_slm.log import setup_logging
+from megatron_slm.files import raise_open_file_limit
+from megatron_slm.log import print_traceback, setup_logging
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -33,23 +34,37 @@ def run_command(
         argv: the command line; by default this process's.
         exit_code: of an error the user can fix, which is printed as one line on standard error.
     """
+    raise_open_file_limit()
     setup_logging(int(os.environ.get("RANK", "0")))
+    completed = False
     try:
-        return run(sys.argv[1:] if argv is None else argv) or 0
+        code = run(sys.argv[1:] if argv is None else argv) or 0
+        completed = True
+        return code
     except SlmError as error:
         line = " ".join(str(error).split("\n"))
         sys.stderr.write(f"error: {line}\n")
+        sys.stderr.flush()
         return exit_code(error)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
+    except Exception as error:
+        print_traceback(error)
+        return 1
     finally:
-        _leave_process_group()
+        _leave_process_group(completed=completed)
 
 
-def _leave_process_group() -> None:
-    if (dist := sys.modules.get("torch.distributed")) is not None and dist.is_initialized():
+def _leave_process_group(*, completed: bool) -> None:
+    """Destroy the process groups; after an error on NCCL abort them, since destroying waits for every kernel."""
+    if (dist := sys.modules.get("torch.distributed")) is None or not dist.is_initialized():
+        return
+    if completed or dist.get_backend() != "nccl":
         dist.destroy_process_group()
+        return
+    with contextlib.suppress(Exception):  # the error is reported; the process is about to end
+        dist.distributed_c10d._abort_process_group()
 
 
 def choose_accelerator() -> None:

@@ -31,6 +31,13 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
         help="tokenizer folder with added tokens; their embeddings are the mean of the others",
     )
     imported.add_argument(
+        "--extend-init",
+        choices=["mean", "keep"],
+        default="mean",
+        help="embeddings of added tokens whose rows exist as padding: the mean of the others, or as stored "
+        "(default: %(default)s)",
+    )
+    imported.add_argument(
         "--allow-bin", action="store_true", help="also read .bin files (pickles, loaded with weights_only)"
     )
     export = commands.add_parser("export", help="write a checkpoint as a folder that transformers loads, and verify it")
@@ -146,6 +153,12 @@ def _import(args: argparse.Namespace) -> int:
     from megatron_slm.convert.imports import import_folder
 
     extension = args.extend_vocabulary
-    folder = import_folder(args.hf, args.output, extend_vocabulary=extension, allow_bin=args.allow_bin)
+    folder = import_folder(
+        args.hf,
+        args.output,
+        extend_vocabulary=extension,
+        extend_init=args.extend_init,
+        allow_bin=args.allow_bin,
+    )
     print(f"wrote {folder}")
     return 0

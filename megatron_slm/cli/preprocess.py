@@ -40,6 +40,13 @@ def build_parser() -> ToolParser:
     text.add_argument("--prompt-key", help="key of a text that is not trained on; the corpus is PREFIX_sft_document")
     text.add_argument("--response-key", help="key of the text that follows the prompt and is trained on")
     text.add_argument(
+        "--special-tokens-in-text",
+        choices=["parse", "plain", "error"],
+        default="plain",
+        help="special tokens that a text spells out, such as </s>: become the token, stay plain characters, or make "
+        "the line invalid (default: %(default)s)",
+    )
+    text.add_argument(
         "--on-error",
         choices=["stop", "skip"],
         default="stop",
@@ -48,6 +55,7 @@ def build_parser() -> ToolParser:
     output = parser.add_argument_group("corpora")
     output.add_argument("--output-prefix", required=True, help="corpora are PREFIX_KEY_document.bin and .idx")
     output.add_argument("--append-eod", action="store_true", help="end documents with the end-of-document token")
+    output.add_argument("--eod-token", help="the end-of-document token, as text (default: the tokenizer's eos_token)")
     output.add_argument("--prepend-bos", action="store_true", help="begin documents with the beginning-of-text token")
     add_tokenizer_flags(parser)
     work = parser.add_argument_group("work")
@@ -138,6 +146,12 @@ def summary(config: PreprocessConfig, report: PreprocessReport) -> str:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]))
     lines.insert(1, "  ".join("-" * width for width in widths))
+    if report.eod is not None:
+        lines.append(f"documents end with the token {report.eod}")
+    for key, counts in report.corpora.items():
+        if counts.num_special:
+            how = "became tokens" if config.special_tokens_in_text == "parse" else "stayed plain characters"
+            lines.append(f"{counts.num_special} special tokens spelled out under {key!r} {how}")
     if report.num_resumed_bytes:
         lines.append(
             f"{report.num_resumed_bytes / 1e6:.1f} of {report.num_bytes / 1e6:.1f} MB were done by an earlier run"
@@ -163,6 +177,8 @@ def run(words: Sequence[str]) -> None:
         keys=keys,
         append_eod=flags.append_eod,
         prepend_bos=flags.prepend_bos,
+        eod_token=flags.eod_token,
+        special_tokens_in_text=flags.special_tokens_in_text,
         workers=flags.workers,
         fast_tokenizer=flags.fast_tokenizer,
         on_error=flags.on_error,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from megatron_slm.cli.command import choose_accelerator, run_command
 from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import SlmError
+from megatron_slm.log import setup_logging
 
 if TYPE_CHECKING:
     from megatron_slm.training.build import Run
@@ -23,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def execute(words: Sequence[str]) -> None:
         nonlocal run, first_step
         config, dry_run = parse(words)
+        if config.logging.quiet:
+            setup_logging(int(os.environ.get("RANK", "0")), logging.WARNING)
         choose_accelerator()
         if dry_run:
             _dry_run(config, dry_run)

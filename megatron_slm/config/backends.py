@@ -1,27 +1,31 @@
 """Configuration of the compute backends.
 
-`auto` picks the fastest installed backend, else torch; a backend named explicitly is used or raises an error, never
+`auto` picks the fastest backend that works, else torch; a backend named explicitly is used or raises an error, never
 replaced.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+Attention = Literal["sdpa", "flash", "flash3"]
+Norm = Literal["torch", "apex"]
+Optimizer = Literal["torch", "apex", "deepspeed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
     """Implementations of attention, norms and the optimizer; results agree up to rounding."""
 
-    attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
-    """Attention. sdpa: torch's scaled_dot_product_attention. flash: flash-attn (GPU, bf16). auto: flash where it can
-    run."""
+    attention_backend: Literal["auto", "sdpa", "flash", "flash3"] = "auto"
+    """Attention. sdpa: torch's scaled_dot_product_attention. flash, flash3: flash-attn 2 and 3 (GPU, bf16; 3 on
+    Hopper). auto: the fastest that works."""
     norm_backend: Literal["auto", "torch", "apex"] = "auto"
-    """RMSNorm. torch: torch's operations. apex: the fused kernel of apex (GPU). auto: apex where installed."""
+    """RMSNorm. torch: torch's operations. apex: the fused kernel of apex (GPU). auto: apex where it works."""
     optimizer_backend: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
     """AdamW. torch: torch's (fused on a GPU). apex: FusedAdam of apex (GPU). deepspeed: FusedAdam of DeepSpeed (GPU;
-    compiled at start). auto: apex where installed, else torch."""
+    compiled at start). auto: apex where it works, else torch."""
     compile_blocks: bool = False
     """Compile each decoder block with torch.compile. The first steps take minutes longer. Not with ZeRO-3."""
 
@@ -30,17 +34,23 @@ class BackendConfig:
 class Backends:
     """Backends selected for a process."""
 
-    attention: Literal["sdpa", "flash"] = "sdpa"
-    norm: Literal["torch", "apex"] = "torch"
-    optimizer: Literal["torch", "apex", "deepspeed"] = "torch"
+    attention: Attention = "sdpa"
+    norm: Norm = "torch"
+    optimizer: Optimizer = "torch"
     compile_blocks: bool = False
+    notes: dict[str, str] = field(default_factory=dict, compare=False)
+    """Reasons that `auto` could not take something faster, by what is computed."""
 
     def describe(self) -> dict[str, str]:
         """Return the selected implementation of each computation, for logs."""
         from megatron_slm import device  # imports torch, which `--help` does not need
 
-        return {
-            "attention": {"sdpa": "torch scaled_dot_product_attention", "flash": "flash-attn"}[self.attention],
+        chosen = {
+            "attention": {
+                "sdpa": "torch scaled_dot_product_attention",
+                "flash": "flash-attn",
+                "flash3": "flash-attn 3",
+            }[self.attention],
             "norm": {"torch": "torch", "apex": "apex FusedRMSNorm"}[self.norm],
             "optimizer": {
                 "torch": "torch AdamW (fused)" if device.on_gpu() else "torch AdamW",
@@ -49,3 +59,4 @@ class Backends:
             }[self.optimizer],
             "blocks": "torch.compile" if self.compile_blocks else "eager",
         }
+        return {what: f"{by} ({self.notes[what]})" if what in self.notes else by for what, by in chosen.items()}

@@ -51,6 +51,11 @@ class DataConfig:
     Documents end at the corpus's document boundaries and after end-of-document tokens."""
     eod_mask_loss: bool = False
     """Mask the loss of labels that follow an end-of-document token."""
+    samples_without_loss: Literal["keep", "drop"] = "keep"
+    """Treatment of training samples in which a loss mask leaves no token to train on. keep: count them, warn, and run
+    them for nothing. drop: leave them out of the sample order."""
+    eod_token: str | None = None
+    """End-of-document token, as text, where the corpora were made with another than the tokenizer's own."""
     tokenizer_type: str = "HuggingFaceTokenizer"
     """Tokenizer class: HuggingFaceTokenizer, SentencePieceTokenizer (or GPTSentencePieceTokenizer, Llama2Tokenizer),
     GPT2BPETokenizer, TikTokenizer or NullTokenizer."""

@@ -24,7 +24,8 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from megatron_slm.config.rules import flag
 from megatron_slm.config.run import RunConfig
-from megatron_slm.errors import ConfigError, suggest_name
+from megatron_slm.config.unknown_flags import unknown_flags
+from megatron_slm.errors import ConfigError
 
 SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
 ALIASES = {
@@ -188,19 +189,11 @@ def _add_flag(group: Any, f: dataclasses.Field[Any], hint: Any, doc: str) -> Non
         group.add_argument(flag(f.name), type=hint, metavar=_placeholder(hint), **options)
 
 
-def _known_name(name: str, *, source: str) -> str:
-    """Return the field of a name as typed, with dashes or underscores.
-
-    Raises:
-        ConfigError: unknown name; suggests the nearest one.
-    """
+def _known_name(name: str) -> str | None:
+    """Return the field of a name as typed, with dashes or underscores; None if there is none."""
     plain = name.lstrip("-").replace("-", "_")
     plain = ALIASES.get(plain, plain)
-    names = _fields()
-    if plain in names:
-        return plain
-    fix = suggest_name(flag(plain), map(flag, names), "see --help for all flags")
-    raise ConfigError(source, name, "be a known flag", fix)
+    return plain if plain in _fields() else None
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -215,30 +208,47 @@ def _read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, Mapping):
         raise ConfigError("--config", path, "map flag names to values", "write one `name: value` per line")
-    return {_known_name(str(name), source=f"{path}: key"): value for name, value in loaded.items()}
+    fields = {str(name): _known_name(str(name)) for name in loaded}
+    if unknown := [name for name, field in fields.items() if field is None]:
+        raise unknown_flags(f"{path}: key", unknown, map(flag, _fields()))
+    return {field: loaded[name] for name, field in fields.items() if field is not None}
 
 
 def _normalize_flags(argv: Sequence[str]) -> list[str]:
-    """Replace underscores and aliases in flag names; raise an error for unknown names."""
-    names, hints = _fields(), _hints()
-    out = []
+    """Replace underscores and aliases in flag names.
+
+    Raises:
+        ConfigError: unknown names; lists all of them, each with its fix.
+    """
+    hints = _hints()
+    out, unknown = [], []
     for word in argv:
         if not word.startswith("--"):
             out.append(_as_value(word))
             continue
         typed, equals, value = word.partition("=")
-        name = flag(typed[2:])
-        if name not in _OWN_FLAGS:
-            field = typed[2:].replace("-", "_")
-            if field.startswith("no_") and field not in names:
-                name = "--no-" + flag(_known_name("--" + typed[5:], source="flag"))[2:]
-            else:
-                name = flag(_known_name(typed, source="flag"))
+        name = _known_flag(typed)
+        if name is None:
+            unknown.append(typed)
+            continue
         if equals and _is_list(hints.get(name[2:].replace("-", "_"))):
             out += [name, _as_value(value)]  # argparse would take no further value after an equals sign
         else:
             out.append(name + equals + value)
+    if unknown:
+        raise unknown_flags("flag", unknown, map(flag, _fields()))
     return out
+
+
+def _known_flag(typed: str) -> str | None:
+    """Return the flag that the parser knows for a flag as typed; None for an unknown one."""
+    if flag(typed[2:]) in _OWN_FLAGS:
+        return flag(typed[2:])
+    if (field := _known_name(typed)) is not None:
+        return flag(field)
+    if typed[2:5] in ("no-", "no_") and (field := _known_name(typed[5:])) is not None:
+        return "--no-" + flag(field)[2:]
+    return None
 
 
 def _as_value(word: str) -> str:

@@ -16,6 +16,8 @@ class LoggingConfig:
     """Folder of the run: metrics.jsonl, config.yaml, tensorboard/, checkpoints/."""
     log_interval: int = 1
     """Log metrics every this many steps."""
+    quiet: bool = False
+    """Print only warnings and errors on the console. Files are the same."""
     timing_log_level: Literal[0, 1, 2] = 0
     """Timers in the metrics. 0: none. 1: batches, gradient synchronization and optimizer. 2: also each kind of
     pipeline instruction. The GPU is synchronized once per logged step, never during a step."""

@@ -55,15 +55,20 @@ def _front_matter(origin: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     base = (origin.get("base") or {}).get("path")
     if base:
-        front["base_model"] = _hub_name(Path(base))
+        name = _hub_name(Path(base))
+        front |= {} if name is None else {"base_model": name}
     front["tags"] = ["megatron_slm", *(["selective-language-modeling"] if config.get("objective") == "slm" else [])]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
 
 
-def _hub_name(path: Path) -> str:
-    """Return a model's name on the hub, from the hub's cache folder (models--OWNER--NAME/snapshots/...) or its own."""
+def _hub_name(path: Path) -> str | None:
+    """Return a model's id on the hub, from the hub's cache folder (models--OWNER--NAME/snapshots/...).
+
+    Returns:
+        None for any other folder: hubs take `base_model` for an id, and a folder's name is none.
+    """
     cached = next((part for part in path.parts if part.startswith("models--")), None)
-    return "/".join(cached.split("--")[1:]) if cached else path.name
+    return "/".join(cached.split("--")[1:]) if cached else None
 
 
 def _title(checkpoint: Path, config: Mapping[str, Any]) -> str:

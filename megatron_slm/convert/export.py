@@ -157,6 +157,7 @@ def _write_folder(model: Model, source: CheckpointSource, folder: Path, dtype: s
         original,
         dtype=None if keeps_dtype else _most_common(dtypes.values()),
         special_ids=special_ids,
+        is_trained=manifest.step > 0,
     )
     _write_hf_json(folder / CONFIG, raw)
     if original is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def architecture_of(raw: Mapping[str, Any], where: str) -> Architecture:
     family = _checked_family(raw, where)
     _check_rope(raw, where)
     try:
-        config = family.config_class().from_dict(dict(raw))  # fills in defaults, reads RoPE's old and new fields
+        # fills in defaults, reads RoPE's old and new fields, and edits nested ones: those of a copy
+        config = family.config_class().from_dict(deepcopy(dict(raw)))
     except Exception as error:  # transformers and its validation raise errors of any kind
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise WeightsError(
@@ -172,6 +174,7 @@ def exported_config(
     *,
     dtype: str | None,
     special_ids: Mapping[str, int | None],
+    is_trained: bool,
 ) -> dict[str, Any]:
     """Return the content of an exported config.json.
 
@@ -180,13 +183,15 @@ def exported_config(
             scratch.
         dtype: dtype of the exported weights; None keeps the dtype in `original`.
         special_ids: bos_token_id and eos_token_id, for a model trained from scratch.
+        is_trained: False for an import, whose fields stay as they are; else rotary fields are written for old and new
+            versions of transformers.
 
     Raises:
         WeightsError: `original` describes another architecture, or no transformers family can express this one.
     """
     if original is None:
         config = family_of(arch).config(arch, dtype=dtype, **special_ids)
-        return json.loads(config.to_json_string(use_diff=False))
+        return with_old_rotary_fields(json.loads(config.to_json_string(use_diff=False)))
     where = f"origin/{CONFIG}"
     imported = architecture_of(original, where)
     for name, value in vars(arch).items():
@@ -194,10 +199,26 @@ def exported_config(
             raise WeightsError(
                 f"{where}: {name}", getattr(imported, name), f"be {value!r} as in the checkpoint", "restore the file"
             )
-    out = dict(original)
+    out = with_old_rotary_fields(original) if is_trained else deepcopy(dict(original))
     if imported.vocab_size != arch.vocab_size:
         out["vocab_size"] = arch.vocab_size
     names = [name for name in ("dtype", "torch_dtype") if name in out] or ["dtype"]  # torch_dtype is the older name
     if dtype is not None:
         out.update(dict.fromkeys(names, dtype))
+    return out
+
+
+def with_old_rotary_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add `rope_theta` and `rope_scaling` to a config.json that has `rope_parameters` alone.
+
+    transformers 4 ignores `rope_parameters`: without the old fields it would compute with a base of 10,000.
+    """
+    out = deepcopy(dict(config))
+    rope = dict(out.get("rope_parameters") or {})
+    base = rope.pop("rope_theta", None)
+    if base is None:
+        return out
+    out.setdefault("rope_theta", base)
+    is_default = rope.get("rope_type", rope.get("type", "default")) == "default"
+    out.setdefault("rope_scaling", None if is_default else rope)
     return out

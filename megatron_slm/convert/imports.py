@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,19 +31,29 @@ from megatron_slm.convert.companion_files import (
 from megatron_slm.convert.hf_config import check_hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
 from megatron_slm.convert.tensors import TensorSource, check_tensors, expected_tensors, row_blocks
-from megatron_slm.convert.vocabulary import ExtendedVocabulary, check_extends
+from megatron_slm.convert.vocabulary import ExtendedVocabulary, ExtendInit, check_extends, new_tokens
 from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
 from megatron_slm.errors import VocabularyError, WeightsError, os_errors_as
 from megatron_slm.files import sync_folder, write_durably
 
+logger = logging.getLogger(__name__)
 
-def import_folder(hf: str, output: str, *, extend_vocabulary: str | None = None, allow_bin: bool = False) -> Path:
+
+def import_folder(
+    hf: str,
+    output: str,
+    *,
+    extend_vocabulary: str | None = None,
+    extend_init: ExtendInit = "mean",
+    allow_bin: bool = False,
+) -> Path:
     """Write a Hugging Face model as a checkpoint in `output`, holding a few tens of MiB in memory at a time.
 
     Weights keep their dtype; configurations, tokenizer and license are copied along (see `companion_files`).
 
     Args:
         extend_vocabulary: tokenizer folder with further tokens; it becomes the model's tokenizer.
+        extend_init: rows of new tokens within the matrix, which were padding: the mean of the others, or kept.
         allow_bin: without safetensors files, read pickled `.bin` files (with weights_only).
 
     Returns:
@@ -65,8 +76,23 @@ def import_folder(hf: str, output: str, *, extend_vocabulary: str | None = None,
         new = build_tokenizer("HuggingFaceTokenizer", extend_vocabulary)
         check_extends(tokenizer, new, extend_vocabulary)
         assert tokenizer is not None, "checked by check_extends"
-        architecture = replace(architecture, vocab_size=max(new.vocab_size, architecture.vocab_size))
-        source = ExtendedVocabulary(source, num_tokens=tokenizer.vocab_size, vocab_size=architecture.vocab_size)
+        num_rows = architecture.vocab_size
+        architecture = replace(architecture, vocab_size=max(new.vocab_size, num_rows))
+        added = new_tokens(tokenizer, new)
+        within = [index for index in added if index < num_rows]
+        logger.info(
+            "%d new tokens: %d in rows of the matrix that were padding (%s), %d in rows behind it (mean row)",
+            len(added),
+            len(within),
+            "mean row" if extend_init == "mean" else "kept as they are",
+            len(added) - len(within),
+        )
+        source = ExtendedVocabulary(
+            source,
+            num_tokens=tokenizer.vocab_size,
+            vocab_size=architecture.vocab_size,
+            replaced=within if extend_init == "mean" else (),
+        )
         tokenizer, tokenizer_from = new, Path(extend_vocabulary)
     elif tokenizer is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise VocabularyError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,9 +12,12 @@ from megatron_slm.convert.tensors import EMBEDDING, OUTPUT, TensorSource, row_bl
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import VocabularyError
 
+ExtendInit = Literal["mean", "keep"]
+"""Rows of new tokens that the matrix has already, as padding: the mean row, or the values as stored."""
+
 
 class ExtendedVocabulary:
-    """`TensorSource` that appends rows to the embedding and the output weight of another one.
+    """`TensorSource` that gives rows to new tokens, behind those of another one or in its padding.
 
     New rows are the mean of the rows of the old tokenizer's tokens, so that a new token starts with an average
     probability (nlp.stanford.edu/~johnhew/vocab-expansion.html).
@@ -20,10 +26,13 @@ class ExtendedVocabulary:
         source: the model.
         num_tokens: tokens of the old tokenizer; later rows are unused padding and excluded from the mean.
         vocab_size: rows after the extension.
+        replaced: rows of new tokens within the matrix, which get the mean too.
     """
 
-    def __init__(self, source: TensorSource, *, num_tokens: int, vocab_size: int) -> None:
-        self.source, self.vocab_size = source, vocab_size
+    def __init__(
+        self, source: TensorSource, *, num_tokens: int, vocab_size: int, replaced: Collection[int] = ()
+    ) -> None:
+        self.source, self.vocab_size, self._replaced = source, vocab_size, sorted(replaced)
         names = [name for name in (EMBEDDING, OUTPUT) if name in source.shapes()]
         self._means = {name: _mean_row(source, name, num_tokens) for name in names}
 
@@ -48,7 +57,21 @@ class ExtendedVocabulary:
         if start >= num_old:
             return self._means[name].expand(stop - start, -1)
         old = self.source.rows(name, start, min(stop, num_old))
+        within = [row - start for row in self._replaced if start <= row < start + len(old)]
+        if within:
+            old = old.clone()
+            old[within] = self._means[name]
         return torch.cat([old, self._means[name].expand(stop - start - len(old), -1)])
+
+
+def new_tokens(old: Tokenizer, new: Tokenizer) -> list[int]:
+    """Return the ids that mean a token in `new` and none in `old`, rising."""
+    old_tokens = old.token_table()
+    return [
+        index
+        for index, token in enumerate(new.token_table())
+        if token and not (old_tokens[index : index + 1] or [""])[0]
+    ]
 
 
 def _mean_row(source: TensorSource, name: str, num_rows: int) -> Tensor:

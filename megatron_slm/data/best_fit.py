@@ -19,6 +19,7 @@ from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.index_cache import Arrays
 from megatron_slm.data.reading import Piece
 from megatron_slm.data.samples import OrderedSamples
+from megatron_slm.data.trained_tokens import TrainedTokens
 
 _EPOCHS_HELD = 2
 
@@ -55,6 +56,20 @@ class BestFitSamples(OrderedSamples):
         arrays = self._epoch(epoch)
         begin, end = arrays["bin_ends"][place : place + 2].tolist()
         return [Piece(*row) for row in arrays["pieces"][begin:end].tolist()]
+
+    @override
+    def trained_labels(self, trained: TrainedTokens) -> npt.NDArray[np.int64]:
+        counts = []
+        for epoch in range(self.num_epochs):
+            arrays = self._epoch(epoch)
+            sequences, offsets, lengths = arrays["pieces"].T
+            ends = arrays["bin_ends"]
+            # As in `SequenceReader.sample`: a sample's first token is no label, nor the one that pieces overlap by.
+            skipped = (offsets > 0).astype(np.int64)
+            skipped[ends[:-1]] = 1
+            in_pieces = trained.in_pieces(sequences, offsets + skipped, lengths - skipped)
+            counts.append(np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(in_pieces)])[ends]))
+        return np.concatenate(counts)
 
     def _epoch(self, epoch: int) -> Arrays:
         held = self._epochs.get(epoch)

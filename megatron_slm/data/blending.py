@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import read_sidecar_of
 from megatron_slm.data.index_cache import IndexCache
@@ -59,8 +60,11 @@ class Source:
     ) -> Source:
         """Make a source of at least `needed` samples that keeps the orders laid out before."""
         source = cls(name, make, laid_out or [needed], sequences)
-        missing = needed - len(source)
-        return source if missing <= 0 else cls(name, make, [*source.laid_out, missing], sequences)
+        while (missing := needed - len(source)) > 0:
+            left_out = sum(order.num_left_out for order in source.orders)
+            to_lay_out = ceil_div(missing * (len(source) + left_out), len(source))
+            source = cls(name, make, [*source.laid_out, to_lay_out], sequences)
+        return source
 
     @property
     def corpus(self) -> IndexedCorpus:

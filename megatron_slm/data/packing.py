@@ -21,6 +21,7 @@ from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.reading import Piece
 from megatron_slm.data.samples import CorpusSamples, OrderedSamples
+from megatron_slm.data.trained_tokens import TrainedTokens
 from megatron_slm.errors import ConfigError
 
 SEPARATE_LAST_EPOCH_BELOW = 0.80
@@ -87,14 +88,14 @@ class PackedSamples(OrderedSamples):
         self._num_shuffled_first = self._samples_shuffled_first(num_samples)
 
     @cached_property
-    def _indices(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def _indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Document index, shuffle index and the stream's document ends, built on first use: most ranks of a pipeline
         never read a sample."""
 
         def build() -> dict[str, npt.NDArray[Any]]:
             # One state for both shuffles, in this order: Megatron's order depends on it.
             state = np.random.RandomState(self._seed)
-            documents = np.arange(self._start, self._stop, dtype=np.int32)
+            documents = _numbers(self._start, self._stop)
             separate_last = self._num_shuffled_first < self._num_samples
             document_index = _document_index(documents, self.num_epochs, separate_last, state)
             shuffle_index = _shuffle_index(self._num_shuffled_first, self._num_samples, state)
@@ -105,8 +106,8 @@ class PackedSamples(OrderedSamples):
         return arrays["document_index"], arrays["shuffle_index"], arrays["ends"]
 
     @property
-    def document_index(self) -> npt.NDArray[np.int32]:
-        """The sequence at every position of the shuffled stream, int32 [E * (stop - start)]."""
+    def document_index(self) -> npt.NDArray[Any]:
+        """The sequence at every position of the shuffled stream, int32 or int64 [E * (stop - start)]."""
         return self._indices[0]
 
     @property
@@ -131,6 +132,23 @@ class PackedSamples(OrderedSamples):
         position = int(self.shuffle_index[index]) * self.sequence_length
         document_index, _, ends = self._indices
         return _stream_pieces(self.corpus, document_index, ends, position, self.sequence_length + 1)
+
+    @override
+    def trained_labels(self, trained: TrainedTokens) -> npt.NDArray[np.int64]:
+        document_index, shuffle_index, ends = self._indices
+        lengths = self.corpus.sequence_lengths
+        in_documents = trained.in_pieces(document_index, np.zeros_like(ends), lengths[document_index])
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(in_documents)])
+
+        def up_to(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            places = np.minimum(np.searchsorted(ends, positions, side="right"), len(ends) - 1)
+            documents = document_index[places]
+            taken = lengths[documents] - (ends[places] - positions)
+            counts: npt.NDArray[np.int64] = before[places] + trained.in_pieces(documents, np.zeros_like(taken), taken)
+            return counts
+
+        first_label = shuffle_index.astype(np.int64) * self.sequence_length + 1
+        return up_to(first_label + self.sequence_length) - up_to(first_label)
 
     def _samples_shuffled_first(self, num_samples: int | None) -> int:
         """Return the number of samples that are shuffled first: all, or those before a little-used last epoch.
@@ -184,9 +202,15 @@ class SequentialSamples(CorpusSamples):
         return _stream_pieces(self.corpus, self._documents, self._ends, position, count)
 
 
+def _numbers(start: int, stop: int) -> npt.NDArray[Any]:
+    """Return the numbers [start, stop), int32 as in Megatron, or int64 where int32 would wrap around."""
+    dtype = np.int32 if stop - 1 <= np.iinfo(np.int32).max else np.int64
+    return np.arange(start, stop, dtype=dtype)
+
+
 def _document_index(
-    documents: npt.NDArray[np.int32], num_epochs: int, separate_last: bool, state: np.random.RandomState
-) -> npt.NDArray[np.int32]:
+    documents: npt.NDArray[Any], num_epochs: int, separate_last: bool, state: np.random.RandomState
+) -> npt.NDArray[Any]:
     """Shuffle the documents of all epochs together, or those of a separate last epoch after all others."""
     epochs_shuffled_together = (num_epochs - 1, 1) if separate_last else (num_epochs,)
     shuffled = []

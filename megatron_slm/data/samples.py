@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.reading import Piece, Sample, SequenceReader
+from megatron_slm.data.trained_tokens import TrainedTokens
 from megatron_slm.errors import ConfigError, CorpusError
 
 
@@ -109,6 +111,7 @@ class OrderedSamples(CorpusSamples):
 
     Attributes:
         num_epochs: number of epochs.
+        num_left_out: samples of these epochs that were left out (see `SamplesWithLoss`).
         tokens_per_epoch: tokens of the sequences.
 
     Raises:
@@ -117,6 +120,7 @@ class OrderedSamples(CorpusSamples):
     """
 
     num_epochs: int
+    num_left_out: int = 0
 
     def __init__(
         self,
@@ -148,6 +152,10 @@ class OrderedSamples(CorpusSamples):
     @abstractmethod
     def order_fingerprint(self) -> str:
         """SHA-256 of the samples and their order: equal if and only if both are equal."""
+
+    @abstractmethod
+    def trained_labels(self, trained: TrainedTokens) -> npt.NDArray[np.int64]:
+        """Count the labels of each sample that the loss mask keeps, int64 [len]."""
 
     def _fingerprint(self, *settings: Any) -> str:
         """Hash the settings of an order and the lengths of the sequences, which represent their content."""

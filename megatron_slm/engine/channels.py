@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_slm.device import SideStream
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.collectives import translate_peer_errors
+from megatron_slm.parallel.groups import message_group
 from megatron_slm.parallel.topology import Topology
 
 
@@ -37,8 +39,8 @@ class Channel:
     """Beyond this many, a send waits for the oldest, which bounds the memory that unsent tensors hold. It cannot
     deadlock: the schedule is free of circles even if every send blocks."""
 
-    def __init__(self, lane: Lane, group: Any, peer: int, activity: Activity) -> None:
-        self.lane, self.group, self.peer, self.activity = lane, group, peer, activity
+    def __init__(self, lane: Lane, group: Any, peer: int, activity: Activity, beside: SideStream) -> None:
+        self.lane, self.group, self.peer, self.activity, self.beside = lane, group, peer, activity, beside
         self.sends: deque[tuple[Any, Tensor]] = deque()
         self.receives: deque[tuple[Any, Tensor]] = deque()
 
@@ -49,6 +51,7 @@ class Channel:
             PeerError: (as all methods) the peer is gone, or was silent for too long.
         """
         x = x.detach().contiguous()
+        self.beside.mark()  # no receive overtakes this send: it could take the last free place on the GPU
         with self._waiting("sending to"):
             self.sends.append((dist.isend(x, self.peer, group=self.group), x))
             while len(self.sends) > self.MAX_SENDS_IN_FLIGHT:
@@ -56,8 +59,8 @@ class Channel:
 
     def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Post the receive of the next message."""
-        buffer = torch.empty(shape, dtype=dtype, device=device)
-        with self._waiting("receiving from"):
+        with self._waiting("receiving from"), self.beside.after_mark():
+            buffer = torch.empty(shape, dtype=dtype, device=device)
             self.receives.append((dist.irecv(buffer, self.peer, group=self.group), buffer))
 
     def receive(self) -> Tensor:
@@ -65,6 +68,7 @@ class Channel:
         handle, buffer = self.receives.popleft()
         with self._waiting("receiving from"):
             handle.wait()
+        self.beside.hand_over(buffer)
         return buffer
 
     def flush(self) -> None:
@@ -72,6 +76,7 @@ class Channel:
         with self._waiting("sending to"):
             while self.sends:
                 self.sends.popleft()[0].wait()
+        self.beside.mark()  # receives of what follows do not run beside what was done before
 
     @contextmanager
     def _waiting(self, doing: str) -> Iterator[None]:
@@ -83,8 +88,12 @@ class Channel:
 class Channels:
     """This stage's channels to and from the next and the previous stage, on each lane.
 
-    Collective over the world: every rank takes part in creating every group, in one order. Each group is used
-    once at start, because communicators are created on first use and that first use blocks.
+    Collective over the world: every rank takes part in creating every group, in one order. Each lane is used once at
+    start, in its own direction, because the first use opens its transport and blocks meanwhile.
+
+    On a GPU NCCL starts a message's kernel only after everything computed so far on the stream that issues it. A
+    receive is therefore issued from a stream of its own, which waits for what came before the computation that is
+    running: the message arrives beside that computation, and its kernel waits for it no longer than that.
     """
 
     def __init__(
@@ -92,18 +101,25 @@ class Channels:
     ) -> None:
         self.next: dict[Lane, Channel] = {}
         self.previous: dict[Lane, Channel] = {}
+        self._beside = SideStream()
         for pipeline in topology.pipeline_groups():
             for low, high in pairwise(pipeline):
                 for lane in lanes:
-                    group = dist.new_group([low, high])
+                    group = message_group(low, high)
                     if rank == low:
-                        self.next[lane] = Channel(lane, group, high, activity)
+                        self.next[lane] = Channel(lane, group, high, activity, self._beside)
                     elif rank == high:
-                        self.previous[lane] = Channel(lane, group, low, activity)
-        for channel in self.previous.values():
-            dist.recv(torch.zeros(1, device=device), channel.peer, group=channel.group)
-        for channel in self.next.values():
-            dist.send(torch.zeros(1, device=device), channel.peer, group=channel.group)
+                        self.previous[lane] = Channel(lane, group, low, activity, self._beside)
+        for lane in lanes:
+            sources, targets = (self.next, self.previous) if lane is Lane.BACKWARD else (self.previous, self.next)
+            if lane in sources:
+                dist.recv(torch.zeros(1, device=device), sources[lane].peer, group=sources[lane].group)
+            if lane in targets:
+                dist.send(torch.zeros(1, device=device), targets[lane].peer, group=targets[lane].group)
+
+    def before_computation(self) -> None:
+        """Note that a computation starts: receives that are posted from now on may run beside it."""
+        self._beside.mark()
 
     def flush(self) -> None:
         """Wait until all sends are done."""

@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
-from megatron_slm.engine.gradients import (
-    gradient_factor,
-    scaled_gradients,
-    sum_over_world,
-)
+from megatron_slm.engine.gradients import gradient_factor, scaled_gradients, sum_over_world
 from megatron_slm.engine.module import GradientHook, output_rows, run_layers
 from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.programs import Kind

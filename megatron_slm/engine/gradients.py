@@ -48,6 +48,25 @@ def gradient_factor(sums: LossSums, settings: StepSettings, data_parallel_size: 
     return data_parallel_size / sums.divisor
 
 
+def accumulate_in_place(optimizer: Any) -> None:
+    """Have BF16_Optimizer add each bf16 gradient to its fp32 sum in one pass, as soon as autograd has it, and free it.
+
+    DeepSpeed makes a fp32 copy first; with the gradient zeroed before and kept after, that is 26 bytes of memory
+    traffic a parameter and micro-batch instead of 10. The sums are the same bits.
+    """
+    sums, seen = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
+
+    @torch.no_grad()
+    def add(parameter: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is not None:
+            sums[group][index].add_(parameter.grad.view(-1))
+            parameter._hp_grad = sums[group][index]  # type: ignore[attr-defined]
+            seen[group][index] = True
+
+    assert optimizer.immediate_grad_update, "the DeepSpeed configuration of a run says so"
+    optimizer._update_hp_grad = add
+
+
 @contextmanager
 def scaled_gradients(optimizer: Any, factor: float | None) -> Iterator[None]:
     """Scale the gradients for the optimizer's step inside, for its norm and its clipping too; None skips that step.

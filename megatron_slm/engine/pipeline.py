@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from megatron_slm.engine.channels import Channel, Channels, Lane
 from megatron_slm.engine.context import StageContext
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
-from megatron_slm.engine.gradients import gradient_factor, scaled_gradients, sum_over_world
+from megatron_slm.engine.gradients import accumulate_in_place, gradient_factor, scaled_gradients, sum_over_world
 from megatron_slm.engine.lookahead import Lookahead
 from megatron_slm.engine.measure import TIMER_OF, measured_costs
 from megatron_slm.engine.module import StageModule
@@ -57,7 +57,7 @@ class SelectiveEngine(PipelineEngine):
         """
         self.context = context
         if self.using_bf16_optimizer:
-            self.optimizer.backward_prologue = lambda: None  # `_backward` clears the bf16 gradients, in time
+            accumulate_in_place(self.optimizer)
         lanes = [lane for lane in Lane if lane is not Lane.REFERENCE or context.reference is not None]
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes, context.activity)
         self._lookahead = Lookahead()
@@ -204,6 +204,7 @@ class SelectiveEngine(PipelineEngine):
                 self._HANDLERS[kind](self, micro_batch)
 
     def _timing(self, work: Work) -> AbstractContextManager[None]:
+        self._channels.before_computation()
         return self.step_timers.timing(TIMER_OF[work])
 
     def _receive(self, channel: Channel) -> Tensor:
@@ -238,8 +239,7 @@ class SelectiveEngine(PipelineEngine):
         documents = self._documents(i)
         with self._timing(Work.FORWARD):
             hook = self._diagnostics.gradient_hook(i) if self.is_first_stage() and trains else None
-            sampler = self.rows if trains else None
-            rows = sampler and sampler.of_micro_batch(i, self._settings)
+            rows = self.rows.of_micro_batch(i, self._settings) if trains and self.rows is not None else None
             out = DeepSpeedEngine.forward(self, x, documents, hook, rows)
             if trains:
                 self.pipe_buffers["inputs"][i], self.pipe_buffers["outputs"][i] = x, out
@@ -277,10 +277,6 @@ class SelectiveEngine(PipelineEngine):
 
     def _backward(self, i: int) -> None:
         if self.is_last_stage():
-            if self.using_bf16_optimizer:
-                # DeepSpeed would do this when the gradient reaches the module's output. By then the loss, which is no
-                # part of the module, has given the output weight its gradient, and that would be lost.
-                self.optimizer.clear_lp_grads()
             with self._timing(Work.BACKWARD):
                 DeepSpeedEngine.backward(self, self._losses.pop(i), scale_wrt_gas=False)
         else:

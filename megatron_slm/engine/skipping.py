@@ -7,7 +7,10 @@ from typing import Literal
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.loss.sums import LossSums
 
-SkipReason = Literal["nonfinite-loss", "nonfinite-score", "nonfinite-gradient", "loss-spike", "nothing-kept"]
+SkipReason = Literal[
+    "nonfinite-loss", "nonfinite-score", "nonfinite-gradient", "loss-spike", "nothing-kept", "no-trained-token"
+]
+"""All but `no-trained-token` are of bad steps; that one is of a batch whose tokens are all masked."""
 
 
 def skip_reason(sums: LossSums, settings: StepSettings) -> SkipReason | None:
@@ -20,7 +23,9 @@ def skip_reason(sums: LossSums, settings: StepSettings) -> SkipReason | None:
     if sums.nonfinite_losses:
         return "nonfinite-loss"
     if not sums.kept_tokens:
-        return "nonfinite-score" if sums.nothing_finite else "nothing-kept"
+        if sums.nothing_finite:
+            return "nonfinite-score"
+        return "nothing-kept" if sums.ranked_tokens else "no-trained-token"
     if settings.loss_limit is not None and sums.valid_loss > settings.loss_limit * sums.valid_tokens:
         return "loss-spike"
     return None

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 BLOCK_SIZE = 2048
-"""Vocabulary rows per block. It decides the order of summation, so it is fixed, not tuned per run."""
+"""Vocabulary rows per block on the CPU. It decides the order of summation, so it is fixed, not tuned per run."""
+GPU_BLOCK_SIZE = 8192
+"""The same on a GPU, where a block costs a handful of launches and a product of 2048 columns leaves processors idle."""
+
+
+def block_size(*, on_gpu: bool) -> int:
+    """Vocabulary rows per block on a kind of device."""
+    return GPU_BLOCK_SIZE if on_gpu else BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -29,20 +37,22 @@ class VocabularyBlock:
         return self.weight_Bd.shape[0]
 
     def columns(self, local_label_N: Tensor) -> Tensor:
-        """Return each label's column in this block, int64 [N]; -1 where another block has it."""
-        column_N = local_label_N - self.start
-        return column_N.masked_fill((column_N < 0) | (column_N >= self.size), -1)
+        """Return each label's column in this block, int64 [N]; outside [0, size) where another block has it."""
+        return local_label_N - self.start
 
 
-def block_sizes(num_vocabulary_rows: int) -> list[int]:
+def block_sizes(num_vocabulary_rows: int, *, on_gpu: bool) -> list[int]:
     """Return the number of rows of every block."""
-    return [min(BLOCK_SIZE, num_vocabulary_rows - start) for start in range(0, num_vocabulary_rows, BLOCK_SIZE)]
+    size = block_size(on_gpu=on_gpu)
+    return [min(size, num_vocabulary_rows - start) for start in range(0, num_vocabulary_rows, size)]
 
 
 def vocabulary_blocks(weight_Vd: Tensor) -> Iterator[VocabularyBlock]:
     """Cut the weight into its blocks, in order."""
-    for index, start in enumerate(range(0, weight_Vd.shape[0], BLOCK_SIZE)):
-        yield VocabularyBlock(index, start, weight_Vd[start : start + BLOCK_SIZE])
+    start = 0
+    for index, size in enumerate(block_sizes(weight_Vd.shape[0], on_gpu=weight_Vd.is_cuda)):
+        yield VocabularyBlock(index, start, weight_Vd[start : start + size])
+        start += size
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -54,13 +64,14 @@ class BlockMemory:
     """Memory that one block of columns after the other is computed in.
 
     Args:
-        num_rows, num_columns: of the largest block; columns beyond `BLOCK_SIZE` do not count.
+        num_rows, num_columns: of the largest block; columns beyond `block_size` do not count.
         like: a tensor on the device.
         dtype: default: the dtype of logits for products of `like`'s dtype.
     """
 
     def __init__(self, num_rows: int, num_columns: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
-        self._memory = like.new_empty(num_rows * min(num_columns, BLOCK_SIZE), dtype=dtype or accumulation_dtype(like))
+        num_columns = min(num_columns, block_size(on_gpu=like.is_cuda))
+        self._memory = like.new_empty(num_rows * num_columns, dtype=dtype or accumulation_dtype(like))
 
     def empty(self, num_rows: int, num_columns: int) -> Tensor:
         """Return uninitialized [rows, columns], in the memory of the block before."""
@@ -76,11 +87,25 @@ class BlockMemory:
         return torch.mm(rows_Nd.to(out_NB.dtype), block.weight_Bd.to(out_NB.dtype).t(), out=out_NB)
 
 
+@lru_cache(maxsize=8)
+def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Try, once, to add a product of half-precision matrices to a fp32 matrix in one kernel; old torch refuses it."""
+    total, factor = torch.ones(8, 8, device=device), torch.ones(8, 8, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 9.0).all().item())
+
+
 def add_product(total_Kd: Tensor, gradient_KB: Tensor, block: VocabularyBlock) -> None:
     """Compute `total += gradient block`, in the precision of the total."""
     if gradient_KB.dtype == total_Kd.dtype:
         total_Kd.addmm_(gradient_KB, block.weight_Bd)
     elif gradient_KB.is_cuda:
-        total_Kd += torch.mm(gradient_KB, block.weight_Bd, out_dtype=total_Kd.dtype)
+        if _multiplies_into_fp32(total_Kd.device, gradient_KB.dtype):
+            torch.addmm(total_Kd, gradient_KB, block.weight_Bd, out_dtype=total_Kd.dtype, out=total_Kd)
+        else:
+            total_Kd += torch.mm(gradient_KB, block.weight_Bd, out_dtype=total_Kd.dtype)
     else:
         total_Kd.addmm_(gradient_KB.to(total_Kd.dtype), block.weight_Bd.to(total_Kd.dtype))

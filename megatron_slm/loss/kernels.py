@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from megatron_slm.device import local_device
 from megatron_slm.errors import ConfigError
 from megatron_slm.loss.row_statistics import RowStatistics
 
@@ -24,7 +27,7 @@ class Kernels(Protocol):
 
         Args:
             logits_NB: fp32 (or fp64).
-            column_N: the label's column, int64; -1 where it is not in this block.
+            column_N: the label's column, int64; outside [0, B) where it is not in this block.
             exponentials_NB: receives exp(logit - the new maximum) in its own dtype, unless None.
         """
         ...
@@ -49,20 +52,43 @@ class Kernels(Protocol):
 
 
 def choose_kernels(backend: BackendName, *, on_gpu: bool) -> Kernels:
-    """Choose the kernels of a backend; `auto` is triton on a GPU where it is installed, else torch.
+    """Choose the kernels of a backend; `auto` is triton on a GPU where it works, else torch.
 
     Raises:
-        ConfigError: triton is not installed, or there is no GPU for it.
+        ConfigError: triton is asked for and does not work, or there is no GPU for it.
     """
-    installed = importlib.util.find_spec("triton") is not None
-    if backend == "torch" or (backend == "auto" and not (on_gpu and installed)):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "torch" or (backend == "auto" and (not on_gpu or triton_problem() is not None)):
         from megatron_slm.loss.torch_backend import TorchKernels
 
         return TorchKernels()
-    if not installed:
-        raise ConfigError("--loss-head-backend", backend, "be an installed backend", "pip install triton, or use torch")
-    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_gpu and not interpreted:
         raise ConfigError("--loss-head-backend", backend, "be torch or auto on a CPU", "use torch, or run on a GPU")
+    problem = triton_problem()
+    if problem is not None:
+        rule = f"be a backend that works here (triton: {problem})"
+        raise ConfigError("--loss-head-backend", backend, rule, "pip install triton and a C compiler, or use torch")
     from megatron_slm.loss.triton_backend import TritonKernels
 
     return TritonKernels()
+
+
+@cache
+def triton_problem() -> str | None:
+    """Try Triton's kernels once in this process; the reason they cannot be used, None where they can.
+
+    Triton compiles at the first call, with a C compiler that a container may lack.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    try:
+        from megatron_slm.loss.triton_backend import TritonKernels
+
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            rows = RowStatistics.of_no_logits(torch.zeros(1, 1, device=local_device()), with_entropy=False)
+            TritonKernels().fold(rows.max_N.new_zeros(1, 8), rows, rows.max_N.new_zeros(1, dtype=torch.int64), None)
+            if rows.sum_N.item() != 8.0:
+                return f"a trial gives {rows.sum_N.item()} instead of 8"
+    except Exception as error:  # a compiler fails with whatever its makers raise
+        return f"a trial fails: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return None

@@ -128,6 +128,7 @@ class Objective:
             token_loss_N=losses.tokens.loss_N,
             reference_loss_N=reference_loss_N,
             choice=choice,
+            kept_K=kept_K,
             valid_N=batch.valid_bs.flatten(),
             measured_threshold=self.selector.measure(choice, settings.step),
             source_b=batch.source_b,

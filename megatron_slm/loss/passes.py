@@ -115,7 +115,8 @@ class _StashedRows:
     def __init__(self, rows: KeptRows, stash: Stash) -> None:
         self.rows, self.stash = rows, stash
         self.slot_K = stash.slots(rows.kept_K)
-        self.missing_M = (self.slot_K < 0).nonzero().squeeze(1)
+        # with room for all rows none can be missing, and the device is not asked
+        self.missing_M = (self.slot_K < 0).nonzero().squeeze(1) if not stash.has_room_for_all else self.slot_K[:0]
         self.hidden_Md = rows.hidden_Kd[self.missing_M]
         self.has_all = self.missing_M.numel() == 0 and self.slot_K.numel() == stash.used
 

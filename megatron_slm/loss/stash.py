@@ -25,12 +25,11 @@ class Stash:
         self, hidden_Nd: Tensor, weight_Vd: Tensor, *, capacity: int, chunk_rows: int, dtype: torch.dtype
     ) -> None:
         self.capacity, self.used = capacity, 0
-        self._sizes = block_sizes(weight_Vd.shape[0])
+        self.has_room_for_all = capacity >= hidden_Nd.shape[0]
+        self._sizes = block_sizes(weight_Vd.shape[0], on_gpu=weight_Vd.is_cuda)
         self._blocks: list[Tensor | None] = [self._empty(hidden_Nd, capacity, size, dtype) for size in self._sizes]
         self._scratch = (
-            []
-            if capacity >= hidden_Nd.shape[0]
-            else [self._empty(hidden_Nd, chunk_rows, size, dtype) for size in self._sizes]
+            [] if self.has_room_for_all else [self._empty(hidden_Nd, chunk_rows, size, dtype) for size in self._sizes]
         )
         self._slot_N = torch.full((hidden_Nd.shape[0],), -1, dtype=torch.int64, device=hidden_Nd.device)
         self.max_LN = hidden_Nd.new_empty((len(self._sizes), hidden_Nd.shape[0]), dtype=accumulation_dtype(hidden_Nd))

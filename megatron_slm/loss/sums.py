@@ -135,6 +135,7 @@ def loss_sums(
     token_loss_N: Tensor,
     reference_loss_N: Tensor | None,
     choice: Choice,
+    kept_K: Tensor,
     valid_N: Tensor,
     measured_threshold: tuple[Tensor, Tensor],
     source_b: Tensor | None,
@@ -155,13 +156,13 @@ def loss_sums(
     quantiles = score_quantiles(choice.score_N, choice.ranked_N) * num_ranked
     threshold, threshold_tokens = measured_threshold
     return {
-        "kept_loss": loss_N[kept_N].sum(),
+        "kept_loss": loss_N[kept_K].sum(),
         "kept_tokens": kept_N.sum(),
         "valid_loss": loss_N.sum(),
         "valid_tokens": finite_N.sum(),
         "reference_loss": reference_N.sum(),
-        "kept_excess": (loss_N - reference_N)[kept_N].sum(),
-        "weighted_loss": (loss_N if choice.weight_N is None else loss_N * choice.weight_N)[kept_N].sum(),
+        "kept_excess": (loss_N - reference_N)[kept_K].sum(),
+        "weighted_loss": (loss_N if choice.weight_N is None else loss_N * choice.weight_N)[kept_K].sum(),
         "divisor": choice.divisor(),
         "nonfinite_tokens": (valid_N & ~finite_N).sum(),
         "nonfinite_losses": (valid_N & ~token_loss_N.isfinite()).sum(),

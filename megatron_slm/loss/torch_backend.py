@@ -15,8 +15,8 @@ class TorchKernels:
 
     def fold(self, logits_NB: Tensor, rows: RowStatistics, column_N: Tensor, exponentials_NB: Tensor | None) -> None:
         """Fold a block's logits into the rows' statistics, in place; arguments as in `Kernels.fold`."""
-        label_N1 = column_N.clamp(min=0)[:, None]
-        rows.target_N.copy_(torch.where(column_N >= 0, logits_NB.gather(1, label_N1).squeeze(1), rows.target_N))
+        inside_N, label_N1 = _labels(column_N, logits_NB.shape[1])
+        rows.target_N.copy_(torch.where(inside_N, logits_NB.gather(1, label_N1).squeeze(1), rows.target_N))
         max_N = torch.maximum(rows.max_N, logits_NB.amax(1))
         shift_N = rows.max_N - max_N
         logits_NB.sub_(max_N[:, None])
@@ -45,7 +45,13 @@ class TorchKernels:
         if max_K is not None:
             x_KB.sub_(max_K[:, None]).exp_()
         x_KB.mul_(factor_K[:, None])
-        row_T = (column_K >= 0).nonzero().squeeze(1)
-        x_KB[row_T, column_K[row_T]] = target_K[row_T]
+        inside_K, label_K1 = _labels(column_K, x_KB.shape[1])
+        x_KB.scatter_(1, label_K1, torch.where(inside_K[:, None], target_K[:, None], x_KB.gather(1, label_K1)))
         if out_KB is not x_KB:
             out_KB.copy_(x_KB)
+
+
+def _labels(column_N: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Tell which labels are in a block, bool [N], and a column to read for each, int64 [N, 1]; no wait."""
+    inside_N = (column_N >= 0) & (column_N < num_columns)
+    return inside_N, torch.where(inside_N, column_N, 0)[:, None]

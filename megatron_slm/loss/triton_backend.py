@@ -1,6 +1,6 @@
 """The loss's element-wise operations as two Triton kernels, one program a row; no products (those are cuBLAS').
 
-A block has at most `BLOCK_SIZE` columns, so a program holds its whole row in registers: every logit is read once
+A block has at most `GPU_BLOCK_SIZE` columns, so a program holds its whole row in registers: every logit is read once
 and written at most once.
 """
 
@@ -45,7 +45,7 @@ def _fold(
         moment = (tl.load(row_moment + row) + moved) * shrink + tl.sum(tl.where(inside, e * y, 0.0), axis=0)
         tl.store(row_moment + row, moment)
     label = tl.load(label_column + row)
-    if label >= 0:
+    if (label >= 0) & (label < num_columns):
         tl.store(row_target + row, tl.load(logits + row * logits_stride + label))
     if KEEP:
         at = exponentials + row * exponentials_stride + column
@@ -77,6 +77,11 @@ def _gradient(
     tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty), mask=inside)
 
 
+def num_warps(num_columns: int) -> int:
+    """Warps of a program: 16 columns a thread at most, so that a row fits in its registers."""
+    return 16 if num_columns > 4096 else 8
+
+
 class TritonKernels:
     """`Kernels` in Triton."""
 
@@ -100,7 +105,7 @@ class TritonKernels:
             KEEP=exponentials_NB is not None,
             ENTROPY=rows.moment_N is not None,
             TILE=triton.next_power_of_2(num_columns),
-            num_warps=8,
+            num_warps=num_warps(num_columns),
         )
 
     def gradient(
@@ -129,5 +134,5 @@ class TritonKernels:
             out_KB.stride(0),
             LOGITS=max_K is not None,
             TILE=triton.next_power_of_2(num_columns),
-            num_warps=8,
+            num_warps=num_warps(num_columns),
         )

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.model import flash, sdpa
+from megatron_slm.model import flash, flash3, sdpa
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.norm import RMSNorm
 from megatron_slm.model.rope import rotate, rotation
@@ -24,7 +24,7 @@ class Attention(nn.Module):
     def __init__(self, arch: Architecture, layers: Layers, prefix: str, *, window: int | None) -> None:
         super().__init__()
         self.width, self.window = arch.kv_channels, window
-        self.kernels = {"sdpa": sdpa, "flash": flash}[layers.backends.attention]
+        self.kernels = {"sdpa": sdpa, "flash": flash, "flash3": flash3}[layers.backends.attention]
         self.num_heads = layers.share(arch.num_attention_heads, field="number of attention heads")
         self.num_groups = layers.share(arch.num_query_groups, field="number of query groups")
         q, kv = arch.num_attention_heads * self.width, arch.num_query_groups * self.width

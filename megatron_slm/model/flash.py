@@ -12,10 +12,10 @@ from megatron_slm.types import Documents
 
 def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
     """Attend as `sdpa.attend` does."""
-    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_func
 
     q, k, v = (t.transpose(0, 1) for t in (q_sbhk, k_sbgk, v_sbgk))
-    return flash_attn_func(q, k, v, causal=True, window_size=_sides(window)).transpose(0, 1)
+    return flash_attn_func(q, k, v, causal=True, window_size=sides(window)).transpose(0, 1)
 
 
 def attend_in_documents(
@@ -26,9 +26,11 @@ def attend_in_documents(
 
     assert documents.lengths is not None, "attention within documents needs their lengths"
     ends, longest = documents.cumulative, max(documents.lengths)
-    sides = _sides(window)
-    return flash_attn_varlen_func(q_Nhk, k_Ngk, v_Ngk, ends, ends, longest, longest, causal=True, window_size=sides)
+    return flash_attn_varlen_func(
+        q_Nhk, k_Ngk, v_Ngk, ends, ends, longest, longest, causal=True, window_size=sides(window)
+    )
 
 
-def _sides(window: int | None) -> tuple[int, int]:
+def sides(window: int | None) -> tuple[int, int]:
+    """Positions seen to the left and to the right of one's own, as flash-attn counts them; -1 for all."""
     return (-1 if window is None else window - 1, 0)

@@ -22,21 +22,21 @@ class RMSNorm(nn.Module):
         self.weight = layers.replicated(f"{name}.weight", (hidden_size,))
         self.as_used = layers.on_head_share if over_heads else layers.on_sequence_shard
         self.epsilon = epsilon
-        self.normalize = {"torch": _normalize, "apex": _normalize_in_apex}[layers.backends.norm]
+        self.normalize = {"torch": normalize, "apex": normalize_in_apex}[layers.backends.norm]
 
     def forward(self, x_sbd: Tensor) -> Tensor:
         """[..., d] to [..., d]."""
         return self.normalize(x_sbd, self.as_used(self.weight), self.epsilon)
 
 
-def _normalize(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
+def normalize(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
     """Normalize; multiplies by the weight after the cast back to the input's dtype, as Hugging Face does."""
     x_fp32 = x_sbd.to(torch.promote_types(x_sbd.dtype, torch.float32))  # fp64 keeps its own
     scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + epsilon)
     return weight_d * (x_fp32 * scale).to(x_sbd.dtype)
 
 
-def _normalize_in_apex(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
+def normalize_in_apex(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
     """Normalize in one fused kernel; multiplies by the weight before the cast, which rounds differently in bf16."""
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 

@@ -1,32 +1,54 @@
 """Attention by torch's `scaled_dot_product_attention`, on any device and in any dtype.
 
+On a GPU only fused kernels are allowed. Torch would otherwise take its `math` path where none of them applies, without
+a word: 15 times the memory traffic and a [s, s] table a head (grouped heads with a window, grouped heads in fp32).
+
 Shapes: s sequence, b micro-batch, h query heads, g key/value groups, k width of a head, N = b * s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_slm.types import Documents
 
+FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+"""Kernels that make no table of scores; torch prefers cuDNN's on Hopper and Blackwell, else flash-attn's."""
+FUSED_OF_ANY_LENGTH = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+"""Without cuDNN, which plans some 30 ms for every new length: documents have a new one each."""
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_FLASH_WIDEST_HEAD = 256
 
-def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
+
+def attend(
+    q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None, *, kernels: Sequence[SDPBackend] = FUSED
+) -> Tensor:
     """Attend from every position to itself and the positions before it, [s, b, h, k].
 
     Args:
         window: number of positions to attend to, including the current one; None for all.
+        kernels: those allowed on a GPU.
+
+    Raises:
+        RuntimeError: on a GPU, no allowed kernel applies.
     """
     length = q_sbhk.shape[0]
+    is_causal = window is None or window >= length
+    if q_sbhk.is_cuda and not (is_causal and _flash_takes(q_sbhk)):  # the other kernels want as many groups as heads
+        k_sbgk, v_sbgk = (x.repeat_interleave(q_sbhk.shape[2] // x.shape[2], dim=2) for x in (k_sbgk, v_sbgk))
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_sbhk, k_sbgk, v_sbgk))
     grouped = q.shape[1] != k.shape[1]
-    if window is None or window >= length:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    else:
-        distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-        seen = (distance >= 0) & (distance < window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    with _fused_only(q, kernels):
+        if is_causal:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(length, window, q.device), enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
 
 
@@ -40,4 +62,29 @@ def attend_in_documents(
     """
     assert documents.lengths is not None, "attention within documents needs their lengths"
     parts = zip(*(x[:, None].split(documents.lengths) for x in (q_Nhk, k_Ngk, v_Ngk)), strict=True)
-    return torch.cat([attend(q, k, v, window) for q, k, v in parts]).squeeze(1)
+    return torch.cat([attend(q, k, v, window, kernels=FUSED_OF_ANY_LENGTH) for q, k, v in parts]).squeeze(1)
+
+
+def attend_by_definition(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
+    """`attend` with a table of every pair: to compare kernels with."""
+    k, v = (x.repeat_interleave(q_sbhk.shape[2] // x.shape[2], dim=2) for x in (k_sbgk, v_sbgk))
+    length, width = q_sbhk.shape[0], q_sbhk.shape[-1]
+    scores = torch.einsum("sbhk,tbhk->bhst", q_sbhk, k) / width**0.5
+    scores = scores.masked_fill(~_seen(length, window, scores.device), -torch.inf)
+    return torch.einsum("bhst,tbhk->sbhk", scores.softmax(-1), v)
+
+
+def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Return the positions (columns) that each position (row) attends to, bool [s, s]."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    """Tell whether flash-attn's kernel, which takes grouped heads, computes in this dtype and width."""
+    return q.dtype in _FLASH_DTYPES and q.shape[-1] <= _FLASH_WIDEST_HEAD
+
+
+def _fused_only(q: Tensor, kernels: Sequence[SDPBackend]) -> AbstractContextManager[object]:
+    """Forbid the math path on a GPU; fp64, for tests, has no other."""
+    return sdpa_kernel(list(kernels)) if q.is_cuda and q.dtype != torch.float64 else nullcontext()

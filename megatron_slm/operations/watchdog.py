@@ -29,8 +29,10 @@ import torch.distributed as dist
 
 from megatron_slm.config.resilience import ResilienceConfig
 from megatron_slm.errors import PeerError, SlmError
+from megatron_slm.log import print_traceback
 from megatron_slm.operations.hang_report import Diagnosis, Record, diagnose, is_in_collective, main_stack, table
 from megatron_slm.operations.heartbeats import Heartbeats, StoreLostError, StoreSilentError
+from megatron_slm.operations.silent_peers import SilentPeers
 from megatron_slm.parallel.activity import Activity, LoopState, Moment
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Watchdog:
         self._rank, self._host = dist.get_rank(), socket.gethostname()
         self._beat, self._num_alarms = 0, 0
         self._ended: str | None = None
+        self._silent_peers = SilentPeers()
         self._is_lost = False
         self._reported: Moment | None = None
         self._wake, self._closed, self._explained = threading.Event(), False, threading.Event()
@@ -112,6 +115,8 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if error is not None:
             self._ended = f"{type(error).__name__}: {error}".splitlines()[0]
+        if error is not None and not isinstance(error, SlmError | SystemExit | KeyboardInterrupt):
+            print_traceback(error)  # the diagnosis takes seconds, and a launcher may end this process meanwhile
         if error is not None and (isinstance(error, PeerError) or not isinstance(error, SlmError)):
             self._report_lost(error)
         else:  # all ranks raise the other SlmErrors
@@ -150,6 +155,8 @@ class Watchdog:
     def _check(self) -> None:
         """Publish this rank's record, raise an alarm if there is reason, and answer the alarm of any rank."""
         self._heartbeats.publish(self._record().to_dict())
+        if self._rank == 0 and self._silent_peers.found(self._records, time.monotonic()):
+            self._is_lost = True
         moment, limit = self._watched
         kind = self._due_alarm(moment, limit)
         if kind is not None:

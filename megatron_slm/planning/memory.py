@@ -17,7 +17,7 @@ from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.channels import Channel
 from megatron_slm.engine.schedule.simulate import Sizes
-from megatron_slm.loss.blocks import BLOCK_SIZE, block_sizes
+from megatron_slm.loss.blocks import block_size, block_sizes
 from megatron_slm.loss.variants import StashPlan
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.parameters import StageParameters, stage_parameters
@@ -145,7 +145,7 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
 
     | engine | parameters | gradients | optimizer | buffers |
     |---|---|---|---|---|
-    | ZeRO-1 bf16 (`BF16_Optimizer`) | 2n | 4n summed + 2n of one micro-batch | 12n/D | flattened copies at the step |
+    | ZeRO-1 bf16 (`BF16_Optimizer`) | 2n | 4n, summed as they come | 12n/D | flattened copies at the step |
     | ZeRO-1 fp32 | 4n | 4n | 12n/D | one bucket; another and a partition at the step |
     | ZeRO-2 | en | 4n/D | 12n/D | one bucket |
     | ZeRO-3 | en/D, small ones whole, and those gathered | 4n/D | 12n/D | one bucket |
@@ -162,7 +162,7 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     if layout.zero_stage == 1 and e == 2:
         copies = 4 * n if n <= bucket else 0  # larger tensors are reduced one by one, without a fp32 copy
         casts = 2 * n if c == 2 else 0
-        return held | {"gradients": 6 * n, "step_buckets": copies + casts}
+        return held | {"gradients": 4 * n, "step_buckets": copies + casts}
     if layout.zero_stage == 1:  # one bucket from the first backward pass on, another for the reduction
         return held | {"gradients": 4 * n, "buckets": 4 * bucket, "step_buckets": 4 * bucket + 4 * share}
     if layout.zero_stage == 2:
@@ -235,6 +235,7 @@ def working_bytes(
         return 4 * e * arch.ffn_hidden_size / layout.tensor + (8 + 2 * e) * arch.hidden_size / layout.sequence_shards
 
     model = inner(run.architecture) if parameters.num_blocks else 0.0
+    model += e * max(parameters.sizes, default=0) / tokens  # a gradient until it is added to its fp32 sum
     if layout.recomputes and parameters.num_blocks:
         model += block_activations(run.architecture, layout, e=e)
     frozen = 0.0
@@ -265,14 +266,14 @@ def stash_bytes(run: PlannedRun, layout: Layout) -> int:
     plan = loss_head_plan(run, layout)
     if plan.capacity == 0:
         return 0
-    return plan.capacity * columns * plan.dtype.itemsize + rows * (8 + 4 * len(block_sizes(columns)))
+    return plan.capacity * columns * plan.dtype.itemsize + rows * (8 + 4 * len(block_sizes(columns, on_gpu=True)))
 
 
 def loss_head_bytes(run: PlannedRun, layout: Layout) -> int:
     """Return the bytes of the loss head for one micro-batch: the stash, and the larger of its passes."""
     arch, e, rows = run.architecture, run.dtype_bytes, _tokens(run, layout)
     columns = run.padded_vocabulary(arch) // layout.tensor
-    plan, kept, block = loss_head_plan(run, layout), round(run.keep_ratio * rows), min(BLOCK_SIZE, columns)
+    plan, kept, block = loss_head_plan(run, layout), round(run.keep_ratio * rows), min(block_size(on_gpu=True), columns)
     forward = 4 * plan.chunk_rows * block
     if 0 < plan.capacity < rows:  # exponentials of a chunk, before rows for the stash are chosen
         forward += plan.chunk_rows * columns * plan.dtype.itemsize

@@ -1,20 +1,32 @@
-"""Chooses among the backends that are installed."""
+"""Chooses what a process computes with: what is asked for, and what works here.
+
+`auto` takes the fastest that works and falls back to torch's own, saying why; whatever is asked for by name is used or
+refused, never replaced.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.config.backends import BackendConfig, Backends
+from megatron_slm.config.backends import Attention, BackendConfig, Backends, Norm, Optimizer
 from megatron_slm.config.run import RunConfig
-from megatron_slm.device import on_gpu
+from megatron_slm.device import compute_capability, on_gpu
 from megatron_slm.errors import ConfigError
+from megatron_slm.model import sdpa
+from megatron_slm.parallel.collectives import all_gather_objects
+from megatron_slm.run import packages
+from megatron_slm.run.packages import Finding, Package, find
 
 FLASH_ATTENTION_WIDEST_HEAD = 256
 """flash-attn's kernels refuse wider heads."""
+_HOPPER = 9
+"""Compute capability from which on torch's own attention (cuDNN's kernels) outruns flash-attn 2."""
+_COMPARED = ("attention", "norm", "optimizer", "blocks", "loss head")
 
 
 def run_backends(config: RunConfig, user_deepspeed: dict[str, Any], architectures: Iterable[Architecture]) -> Backends:
@@ -25,6 +37,7 @@ def run_backends(config: RunConfig, user_deepspeed: dict[str, Any], architecture
         zero_stage=ds_config.zero_stage(user_deepspeed),
         architectures=architectures,
         updates_on_host=ds_config.offloads_optimizer(user_deepspeed),
+        keeps_documents_apart=config.data.reset_attention_mask,
     )
 
 
@@ -35,17 +48,19 @@ def choose_backends(
     zero_stage: int,
     architectures: Iterable[Architecture],
     updates_on_host: bool = False,
+    keeps_documents_apart: bool = False,
 ) -> Backends:
-    """Resolve `auto` to an installed backend.
+    """Resolve `auto` to a backend that works.
 
     Args:
-        updates_on_host: the optimizer is offloaded.
         architectures: of the model and the reference.
+        updates_on_host: the optimizer is offloaded.
+        keeps_documents_apart: attention runs inside documents, of any length.
 
     Raises:
-        ConfigError: a backend asked for by name is not installed or cannot run here.
+        ConfigError: a backend asked for by name does not work here.
     """
-    gpu, widest = on_gpu(), max(arch.kv_channels for arch in architectures)
+    models = list(architectures)
     if config.compile_blocks and zero_stage == 3:
         raise ConfigError(
             "--compile-blocks",
@@ -53,40 +68,114 @@ def choose_backends(
             "be off with ZeRO-3, whose hooks gather a block's weights while it runs",
             "leave it out, or use ZeRO-1 or ZeRO-2",
         )
-    flash_takes = bf16 and widest <= FLASH_ATTENTION_WIDEST_HEAD
-    attention, norm, optimizer = config.attention_backend, config.norm_backend, config.optimizer_backend
-    if attention == "flash":
-        _require_installed("--attention-backend", "flash", "flash_attn", "flash-attn", gpu=gpu, otherwise="sdpa")
-        if not flash_takes:
-            found = f"heads of width {widest}, {'bf16' if bf16 else 'fp32'}"
-            rule = f"have heads of at most {FLASH_ATTENTION_WIDEST_HEAD} in bf16 (here: {found})"
-            raise ConfigError("--attention-backend", "flash", rule, "add --bf16, or use sdpa")
-    if norm == "apex":
-        _require_installed("--norm-backend", "apex", "apex", "apex", gpu=gpu, otherwise="torch")
-    if optimizer == "apex":
-        _require_installed("--optimizer-backend", "apex", "apex", "apex", gpu=gpu, otherwise="torch")
-    if optimizer == "deepspeed" and not gpu:
-        raise ConfigError("--optimizer-backend", "deepspeed", "run on a GPU", "use torch (or auto) on a CPU")
-    if updates_on_host and optimizer in ("apex", "deepspeed"):
-        rule = "be torch or auto with zero_optimization.offload_optimizer, which updates on the host"
-        raise ConfigError("--optimizer-backend", optimizer, rule, "use torch (or auto), or do not offload")
-    apex = gpu and _installed("apex")
-    if attention == "auto":
-        attention = "flash" if gpu and flash_takes and _installed("flash_attn") else "sdpa"
+    notes: dict[str, str] = {}
     return Backends(
-        attention=attention,
-        norm=("apex" if apex else "torch") if norm == "auto" else norm,
-        optimizer=("apex" if apex and not updates_on_host else "torch") if optimizer == "auto" else optimizer,
+        attention=_attention(config.attention_backend, models, bf16, keeps_documents_apart, notes),
+        norm=_norm(config.norm_backend, notes),
+        optimizer=_optimizer(config.optimizer_backend, updates_on_host, notes),
         compile_blocks=config.compile_blocks,
+        notes=notes,
     )
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def check_same_on_all_ranks(backends: Backends, loss_head: str) -> None:
+    """Refuse a run whose ranks chose differently, because one node lacks a package. Collective over the world.
+
+    Raises:
+        ConfigError: on every rank alike.
+    """
+    mine = (backends.attention, backends.norm, backends.optimizer, backends.compile_blocks, loss_head)
+    held = all_gather_objects(mine)
+    for rank, theirs in enumerate(held):
+        for what, first, other in zip(_COMPARED, held[0], theirs, strict=True):
+            if first != other:
+                raise ConfigError(
+                    f"{what} backend of rank {rank}",
+                    other,
+                    f"be that of rank 0, {first!r}, so that all ranks round alike",
+                    "install the same packages on all nodes, or choose a backend by name",
+                )
 
 
-def _require_installed(flag: str, name: str, module: str, package: str, *, gpu: bool, otherwise: str) -> None:
-    if not gpu:
+def _attention(
+    asked: str, models: list[Architecture], bf16: bool, keeps_documents_apart: bool, notes: dict[str, str]
+) -> Attention:
+    widest = max(arch.kv_channels for arch in models)
+    fits = bf16 and widest <= FLASH_ATTENTION_WIDEST_HEAD
+    for name, package in (("flash", packages.FLASH), ("flash3", packages.FLASH3)):
+        if asked == name:
+            _require("--attention-backend", name, package, otherwise="sdpa")
+            if not fits:
+                found = f"heads of width {widest}, {'bf16' if bf16 else 'fp32'}"
+                rule = f"have heads of at most {FLASH_ATTENTION_WIDEST_HEAD} in bf16 (here: {found})"
+                raise ConfigError("--attention-backend", name, rule, "add --bf16, or use sdpa")
+            return name  # type: ignore[return-value]
+    if not on_gpu():
+        return "sdpa"
+    if asked == "auto" and fits:
+        tried = [find(packages.FLASH3), find(packages.FLASH)]
+        if tried[0].works:
+            return "flash3"
+        windowed = any(arch.sliding_window is not None for arch in models)
+        outrun = compute_capability() >= (_HOPPER, 0) and not windowed and not keeps_documents_apart
+        if tried[1].works and not outrun:
+            return "flash"
+        better = tried[:1] if outrun and tried[1].works else tried
+        notes["attention"] = "; ".join(f"{one.name}: {one.problem}" for one in better)
+    _check_sdpa(models, bf16)
+    return "sdpa"
+
+
+def _check_sdpa(models: list[Architecture], bf16: bool) -> None:
+    """Find out before the first step whether torch has a fused kernel for these heads."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    for arch in models:
+        for window in {None, 32 if arch.sliding_window is not None else None}:
+            try:
+                packages.try_attention(sdpa.attend, width=arch.kv_channels, window=window, dtype=dtype)
+            except RuntimeError as error:
+                raise ConfigError(
+                    "--attention-backend",
+                    "sdpa",
+                    f"have a fused kernel for heads of width {arch.kv_channels} in {dtype} ({error})",
+                    "choose another width or precision (or --attention-backend flash)",
+                ) from error
+
+
+def _norm(asked: str, notes: dict[str, str]) -> Norm:
+    if asked == "apex":
+        _require("--norm-backend", "apex", packages.APEX_NORM, otherwise="torch")
+        return "apex"
+    if asked == "torch" or not on_gpu():
+        return "torch"
+    return "apex" if _noted(find(packages.APEX_NORM), "norm", notes) else "torch"
+
+
+def _optimizer(asked: str, updates_on_host: bool, notes: dict[str, str]) -> Optimizer:
+    if asked == "deepspeed" and not on_gpu():
+        raise ConfigError("--optimizer-backend", "deepspeed", "run on a GPU", "use torch (or auto) on a CPU")
+    if asked == "apex":
+        _require("--optimizer-backend", "apex", packages.APEX_ADAM, otherwise="torch")
+    if asked in ("apex", "deepspeed") and updates_on_host:
+        rule = "be torch or auto with zero_optimization.offload_optimizer, which updates on the host"
+        raise ConfigError("--optimizer-backend", asked, rule, "use torch (or auto), or do not offload")
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    if updates_on_host or not on_gpu():
+        return "torch"
+    return "apex" if _noted(find(packages.APEX_ADAM), "optimizer", notes) else "torch"
+
+
+def _noted(found: Finding, what: str, notes: dict[str, str]) -> bool:
+    if not found.works:
+        notes[what] = f"{found.name}: {found.problem}"
+    return found.works
+
+
+def _require(flag: str, name: str, package: Package, *, otherwise: str) -> None:
+    if not on_gpu():
         raise ConfigError(flag, name, "run on a GPU", f"use {otherwise} (or auto) on a CPU")
-    if not _installed(module):
-        raise ConfigError(flag, name, "be an installed backend", f"install {package}, or use {otherwise} (or auto)")
+    found = find(package)
+    if not found.works:
+        rule = f"be a backend that works here ({found.name}: {found.problem})"
+        raise ConfigError(flag, name, rule, f"{package.fix}; or use {otherwise} (or auto)")

@@ -23,6 +23,7 @@ from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.layout import check_layout
 from megatron_slm.run.models import Models
+from megatron_slm.run.opened_corpora import eod_id
 from megatron_slm.run.resume import Resume
 from megatron_slm.selection.selector import Selector
 from megatron_slm.telemetry.monitors import check_monitors
@@ -73,9 +74,12 @@ def check_documents(config: RunConfig, tokenizer: Tokenizer, backends: Backends)
     Raises:
         ConfigError: the tokenizer has no end-of-document token, or compiled blocks would see documents.
     """
-    if config.data.eod_mask_loss and tokenizer.eod_id is None:
+    if config.data.eod_mask_loss and eod_id(config, tokenizer) is None:
         raise ConfigError(
-            "--eod-mask-loss", True, "have a tokenizer with an end-of-document token", "leave it out, or use another"
+            "--eod-mask-loss",
+            True,
+            "have a tokenizer with an end-of-document token",
+            "leave it out, name one with --eod-token, or use another",
         )
     if backends.compile_blocks and boundaries(config, tokenizer).matter_to_layers:
         raise ConfigError(

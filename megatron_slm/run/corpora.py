@@ -20,17 +20,17 @@ from megatron_slm.config.run import RunConfig
 from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.blending import BlendedSamples, MakeSamples, Phase, Source, needed_samples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
-from megatron_slm.data.corpus.sidecar import find_loss_mask, read_sidecar_of
-from megatron_slm.data.corpus.staging import staged
 from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
 from megatron_slm.data.packing import PackedSamples, SequentialSamples, has_share, split_bounds
 from megatron_slm.data.samples import OrderedSamples
+from megatron_slm.data.samples_with_loss import SamplesWithLoss
 from megatron_slm.data.texts import TextSamples, read_texts
 from megatron_slm.data.tokenizers.registry import Tokenizer
-from megatron_slm.errors import ConfigError, CorpusError, VocabularyError
+from megatron_slm.errors import ConfigError, CorpusError
 from megatron_slm.run.data_paths import DataPaths, read_paths
+from megatron_slm.run.opened_corpora import CorpusOpener, OpenedCorpus, eod_id
 from megatron_slm.run.resume import Resume, num_run_samples
 from megatron_slm.run.sample_order import check_order
 
@@ -48,30 +48,6 @@ class RunData:
     """Held-out sets by name."""
     test: dict[str, SequentialSamples] = field(default_factory=dict)
     """Held-out sets for the end of the run, by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Corpus:
-    tokens: IndexedCorpus
-    loss_mask: IndexedCorpus | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Opener:
-    """Opens each corpus once and validates it against the run's vocabulary."""
-
-    tokenizer: Tokenizer
-    num_tokens: int
-    cache: Path
-    """Folder for copies of remote corpora."""
-    opened: dict[str, _Corpus] = field(default_factory=dict)
-
-    def open(self, prefix: str) -> _Corpus:
-        if prefix not in self.opened:
-            local = staged(prefix, self.cache)
-            tokens, mask = open_corpus(local, self.tokenizer, self.num_tokens), find_loss_mask(local)
-            self.opened[prefix] = _Corpus(tokens=tokens, loss_mask=None if mask is None else IndexedCorpus(mask))
-        return self.opened[prefix]
 
 
 class _BlendFrom(NamedTuple):
@@ -133,7 +109,9 @@ def open_data(
     named = {corpus.prefix: corpus for _, blend in blends for corpus in blend.corpora}
     check_names(named.values(), "--data-phases")
     cache = cache_folder(config)
-    opener = _Opener(tokenizer=tokenizer, num_tokens=num_tokens, cache=cache)
+    eod = eod_id(config, tokenizer)
+    ends_matter = config.data.eod_mask_loss or config.data.reset_attention_mask or config.data.reset_position_ids
+    opener = CorpusOpener(tokenizer=tokenizer, num_tokens=num_tokens, eod_id=eod if ends_matter else None, cache=cache)
     opened = {prefix: opener.open(prefix) for prefix in named}
     valid = _held_out(_VALID, paths, list(named.values()), opener, config.data.seq_length)
     test = _held_out(_TEST, paths, list(named.values()), opener, config.data.seq_length)
@@ -161,10 +139,10 @@ class _TrainingCorpora:
         config: RunConfig,
         split: str | None,
         named: dict[str, NamedPrefix],
-        opened: dict[str, _Corpus],
+        opened: dict[str, OpenedCorpus],
         cache: IndexCache,
     ) -> None:
-        self._named, self._cache = named, cache
+        self._named, self._opened, self._cache = named, opened, cache
         self._sequences: dict[str, tuple[int, int]] = {}
         self._makers: dict[str, MakeSamples] = {}
         for prefix, corpus in opened.items():
@@ -202,6 +180,9 @@ class _TrainingCorpora:
             )
             for prefix, make in self._makers.items()
         ]
+        for source, corpus in zip(sources, self._opened.values(), strict=True):
+            if corpus.loss_mask is not None:
+                _report_samples_without_loss(source, corpus, self._cache)
         return BlendedSamples(sources, phases, num_samples, self._cache)
 
     def _weights(self, blend: Blend) -> dict[str, float]:
@@ -223,14 +204,14 @@ class _TrainingCorpora:
 
 def _make_samples(
     config: RunConfig,
-    corpus: _Corpus,
+    corpus: OpenedCorpus,
     sequences: tuple[int, int],
     cache: IndexCache,
     num_samples: int | None,
     seed_offset: int,
 ) -> OrderedSamples:
     kind = BestFitSamples if config.data.packing == "best-fit" else PackedSamples
-    return kind(
+    order = kind(
         corpus.tokens,
         *sequences,
         sequence_length=config.data.seq_length,
@@ -239,6 +220,25 @@ def _make_samples(
         loss_mask=corpus.loss_mask,
         cache=cache,
     )
+    if corpus.loss_mask is None or config.data.samples_without_loss == "keep":
+        return order
+    return SamplesWithLoss(order, corpus.numbers_with_loss(order, cache), corpus.mask_fingerprint)
+
+
+def _report_samples_without_loss(source: Source, corpus: OpenedCorpus, cache: IndexCache) -> None:
+    """Log how many samples of a source have no trained token."""
+    total = sum(len(order) + order.num_left_out for order in source.orders)
+    left_out = sum(order.num_left_out for order in source.orders)
+    if left_out:
+        logger.info("corpus %s: left out %d of %d samples, without a trained token", source.name, left_out, total)
+        return
+    kept = total - sum(corpus.numbers_with_loss(order, cache).size for order in source.orders)
+    if kept:
+        logger.warning(
+            "corpus %s: %d of %d samples have no trained token and are run for nothing; "
+            "leave them out with --samples-without-loss drop",
+            source.name, kept, total,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,12 @@ _VALID, _TEST = _HeldOutKind("valid", 1), _HeldOutKind("test", 2)
 
 
 def _held_out(
-    kind: _HeldOutKind, paths: DataPaths, trained: Sequence[NamedPrefix], opener: _Opener, sequence_length: int
+    kind: _HeldOutKind, paths: DataPaths, trained: Sequence[NamedPrefix], opener: CorpusOpener, sequence_length: int
 ) -> dict[str, SequentialSamples]:
     """Open the held-out sets of a kind, by name: shares of the training corpora, and corpora of their own."""
     found = {}
 
-    def add(title: str, corpus: _Corpus, start: int, stop: int) -> None:
+    def add(title: str, corpus: OpenedCorpus, start: int, stop: int) -> None:
         found[title] = SequentialSamples(
             corpus.tokens, start, stop, sequence_length=sequence_length, loss_mask=corpus.loss_mask
         )
@@ -296,39 +296,11 @@ def _no_sequence(split: str, kind: _HeldOutKind, corpus: IndexedCorpus) -> Corpu
     )
 
 
-def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCorpus:
-    """Open a corpus and validate its token ids against the run's tokenizer and vocabulary.
-
-    Raises:
-        CorpusError, VocabularyError: it is damaged, empty, of another tokenizer, or holds ids beyond the vocabulary.
-    """
-    corpus = IndexedCorpus(prefix)
-    sidecar = read_sidecar_of(corpus)
-    if sidecar is None:
-        logger.warning("%s has no .meta.json: its token ids are checked, its tokenizer cannot be", prefix)
-    elif sidecar.tokenizer_fingerprint != tokenizer.fingerprint():
-        raise VocabularyError(
-            f"tokenizer of corpus {prefix}",
-            sidecar.tokenizer_fingerprint[:12],
-            f"have the token table of the run's tokenizer ({tokenizer.fingerprint()[:12]})",
-            "preprocess the text with the run's tokenizer, or name the corpus' tokenizer",
-        )
-    if sidecar is not None and sidecar.max_token_id >= num_tokens:
-        raise VocabularyError(
-            f"largest token id of corpus {prefix}",
-            sidecar.max_token_id,
-            f"be below the models' vocabulary size, {num_tokens}",
-            "use models of the corpus' vocabulary",
-        )
-    corpus.check_vocabulary(num_tokens)
-    return corpus
-
-
 def boundaries(config: RunConfig, tokenizer: Tokenizer) -> Boundaries:
     """Treatment of document ends in this run."""
     data = config.data
     return Boundaries(
-        eod_id=tokenizer.eod_id,
+        eod_id=eod_id(config, tokenizer),
         eod_mask_loss=data.eod_mask_loss,
         reset_attention_mask=data.reset_attention_mask,
         reset_position_ids=data.reset_position_ids,

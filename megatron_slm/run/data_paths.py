@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_slm.config.blends import Blend, NamedPrefix, is_number, named_prefix, parse_blend, parse_phases
 from megatron_slm.config.data import DataConfig
+from megatron_slm.data.corpus.indexed import idx_path
 from megatron_slm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,10 @@ def read_paths(data: DataConfig) -> DataPaths:
     elif data.per_split_data_args_path:
         flag, split = "--per-split-data-args-path", ""
         words, valid, test = _read_sets(data.per_split_data_args_path, flag)
+    train = parse_blend(words, flag)
+    _warn_of_numeric_prefixes(words, flag, train)
     return DataPaths(
-        train=parse_blend(words, flag),
+        train=train,
         valid=_without_weights(valid, "--valid-data-path"),
         test=_without_weights(test, "--test-data-path"),
         split=split or None,
@@ -79,6 +82,18 @@ def _read_sets(path: str, flag: str) -> tuple[list[str], list[str], list[str]]:
     if unknown:
         raise ConfigError(f"{flag} {path}: key", unknown[0], "be train, valid or test", "rename the key")
     return sets[0], sets[1], sets[2]
+
+
+def _warn_of_numeric_prefixes(words: list[str], flag: str, train: Blend) -> None:
+    """Warn where words that were read as weights are also prefixes of corpora."""
+    if train.weights is None:
+        return
+    for word in words[::2]:
+        if idx_path(word).is_file():
+            logger.warning(
+                "%s: %s was read as a weight, and a corpus of that name exists; write ./%s for the corpus",
+                flag, word, word,
+            )  # fmt: skip
 
 
 def _without_weights(words: list[str], flag: str) -> tuple[NamedPrefix, ...]:

@@ -16,7 +16,7 @@ from megatron_slm.config.backends import Backends
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.texts import TextSamples
 from megatron_slm.device import communication_backend, device_name, on_gpu
-from megatron_slm.loss.kernels import choose_kernels
+from megatron_slm.loss.kernels import choose_kernels, triton_problem
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
@@ -108,6 +108,11 @@ class Plan:
             "loss head": self._describe_loss_head(),
         }
 
+    @property
+    def loss_head_kernels(self) -> str:
+        """Name of the loss head's kernels in this process."""
+        return choose_kernels(self.loss_head.backend, on_gpu=on_gpu()).name
+
     def _describe_loss_head(self) -> str:
         training, divisible = self.config.training, self.config.model.make_vocab_size_divisible_by
         num_tokens = training.micro_batch_size * self.config.data.seq_length
@@ -116,7 +121,10 @@ class Plan:
             num_tokens, num_columns, self.selector.expected_share(training.train_iters), self.dtype
         )
         mib = chosen.capacity * num_columns * chosen.dtype.itemsize / 2**20
-        kernels = choose_kernels(self.loss_head.backend, on_gpu=on_gpu()).name
+        kernels = self.loss_head_kernels
+        problem = triton_problem() if on_gpu() and self.loss_head.backend == "auto" else None
+        if problem:
+            kernels += f" (triton: {problem})"
         return f"{chosen.variant} ({mib:,.0f} MiB kept of {chosen.capacity} of {num_tokens} tokens), {kernels} kernels"
 
 

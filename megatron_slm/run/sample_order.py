@@ -47,7 +47,7 @@ def check_order(config: RunConfig, manifest: Manifest | None, samples: BlendedSa
             f"--load: {what}",
             here,
             f"match the checkpoint's run ({there}): same corpora, weights, --split, --seed, --seq-length, "
-            "--packing and, up to the checkpoint, --data-phases and --global-batch-size",
+            "--packing, --samples-without-loss and, up to the checkpoint, --data-phases and --global-batch-size",
             "restore these (to change the blend from here on, keep --data-path and add a phase to --data-phases), or "
             "add --accept-new-sample-order: samples may repeat or be skipped",
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from megatron_slm.selection.select import num_kept
+from megatron_slm.selection.select import kept_counts
+from megatron_slm.types import move
 
 SCORE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Levels of the logged quantiles."""
@@ -44,11 +47,9 @@ def share_threshold(score_N: Tensor, ranked_N: Tensor, keep_ratio: float) -> Ten
 
     `score >= threshold` keeps `num_kept` tokens, and more only if several have the lowest score.
     """
-    score_R = score_N[ranked_N]
-    count = num_kept(score_R.numel(), keep_ratio)
-    if count == 0:
-        return score_N.new_full((), torch.inf)
-    return torch.topk(score_R, count).values[-1]
+    descending_N = score_N.masked_fill(~ranked_N, -torch.inf).sort(descending=True).values
+    count = kept_counts(score_N.numel(), keep_ratio, score_N.device).take(ranked_N.sum())
+    return torch.where(count > 0, descending_N.take((count - 1).clamp(min=0)), torch.inf)
 
 
 def measured_threshold(score_N: Tensor, ranked_N: Tensor, keep_ratio: float) -> Tensor:
@@ -73,11 +74,16 @@ def running_threshold(before: float | None, measured_sum: float, num_ranked: flo
 
 def score_quantiles(score_N: Tensor, ranked_N: Tensor) -> Tensor:
     """Return the quantiles at `SCORE_LEVELS` over ranked tokens, interpolated linearly, fp64 [5]; 0 without tokens."""
-    score_R = score_N[ranked_N].double().sort().values
-    levels = torch.tensor(SCORE_LEVELS, dtype=torch.float64, device=score_N.device)
-    if score_R.numel() == 0:
-        return torch.zeros_like(levels)
-    place = levels * (score_R.numel() - 1)
-    low = place.floor().long()
-    high = (low + 1).clamp(max=score_R.numel() - 1)
-    return torch.lerp(score_R[low], score_R[high], place - low)
+    ascending_N = score_N.masked_fill(~ranked_N, torch.inf).double().sort().values
+    last = ranked_N.sum() - 1
+    place = _levels(score_N.device) * last
+    low = place.floor().long().clamp(min=0)
+    high = torch.minimum(low + 1, last.clamp(min=0))
+    return torch.where(last >= 0, torch.lerp(ascending_N[low], ascending_N[high], place - low), 0.0)
+
+
+@lru_cache(maxsize=8)
+def _levels(device: torch.device) -> Tensor:
+    levels = move(torch.tensor(SCORE_LEVELS, dtype=torch.float64, device="cpu"), device)
+    assert levels is not None, "a tensor was moved"
+    return levels

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_slm.selection.select import top_share
+from megatron_slm.selection.select import top_mask
 
 Scope = Literal["sequence", "micro-batch", "data-parallel"]
 """Set of tokens ranked against each other. `data-parallel` equals `micro-batch` here: callers first concatenate the
@@ -18,17 +18,17 @@ ranks' tokens, by rank."""
 def select_in_scope(
     score_bs: Tensor, valid_bs: Tensor, keep_ratio: float, scope: Scope, always_bs: Tensor | None = None
 ) -> Tensor:
-    """Return the positions kept by `top_share` within each scope: indices into flattened [b, s], ascending int64 [K].
+    """Mark the kept positions of the flattened [b, s], bool [N]; see `top_mask`.
 
     `sequence` ranks each of the b sequences separately (the N of Rho-1's equation 4).
     """
     if scope != "sequence":
         always_N = None if always_bs is None else always_bs.flatten()
-        return top_share(score_bs.flatten(), valid_bs.flatten(), keep_ratio, always_N)
+        return top_mask(score_bs.flatten(), valid_bs.flatten(), keep_ratio, always_N)
     kept = []
     for i, (score_s, valid_s) in enumerate(zip(score_bs, valid_bs, strict=True)):
         always_s = None if always_bs is None else always_bs[i]
-        kept.append(top_share(score_s, valid_s, keep_ratio, always_s) + i * score_bs.shape[1])
+        kept.append(top_mask(score_s, valid_s, keep_ratio, always_s))
     return torch.cat(kept)
 
 

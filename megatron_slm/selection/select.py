@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_slm.types import move
 
 
 def num_kept(num_valid: int, keep_ratio: float) -> int:
@@ -16,8 +20,30 @@ def num_kept(num_valid: int, keep_ratio: float) -> int:
     return max(min(num_valid, 1), math.ceil(round(keep_ratio * num_valid, 9)))
 
 
+@lru_cache(maxsize=64)
+def kept_counts(most: int, keep_ratio: float, device: torch.device) -> Tensor:
+    """`num_kept` of 0 to `most` valid tokens, int64 [most + 1] on the device, where it is looked up without a wait."""
+    products = keep_ratio * np.arange(most + 1)
+    counts = np.ceil(products).astype(np.int64)
+    counts[1:] = counts[1:].clip(min=1)
+    near = np.abs(products - np.rint(products)) < _NEAR
+    counts[near] = [num_kept(int(n), keep_ratio) for n in near.nonzero()[0]]
+    found = move(torch.from_numpy(counts), device)
+    assert found is not None, "a tensor was moved"
+    return found
+
+
+_NEAR = 1e-6
+"""Products this near to an integer are rounded by `num_kept` itself; the rounding to 9 decimals moves no other."""
+
+
 def top_share(score_N: Tensor, valid_N: Tensor, keep_ratio: float, always_N: Tensor | None = None) -> Tensor:
-    """Return the positions of the `num_kept` highest valid scores, ascending; ties go to the lower position.
+    """Return the positions of the `num_kept` highest valid scores, int64 [K], ascending; see `top_mask`."""
+    return top_mask(score_N, valid_N, keep_ratio, always_N).nonzero().squeeze(1)
+
+
+def top_mask(score_N: Tensor, valid_N: Tensor, keep_ratio: float, always_N: Tensor | None = None) -> Tensor:
+    """Mark the `num_kept` highest valid scores; ties go to the lower position. Nothing waits for the device.
 
     Each score is mapped to an integer ordered by (score, lower position first), so that the number kept is exact and
     all ranks and devices resolve ties alike. `torch.topk` alone breaks ties arbitrarily, and `score >= threshold`
@@ -29,21 +55,20 @@ def top_share(score_N: Tensor, valid_N: Tensor, keep_ratio: float, always_N: Ten
         always_N: bool [N]; valid ones rank first and are all kept, even if they exceed the share.
 
     Returns:
-        int64 [K].
+        bool [N].
     """
     valid_N = valid_N & ~score_N.isnan()
     key_N = _ordered(score_N.float())
-    counts = [valid_N.sum()]
+    count = kept_counts(score_N.numel(), keep_ratio, score_N.device).take(valid_N.sum())
     if always_N is not None:
         always_N = always_N & valid_N
         key_N = torch.where(always_N, _ABOVE_ALL, key_N)
-        counts.append(always_N.sum())
-    num_valid, *num_always = torch.stack(counts).tolist()  # one transfer from the device
-    count = max(num_kept(num_valid, keep_ratio), *num_always, 0)
+        count = torch.maximum(count, always_N.sum())
     positions_N = torch.arange(score_N.numel(), device=score_N.device)
     key_N = (key_N << 32) | (score_N.numel() - 1 - positions_N)
     key_N = torch.where(valid_N, key_N, torch.iinfo(torch.int64).min)
-    return torch.topk(key_N, count, sorted=False).indices.sort().values
+    order_N = key_N.argsort(descending=True)
+    return torch.zeros_like(valid_N).scatter(0, order_N, positions_N < count)
 
 
 _ABOVE_ALL = 0x7FFFFFFF

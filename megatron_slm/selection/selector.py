@@ -9,6 +9,7 @@ Shapes: N tokens, in (sequence, position) order; S scores; b sequences of s toke
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from megatron_slm.selection.schedule import KeepSchedule
 from megatron_slm.selection.scope import Scope, in_scope, select_in_scope
 from megatron_slm.selection.scores import Score, ScoreInputs
 from megatron_slm.selection.select import num_kept
-from megatron_slm.types import MicroBatch, TokenStatistics
+from megatron_slm.types import MicroBatch, TokenStatistics, move
 
 Policy = Literal["top-k", "threshold", "quantile", "sample", "weights"]
 Combine = Literal["intersection", "union", "sum"]
@@ -197,10 +198,10 @@ class Selector:
         statistics = (inputs.loss_N, inputs.entropy_N, inputs.reference_loss_N, inputs.reference_entropy_N)
         finite_N = ranked_N = batch.valid_bs.flatten()[rows] & _all_finite(*statistics, *scores)
         if self.never_keep:
-            ranked_N = ranked_N & ~torch.isin(label_N, label_N.new_tensor(self.never_keep))
+            ranked_N = ranked_N & ~torch.isin(label_N, _ids(self.never_keep, label_N.device))
         always_N = torch.zeros_like(ranked_N)
         if self.always_keep:
-            always_N = ranked_N & torch.isin(label_N, label_N.new_tensor(self.always_keep))
+            always_N = ranked_N & torch.isin(label_N, _ids(self.always_keep, label_N.device))
         no_scores_SN = tokens.loss_N.new_zeros((0, tokens.loss_N.numel()), dtype=torch.float32)
         samples = self.policy == "sample"
         return Ranking(
@@ -271,10 +272,7 @@ class Selector:
 
     def _top_share(self, score_N: Tensor, ranking: Ranking, length: int, ratio: float) -> Tensor:
         views = [x.view(-1, length) for x in (score_N, ranking.ranked_N, ranking.always_N)]
-        positions_K = select_in_scope(views[0], views[1], ratio, self.scope, views[2] if self.always_keep else None)
-        kept_N = torch.zeros_like(ranking.ranked_N)
-        kept_N[positions_K] = True
-        return kept_N
+        return select_in_scope(views[0], views[1], ratio, self.scope, views[2] if self.always_keep else None)
 
     # ---- the running threshold ------------------------------------------------------------------------------
 
@@ -302,6 +300,14 @@ class Selector:
         joiner = {"intersection": " ∩ ", "union": " ∪ ", "sum": " + ", None: ""}[self.combine]
         by = joiner.join(score.name for score in self.scores)
         return f"keep {self.keep_ratio} by {by}, {self.policy} per {self.scope}"
+
+
+@lru_cache(maxsize=16)
+def _ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return token ids on the device, int64; copied once."""
+    found = move(torch.tensor(ids, dtype=torch.int64, device="cpu"), device)
+    assert found is not None, "a tensor was moved"
+    return found
 
 
 def _all_finite(*columns: Tensor | None) -> Tensor:

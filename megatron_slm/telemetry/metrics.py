@@ -1,4 +1,4 @@
-"""Writes a run's metrics to metrics.jsonl, TensorBoard and monitors, and its progress to the console.
+"""Writes a run's metrics to metrics.jsonl, TensorBoard and monitors.
 
 Names of metrics are part of the public interface; docs/metrics.md describes them.
 """
@@ -6,15 +6,11 @@ Names of metrics are part of the public interface; docs/metrics.md describes the
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_slm.engine.rows import RowSums
@@ -158,47 +154,3 @@ class MetricsWriter:
             self.board.close()
         finally:
             self._monitors.close()
-
-
-class ProgressLine:
-    """Progress on the console: a live bar on a terminal, else a plain line from time to time."""
-
-    def __init__(self, title: str, total_steps: int, *, start: int) -> None:
-        self.console = Console(stderr=True)
-        self.title, self.total = title, total_steps
-        self._bar: Progress | None = None
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=False,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(title, total=total_steps, completed=start, text="")
-        self._interval, self._printed_at = max(1, total_steps // 20), 0.0
-
-    def update(self, step: int, values: dict[str, Any]) -> None:
-        """Show the progress after `step`."""
-        loss = values.get("loss")
-        text = f"loss {loss:.3f}" if loss is not None else "loss -"
-        text += f"  {values['tokens_per_second']:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif step % self._interval == 0 or step in (1, self.total) or time.monotonic() - self._printed_at > 30:
-            self._printed_at = time.monotonic()
-            self.print(f"{self.title}  step {step}/{self.total}  {text}")
-
-    def print(self, text: str) -> None:
-        """Print a line; a console that cannot be written (full disk, lost terminal) does not end the run."""
-        with suppress(OSError):
-            self.console.print(text, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """End the live bar."""
-        if self._bar is not None:
-            self._bar.stop()

@@ -89,8 +89,11 @@ class Health:
         """Examine a step before the run's state moves past it. Collective for bad steps.
 
         Returns:
-            the description of a bad step, the same on every rank; None for a good one.
+            the description of a bad step, the same on every rank; None for a good one, and for a batch whose tokens
+            are all masked, which is neither.
         """
+        if result.skip_reason == "no-trained-token":
+            return None
         state, loss = self._run.state, mean_loss(result.sums)
         limit = spike_limit(state.recent_losses, self._config)
         if result.skip_reason in (None, "loss-spike"):

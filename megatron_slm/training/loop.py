@@ -164,7 +164,9 @@ class _Loop:
         self._recorder.flush()
         _raise_on_all_ranks(self._recorder.error)
         if stopping is not None:
-            self._recorder.log(f"asked to stop ({stopping}); stopped after step {self._state.step}")
+            self._recorder.log(f"asked to stop ({stopping}); stopped after step {self._state.step}", always=True)
+        else:
+            self._recorder.finished()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from megatron_slm.operations.preflight.run import preflight
 from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.run.backends import check_same_on_all_ranks
 from megatron_slm.run.plan import make_plan
 from megatron_slm.run.resume import open_resume
 from megatron_slm.run.sample_order import describe_sources
@@ -42,6 +43,7 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
         resume = open_resume(config)
         with raise_on_all_ranks():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
+        check_same_on_all_ranks(plan.backends, plan.loss_head_kernels)
         logger.info(
             "computing with: %s", "; ".join(f"{part}: {backend}" for part, backend in plan.describe_backends().items())
         )

@@ -16,8 +16,9 @@ from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import RunFolderError, ServiceError
 from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.telemetry.history import disk_errors
-from megatron_slm.telemetry.metrics import MetricsWriter, ProgressLine, source_metrics, training_metrics
+from megatron_slm.telemetry.metrics import MetricsWriter, source_metrics, training_metrics
 from megatron_slm.telemetry.probe_board import show_record
+from megatron_slm.telemetry.progress import ProgressLine
 from megatron_slm.telemetry.resources import resources
 from megatron_slm.telemetry.stragglers import gather_times
 from megatron_slm.training.build import Run
@@ -53,7 +54,9 @@ class Recorder:
                 self._writer = MetricsWriter(run_dir, resume_step=run.state.step, monitors=run.plan.monitors)
                 write_yaml(config, run_dir / "config.yaml")
                 title = f"{config.selection.objective} {run_dir.name}"
-                self._line = ProgressLine(title, config.training.train_iters, start=run.state.step)
+                self._line = ProgressLine(
+                    title, config.training.train_iters, start=run.state.step, quiet=config.logging.quiet
+                )
 
     @property
     def resumed_lines(self) -> list[dict[str, Any]]:
@@ -71,7 +74,11 @@ class Recorder:
             return
         if result.sums.nonfinite_tokens:
             count = f"{result.sums.nonfinite_tokens:,.0f}"
-            self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score")
+            self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score", always=True)
+        if result.skip_reason == "no-trained-token":
+            self.log(
+                f"warning: step {state.step}: all tokens of the batch are masked, nothing updated", always=True
+            )
         values = self._training_line(result, learning_rate)
         self._warn_of_variance(values["backward_added_variance"])
         if used is not None:
@@ -130,7 +137,9 @@ class Recorder:
             self._writer.bad_batch(asdict(bad))
         last = bad.first_sample + bad.num_samples - 1
         outcome = "skipped" if bad.skipped else "applied"
-        self.log(f"warning: step {bad.step}: {bad.reason}, {outcome}; samples {bad.first_sample} to {last}")
+        self.log(
+            f"warning: step {bad.step}: {bad.reason}, {outcome}; samples {bad.first_sample} to {last}", always=True
+        )
 
     def evaluation(self, name: str, loss: float | None) -> None:
         """Record the mean loss of a held-out set in nats; None where it is not finite."""
@@ -151,10 +160,23 @@ class Recorder:
         line = {"event": "probe", "step": self._run.state.step, "tokens": self._tokens}
         self._write({**line, "agreement": change.agreement, "kept_tokens": change.kept_tokens})
 
-    def log(self, text: str) -> None:
-        """Print a line on the console."""
+    def log(self, text: str, *, always: bool = False) -> None:
+        """Print a line on the console; `always` prints it with --quiet too."""
         if self._writer is not None:
-            self._line.print(text)
+            self._line.print(text, always=always)
+
+    def finished(self) -> None:
+        """Print what a complete run made, and the commands that continue from it."""
+        state, config = self._run.state, self._run.plan.config
+        run_dir = config.logging.run_dir
+        kept = "" if state.tokens_kept is None else f", trained on {state.tokens_kept:,} tokens"
+        self.log(f"finished step {state.step}{kept}; made {run_dir}: metrics.jsonl, tensorboard/, config.yaml")
+        self.log(f"  compare runs:  slm-report {run_dir}")
+        if config.checkpoint.enabled:
+            folder = config.save_folder
+            self.log(f"  export:        slm-convert export --load {folder} --output {Path(run_dir) / 'hf'}")
+        else:
+            self.log("  no checkpoint was saved: add --save-interval to keep the model")
 
     def flush(self) -> None:
         """Flush TensorBoard."""

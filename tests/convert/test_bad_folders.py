@@ -253,14 +253,22 @@ def test_more_tokens(tmp_path: Path) -> None:
     assert out.report.max_nats <= 1e-5
     before, after = load_file(hf / "model.safetensors"), load_file(out.folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(after[name][:97], before[name])
+        assert torch.equal(after[name][:90], before[name][:90])
         mean = before[name][:90].double().mean(0).float()
-        assert torch.allclose(after[name][97:], mean.expand(13, -1), atol=1e-7)
+        assert torch.allclose(after[name][90:], mean.expand(20, -1), atol=1e-7)
     config = json.loads((out.folder / "config.json").read_text())
     assert config == {**json.loads((hf / "config.json").read_text()), "vocab_size": 110}
     assert (out.folder / "tokenizer.json").read_bytes() == (longer / "tokenizer.json").read_bytes()
     within = save_tokenizer(tmp_path / "within", [*words, "new"])  # there is a row for it already
-    assert import_folder(str(hf), str(tmp_path / "within_ours"), extend_vocabulary=str(within))
+    for init in ("mean", "keep"):
+        import_folder(str(hf), str(tmp_path / init), extend_vocabulary=str(within), extend_init=init)
+        export_checkpoint(str(tmp_path / init), str(tmp_path / f"{init}_out"), verifies=False)
+        after = load_file(tmp_path / f"{init}_out" / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            mean = before[name][:90].double().mean(0).float()
+            assert torch.equal(after[name][:90], before[name][:90])
+            assert torch.allclose(after[name][90], mean if init == "mean" else before[name][90], atol=1e-7)
+            assert torch.equal(after[name][91:], before[name][91:]), "rows without a token stay"
 
 
 def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:

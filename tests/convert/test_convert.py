@@ -74,7 +74,7 @@ def test_a_trained_run_exports_what_it_trained_and_says_where_it_comes_from(tmp_
     card = (done.folder / "README.md").read_text()
     story = json.loads((checkpoint / "origin" / "origin.json").read_text())
     for expected in (
-        "base_model: base", f"tokens seen | {manifest.state.tokens_seen:,}", f"{manifest.state.tokens_kept:,} (", "keep ratio | 0.5",
+        f"tokens seen | {manifest.state.tokens_seen:,}", f"{manifest.state.tokens_kept:,} (", "keep ratio | 0.5",
         str(corpus), str(base), str(reference), "Qwen3ForCausalLM", "slm-keep-ratio: 0.5", manifest.sample_order,
         story["data"][0]["sha256"], story["references"][0]["sha256"], story["base"]["sha256"],
     ):  # fmt: skip

@@ -19,5 +19,8 @@ def name_of(path: Path) -> str:
 
 @functools.cache
 def flags_of_tool(script: str) -> frozenset[str]:
-    """The flags in a tool's source: its parsers are not all importable."""
-    return frozenset(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / script).read_text()))
+    """The flags in the source of the command that a tool runs: its parsers are not all importable."""
+    command = re.search(r"from megatron_slm\.cli\.commands import (\w+)", (ROOT / script).read_text())
+    assert command is not None, f"{script} runs a command"
+    source = ROOT / "megatron_slm" / "cli" / f"{command[1]}.py"
+    return frozenset(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source.read_text()))

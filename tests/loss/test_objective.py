@@ -118,7 +118,7 @@ def test_all_masked_is_zero_of_everything() -> None:
         assert float(loss) == 0
         assert sums == LossSums()
         assert not any(g.any() for g in gradients)
-        assert skip_reason(sums, StepSettings(step=0)) == "nothing-kept", "a gradient of zeros is none"
+        assert skip_reason(sums, StepSettings(step=0)) == "no-trained-token", "a gradient of zeros is none"
 
 
 def test_the_divisor_of_a_step() -> None:
@@ -140,6 +140,7 @@ def test_why_a_step_is_skipped() -> None:
     assert reason(nonfinite_tokens=3, ranked_tokens=0, kept_tokens=0) == "nonfinite-score"
     assert reason(nonfinite_tokens=3, kept_tokens=0) == "nothing-kept", "nothing reached the threshold"
     assert reason(kept_tokens=0) == "nothing-kept"
+    assert reason(kept_tokens=0, ranked_tokens=0) == "no-trained-token", "all are masked"
     assert reason(limit=3.0) is None
     assert reason(limit=2.999) == "loss-spike"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_slm.errors import ConfigError
-from megatron_slm.loss import LossHead, kernels
+from megatron_slm.loss import LossHead, kernels, triton_backend
 from megatron_slm.loss.row_statistics import RowStatistics
 from megatron_slm.loss.torch_backend import TorchKernels
 from tests.loss.heads import Problem, check, oracle, ours
@@ -120,7 +120,24 @@ def test_backends_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match=r"--loss-head-backend is 'triton': must be torch or auto on a CPU"):
         kernels.choose_kernels("triton", on_gpu=False)
     assert kernels.choose_kernels("auto", on_gpu=False).name == "torch"
+    kernels.triton_problem.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="must be an installed backend"):
+    with pytest.raises(ConfigError, match="works here \\(triton: not installed\\)"):
         kernels.choose_kernels("triton", on_gpu=True)
     assert kernels.choose_kernels("auto", on_gpu=True).name == "torch"
+    kernels.triton_problem.cache_clear()
+
+
+def test_a_triton_that_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, and without a compiler, a driver or a GPU: found by compiling, not by its name."""
+    kernels.triton_problem.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_backend.TritonKernels, "fold", _without_a_compiler)
+    assert kernels.choose_kernels("auto", on_gpu=True).name == "torch"
+    with pytest.raises(ConfigError, match="a trial fails: RuntimeError: Failed to find C compiler"):
+        kernels.choose_kernels("triton", on_gpu=True)
+    kernels.triton_problem.cache_clear()
+
+
+def _without_a_compiler(*_: Any) -> None:
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")

@@ -137,14 +137,14 @@ def test_every_variant_over_a_cut_vocabulary(size: int, vocab: int, variant: str
 
 def tied_to_rank_main(size: int) -> list[int]:
     """The tie rule planted wrong: one rank prefers the higher position."""
-    real = scope.top_share
+    real = scope.top_mask
 
     def by_rank(score_N: torch.Tensor, valid_N: torch.Tensor, keep_ratio: float, _: None) -> torch.Tensor:
         if dist.get_rank() == 0:
             return real(score_N, valid_N, keep_ratio)
-        return (score_N.numel() - 1 - real(score_N.flip(0), valid_N.flip(0), keep_ratio)).flip(0)
+        return real(score_N.flip(0), valid_N.flip(0), keep_ratio).flip(0)
 
-    scope.top_share = by_rank
+    scope.top_mask = by_rank
     return rank_main(size, False, True)["kept"]
 
 

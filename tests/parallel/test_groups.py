@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import deepspeed.ops
 import pytest
 import torch.distributed as dist
 
 from megatron_slm.errors import ConfigError
+from megatron_slm.parallel import groups
 from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.groups import init_distributed
 from tests.support.world import run_world
@@ -55,3 +59,19 @@ def test_every_rank_raises_the_error_of_one(rank: int) -> None:
 
 def test_no_error_raises_nothing() -> None:
     assert run_world(fail_on, 2, 5) == ["no error"] * 2
+
+
+def test_messages_between_stages_take_few_blocks_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    options = SimpleNamespace(config=SimpleNamespace(max_ctas=32))
+    monkeypatch.setattr(groups.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(groups.distributed_c10d, "default_pg_nccl_timeout", timedelta(minutes=7))
+    monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), raising=False)
+    monkeypatch.setattr(groups.dist, "new_group", lambda ranks, pg_options: made.append((ranks, pg_options)))
+    groups.message_group(2, 4)
+    assert made == [([2, 4], options)]
+    assert options.config.max_ctas == groups.MESSAGE_BLOCKS <= 4
+    assert options._timeout == timedelta(minutes=7)
+    monkeypatch.setattr(groups.dist, "get_backend", lambda: "gloo")
+    groups.message_group(0, 1)
+    assert made[1] == ([0, 1], None)

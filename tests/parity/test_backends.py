@@ -160,7 +160,7 @@ def test_compiled_blocks_train_alike_through_inductor(layout: str, folder: Path,
     [
         ({"compile_blocks": True, "deepspeed_config": zero_config(3)}, "be off with ZeRO-3"),
         ({"compile_blocks": True, "reset_attention_mask": True}, "be off with --reset-attention-mask"),
-        ({"attention_backend": "flash"}, "--attention-backend = 'flash'"),
+        ({"attention_backend": "flash"}, "--attention-backend is 'flash'"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(

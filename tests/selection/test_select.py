@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_slm.selection.scope import select_in_scope
 from megatron_slm.selection.scores import excess_loss
-from megatron_slm.selection.select import num_kept, top_share
+from megatron_slm.selection.select import kept_counts, num_kept, top_share
 
 scores = st.lists(
     st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf]), st.floats(width=32, allow_nan=False)),
@@ -44,8 +44,15 @@ def test_nan_is_never_kept_and_counts_as_not_valid() -> None:
 def test_scopes_differ_and_each_is_exact() -> None:
     score_bs = torch.tensor([[9.0, 8.0, 7.0, 6.0], [1.0, 2.0, 3.0, 4.0]])
     valid_bs = torch.tensor([[True, True, True, True], [True, True, False, True]])
-    assert select_in_scope(score_bs, valid_bs, 0.5, "micro-batch").tolist() == [0, 1, 2, 3]
-    assert select_in_scope(score_bs, valid_bs, 0.5, "sequence").tolist() == [0, 1, 5, 7]
+    assert select_in_scope(score_bs, valid_bs, 0.5, "micro-batch").nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert select_in_scope(score_bs, valid_bs, 0.5, "sequence").nonzero().flatten().tolist() == [0, 1, 5, 7]
+
+
+@given(st.integers(0, 4000), st.one_of(st.floats(0.001, 1.0), st.sampled_from([0.1, 0.2, 0.3, 0.6, 0.7, 1 / 3])))
+@settings(max_examples=40, deadline=None)
+def test_counts_on_the_device_are_the_ceilings(most: int, ratio: float) -> None:
+    table = kept_counts(most, ratio, torch.device("cpu")).tolist()
+    assert table == [num_kept(valid, ratio) for valid in range(most + 1)]
 
 
 def test_excess_loss_is_signed() -> None:

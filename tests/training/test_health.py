@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ import pytest
 
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
 from megatron_slm.config.health import HealthConfig
+from megatron_slm.config.load import parse
+from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError
-from megatron_slm.training.health import spike_limit, with_loss
+from megatron_slm.loss.sums import LossSums
+from megatron_slm.training.health import Health, spike_limit, with_loss
 from tests.support.planting import Kind, command_planted, train_clean, train_planted
-from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus, zero_config
+from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import WorldError, run_world
 
 PLANTED = 13
@@ -280,3 +284,19 @@ def test_a_step_without_a_kept_token_is_none(folder: Path, tmp_path: Path) -> No
     assert_same(report["parameters"], start["parameters"])
     assert report["adam_step"] == 0
     assert [part["reason"] for part in bad_batches(tmp_path / "run")] == ["nothing-kept"] * 2
+
+
+def test_masked_batches_are_no_bad_steps_and_never_end_a_run() -> None:
+    """Samples whose prompts fill the window follow each other in fine-tuning data."""
+    run: Any = SimpleNamespace(
+        state=SimpleNamespace(recent_losses=[2.0, 3.0]),
+        plan=SimpleNamespace(config=parse(flags(run_flags(Path("corpus"), Path("run"))))[0]),
+    )
+    health, masked = (
+        Health(run),
+        StepResult(sums=LossSums(), grad_norm=0.0, skip_reason="no-trained-token", seconds=1.0),
+    )
+    for _ in range(run.plan.config.training.max_skipped_steps + 1):
+        assert health.examine(masked) is None
+        assert not health.must_stop
+    assert run.state.recent_losses == [2.0, 3.0]

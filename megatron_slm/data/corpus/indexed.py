@@ -7,6 +7,9 @@ M documents + 1 u64 | lengths i32[N] (tokens) | pointers i64[N] (bytes into `.bi
 
 from __future__ import annotations
 
+import errno
+import glob
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +109,12 @@ class CorpusIndex:
             if path.is_file():
                 continue
             bare = self.prefix.removesuffix(".bin").removesuffix(".idx")
-            fix = f"pass the prefix {bare!r}" if bare != self.prefix else "check the prefix, or preprocess again"
+            near = _nearby_prefixes(self.prefix)
+            fix = "check the prefix, or preprocess again"
+            if bare != self.prefix:
+                fix = f"pass the prefix {bare!r}"
+            elif near:
+                fix = f"pass {' or '.join(map(repr, near))}"
             raise CorpusError("corpus prefix", self.prefix, f"name existing files; {path} is missing", fix)
 
     def _map_index(self) -> npt.NDArray[np.uint8]:
@@ -116,7 +124,7 @@ class CorpusIndex:
             raise CorpusError(
                 f"{path}: size", size, f"be at least {HEADER.size} bytes, the size of the header", _REPLACE
             )
-        return np.memmap(path, mode="r", dtype=np.uint8)
+        return _mapped(path, np.dtype(np.uint8))
 
     def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
         path = idx_path(self.prefix)
@@ -180,6 +188,25 @@ class CorpusIndex:
             )
 
 
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    try:
+        return np.memmap(path, mode="r", dtype=dtype)
+    except OSError as error:
+        fix = "check the disk or the network share"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            fix = (
+                "raise the limit of open files (ulimit -n), about 6 a corpus, or join some with tools/merge_corpora.py"
+            )
+        raise CorpusError("corpus file", str(path), f"be readable ({error.strerror})", fix) from error
+
+
+def _nearby_prefixes(prefix: str) -> list[str]:
+    """Return up to three prefixes of corpora that continue this one, as preprocessing names them (`_text_document`)."""
+    folder, name = os.path.split(prefix)
+    found = sorted(Path(folder or ".").glob(f"{glob.escape(name)}*_document.idx")) if name else []
+    return [os.path.join(folder, path.name.removesuffix(".idx")) for path in found[:3]]
+
+
 class IndexedCorpus(CorpusIndex):
     """A corpus on disk, memory-mapped, validated on opening.
 
@@ -191,7 +218,7 @@ class IndexedCorpus(CorpusIndex):
         super().__init__(prefix)
         if self.num_tokens == 0:
             raise CorpusError(f"{bin_path(prefix)}: number of tokens", 0, "be at least 1", "preprocess again")
-        self._tokens = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=self.dtype))
+        self._tokens = np.asarray(_mapped(bin_path(prefix), self.dtype))
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
         return type(self), (self.prefix,)

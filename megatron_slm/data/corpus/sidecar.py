@@ -49,6 +49,10 @@ class Sidecar:
     """Input lines that were skipped."""
     longest_document: int | None = None
     """Tokens of the longest document."""
+    special_tokens_in_text: str | None = None
+    """Treatment of special tokens that texts spell out: parse, plain or error; None in sidecars of older versions."""
+    num_special_in_text: int | None = None
+    """Special tokens that texts spell out."""
     loss_mask: str | None = None
     """Prefix of the loss mask in the same folder: a uint8 corpus with the same documents and lengths, 1 for a token
     that is trained on, 0 for context only. None if all tokens are trained on."""

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from megatron_slm.errors import ConfigError
 
+MISSING_KEY = "no key"
+"""Begins the reason of a line that lacks a key."""
+
 
 class InvalidLineError(Exception):
     """Raised for an invalid line; the message is the reason. Internal to preprocessing: see `--on-error`."""
@@ -101,7 +104,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 def _value(document: Mapping[str, Any], key: str) -> Any:
     if key not in document:
-        raise InvalidLineError(f"no key {key!r} (the keys are {', '.join(map(repr, document)) or 'none'})")
+        raise InvalidLineError(f"{MISSING_KEY} {key!r} (the keys are {', '.join(map(repr, document)) or 'none'})")
     return document[key]
 
 

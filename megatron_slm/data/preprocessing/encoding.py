@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slm.data.preprocessing.documents import DocumentKeys, Texts
-from megatron_slm.data.tokenizers.base import Ragged
+from megatron_slm.data.preprocessing.documents import DocumentKeys, InvalidLineError, Texts
+from megatron_slm.data.tokenizers.base import Ragged, SpecialTokensInText
 
 
 class Encoder(Protocol):
@@ -30,6 +32,29 @@ class Encoding:
     """Prepended to every document that has a token; None: no BOS."""
     eod_id: int | None
     """Appended to every document that has a token; None: no EOD."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens that are counted where a text spells them out."""
+    special_tokens_in_text: SpecialTokensInText = "plain"
+    """Treatment of the special tokens that a text spells out."""
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def count_special(self, document: Sequence[Texts]) -> list[int]:
+        """Count the special tokens that the texts of a document spell out, for each corpus.
+
+        Raises:
+            InvalidLineError: there is one, and `special_tokens_in_text` is error.
+        """
+        counts = [0] * len(document)
+        for corpus, texts in enumerate(document):
+            for found in (match[0] for text in texts.texts for match in self._special.finditer(text)):
+                if self.special_tokens_in_text == "error":
+                    raise InvalidLineError(f"it spells out the special token {found!r}")
+                counts[corpus] += 1
+        return counts
 
 
 class EncodedDocuments(NamedTuple):

@@ -23,6 +23,20 @@ _MIN_LAST_CHUNK_BYTES, _CHUNKS_LEFT_PER_WORKER = 1 << 18, 2
 _ROWS_PER_BATCH = 1024
 _READ_SUFFIXES = (*COMPRESSED_SUFFIXES, ".parquet")
 _UNREAD_SUFFIXES = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar", ".tgz")
+_OTHER_KINDS = {
+    ".txt": "plain text",
+    ".md": "plain text",
+    ".html": "a web page",
+    ".csv": "a table of comma-separated values",
+    ".tsv": "a table of tab-separated values",
+    ".arrow": "an Arrow table",
+    ".feather": "an Arrow table",
+    ".pdf": "a PDF document",
+    ".bin": "a binary file",
+    ".idx": "an index of a corpus",
+    ".npy": "an array",
+}
+"""Suffixes, before that of a compression, of files that are no JSON lines."""
 
 
 class TextLine(NamedTuple):
@@ -202,7 +216,19 @@ def expand_inputs(inputs: Sequence[str | Path], flag: str = "--input") -> list[P
                 f"be JSON lines, or end in one of {', '.join(_READ_SUFFIXES)} (in lower case)",
                 "decompress or rename it (tools/preprocess_data.py also reads lines from a pipe: --input -)",
             )
+        kind = _OTHER_KINDS.get(_without_compression(path).suffix.lower())
+        if kind is not None:
+            raise CorpusError(
+                flag,
+                str(path),
+                f"be JSON lines or Parquet; its name is that of {kind}",
+                'write one JSON object a document and line, like {"text": "..."}, or rename the file if it does',
+            )
     return files
+
+
+def _without_compression(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
 
 
 class Inputs:

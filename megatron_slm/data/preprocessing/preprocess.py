@@ -15,13 +15,14 @@ from typing import NamedTuple
 from megatron_slm.data.corpus.indexed import CorpusIndex, dtype_for_vocabulary
 from megatron_slm.data.corpus.joined_corpus import JoinedCorpus, Merged
 from megatron_slm.data.corpus.sidecar import Sidecar, loss_mask_prefix
-from megatron_slm.data.preprocessing.documents import DocumentKeys
+from megatron_slm.data.preprocessing.documents import MISSING_KEY, DocumentKeys
 from megatron_slm.data.preprocessing.encoding import Encoder, Encoding
 from megatron_slm.data.preprocessing.fast_encoder import LIBRARY, FastEncoder, FastEncoderError
 from megatron_slm.data.preprocessing.inputs import Chunk, Inputs
 from megatron_slm.data.preprocessing.parts_folder import clear, parts_folder
 from megatron_slm.data.preprocessing.shards import REPORTED_INVALID_LINES, CorpusCounts, Shard, ShardWriter, make_shards
-from megatron_slm.data.tokenizers.base import Tokenizer
+from megatron_slm.data.tokenizers.base import SpecialTokensInText, Tokenizer
+from megatron_slm.data.tokenizers.registry import require_token
 from megatron_slm.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,10 @@ class PreprocessConfig:
     """End every document that has a token with the end-of-document token."""
     prepend_bos: bool = False
     """Begin every document that has a token with the beginning-of-text token."""
+    eod_token: str | None = None
+    """The end-of-document token; None: the tokenizer's own."""
+    special_tokens_in_text: SpecialTokensInText = "plain"
+    """Treatment of special tokens that a text spells out: `parse` as the token, `plain` as characters, or `error`."""
     workers: int = 1
     """Processes that tokenize; the corpora do not depend on the number."""
     fast_tokenizer: bool = False
@@ -55,6 +60,11 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         if self.on_error not in ("stop", "skip"):
             raise ConfigError("--on-error", self.on_error, "be stop or skip", "choose one of them")
+        if self.special_tokens_in_text not in ("parse", "plain", "error"):
+            rule = "be parse, plain or error"
+            raise ConfigError("--special-tokens-in-text", self.special_tokens_in_text, rule, "choose one of them")
+        if self.eod_token is not None and not self.append_eod:
+            raise ConfigError.missing("--append-eod", "--eod-token", "add it, or remove --eod-token")
         if self.workers < 1:
             raise ConfigError("--workers", self.workers, "be at least 1", "use one process or more")
 
@@ -102,6 +112,8 @@ class PreprocessReport:
     """Time since the start of this run."""
     made: set[str] = field(default_factory=set)
     """Names of the shards; equal chunks share one."""
+    eod: str | None = None
+    """Text and id of the token that ends documents; None: none does."""
     encoder: str = "tokenizer"
     """`tokenizer`, or the name of the faster library."""
 
@@ -135,6 +147,7 @@ def preprocess(
     for path, times in Counter(path.resolve() for path in inputs.files).items():
         if times > 1:
             logger.warning("%s is named %d times: its documents are written as often", path, times)
+    tokenizer.special_tokens_are_plain = config.special_tokens_in_text != "parse"
     encoding = _encoding(config, tokenizer)
     with parts_folder(config.parts_folder):
         encoder = _fast_encoder(tokenizer) if config.fast_tokenizer else None
@@ -171,6 +184,8 @@ def _preprocess(
     report = PreprocessReport(
         corpora={key: CorpusCounts() for key in config.keys.corpora}, total_input_bytes=inputs.total_bytes, encoder=name
     )
+    if encoding.eod_id is not None:
+        report.eod = f"{tokenizer.token_table()[encoding.eod_id]!r} ({encoding.eod_id})"
     writer = ShardWriter(
         encoding=encoding,
         encoder=encoder,
@@ -200,13 +215,20 @@ def _preprocess(
     return report
 
 
+def _eod_id(config: PreprocessConfig, tokenizer: Tokenizer) -> int | None:
+    return tokenizer.eod_id if config.eod_token is None else require_token(tokenizer, config.eod_token, "--eod-token")
+
+
 def _encoding(config: PreprocessConfig, tokenizer: Tokenizer) -> Encoding:
+    eod_id = _eod_id(config, tokenizer)
     for flag, is_set, index, name in (
-        ("--append-eod", config.append_eod, tokenizer.eod_id, "eos_token"),
+        ("--append-eod", config.append_eod, eod_id, "eos_token"),
         ("--prepend-bos", config.prepend_bos, tokenizer.bos_id, "bos_token"),
     ):
         if is_set and index is None:
             fix = f"set {name} in its tokenizer_config.json, or remove {flag}"
+            if flag == "--append-eod":
+                fix = f"name one with --eod-token, or {fix}"
             raise ConfigError(flag, True, f"be used with a tokenizer that defines {name}", fix)
     if tokenizer.adds_bos_by_default and not config.prepend_bos:
         logger.warning(
@@ -217,7 +239,9 @@ def _encoding(config: PreprocessConfig, tokenizer: Tokenizer) -> Encoding:
     return Encoding(
         keys=config.keys,
         bos_id=tokenizer.bos_id if config.prepend_bos else None,
-        eod_id=tokenizer.eod_id if config.append_eod else None,
+        eod_id=eod_id if config.append_eod else None,
+        special_tokens=tuple(tokenizer.special_tokens()),
+        special_tokens_in_text=config.special_tokens_in_text,
     )
 
 
@@ -233,7 +257,7 @@ def _count(
             "--input",
             f"{invalid[0].source}:{invalid[0].line}",
             f"be a valid document ({invalid[0].reason})",
-            "correct the line, or pass --on-error skip",
+            f"{_advice(invalid[0].reason, config.keys)}, or pass --on-error skip",
         )
     report.num_documents += shard.num_documents
     report.num_invalid += shard.num_invalid
@@ -249,6 +273,17 @@ def _count(
         total.num_empty += counts.num_empty
         total.longest_document = max(total.longest_document, counts.longest_document)
         total.max_token_id = max(total.max_token_id, counts.max_token_id)
+        total.num_special += counts.num_special
+
+
+def _advice(reason: str, keys: DocumentKeys) -> str:
+    """Return what to do about an invalid line."""
+    if not reason.startswith(MISSING_KEY):
+        return "correct the line"
+    flags = "--prompt-key and --response-key" if keys.prompt_key is not None else "--json-keys"
+    if keys.loss_mask_key is not None:
+        flags += " and --loss-mask-key"
+    return f"name the keys of these lines with {flags}"
 
 
 def _require_tokens(config: PreprocessConfig, report: PreprocessReport) -> None:
@@ -302,6 +337,8 @@ class _Output:
                 num_empty=counts.num_empty,
                 num_invalid=report.num_invalid,
                 longest_document=counts.longest_document,
+                special_tokens_in_text=encoding.special_tokens_in_text,
+                num_special_in_text=counts.num_special,
                 loss_mask=None if mask is None else loss_mask_prefix(self._config.corpus_prefix(self._key)).name,
                 loss_mask_bin_sha256=None if mask is None else mask.bin_sha256,
                 loss_mask_idx_sha256=None if mask is None else mask.idx_sha256,

@@ -59,6 +59,8 @@ class CorpusCounts:
     """Tokens of the longest document."""
     max_token_id: int = -1
     """The largest token id; -1 without a token."""
+    num_special: int = 0
+    """Special tokens that the texts spell out."""
 
 
 @dataclass(kw_only=True)
@@ -165,7 +167,10 @@ class ShardWriter:
             problem = line.problem
             if line.document is not None:
                 try:
-                    batch.append(keys.texts(line.document))
+                    document = keys.texts(line.document)
+                    for counts, num_special in zip(shard.corpora, self.encoding.count_special(document), strict=True):
+                        counts.num_special += num_special
+                    batch.append(document)
                     batch_bytes += line.num_bytes
                 except InvalidLineError as error:
                     problem = str(error)

@@ -7,7 +7,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +37,15 @@ class Ragged(NamedTuple):
     """Tokens of every text, int64 [texts]."""
 
 
+SpecialTokensInText = Literal["parse", "plain", "error"]
+"""Treatment of special tokens that a text spells out (`</s>`): as the token, as plain characters, or as an error."""
+
+
 class Tokenizer(ABC):
     """Converts text to token ids and back."""
+
+    special_tokens_are_plain: bool = False
+    """Encode special tokens that a text spells out as plain characters (`NullTokenizer` has none)."""
 
     @property
     @abstractmethod
@@ -74,6 +81,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `transformers.AutoTokenizer.from_pretrained` loads."""
+
+    def special_tokens(self) -> dict[str, int]:
+        """Return the special tokens that a text can spell out, and their ids; empty by default."""
+        return {}
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token of the table; None if it is not there."""
+        return next((index for index, text in enumerate(self.token_table()) if text == token), None)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of several texts, each as `encode` returns them."""

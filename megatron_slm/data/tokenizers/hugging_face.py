@@ -20,7 +20,8 @@ GPT2_END = "<|endoftext|>"
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of `transformers`, from a local folder or a `tokenizer.json` file.
 
-    As in Hugging Face, a special token spelled out in the text (`</s>`) becomes that token. A bare `tokenizer.json`
+    As in Hugging Face, a special token spelled out in the text (`</s>`) becomes that token, unless
+    `special_tokens_are_plain`. A bare `tokenizer.json`
     does not name an end-of-document token: its `eod_id` is None unless `tokenizer_config.json` lies beside it. It is
     pickled as its `tokenizers` definition, so that other processes encode without loading `transformers`.
 
@@ -49,7 +50,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return _restore, (type(self), {**self._plain_state(), "_backend": None}, self._backend.to_str())
 
     def _plain_state(self) -> dict[str, Any]:
-        return {"_path": self._path, "_bos_id": self._bos_id, "_eod_id": self._eod_id}
+        return {
+            "_path": self._path,
+            "_bos_id": self._bos_id,
+            "_eod_id": self._eod_id,
+            "special_tokens_are_plain": self.special_tokens_are_plain,
+        }
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -87,8 +93,12 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._backend is None:
-            ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            plain = self.special_tokens_are_plain
+            ids = self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=plain, verbose=False)[
+                "input_ids"
+            ]
             return [list(row) for row in ids]
+        self._backend.encode_special_tokens = self.special_tokens_are_plain
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -96,6 +106,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_ragged(self, texts: Sequence[str]) -> Ragged:
         if self._backend is None:
             return super().encode_ragged(texts)
+        self._backend.encode_special_tokens = self.special_tokens_are_plain
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
@@ -119,8 +130,18 @@ class HuggingFaceTokenizer(Tokenizer):
         return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]).encode()
 
     @override
+    def special_tokens(self) -> dict[str, int]:
+        if self._backend is None:
+            return dict(zip(self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True))
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    @override
     def fast_definition(self) -> str | None:
-        return None if self._backend is None else str(self._backend.to_str())
+        """Return the `tokenizer.json`; None with plain special tokens, which no such file can express."""
+        if self._backend is None or self.special_tokens_are_plain:
+            return None
+        return str(self._backend.to_str())
 
     @override
     def save_pretrained(self, folder: str | Path) -> None:
@@ -130,7 +151,8 @@ class HuggingFaceTokenizer(Tokenizer):
 class Gpt2BpeTokenizer(HuggingFaceTokenizer):
     """Megatron's GPT2BPETokenizer: byte-level BPE from GPT-2's `vocab.json` and `merges.txt`.
 
-    `<|endoftext|>` ends a document; spelled out in a text it becomes that token, as in Hugging Face.
+    `<|endoftext|>` ends a document; spelled out in a text it becomes that token, as in Hugging Face, unless
+    `special_tokens_are_plain`.
 
     Args:
         vocab_file: JSON object from token to id.

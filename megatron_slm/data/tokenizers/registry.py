@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "build_tokenizer",
     "check_same_vocabulary",
+    "require_token",
 ]
 
 
@@ -157,6 +159,20 @@ def build_tokenizer(
             special_tokens=tiktoken_special_tokens,
         )
     return SentencePieceTokenizer(tokenizer_model)
+
+
+def require_token(tokenizer: Tokenizer, token: str, flag: str) -> int:
+    """Return the id of a token.
+
+    Raises:
+        ConfigError: the tokenizer has no such token.
+    """
+    index = tokenizer.id_of(token)
+    if index is None:
+        known = [*tokenizer.special_tokens(), *tokenizer.token_table()]
+        near = difflib.get_close_matches(token, dict.fromkeys(filter(None, known)), n=3) or known[:3]
+        raise ConfigError(flag, token, "be a token of the tokenizer", f"name one, such as {', '.join(map(repr, near))}")
+    return index
 
 
 def check_same_vocabulary(first: Tokenizer, second: Tokenizer, first_name: str, second_name: str) -> None:

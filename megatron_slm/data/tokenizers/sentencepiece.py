@@ -7,7 +7,9 @@ text is not split into words first (no pre-tokenizer).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # SentencePiec
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`. Control tokens (`<s>`, `</s>`) in a text are plain characters.
+    """A SentencePiece `.model`.
+
+    Control tokens (`<s>`, `</s>`) in a text are plain characters, as in SentencePiece, unless
+    `special_tokens_are_plain` is set to False: then they become the tokens, and the text behind one is encoded anew.
 
     Args:
         path: the model file.
@@ -31,6 +36,8 @@ class SentencePieceTokenizer(Tokenizer):
         ConfigError: the file does not exist.
         VocabularyError: the file is not a SentencePiece model.
     """
+
+    special_tokens_are_plain = True
 
     def __init__(self, path: str | Path) -> None:
         import sentencepiece
@@ -50,8 +57,11 @@ class SentencePieceTokenizer(Tokenizer):
             ) from error
         self._path = str(path)
 
-    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[str]]:
-        return type(self), (self._path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._path,), {"special_tokens_are_plain": self.special_tokens_are_plain}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     @property
     @override
@@ -70,12 +80,31 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def encode(self, text: str) -> list[int]:
-        return list(self._processor.encode(text))
+        return self.encode_batch([text])[0]
 
     @override
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self.special_tokens_are_plain:
+            return [self._parsed(text) for text in texts]
         # One thread: --workers parallelizes over processes.
         return list(self._processor.encode(list(texts), num_threads=1))
+
+    def _parsed(self, text: str) -> list[int]:
+        special = self.special_tokens()
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]:
+            ids += [special[part]] if part in special else self._processor.encode(part)
+        return ids
+
+    @override
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._control_tokens)
+
+    @cached_property
+    def _control_tokens(self) -> dict[str, int]:
+        indices = range(self.vocab_size)
+        control = {self._processor.id_to_piece(i): i for i in indices if self._processor.is_control(i)}
+        return dict(sorted(control.items(), key=lambda item: -len(item[0])))  # the longest match first
 
     @override
     def decode(self, ids: Sequence[int]) -> str:
@@ -91,7 +120,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def fast_definition(self) -> str | None:
-        """Return a form without control tokens, which are plain characters here; None for models with no exact form."""
+        """Return a form without control tokens, which are plain characters; None for models with no exact form."""
+        if not self.special_tokens_are_plain:
+            return None
         try:
             proto = self._proto()
             self._require_convertible(proto)

@@ -40,7 +40,9 @@ PATTERNS = {
 
 
 class TikTokenizer(Tokenizer):
-    """A byte-level BPE of tiktoken. A special token spelled out in a text becomes that token, as in Megatron.
+    """A byte-level BPE of tiktoken.
+
+    A special token spelled out in a text becomes that token, as in Megatron, unless `special_tokens_are_plain`.
 
     Args:
         path: `.json` in Megatron's format (a list of {"rank", "token_bytes", "token_str"}; special tokens have the ids
@@ -85,7 +87,7 @@ class TikTokenizer(Tokenizer):
             )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _restore, (self._path, self._pattern, self._ranks, self._special)
+        return _restore, (self._path, self._pattern, self._ranks, self._special, self.special_tokens_are_plain)
 
     @cached_property
     def _encoding(self) -> Any:
@@ -120,13 +122,23 @@ class TikTokenizer(Tokenizer):
 
     @override
     def encode(self, text: str) -> list[int]:
-        return list(self._encoding.encode(text, allowed_special="all"))
+        return list(self._encoding.encode(text, **self._parsing))
 
     @override
     def encode_ragged(self, texts: Sequence[str]) -> Ragged:
-        rows = [self._encoding.encode_to_numpy(text, allowed_special="all") for text in texts]
+        parsing = self._parsing
+        rows = [self._encoding.encode_to_numpy(text, **parsing) for text in texts]
         ids = np.concatenate(rows) if rows else np.empty(0, np.int32)
         return Ragged(ids.astype(np.int32), np.fromiter(map(len, rows), np.int64, len(rows)))
+
+    @property
+    def _parsing(self) -> dict[str, Any]:
+        """tiktoken's arguments: which special tokens become tokens, and which raise."""
+        return {"allowed_special": set() if self.special_tokens_are_plain else "all", "disallowed_special": ()}
+
+    @override
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._special)
 
     @override
     def decode(self, ids: Sequence[int]) -> str:
@@ -148,8 +160,9 @@ class TikTokenizer(Tokenizer):
         return hashlib.sha256(content.encode()).digest()
 
     @override
-    def fast_definition(self) -> str:
-        return str(self._backend().to_str())
+    def fast_definition(self) -> str | None:
+        """Return the Hugging Face form; None with plain special tokens, which no such file can express."""
+        return None if self.special_tokens_are_plain else str(self._backend().to_str())
 
     @override
     def save_pretrained(self, folder: str | Path) -> None:
@@ -199,8 +212,11 @@ class TikTokenizer(Tokenizer):
         return backend
 
 
-def _restore(path: Path, pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> TikTokenizer:
+def _restore(
+    path: Path, pattern: str, ranks: dict[bytes, int], special: dict[str, int], are_plain: bool
+) -> TikTokenizer:
     tokenizer = TikTokenizer.__new__(TikTokenizer)
+    tokenizer.special_tokens_are_plain = are_plain
     tokenizer.__dict__.update(_path=path, _pattern=pattern, _ranks=ranks, _special=special)
     return tokenizer
 

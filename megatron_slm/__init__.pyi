@@ -1,0 +1,30 @@
+from megatron_slm.api.causal_lm import CausalLMLoss as CausalLMLoss
+from megatron_slm.api.causal_lm import make_selector as make_selector
+from megatron_slm.api.causal_lm import micro_batch as micro_batch
+from megatron_slm.api.causal_lm import selective_loss as selective_loss
+from megatron_slm.api.causal_lm import token_losses as token_losses
+from megatron_slm.api.hugging_face import ReferenceLossCollator as ReferenceLossCollator
+from megatron_slm.api.hugging_face import SlmTrainer as SlmTrainer
+from megatron_slm.api.hugging_face import SlmTrainerMixin as SlmTrainerMixin
+from megatron_slm.api.hugging_face import with_reference_losses as with_reference_losses
+from megatron_slm.api.runs import FinishedRun as FinishedRun
+from megatron_slm.api.runs import make_config as make_config
+from megatron_slm.api.runs import open_scores as open_scores
+from megatron_slm.api.runs import score as score
+from megatron_slm.api.runs import train as train
+from megatron_slm.config.run import RunConfig as RunConfig
+from megatron_slm.data.corpus.indexed import IndexedCorpus as IndexedCorpus
+from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter as IndexedCorpusWriter
+from megatron_slm.errors import SlmError as SlmError
+from megatron_slm.loss.selective_ce import SelectiveLoss as SelectiveLoss
+from megatron_slm.loss.selective_ce import selective_cross_entropy as selective_cross_entropy
+from megatron_slm.loss.variants import LossHead as LossHead
+from megatron_slm.reference.store import ScoreReader as ScoreReader
+from megatron_slm.selection.scores import score_named as score_named
+from megatron_slm.selection.select import top_share as top_share
+from megatron_slm.selection.selector import Selector as Selector
+from megatron_slm.types import MicroBatch as MicroBatch
+from megatron_slm.types import Selection as Selection
+from megatron_slm.types import TokenStatistics as TokenStatistics
+
+__version__: str

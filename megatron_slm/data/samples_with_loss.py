@@ -1,0 +1,89 @@
+"""Leaves out the samples of an order whose loss mask has no trained token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import override
+
+from megatron_slm.data.index_cache import IndexCache
+from megatron_slm.data.reading import Piece
+from megatron_slm.data.samples import OrderedSamples
+from megatron_slm.data.trained_tokens import TrainedTokens
+from megatron_slm.errors import CorpusError
+
+
+def numbers_with_loss(
+    order: OrderedSamples, trained: Callable[[], TrainedTokens], mask_fingerprint: str, cache: IndexCache
+) -> npt.NDArray[np.int64]:
+    """Return the numbers of the samples that have a trained token, rising, int64.
+
+    Args:
+        order: samples of a corpus with a loss mask.
+        trained: reads the loss mask, unless the cache has the numbers.
+        mask_fingerprint: identifies the content of the loss mask.
+        cache: cache of the numbers.
+
+    Raises:
+        CorpusError: no sample has one.
+    """
+
+    def build() -> dict[str, npt.NDArray[np.int64]]:
+        return {"numbers": np.flatnonzero(order.trained_labels(trained())).astype(np.int64)}
+
+    made_from = f"{order.order_fingerprint} {mask_fingerprint}"
+    numbers = cache.arrays("with-loss", made_from, order.loss_mask, build)["numbers"]
+    if not numbers.size:
+        raise CorpusError(
+            f"{order.name}: samples with a trained token",
+            0,
+            f"be at least one of {len(order)}; the loss mask leaves nothing to train on",
+            "check the loss mask, or raise --seq-length: prompts may fill the samples",
+        )
+    return numbers
+
+
+class SamplesWithLoss(OrderedSamples):
+    """The samples of an order that have a trained token, in its order.
+
+    Args:
+        order: all samples.
+        numbers: see `numbers_with_loss`.
+        mask_fingerprint: identifies the content of the loss mask.
+    """
+
+    def __init__(self, order: OrderedSamples, numbers: npt.NDArray[np.int64], mask_fingerprint: str) -> None:
+        self._order, self._numbers, self._mask_fingerprint = order, numbers, mask_fingerprint
+        super().__init__(
+            order.corpus,
+            order._start,
+            order._stop,
+            sequence_length=order.sequence_length,
+            num_samples=None,
+            seed=order._seed,
+            loss_mask=order.loss_mask,
+        )
+        self.num_left_out = len(order) - len(numbers)
+
+    @override
+    def _lay_out(self, num_samples: int | None) -> None:
+        self.num_epochs = self._order.num_epochs
+
+    @property
+    @override
+    def order_fingerprint(self) -> str:
+        return self._fingerprint(self._order.order_fingerprint, "with loss", self._mask_fingerprint)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @override
+    def _pieces(self, index: int) -> list[Piece]:
+        return self._order.pieces(int(self._numbers[index]))
+
+    @override
+    def trained_labels(self, trained: TrainedTokens) -> npt.NDArray[np.int64]:
+        return self._order.trained_labels(trained)[self._numbers]

@@ -1,0 +1,186 @@
+"""Speed of a step on given GPUs, modelled: the real code runs on a device without values, and each kernel is costed.
+
+A kernel takes the longest of: its FLOPs at the rate that products or attention reach, its bytes at the rate that memory
+reaches, and a launch. A step is as long as its micro-batches on one GPU, or on the last stage of an evenly cut
+pipeline, around which the pipeline fills and empties once; the reference rides along. Nothing here was measured on a
+GPU; the rates are assumptions (`RATES`), and the result is uncertain by 15 to 20 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MODELS: dict[str, dict[str, Any]] = {
+    "1b": {
+        "arch": {"num_layers": 22, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_attention_heads": 32,
+                 "num_query_groups": 4, "kv_channels": 64, "vocab_size": 32000},
+        "length": 2048, "samples": 8, "stages": 1, "micro_batches": 8, "keep": 0.6,
+    },
+    "7b": {
+        "arch": {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32,
+                 "num_query_groups": 8, "kv_channels": 128, "vocab_size": 32000},
+        "length": 4096, "samples": 1, "stages": 4, "micro_batches": 128, "keep": 0.7,
+    },
+    "70b": {
+        "arch": {"num_layers": 80, "hidden_size": 8192, "ffn_hidden_size": 28672, "num_attention_heads": 64,
+                 "num_query_groups": 8, "kv_channels": 128, "vocab_size": 128256},
+        "length": 4096, "samples": 1, "stages": 16, "micro_batches": 128, "keep": 0.6,
+    },
+}  # fmt: skip
+"""Models in the layouts that are modelled: samples of a micro-batch, pipeline stages, micro-batches of a step."""
+RATES = {"product": 0.66, "attention": 0.38, "memory": 0.85, "launch_seconds": 2.2e-6}
+"""Shares of the peak that products and (causal, half counted) attention reach, of the bandwidth that memory reaches."""
+OPTIMIZER_BYTES = 32
+"""Read and written for each parameter at a step's end, on a GPU that shares them with no other."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's flags."""
+    parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--gpu", default="h100", help="of the planner's GPUs (default h100)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Model each in a process of its own, which loads the fake device before torch."""
+    from benchmarks import report
+
+    records: list[dict[str, Any]] = []
+    for name in arguments.models:
+        command = [sys.executable, str(Path(__file__).resolve()), arguments.gpu, name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.stderr.write(done.stderr[-3000:])
+            return 1
+        records += json.loads(done.stdout)
+    rows = [
+        [r["name"], r["gpu"], r["objective"], f"{r['mfu']:.1%}", f"{r['tokens_per_second']:,.0f}", _parts(r["by_part"])]
+        for r in records
+    ]
+    header = ["model", "GPU", "objective", "MFU", "tokens/s a GPU", "ms of a micro-batch on the last stage"]
+    text = f"# Speed on GPUs, modelled\n\n{__doc__}\n" + report.table(header, rows)
+    print(text)
+    report.write("gpu-model", text, records, arguments.json)
+    return 0
+
+
+def _parts(by_part: dict[str, float]) -> str:
+    return ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in by_part.items())
+
+
+# ---- in the process with the fake device -------------------------------------------------------------------------
+
+
+def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
+    """The records of one model, for plain and for selective training."""
+    from megatron_slm.config.architecture import Architecture
+    from megatron_slm.engine.schedule.costs import training_flops
+    from megatron_slm.planning.gpus import GPUS
+
+    setting, gpu = MODELS[name], GPUS[gpu_name]
+    arch = Architecture(**setting["arch"])
+    tokens = setting["samples"] * setting["length"]
+    counts = _counted(arch, setting)
+    layers = arch.num_layers // setting["stages"]
+    parameters = 2 * arch.hidden_size * arch.vocab_size + arch.num_layers * counts["block parameters"]
+    bandwidth = gpu.memory_bytes_per_second * RATES["memory"]
+    records = []
+    for objective in ("clm", "slm"):
+        parts: dict[str, float] = {}
+        for part, launches in counts[objective].items():
+            times = layers if part.startswith("block") or part == "reference block" else 1
+            parts[part] = times * sum(_seconds(launch, gpu) for launch in launches)
+        parts["gradient sums"] = 10 * layers * counts["block parameters"] / bandwidth
+        stage = sum(parts.values())
+        fill = (setting["stages"] - 1) / setting["micro_batches"]
+        update = OPTIMIZER_BYTES * parameters / setting["stages"] / bandwidth
+        step = setting["micro_batches"] * stage * (1 + fill) + update
+        rate = setting["micro_batches"] * tokens / step / setting["stages"]
+        records.append({
+            "name": name, "gpu": gpu_name, "objective": objective,
+            "mfu": rate * training_flops(arch, setting["length"]) / gpu.flops(bf16=True),
+            "tokens_per_second": rate, "by_part": parts, "modelled": True,
+        })  # fmt: skip
+    return records
+
+
+def _seconds(launch: Any, gpu: Any) -> float:
+    is_attention = "attention" in launch.op
+    rate = gpu.flops(bf16=True) * RATES["attention" if is_attention else "product"]
+    memory = launch.num_bytes / (gpu.memory_bytes_per_second * RATES["memory"])
+    return max(launch.flops / rate, memory, RATES["launch_seconds"])
+
+
+def _counted(arch: Any, setting: dict[str, Any]) -> dict[str, Any]:
+    """Launches of one block and of the loss head, by objective and part."""
+    import math
+
+    import torch
+    from fake_gpu.counting import Counter, Values
+    from fake_gpu.kernels import TritonKernels, torch_attention
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megatron_slm.loss import blocks, selective_ce
+    from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
+    from megatron_slm.model.block import Block
+    from megatron_slm.parallel.groups import TensorParallel
+    from megatron_slm.parallel.layers import ParallelLayers
+    from megatron_slm.selection.scores import SCORES
+    from megatron_slm.selection.selector import Selector
+    from megatron_slm.types import MicroBatch, TokenStatistics
+
+    length, samples, width = setting["length"], setting["samples"], arch.hidden_size
+    found: dict[str, Any] = {"clm": {}, "slm": {}}
+    share = {"clm": 1.0, "slm": setting["keep"]}
+    at = {"share": 1.0}
+    counter = Counter(Values(rows_of=lambda _, n: math.ceil(at["share"] * n)))
+    selective_ce.choose_kernels = lambda *_, **__: TritonKernels(counter)  # type: ignore[assignment, return-value]
+    with torch_attention(), FakeTensorMode(), torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        block = Block(arch, ParallelLayers(), 0)
+        torch.set_default_dtype(torch.float32)
+        found["block parameters"] = sum(p.numel() for p in block.parameters())
+        x_sbd = torch.empty(length, samples, width, dtype=torch.bfloat16, requires_grad=True)
+        with counter:
+            block(x_sbd)  # once, for what is kept
+            blocks._multiplies_into_fp32(x_sbd.device, torch.bfloat16)
+            counter.take()
+            y_sbd = block(x_sbd)
+            forward = counter.take().launches
+            y_sbd.backward(torch.empty_like(y_sbd))
+            backward = counter.take().launches
+            with torch.no_grad():
+                block(x_sbd)
+            reference = counter.take().launches
+        weight = torch.empty(arch.vocab_size, width, dtype=torch.bfloat16, requires_grad=True)
+        tokens = torch.empty(samples, length, dtype=torch.int64)
+        batch = MicroBatch(tokens, tokens, torch.empty(samples, length, dtype=torch.bool), tokens[:, 0])
+        output = OutputWeight(weight, 0, arch.vocab_size)
+        for objective in found.keys() - {"block parameters"}:
+            at["share"] = share[objective]
+            chosen = {"scores": (SCORES["excess"],), "keep_ratio": share["slm"]} if objective == "slm" else {}
+            head = Objective(selector=Selector(**chosen), tp=TensorParallel())  # type: ignore[arg-type]
+            losses = TokenStatistics(torch.empty(samples * length)) if objective == "slm" else None
+            parts = {"block forward": forward, "block backward": backward}
+            with counter:
+                if objective == "slm":
+                    head.statistics(x_sbd.detach(), output, batch)
+                    parts |= {"reference block": reference, "reference head": counter.take().launches}
+                loss, _ = head.loss(x_sbd, output, batch, losses, StepSettings(step=5))
+                parts["head forward"] = counter.take().launches
+                loss.backward()
+                parts["head backward"] = counter.take().launches
+            found[objective] = parts
+    return found
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+    import fake_gpu.device  # noqa: F401  (before torch)
+
+    print(json.dumps(model(sys.argv[2], sys.argv[1])))
