@@ -187,7 +187,7 @@ def test_commands_it_cannot_use(command: str, message: str) -> None:
     ("flags", "message"),
     [
         ("--max-restart 3", "did you mean --max-restarts?"),
-        ("--max-restarts many", "--max-restarts: invalid int value: 'many'"),
+        ("--max-restarts many", "--max-restarts is 'many': must be of type int"),
         ("--max-without-progress 0", "--max-without-progress is 0: must be at least 1"),
         ("--grace-seconds nan", "--grace-seconds is nan: must be at least 0"),
     ],
