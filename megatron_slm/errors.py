@@ -35,7 +35,7 @@ class SlmError(Exception):
 
     def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
-        found = "missing" if value is None else repr(value)
+        found = "missing" if value is None or value == [] else repr(value)
         must = rule if rule.startswith("required ") else f"must {rule.removeprefix('must ')}"
         super().__init__(f"{field} is {found}: {must}. Fix: {fix}")
 

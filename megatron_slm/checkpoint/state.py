@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from typing_extensions import Self
 
-from megatron_slm.loss.sums import LossSums
+if TYPE_CHECKING:  # listing checkpoints needs no torch
+    from torch import Tensor
+
+    from megatron_slm.loss.sums import LossSums
 
 _TENSOR = {"in_manifest": False}
 """Metadata of a field that is too large for JSON and is saved in a file of its own."""
+_OPTIONAL = {"only_where_set": True}
+"""Metadata of a field that the manifest leaves out where it is empty, so that earlier versions can read it."""
 
 
 @dataclass(kw_only=True)
@@ -35,7 +39,7 @@ class RunState:
     """Tokens of these that were trained on."""
     recent_losses: list[float] = field(default_factory=list)
     """Mean losses of the last steps in nats, for the detection of loss spikes; empty where it is off."""
-    row_shares: list[int] = field(default_factory=list)
+    row_shares: list[int] = field(default_factory=list, metadata=_OPTIONAL)
     """Sixteenths of the rows in each block's backward pass; empty without --backward-row-variance."""
     probe_kept: Tensor | None = field(default=None, compare=False, metadata=_TENSOR)
     """Tokens that the last selection probe kept, bool [samples, s]; None before the first probe."""
@@ -63,7 +67,9 @@ class RunState:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that the manifest holds, by name."""
-        return {name: getattr(self, name) for name in _manifest_fields(type(self))}
+        optional = {f.name for f in fields(self) if f.metadata.get("only_where_set")}
+        values = {name: getattr(self, name) for name in _manifest_fields(type(self))}
+        return {name: value for name, value in values.items() if value or name not in optional}
 
     @classmethod
     def take_from(cls, values: dict[str, Any]) -> Self:

@@ -76,9 +76,7 @@ class Recorder:
             count = f"{result.sums.nonfinite_tokens:,.0f}"
             self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score", always=True)
         if result.skip_reason == "no-trained-token":
-            self.log(
-                f"warning: step {state.step}: all tokens of the batch are masked, nothing updated", always=True
-            )
+            self.log(f"warning: step {state.step}: all tokens of the batch are masked, nothing updated", always=True)
         values = self._training_line(result, learning_rate)
         self._warn_of_variance(values["backward_added_variance"])
         if used is not None:

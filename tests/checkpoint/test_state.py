@@ -33,7 +33,7 @@ OF_AN_EARLIER_VERSION = """{"step": 7, "consumed_samples": 56, "adam_step": 6, "
 
 EXAMPLES: dict[str, Any] = {
     "int": 41, "int | None": 42, "float": 0.1 + 0.2, "float | None": 0.1 + 0.2, "bool": True, "str": "word",
-    "list[float]": [0.1, 2.5], "dict[str, Any]": {"a": [1, {"b": None}]}, "dict[str, float]": {"a": 1.5},
+    "list[float]": [0.1, 2.5], "list[int]": [3, 5], "dict[str, Any]": {"a": [1, {"b": None}]}, "dict[str, float]": {"a": 1.5},
     "Tensor | None": torch.tensor([[True, False], [False, True]]),
 }  # fmt: skip
 

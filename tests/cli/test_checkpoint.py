@@ -46,9 +46,9 @@ def test_damage_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "weights_00000.safetensors" in lines[1]
     (tmp_path / "step_00000015" / "manifest.json").unlink()
     assert main(["list", str(tmp_path)]) == 1
-    assert "holds a manifest.json" in capsys.readouterr().out
+    assert "manifest.json" in capsys.readouterr().out
 
 
 def test_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(tmp_path)]) == 1
-    assert "error: folder = " in capsys.readouterr().err
+    assert "error: FOLDER is " in capsys.readouterr().err

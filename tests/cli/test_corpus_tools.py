@@ -47,7 +47,10 @@ def test_merge_inspect_verify(corpora: Path) -> None:
     show = ("--data-path", corpora / "out" / "both", "--seq-length", 6)
     shown = run("inspect_data", *show, "--verify", "--documents", 39, "--samples", 2, *NULL)
     assert shown.returncode == 0, shown.stderr
-    assert "verified: both.bin, both.idx, both_loss_mask.bin, both_loss_mask.idx are what was written" in shown.stdout
+    assert (
+        "verified: both.bin, both.idx, both_loss_mask.bin, both_loss_mask.idx match their recorded hashes"
+        in shown.stdout
+    )
     assert "⟦69⟧69 1 100" in shown.stdout
     assert "━━ sample 1 of 2: place 0 of step 2, sample 1 of both" in shown.stdout
     assert not list(Path.cwd().glob("runs/default/index-cache")), "looking leaves nothing behind"
@@ -64,8 +67,11 @@ def test_merge_inspect_verify(corpora: Path) -> None:
     [
         (("--samples", 1), "--tokenizer-model is missing: required by"),
         (("--samples", 1, *NULL[:-1], 99), "tokenizer of corpus"),
-        (("--documents", 1, *NULL[:-1], 99), "must be the tokenizer that is given"),
-        (("--samples", 1, "--first-sample", 99, "--train-iters", 9, *NULL), "first_sample, samples = (99, 99): must"),
+        (("--documents", 1, *NULL[:-1], 99), "must match the named tokenizer"),
+        (
+            ("--samples", 1, "--first-sample", 99, "--train-iters", 9, *NULL),
+            "--first-sample plus --samples is 100: must be at most",
+        ),
         (("--sampels", 1), "did you mean --samples?"),
         (("--seq-lenght", 6), "did you mean --seq-length?"),
     ],
@@ -81,7 +87,7 @@ def test_inspecting_what_cannot_be(corpora: Path, options: tuple, message: str) 
 def test_inspecting_nothing(options: tuple) -> None:
     done = run("inspect_data", *options)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: --data-path = []: names a corpus.")
+    assert done.stderr.startswith("error: --data-path is missing: must name a corpus.")
     assert done.stderr.count("\n") == 1
 
 

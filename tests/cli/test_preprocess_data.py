@@ -42,10 +42,11 @@ def test_writes_a_corpus_and_says_what_it_did(documents: Path, tmp_path: Path) -
     assert corpus.get(0).tolist() == [0, 1, 100]
     assert sidecar is not None
     assert "--append-eod --workers 2" in sidecar.command
-    header, _, row, skipped = done.stdout.splitlines()
+    header, _, row, *notes = done.stdout.splitlines()
     assert header.split() == ["corpus", "documents", "tokens", "empty", "invalid", "longest", "MB/s"]
     assert row.split()[:6] == ["c_text_document", "500", "1497", "1", "1", "3"]
-    assert "in.jsonl:501: not JSON" in skipped
+    assert any("in.jsonl:501: not JSON" in line for line in notes)
+    assert any(line.startswith("documents end with the token ") for line in notes)
     assert [line.split()[1] for line in done.stderr.splitlines()] == ["500"]
     assert "MB/s" in done.stderr
 

@@ -14,7 +14,7 @@ import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from megatron_slm.model import block
-from megatron_slm.run import plan
+from megatron_slm.run import backends
 from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
@@ -91,8 +91,8 @@ def train_with_optimizer(values: dict[str, Any], name: str) -> dict[str, Any]:
             return types.SimpleNamespace(multi_tensor_adam=adam_lists)
 
     fused_adam.FusedAdamBuilder = Builder
-    real = plan.choose_backends
-    plan.choose_backends = lambda *args, **options: replace(real(*args, **options), optimizer=name)  # type: ignore
+    real = backends.choose_backends
+    backends.choose_backends = lambda *args, **options: replace(real(*args, **options), optimizer=name)  # type: ignore
     return train_and_report(values)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ class FastEncoder:
     """Encodes with gigatoken, in the calling thread.
 
     One text of every batch, or a slice of it if it is long, is also encoded by the tokenizer, and the ids must agree
-    (about 1 % of the text for batches of a megabyte).
+    (about 1 % of the text for batches of a megabyte). Texts that spell out special tokens are left to the tokenizer
+    where these are plain characters to it: the library always parses them.
 
     Args:
         tokenizer: the tokenizer to agree with.
@@ -40,6 +42,10 @@ class FastEncoder:
             raise FastEncoderError(f"this tokenizer has no form that {LIBRARY} supports")
         self._tokenizer = tokenizer
         self._definition = definition
+        longest_first = sorted(tokenizer.special_tokens(), key=len, reverse=True)
+        self._left_to_tokenizer: re.Pattern[str] | None = None
+        if tokenizer.fast_definition_parses and longest_first:
+            self._left_to_tokenizer = re.compile("|".join(map(re.escape, longest_first)))
         self._build()
         table = tokenizer.token_table()
         special = [table[index] for index in (tokenizer.bos_id, tokenizer.eod_id) if index is not None]
@@ -59,7 +65,7 @@ class FastEncoder:
         Raises:
             FastEncoderError: the tokenizer returns other ids for the checked text.
         """
-        encoded = self._encode(texts)
+        encoded = self._encode_mixed(texts)
         if texts:
             self._check(texts, encoded)
         self._num_characters += sum(map(len, texts))
@@ -79,6 +85,21 @@ class FastEncoder:
                 f"{LIBRARY} does not support this tokenizer: {str(error).splitlines()[0]}"
             ) from error
         self._num_characters = 0
+
+    def _encode_mixed(self, texts: Sequence[str]) -> Ragged:
+        """Encode with the library, and with the tokenizer the texts whose special tokens the library would parse."""
+        spells = self._left_to_tokenizer
+        slow = [] if spells is None else [at for at, text in enumerate(texts) if spells.search(text)]
+        if not slow:
+            return self._encode(texts)
+        left = set(slow)
+        fast = [at for at in range(len(texts)) if at not in left]
+        ids_of: dict[int, Any] = {}
+        for places, encode in ((fast, self._encode), (slow, self._tokenizer.encode_ragged)):
+            ids, lengths = encode([texts[at] for at in places])
+            ids_of |= zip(places, np.split(ids, np.cumsum(lengths)[:-1]) if places else [], strict=True)
+        in_order = [ids_of[at] for at in range(len(texts))]
+        return Ragged(np.concatenate(in_order), np.array([len(ids) for ids in in_order], np.int64))
 
     def _encode(self, texts: Sequence[str]) -> Ragged:
         if not texts:
@@ -104,7 +125,7 @@ class FastEncoder:
 
     def _compare(self, text: str, found: list[int] | None = None) -> None:
         if found is None:
-            found = self._encode([text]).ids.tolist()
+            found = self._encode_mixed([text]).ids.tolist()
         expected = self._tokenizer.encode_ragged([text]).ids.tolist()
         if found != expected:
             same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))

@@ -105,6 +105,11 @@ class Tokenizer(ABC):
         return None
 
     @property
+    def fast_definition_parses(self) -> bool:
+        """True if `fast_definition` parses special tokens that this tokenizer encodes as plain characters."""
+        return False
+
+    @property
     def adds_bos_by_default(self) -> bool:
         """True if `transformers` (and so Megatron's preprocessing) prepends `bos_id` to every text by default."""
         return False

@@ -138,10 +138,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @override
     def fast_definition(self) -> str | None:
-        """Return the `tokenizer.json`; None with plain special tokens, which no such file can express."""
-        if self._backend is None or self.special_tokens_are_plain:
-            return None
-        return str(self._backend.to_str())
+        return None if self._backend is None else str(self._backend.to_str())
+
+    @property
+    @override
+    def fast_definition_parses(self) -> bool:
+        return self.special_tokens_are_plain  # no tokenizer.json has plain special tokens
 
     @override
     def save_pretrained(self, folder: str | Path) -> None:

@@ -161,8 +161,12 @@ class TikTokenizer(Tokenizer):
 
     @override
     def fast_definition(self) -> str | None:
-        """Return the Hugging Face form; None with plain special tokens, which no such file can express."""
-        return None if self.special_tokens_are_plain else str(self._backend().to_str())
+        return str(self._backend().to_str())
+
+    @property
+    @override
+    def fast_definition_parses(self) -> bool:
+        return self.special_tokens_are_plain  # no tokenizer.json has plain special tokens
 
     @override
     def save_pretrained(self, folder: str | Path) -> None:
