@@ -109,7 +109,7 @@ def test_tensors(hf: Path) -> None:
     (hf / "model.safetensors").write_bytes(whole)
     for dtype, name in ((torch.float64, "float64"), (torch.float8_e4m3fn, "uint8"), (torch.int8, "uint8")):
         rewrite(hf, **{norm: torch.ones(24).to(dtype)})
-        refused(hf, rf"--hf: dtype of {norm} in .*/model.safetensors is '{name}': must be one of float32, bfloat16, fl")
+        refused(hf, rf"--hf: dtype of {norm} in .*/model.safetensors is '{name}': must be one of bfloat16, float16")
         (hf / "model.safetensors").write_bytes(whole)
     rewrite(hf, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(6)})
     refused(hf, r"tensor in .*model.safetensors is '.*q_norm.weight': must belong to the architecture")
