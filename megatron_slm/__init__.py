@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "api.causal_lm": ("CausalLMLoss", "make_selector", "micro_batch", "selective_loss", "token_losses"),
