@@ -63,7 +63,8 @@ def test_a_model_trained_from_scratch(name: str, tmp_path: Path) -> None:
     model = family_model(name)
     model.save_pretrained(tmp_path)
     arch = read_architecture(tmp_path)
-    raw = exported_config(arch, None, dtype="float32", special_ids={"bos_token_id": 1, "eos_token_id": 2})
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    raw = exported_config(arch, None, dtype="float32", special_ids=ids, is_trained=True)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert read_architecture(tmp_path) == arch
     with torch.no_grad():

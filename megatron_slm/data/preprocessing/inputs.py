@@ -216,10 +216,21 @@ def expand_inputs(inputs: Sequence[str | Path], flag: str = "--input") -> list[P
                 f"be JSON lines, or end in one of {', '.join(_READ_SUFFIXES)} (in lower case)",
                 "decompress or rename it (tools/preprocess_data.py also reads lines from a pipe: --input -)",
             )
+    return files
+
+
+def expand_json_lines(inputs: Sequence[str | Path]) -> list[Path]:
+    """Return the files that --input names (see `expand_inputs`), all of them JSON lines or Parquet by their names.
+
+    Raises:
+        CorpusError: a name matches no file, or is that of another kind of file.
+    """
+    files = expand_inputs(inputs)
+    for path in files:
         kind = _OTHER_KINDS.get(_without_compression(path).suffix.lower())
         if kind is not None:
             raise CorpusError(
-                flag,
+                "--input",
                 str(path),
                 f"be JSON lines or Parquet; its name is that of {kind}",
                 'write one JSON object a document and line, like {"text": "..."}, or rename the file if it does',
@@ -249,7 +260,7 @@ class Inputs:
             raise CorpusError(
                 "--input", STANDARD_INPUT, "be the only input (it is standard input)", "remove the others"
             )
-        self.files = [] if STANDARD_INPUT in inputs else expand_inputs(inputs)
+        self.files = [] if STANDARD_INPUT in inputs else expand_json_lines(inputs)
         self.total_bytes = sum(path.stat().st_size for path in self.files) if self.files else None
 
     def chunks(self, workers: int) -> Iterator[Chunk]:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_slm.data.corpus.indexed_writer import temporary_path
 from megatron_slm.data.preprocessing.compressed import read_lines
 from megatron_slm.data.preprocessing.documents import DocumentKeys, InvalidLineError, parse_line
-from megatron_slm.data.preprocessing.inputs import expand_inputs
+from megatron_slm.data.preprocessing.inputs import expand_json_lines
 from megatron_slm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_slm.errors import ConfigError, CorpusError, SlmError, os_errors_as
 
@@ -96,7 +96,7 @@ def texts_of_files(inputs: Sequence[str | Path], key: str) -> Iterator[str]:
         CorpusError: a file cannot be read, or a line is invalid.
     """
     keys = DocumentKeys(json_keys=(key,))
-    for path in expand_inputs(inputs):
+    for path in expand_json_lines(inputs):
         for number, line in enumerate(read_lines(path), start=1):
             if not line.strip():
                 continue

@@ -29,11 +29,11 @@ def texts(chunks, columns=("text",)) -> list[str]:
 
 
 def test_patterns_give_files_sorted_and_order_is_kept(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.json", "odd[1].jsonl"):
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "odd[1].jsonl"):
         (tmp_path / name).write_text("")
     (tmp_path / "folder.jsonl").mkdir()
-    names = [path.name for path in expand_inputs([tmp_path / "c.json", f"{tmp_path}/[ab].jsonl"])]
-    assert names == ["c.json", "a.jsonl", "b.jsonl"]
+    names = [path.name for path in expand_inputs([tmp_path / "c.txt", f"{tmp_path}/[ab].jsonl"])]
+    assert names == ["c.txt", "a.jsonl", "b.jsonl"]
     assert expand_inputs([tmp_path / "odd[1].jsonl"]) == [tmp_path / "odd[1].jsonl"]
 
 
