@@ -123,7 +123,7 @@ def plan_layout(args: argparse.Namespace) -> None:
     _write_json(args.json, planned.to_dict(), args)
     if not planned.fits:
         raise LayoutError(
-            "memory a rank",
+            "memory per rank",
             f"{planned.peak_bytes / 2**30:.1f} GiB",
             f"be at most {cluster.usable_bytes / 2**30:.1f} GiB ({cluster.memory_share:.0%} of {args.gpu})",
             "see `plan.py search` for layouts that fit",
