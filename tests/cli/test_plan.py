@@ -133,7 +133,7 @@ def test_a_layout_that_does_not_fit(argv: list[str], capsys: pytest.CaptureFixtu
     assert main(["layout", "--gpus-per-node", "1", *argv, *one_rank]) == 1
     captured = capsys.readouterr()
     assert not json.loads(captured.out)["fits"]
-    assert "error: memory a rank" in captured.err
+    assert "error: memory per rank" in captured.err
     assert main(["search", "--gpus-per-node", "1", *argv]) == 1
     assert "the smallest needs" in capsys.readouterr().err
 
