@@ -63,7 +63,7 @@ def accumulate_in_place(optimizer: Any) -> None:
             parameter._hp_grad = sums[group][index]  # type: ignore[attr-defined]
             seen[group][index] = True
 
-    assert optimizer.immediate_grad_update, "the DeepSpeed configuration of a run says so"
+    assert optimizer.immediate_grad_update, "a run's DeepSpeed configuration sets immediate_grad_update"
     optimizer._update_hp_grad = add
 
 

@@ -1,4 +1,4 @@
-"""Finds the optional GPU packages that work in this process, and says why the others do not.
+"""Finds the optional GPU packages that work in this process, and why the others do not.
 
 A package's name proves little: `flash_attn` is also the folder of flash-attn 4 alone, PyPI's `apex` is another project,
 and NVIDIA's apex imports without its CUDA extensions. So each one is imported down to the functions that are called,

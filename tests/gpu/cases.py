@@ -210,7 +210,7 @@ def loss_head(
                 backward = counter.take()
                 assert sums.is_cuda
             if probes:
-                objective.probe(x_sbd.detach(), output, batch, reference, settings)
+                objective.scored_tokens(x_sbd.detach(), output, batch, reference, settings)
         assert x_sbd.grad is not None
         assert weight.grad is not None
     return Found(forward, backward, taken)
