@@ -40,7 +40,7 @@ def test_sequential() -> None:
 def test_working_ahead_holds_more() -> None:
     simulation = Simulation(choose_schedule(Mode.SKEWED, Costs.uniform(4), 8))
     assert simulation.ratio == 1.0
-    assert simulation.window(0) >= 8
+    assert simulation.micro_batches_held(0) >= 8
     assert max(simulation.unread(stage) for stage in range(4)) <= Costs.uniform(4).max_unread
     text = describe(simulation.schedule, "counted", SIZES)
     for expected in ("skewed (costs counted)", "1.000 x CLM's", "bound 1.000", "[8, 7, 6, 5]", "MiB a rank"):
@@ -84,4 +84,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_what_cannot_be_planned_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     values = {"--stages": "2", "--micro-batches": "4", flag: "0"}
     assert main(["schedule", *(word for item in values.items() for word in item)]) == 1
-    assert f"error: {flag} = 0" in capsys.readouterr().err
+    assert f"error: {flag} is 0" in capsys.readouterr().err
