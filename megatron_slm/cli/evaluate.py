@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from megatron_slm.analysis.evaluation.answers import Rules
-from megatron_slm.analysis.evaluation.tasks import FORMS
 from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import choose_accelerator, run_command
 from megatron_slm.errors import ConfigError
+from megatron_slm.evaluation.answers import Rules
+from megatron_slm.evaluation.tasks import FORMS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def _run(words: Sequence[str]) -> None:
     args = _parser().parse_args(words)
     _check(args)
     choose_accelerator()
-    from megatron_slm.analysis.evaluation.run import evaluate, print_results
+    from megatron_slm.evaluation.run import evaluate, print_results
 
     print_results(evaluate(args))
 

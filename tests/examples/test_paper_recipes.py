@@ -171,7 +171,7 @@ def test_every_deepspeed_file_is_described_and_used() -> None:
         (["--pipeline-model-parallel-size", "3"], 8, "world size is 8: must be a multiple of"),
         (["--tensor-model-parallel-size", "8"], 8, "tensor"),
         (["--num-layers", "12", "--pipeline-model-parallel-size", "16"], 16, "16"),
-        (["--reference-config", "nowhere/config.json"], 8, "--reference-config = 'nowhere/config.json'"),
+        (["--reference-config", "nowhere/config.json"], 8, "--reference-config is 'nowhere/config.json'"),
         (["--deepspeed-config", "ds_configs/fp32_cpu.json"], 8, "bf16.enabled = False"),
         (["--pipeline-model-parallel-size", "2", "--deepspeed-config", "ds_configs/zero3_bf16.json"], 8, "stage = 3"),
     ],

@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.analysis.evaluation.evaluate import evaluate_task, hugging_face_folder, named_sets, perplexity
-from megatron_slm.analysis.evaluation.generation import load_generator
-from megatron_slm.analysis.evaluation.prompts import read_prompt
-from megatron_slm.analysis.evaluation.tasks import read_task
 from megatron_slm.convert.source import open_model
 from megatron_slm.device import local_device
 from megatron_slm.errors import ConfigError
+from megatron_slm.evaluation.evaluate import evaluate_task, hugging_face_folder, named_sets, perplexity
+from megatron_slm.evaluation.generation import load_generator
+from megatron_slm.evaluation.prompts import read_prompt
+from megatron_slm.evaluation.tasks import read_task
 from megatron_slm.files import write_durably
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.analysis.evaluation.answers import Rules, equal, extract
-from megatron_slm.analysis.evaluation.generation import Generator
-from megatron_slm.analysis.evaluation.prompts import STOPS, Prompt, prompt_named
-from megatron_slm.analysis.evaluation.statistics import bootstrap
-from megatron_slm.analysis.evaluation.tasks import Task
 from megatron_slm.analysis.excerpt import Excerpt, excerpt_of_corpus, excerpt_of_texts, load_tokenizer
 from megatron_slm.analysis.losses import model_statistics
 from megatron_slm.convert.export import export_checkpoint
@@ -23,6 +18,11 @@ from megatron_slm.convert.hf_config import is_hf_folder
 from megatron_slm.convert.source import Model
 from megatron_slm.data.corpus.indexed import bin_path
 from megatron_slm.errors import ConfigError
+from megatron_slm.evaluation.answers import Rules, equal, extract
+from megatron_slm.evaluation.generation import Generator
+from megatron_slm.evaluation.prompts import STOPS, Prompt, prompt_named
+from megatron_slm.evaluation.statistics import bootstrap
+from megatron_slm.evaluation.tasks import Task
 
 
 @contextmanager

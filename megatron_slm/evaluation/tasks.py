@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slm.analysis.evaluation.answers import AnswerKind, last_boxed
-from megatron_slm.analysis.evaluation.prompts import PromptName, with_choices
 from megatron_slm.data.preprocessing.compressed import read_lines
 from megatron_slm.data.preprocessing.inputs import expand_inputs
 from megatron_slm.errors import TaskError
+from megatron_slm.evaluation.answers import AnswerKind, last_boxed
+from megatron_slm.evaluation.prompts import PromptName, with_choices
 
 
 @dataclass(frozen=True, kw_only=True)

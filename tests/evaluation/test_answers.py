@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_slm.analysis.evaluation.answers import equal, extract, last_boxed, number_of
+from megatron_slm.evaluation.answers import equal, extract, last_boxed, number_of
 
 NUMBERS = [
     ("The answer is 8.", "8"),

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_slm.analysis.evaluation.generation import cut, load_generator
-from megatron_slm.analysis.evaluation.prompts import STOPS, prompt_named, read_prompt
-from megatron_slm.analysis.evaluation.statistics import bootstrap
-from megatron_slm.analysis.evaluation.tasks import FORMS, read_task
 from megatron_slm.cli.evaluate import main
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.errors import TaskError, WeightsError
+from megatron_slm.evaluation.generation import cut, load_generator
+from megatron_slm.evaluation.prompts import STOPS, prompt_named, read_prompt
+from megatron_slm.evaluation.statistics import bootstrap
+from megatron_slm.evaluation.tasks import FORMS, read_task
 from tests.analysis.conftest import TEXTS
 from tests.support.runs import write_corpus
 
@@ -84,7 +84,7 @@ def test_files_that_are_no_tasks(tmp_path: Path) -> None:
 
 def test_the_papers_prompts() -> None:
     """Eight shots of word problems, four of the others; each shot's own answer is read from it."""
-    from megatron_slm.analysis.evaluation.answers import extract
+    from megatron_slm.evaluation.answers import extract
 
     counts = {"gsm8k": 8, "math": 4, "choices": 4}
     for name, count in counts.items():

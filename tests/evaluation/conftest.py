@@ -1,0 +1,3 @@
+"""Fixtures shared with the analyses: tiny models and texts."""
+
+from tests.analysis.conftest import *  # noqa: F403
