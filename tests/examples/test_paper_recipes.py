@@ -172,8 +172,8 @@ def test_every_deepspeed_file_is_described_and_used() -> None:
         (["--tensor-model-parallel-size", "8"], 8, "tensor"),
         (["--num-layers", "12", "--pipeline-model-parallel-size", "16"], 16, "16"),
         (["--reference-config", "nowhere/config.json"], 8, "--reference-config is 'nowhere/config.json'"),
-        (["--deepspeed-config", "ds_configs/fp32_cpu.json"], 8, "bf16.enabled = False"),
-        (["--pipeline-model-parallel-size", "2", "--deepspeed-config", "ds_configs/zero3_bf16.json"], 8, "stage = 3"),
+        (["--deepspeed-config", "ds_configs/fp32_cpu.json"], 8, "bf16.enabled is False"),
+        (["--pipeline-model-parallel-size", "2", "--deepspeed-config", "ds_configs/zero3_bf16.json"], 8, "stage is 3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
