@@ -62,7 +62,7 @@ def test_some_rows_are_counted_said_and_left_out(folder: Path, tmp_path: Path) -
     assert ended.value.codes == [3, 3]
     said = " ".join(ended.value.outputs[0].split())
     for step in (1, 2):
-        assert f"warning: step {step}: 12 tokens with a loss or score that is not finite" in said
+        assert f"warning: step {step}: dropped 12 tokens with a non-finite loss or score" in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         assert line["nonfinite_tokens"] == 12  # 3 of each of 4 micro-batches
