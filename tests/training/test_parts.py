@@ -21,10 +21,12 @@ from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
 
+ROW_METRICS = dict.fromkeys(("backward_row_share", "backward_added_variance", "backward_added_variance_max"))
+"""Not set where backward passes run on all rows."""
 METRIC_NAMES = (
     "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_unselected excess_all "
     "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm "
-    "skip_reason step_time_seconds tokens_per_second tflops_per_device mfu mfu_with_reference skipped_steps "
+    "backward_row_share backward_added_variance backward_added_variance_max skip_reason step_time_seconds tokens_per_second tflops_per_device mfu mfu_with_reference skipped_steps clipped_share "
     "memory_allocated_mib memory_peak_mib memory_host_mib ranks"
 ).split()
 
@@ -52,10 +54,10 @@ def test_metrics_are_quotients_of_sums() -> None:
         "loss": 2.0, "loss_all": 2.0, "loss_unselected": 2.0, "reference_loss": 1.5, "excess_selected": 0.5,
         "excess_unselected": 0.5, "excess_all": 0.5, "keep_fraction": 0.6, "kept_tokens": 6, "valid_tokens": 10,
         "nonfinite_tokens": 2, "score_p05": -1.0, "score_p25": 0.0, "score_p50": 0.0, "score_p75": 0.0,
-        "score_p95": 4.0, "grad_norm": 2.0, "skip_reason": None,
+        "score_p95": 4.0, "grad_norm": 2.0, "skip_reason": None, **ROW_METRICS,
     }  # fmt: skip
     alone = training_metrics(result, has_reference=False)
-    assert {name for name, value in alone.items() if value is None} == {
+    assert {name for name, value in alone.items() if value is None} - ROW_METRICS.keys() == {
         "reference_loss",
         "excess_selected",
         "excess_unselected",
@@ -174,5 +176,5 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
     values = run_flags(
         write_corpus(tmp_path / "corpus"), tmp_path / "run", num_layers=1, pipeline_model_parallel_size=2
     )
-    with pytest.raises(WorldError, match="at most the number of layers"):
+    with pytest.raises(WorldError, match="must not exceed the number of layers"):
         run_world(command, 2, [*flags(values), "--dry-run"])
