@@ -76,7 +76,7 @@ class RowResults:
 
     def metric(self, name: str, metric: str) -> float | None:
         """Mean over seeds and logged steps of a metric."""
-        curves = [run.curve(metric, "tokens").y for run in self.results.runs[name].values()]
+        curves = [run.metric(metric, "tokens").y for run in self.results.runs[name].values()]
         values = [value for curve in curves for value in curve]
         return fmean(values) if values else None
 
@@ -125,7 +125,7 @@ def _panel(found: RowResults, methods: Sequence[str], measure: str, ratios: Mapp
             lines.append(Curve(name=name, x=[x - 0.002, x + 0.002], y=[kept["mean"]] * 2, low=[low] * 2,
                               high=[high] * 2, color=COLORS[i], marker=MARKERS[i]))  # fmt: skip
     label = "step time / plain training's" if ratios else "share of the rows"
-    return Panel(title=f"Gain kept ({measure})", x_label=label, y_label="share of the exact run's gain", lines=lines)
+    return Panel(title=f"Gain kept ({measure})", x_label=label, y_label="share of the exact run's gain", curves=lines)
 
 
 def _page(

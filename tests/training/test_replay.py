@@ -139,10 +139,10 @@ def test_the_command_prints_and_writes_it(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("{0}/run/bad_batches.jsonl:3", "records .it has 2."),
+        ("{0}/run/bad_batches.jsonl:3", "must name recorded steps .*bad_batches.jsonl .2."),
         ("{0}/run/bad_batches.jsonl:2-x", "list steps like 17,20-22"),
-        ("{0}/run/none.jsonl", "is a readable bad_batches.jsonl"),
-        ("{0}/run/config.yaml", "is a readable bad_batches.jsonl"),
+        ("{0}/run/none.jsonl", "must be a readable bad_batches.jsonl"),
+        ("{0}/run/config.yaml", "must be a readable bad_batches.jsonl"),
     ],
 )
 def test_wrong_records(word: str, message: str, folder: Path) -> None:

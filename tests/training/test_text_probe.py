@@ -76,13 +76,13 @@ def test_records_are_what_the_checkpoints_say(files: Path, one_rank: Path) -> No
     assert folder.steps() == [2, 4, 6]
     assert texts.tokens_Ws1.shape == (len(TEXTS), SEQ_LENGTH + 1)
     assert texts.valid_Ws.sum(axis=1).tolist() == [5, SEQ_LENGTH, 2, 7, 4]
-    reference = model_statistics(open_model(str(files / "reference"), field="x"), texts.sample()).loss_Ws
+    reference = model_statistics(open_model(str(files / "reference"), field="x"), texts.excerpt()).loss_Ws
     assert texts.reference_loss_Ws is not None
     np.testing.assert_allclose(texts.reference_loss_Ws, reference, rtol=1e-5, atol=1e-6)
     for step in folder.steps():
         record = folder.read(step)
         model = open_model(str(one_rank / "checkpoints" / f"step_{step:08d}"), field="x")
-        loss_Ws = model_statistics(model, texts.sample()).loss_Ws
+        loss_Ws = model_statistics(model, texts.excerpt()).loss_Ws
         np.testing.assert_allclose(record.loss_Ws, loss_Ws, rtol=1e-5, atol=1e-6)
         assert record.score_Ws is not None
         assert record.kept_Ws is not None
@@ -165,7 +165,7 @@ def test_a_resume_with_other_texts_is_refused(files: Path, one_rank: Path, tmp_p
     shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     (tmp_path / "other.jsonl").write_text('{"text": "1 2 3"}\n')
     values = probing(files, run_dir, load=run_dir / "checkpoints", probe_file=tmp_path / "other.jsonl")
-    with pytest.raises(WorldError, match="names the texts that the run's records are of") as failed:
+    with pytest.raises(WorldError, match="--probe-file") as failed:
         run_world(command, 1, flags(values))
     assert failed.value.codes == [EXIT_UNUSABLE], "it would end in the same way again"
     assert ProbeFolder(run_dir).steps() == [2, 4]
@@ -221,9 +221,9 @@ def test_records_that_cannot_be_read(one_rank: Path, tmp_path: Path, capsys: pyt
     shutil.copytree(one_rank / "probe", run / "probe")
     common = ["dynamics", "--output", str(tmp_path / "page.html")]
     for words, message in {
-        ("--probe", str(tmp_path)): "records of --probe-file",
-        ("--probe", str(run), "--text-file", "x"): "comes with its texts",
-        ("--probe", str(run), "--load", str(run)): "one of the three",
+        ("--probe", str(tmp_path)): "must be the folder of a run trained with --probe-file",
+        ("--probe", str(run), "--text-file", "x"): "must be used without --text-file and --data-path",
+        ("--probe", str(run), "--load", str(run)): "must be the only source of losses",
     }.items():
         assert analyze([*common, *words]) == 1
         assert message in capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_records_that_cannot_be_read(one_rank: Path, tmp_path: Path, capsys: pyt
     assert "step_00000004.safetensors" in capsys.readouterr().err
     path.unlink()
     assert analyze([*common, "--probe", str(run)]) == 1
-    assert "3 steps or more, not 2" in capsys.readouterr().err
+    assert "number of recorded steps is 2: must be at least 3" in capsys.readouterr().err
 
 
 # ---- the file -------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_records_of_losses_that_are_not_finite(one_rank: Path, tmp_path: Path) -
     loss_Ws = ProbeFolder(tmp_path).read(4).loss_Ws.copy()
     loss_Ws[0, 0] = np.nan
     ProbeFolder(tmp_path).write(ProbeRecord(step=4, loss_Ws=loss_Ws))
-    with pytest.raises(AnalysisError, match="step 4 is 'a loss that is not finite'"):
+    with pytest.raises(AnalysisError, match="number of non-finite losses at step 4 is 1: must be 0"):
         recorded_losses(str(tmp_path))
 
 
