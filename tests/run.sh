@@ -9,4 +9,5 @@ python -m ruff check .
 python -m ruff format --check .
 python -m mypy
 lint-imports --no-cache
-exec python -m pytest "$@"
+# Two workers, a file at a time: fixtures that a file's tests share are made once. In one process: -n 0
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -3,7 +3,7 @@
 needs="${1:-run}"
 extras="" probe="import megatron_slm, deepspeed"
 if [ "$needs" = test ]; then
-  extras="[test,dev]" probe="$probe, pytest, megatron.core, ruff, mypy, importlinter"
+  extras="[test,dev]" probe="$probe, pytest, xdist, megatron.core, ruff, mypy, importlinter"
 fi
 # Runs outside the checkout: the folder megatron_slm/ beside this file is not an installation.
 has_needs() { (cd / && "$1" -W ignore -c "$probe") >/dev/null 2>&1; }

