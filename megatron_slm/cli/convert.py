@@ -23,7 +23,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser("Convert between checkpoints and Hugging Face folders, and compare them.")
     commands = parser.add_subparsers(dest="command", required=True)
     imported = commands.add_parser("import", help="write a Hugging Face folder as a checkpoint")
-    imported.add_argument("--hf", required=True, help="the Hugging Face folder")
+    imported.add_argument("--hf", required=True, help="the Hugging Face folder, or its name on the hub")
     imported.add_argument("--output", required=True, help="the checkpoints folder to write")
     imported.add_argument(
         "--extend-vocabulary",

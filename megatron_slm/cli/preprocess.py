@@ -71,7 +71,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     """Megatron's tokenizer flags."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", required=True, help=", ".join(TOKENIZER_TYPES))
-    group.add_argument("--tokenizer-model", help="local folder, tokenizer.json, SentencePiece .model, tiktoken file")
+    group.add_argument("--tokenizer-model", help="folder, tokenizer.json, name of the hub, .model or tiktoken file")
     group.add_argument("--vocab-size", type=positive_int, help="for NullTokenizer and TikTokenizer")
     group.add_argument("--vocab-file", help="for GPT2BPETokenizer: vocab.json")
     group.add_argument("--merge-file", help="for GPT2BPETokenizer: merges.txt")

@@ -28,7 +28,7 @@ from megatron_slm.convert.companion_files import (
     copy_files,
     tokenizer_folder,
 )
-from megatron_slm.convert.hf_config import check_hf_folder, read_architecture
+from megatron_slm.convert.hf_config import hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
 from megatron_slm.convert.tensors import TensorSource, check_tensors, expected_tensors, row_blocks
 from megatron_slm.convert.vocabulary import ExtendedVocabulary, ExtendInit, check_extends, new_tokens
@@ -62,8 +62,7 @@ def import_folder(
     Raises:
         WeightsError, VocabularyError: the folder is incomplete or not supported, or `output` is not empty.
     """
-    folder, target = Path(hf), Path(output)
-    check_hf_folder(hf, field="--hf")
+    folder, target = hf_folder(hf, field="--hf"), Path(output)
     architecture = read_architecture(folder)
     source: TensorSource
     if allow_bin and not weight_files(folder, SAFETENSORS):

@@ -16,7 +16,7 @@ from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.weights import Quantity, WeightSource, fill_module
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.defaults import NUM_TOKENS
-from megatron_slm.convert.hf_config import check_hf_folder, read_architecture
+from megatron_slm.convert.hf_config import hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
 from megatron_slm.convert.source import open_model
 from megatron_slm.convert.tensors import check_tensors
@@ -83,8 +83,7 @@ def verify(hf: str, load: str | None = None, text_file: str | None = None, *, nu
     Raises:
         WeightsError: a folder is unreadable, or the architectures differ.
     """
-    check_hf_folder(hf, field="--hf")
-    folder = Path(hf)
+    folder = hf_folder(hf, field="--hf")
     arch = read_architecture(folder)
     hf_source = HuggingFaceSource(folder) if load is None or weight_files(folder, SAFETENSORS) else None
     if hf_source is not None:  # else transformers reads .bin files, and there are no dtypes to round to
@@ -98,9 +97,9 @@ def verify(hf: str, load: str | None = None, text_file: str | None = None, *, nu
         if isinstance(loaded.source, CheckpointSource) and hf_source is not None:
             source, rounded_to = _rounded(loaded.source, hf_source)
     assert source is not None, "either from --hf or from --load"
-    tokens_bs = _tokens(arch, hf, text_file, num_tokens)
+    tokens_bs = _tokens(arch, str(folder), text_file, num_tokens)
     log_probs_NV = _our_log_probs(arch, source, tokens_bs)
-    return Report(delta_bs=_differences(log_probs_NV, hf, tokens_bs), rounded_to=rounded_to)
+    return Report(delta_bs=_differences(log_probs_NV, str(folder), tokens_bs), rounded_to=rounded_to)
 
 
 def memory_shortage(arch: Architecture, num_tokens: int) -> str | None:
