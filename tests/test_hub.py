@@ -61,7 +61,9 @@ def test_a_cached_model_is_opened_by_name_without_a_network(cache: Path, model: 
     snapshot = put(cache, "org/tiny", model)
     for name in ("org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"):
         assert local_path(name, field="--init-from") == snapshot
-        assert open_model(name, field="--init-from").content_sha256() == open_model(str(model), field="x").content_sha256()
+        assert (
+            open_model(name, field="--init-from").content_sha256() == open_model(str(model), field="x").content_sha256()
+        )
     assert build_tokenizer("HuggingFaceTokenizer", "org/tiny").fingerprint() == (
         build_tokenizer("HuggingFaceTokenizer", model).fingerprint()
     )
@@ -76,14 +78,18 @@ def test_a_path_that_exists_is_never_a_name(cache: Path, model: Path) -> None:
     assert local_path("org/tiny", field="--init-from") == Path("org/tiny")
 
 
-@pytest.mark.parametrize("path", ["/absent/tiny", "./org/tiny", "../tiny", "tiny", "org/tiny/more", "a b/c", "org/", "s3://x/y"])
+@pytest.mark.parametrize(
+    "path", ["/absent/tiny", "./org/tiny", "../tiny", "tiny", "org/tiny/more", "a b/c", "org/", "s3://x/y"]
+)
 def test_other_paths_are_no_names(cache: Path, path: str) -> None:
     assert not is_hub_name(path)
 
 
 def test_a_model_that_is_not_cached_is_refused_offline(cache: Path, model: Path) -> None:
     fix = r"Fix: check the path, or download .*: hf download org/tiny --local-dir models/tiny$"
-    with pytest.raises(ConfigError, match=rf"^--init-from is 'org/tiny': must be a local path, .*HF_HUB_OFFLINE.*{fix}"):
+    with pytest.raises(
+        ConfigError, match=rf"^--init-from is 'org/tiny': must be a local path, .*HF_HUB_OFFLINE.*{fix}"
+    ):
         open_model("org/tiny", field="--init-from")
     put(cache, "org/tiny", model, "*.json")  # as left by a download of the configuration alone
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE"):
@@ -146,7 +152,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         files = sorted(self.repos[name].iterdir())
         if api and words[4] == "tree":
             tree: list[dict[str, Any]] = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": self._etag(file)} for file in files
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": self._etag(file)}
+                for file in files
             ]
             return self._answer(200, json.dumps(tree).encode(), Content_Type="application/json")
         if api:
@@ -226,6 +233,8 @@ def test_a_download_takes_the_safetensors_and_no_pickle(server: str, tmp_path: P
 
 def test_a_hub_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
     (line,) = _open("http://127.0.0.1:9", tmp_path / "home", "org/tiny")
-    assert line.startswith("ServiceError --init-from is 'org/tiny': must be a local path, or a model that can be downloaded")
+    assert line.startswith(
+        "ServiceError --init-from is 'org/tiny': must be a local path, or a model that can be downloaded"
+    )
     assert "http://127.0.0.1:9" in line
     assert line.endswith("hf download org/tiny --local-dir models/tiny")

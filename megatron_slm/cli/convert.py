@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     args = _arguments(words)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # folders only: nothing is ever looked up
     commands = {"import": _import, "export": _export, "verify": _verify, "inspect": _inspect}
     return commands[args.command](args)
 

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 from megatron_slm.convert.hf_config import CONFIG
-from megatron_slm.hub import TOKENIZER_FILES
 
 ORIGIN_FILES = (CONFIG, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER, ORIGIN = "tokenizer", "origin"

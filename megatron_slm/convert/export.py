@@ -19,7 +19,7 @@ from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.tensor_file import Entry
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.card import model_card
-from megatron_slm.convert.companion_files import ORIGIN_FILES, TOKENIZER_FILES, copy_files
+from megatron_slm.convert.companion_files import ORIGIN_FILES, copy_files
 from megatron_slm.convert.defaults import SHARD_BYTES, TOLERANCE_NATS
 from megatron_slm.convert.hf_config import CONFIG, exported_config, is_hf_folder, read_config
 from megatron_slm.convert.source import Model, open_model
@@ -28,6 +28,7 @@ from megatron_slm.convert.verify import Report, memory_shortage, verify
 from megatron_slm.convert.writer import write_shards
 from megatron_slm.errors import CheckpointError, WeightsError
 from megatron_slm.files import sync_folder
+from megatron_slm.hub import TOKENIZER_FILES
 
 VERIFIED_TOKENS = 256
 """Random tokens on which the export is compared with the checkpoint."""

@@ -24,7 +24,6 @@ from megatron_slm.convert.companion_files import (
     ORIGIN_FILES,
     ORIGIN_RECORD,
     TOKENIZER,
-    TOKENIZER_FILES,
     copy_files,
     tokenizer_folder,
 )
@@ -35,6 +34,7 @@ from megatron_slm.convert.vocabulary import ExtendedVocabulary, ExtendInit, chec
 from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
 from megatron_slm.errors import VocabularyError, WeightsError, os_errors_as
 from megatron_slm.files import sync_folder, write_durably
+from megatron_slm.hub import TOKENIZER_FILES, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def import_folder(
     check_tensors(architecture, source, field="--hf")
     tokenizer, tokenizer_from = _tokenizer(folder), tokenizer_folder(folder)
     if extend_vocabulary is not None:
-        new = build_tokenizer("HuggingFaceTokenizer", extend_vocabulary)
+        extended = local_path(extend_vocabulary, field="--extend-vocabulary", part="tokenizer")
+        new = build_tokenizer("HuggingFaceTokenizer", extended)
         check_extends(tokenizer, new, extend_vocabulary)
         assert tokenizer is not None, "checked by check_extends"
         num_rows = architecture.vocab_size
@@ -92,7 +93,7 @@ def import_folder(
             vocab_size=architecture.vocab_size,
             replaced=within if extend_init == "mean" else (),
         )
-        tokenizer, tokenizer_from = new, Path(extend_vocabulary)
+        tokenizer, tokenizer_from = new, extended
     elif tokenizer is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise VocabularyError(
             "--hf: number of tokens of the tokenizer",

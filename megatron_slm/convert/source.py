@@ -1,4 +1,4 @@
-"""Models on disk, as named by `--init-from` and `--reference-load`: a Hugging Face folder, a name of the hub, or a checkpoint."""
+"""Models of `--init-from` and `--reference-load`: a Hugging Face folder, a name of the hub, or a checkpoint."""
 
 from __future__ import annotations
 

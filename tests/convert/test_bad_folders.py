@@ -58,7 +58,10 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 def test_no_folder_and_no_model(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"--init-from is '.*absent': must be a local folder or a model of the hub .* Fix: check the path$"):
+    with pytest.raises(
+        WeightsError,
+        match=r"--init-from is '.*absent': must be a local folder or a model of the hub .* Fix: check the path$",
+    ):
         open_model(str(tmp_path / "absent"), field="--init-from")
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match=r"must be a Hugging Face folder .* or hold a complete checkpoint"):

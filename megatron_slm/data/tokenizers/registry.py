@@ -124,8 +124,8 @@ def build_tokenizer(
 
     Args:
         tokenizer_type: one of `TOKENIZER_TYPES`; the three SentencePiece names are synonyms.
-        tokenizer_model: a folder, a tokenizer.json or a name of the Hugging Face hub; a SentencePiece .model file; a folder with GPT-2's vocab.json
-            and merges.txt; tiktoken's ranks. None for NullTokenizer.
+        tokenizer_model: a folder, a tokenizer.json or a name of the Hugging Face hub; a SentencePiece .model file; a
+            folder with GPT-2's vocab.json and merges.txt; tiktoken's ranks. None for NullTokenizer.
         vocab_size: size of NullTokenizer, which has no file; for TikTokenizer, the size to cut its file to.
         vocab_file, merge_file: files of GPT2BPETokenizer, instead of the folder.
         tiktoken_pattern, tiktoken_num_special_tokens, tiktoken_special_tokens: see `TikTokenizer`.
