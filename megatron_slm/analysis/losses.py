@@ -26,6 +26,7 @@ from megatron_slm.hub import local_path
 from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.progress import track
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.reference.store import ScoreReader, check_shards
@@ -124,7 +125,8 @@ def model_statistics(model: Model, excerpt: Excerpt, *, with_entropy: bool = Fal
     loss_Ws = np.zeros((num_spans, length), np.float32)
     entropy_Ws = np.zeros((num_spans, length), np.float32) if with_entropy else None
     batch_size = max(1, BATCH_TOKENS // length)
-    for start in range(0, num_spans, batch_size):
+    starts = range(0, num_spans, batch_size)
+    for start in track(starts, f"losses of {model.source.folder.name}", "batches"):
         rows = slice(start, start + batch_size)
         tokens = torch.from_numpy(excerpt.tokens_Ws1[rows]).to(device)
         valid_bs = torch.from_numpy(excerpt.valid_Ws[rows]).to(device)

@@ -29,12 +29,13 @@ from megatron_slm.convert.companion_files import (
 )
 from megatron_slm.convert.hf_config import hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
-from megatron_slm.convert.tensors import TensorSource, check_tensors, expected_tensors, row_blocks
+from megatron_slm.convert.tensors import TensorSource, check_tensors, counted, expected_tensors, row_blocks
 from megatron_slm.convert.vocabulary import ExtendedVocabulary, ExtendInit, check_extends, new_tokens
 from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
 from megatron_slm.errors import VocabularyError, WeightsError, os_errors_as
 from megatron_slm.files import sync_folder, write_durably
 from megatron_slm.hub import TOKENIZER_FILES, local_path
+from megatron_slm.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -134,17 +135,21 @@ def _write_weights(folder: Path, architecture: Architecture, source: TensorSourc
     for name in expected:
         names_by_file.setdefault(file_of[name], []).append(name)
     files: dict[str, dict[str, Any]] = {}
-    for number, (_, names) in enumerate(sorted(names_by_file.items())):
-        pieces = [_whole_tensor(name, expected[name]) for name in names]
-        by_key = {f"{i}.weight": name for i, name in enumerate(names)}
-        entries = [Entry(name=key, shape=(prod(expected[name]),), dtype=dtypes[name]) for key, name in by_key.items()]
+    size = sum(prod(shape) * dtypes[name].itemsize for name, shape in expected.items())
+    with show_progress("writing weights", size, "B") as progress:
+        for number, (_, names) in enumerate(sorted(names_by_file.items())):
+            pieces = [_whole_tensor(name, expected[name]) for name in names]
+            by_key = {f"{i}.weight": name for i, name in enumerate(names)}
+            entries = [
+                Entry(name=key, shape=(prod(expected[name]),), dtype=dtypes[name]) for key, name in by_key.items()
+            ]
 
-        def blocks(entry: Entry, by_key: dict[str, str] = by_key) -> Iterator[Tensor]:
-            name = by_key[entry.name]
-            return (source.rows(name, *bounds) for bounds in row_blocks(expected[name], entry.dtype.itemsize))
+            def blocks(entry: Entry, by_key: dict[str, str] = by_key) -> Iterator[Tensor]:
+                name = by_key[entry.name]
+                return (source.rows(name, *bounds) for bounds in row_blocks(expected[name], entry.dtype.itemsize))
 
-        path = folder / f"weights_{number:05d}.safetensors"
-        files[path.name] = write_entries(path, entries, blocks, {"pieces": json.dumps(pieces)})
+            path = folder / f"weights_{number:05d}.safetensors"
+            files[path.name] = write_entries(path, entries, counted(blocks, progress), {"pieces": json.dumps(pieces)})
     return files
 
 
