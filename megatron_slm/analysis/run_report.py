@@ -13,7 +13,7 @@ from markupsafe import Markup
 from megatron_slm.analysis import page, sampled_rows
 from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png, svg
 from megatron_slm.analysis.runs import AXIS_LABELS, Axis, RunMetrics, Series, held_out_sets
-from megatron_slm.analysis.verdict import verdict
+from megatron_slm.analysis.verdict import CAUTION, verdict
 from megatron_slm.files import write_durably
 
 _NATS = "nats per token"
@@ -126,9 +126,10 @@ def write_report(
     charts = panels(runs, axis)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output.with_suffix(".png"), png(charts))
-    names = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    names = page.listed([run.name for run in runs]) if len(runs) < 4 else f"{len(runs)} runs"
     parts = [
         *(page.paragraph(sentence, kind="verdict") for sentence in verdict(runs)),
+        *([page.paragraph(CAUTION, kind="soft")] if len(runs) > 1 and held_out_sets(runs) else []),
         *_notes(runs),
         _summary_table(runs),
         *extra,

@@ -20,30 +20,36 @@ def backward_rows(run: RunMetrics) -> dict[str, Any]:
 
 
 def comparison(runs: Sequence[RunMetrics]) -> Iterator[Markup]:
-    """Yield the section on rows, if a run's backward pass leaves some out; the first exact run is the baseline."""
+    """Yield the section on rows, if a run's backward pass leaves some out."""
     found = [backward_rows(run) for run in runs]
     if all(row["backward_rows"] == "exact" for row in found):
         return
-    exact = next((run for run, row in zip(runs, found, strict=True) if row["backward_rows"] == "exact"), None)
+    exact_runs = [run for run, row in zip(runs, found, strict=True) if row["backward_rows"] == "exact"]
     yield page.heading("Exact and sampled backward pass")
-    if exact is None:
-        yield page.paragraph("No run has an exact backward pass to compare with.", kind="soft")
-    else:
-        yield page.paragraph(
-            f"Speed and held-out losses are compared with {exact.name}. The added variance is relative to the squared "
-            "norm of the gradient; 0.02 is recommended (docs/row-sampling.md)."
-        )
+    yield page.paragraph(
+        "In parentheses: speed and losses compared with the exact run of the same objective. The added variance is "
+        "relative to the squared norm of the gradient; 0.02 is recommended (docs/row-sampling.md)."
+    )
     sets = held_out_sets(runs)
     heads = ["run", "backward pass", "rows", "added variance", "most in a block", "clipped steps", "tokens/s"]
     heads += [f"{name}, nats" for name in sets]
     rows = []
     for run, row in zip(runs, found, strict=True):
-        share = 1.0 if row["backward_rows"] == "exact" else row["backward_row_share"]
+        is_exact = row["backward_rows"] == "exact"
+        share = 1.0 if is_exact else row["backward_row_share"]
+        exact = None if is_exact else _twin(run, exact_runs)
         cells = [run.name, row["backward_rows"], _percent(share)]
         cells += [_number(row["backward_added_variance"]), _number(row["backward_added_variance_max"])]
         cells += [_percent(row["clipped_share"]), _speed(run, exact)]
         rows.append([*cells, *(_loss(run, exact, name) for name in sets)])
     yield page.table(heads, rows)
+
+
+def _twin(run: RunMetrics, exact_runs: Sequence[RunMetrics]) -> RunMetrics | None:
+    """Return the first exact run with a run's objective and keep ratio, else None."""
+    keys = ("objective", "slm_keep_ratio") if run.config.get("objective") == "slm" else ("objective",)
+    same = (one for one in exact_runs if all(one.config.get(key) == run.config.get(key) for key in keys))
+    return next(same, None)
 
 
 def _mean(run: RunMetrics, key: str) -> float | None:
@@ -55,7 +61,7 @@ def _speed(run: RunMetrics, exact: RunMetrics | None) -> str:
     own = _tokens_per_second(run)
     if own is None:
         return "–"
-    base = None if exact is None or exact is run else _tokens_per_second(exact)
+    base = None if exact is None else _tokens_per_second(exact)
     return f"{own:,.0f}" + (f" ({own / base:.2f}x)" if base else "")
 
 
@@ -66,7 +72,7 @@ def _tokens_per_second(run: RunMetrics) -> float | None:
 
 def _loss(run: RunMetrics, exact: RunMetrics | None, name: str) -> str:
     own = run.held_out(name).y[-1:]
-    base = exact.held_out(name).y[-1:] if exact is not None and exact is not run else ()
+    base = () if exact is None else exact.held_out(name).y[-1:]
     if not own:
         return "–"
     return f"{own[0]:.4f}" + (f" ({own[0] - base[0]:+.4f})" if base else "")

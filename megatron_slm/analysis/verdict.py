@@ -9,6 +9,7 @@ from megatron_slm.analysis.runs import RunMetrics
 
 EQUAL_NATS = 0.002
 """Difference of two losses below which they are called equal."""
+CAUTION = "These are single runs: repeat them with other seeds before you rely on a small difference."
 
 
 def verdict(runs: Sequence[RunMetrics]) -> Iterator[str]:
@@ -18,8 +19,6 @@ def verdict(runs: Sequence[RunMetrics]) -> Iterator[str]:
         yield _alone(baseline)
     for run in others:
         yield _compared(run, baseline)
-    if others and any(run.set_names for run in others):
-        yield "These are single runs: repeat them with other seeds before you rely on a small difference."
 
 
 def _alone(run: RunMetrics) -> str:

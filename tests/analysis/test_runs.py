@@ -120,16 +120,15 @@ def test_the_command(tmp_path: Path, axis: str, capsys: pytest.CaptureFixture[st
 def test_the_page_opens_with_what_the_comparison_comes_to(tmp_path: Path) -> None:
     """clm ends at 1.125 nats and slm at 0.625, which passes 1.125 between its second and third evaluation."""
     clm, slm = write_run(tmp_path / "clm"), write_run(tmp_path / "slm", final=0.5, keep=0.6)
-    sentence, caution = verdict(read_runs([str(clm), str(slm)]))
+    (sentence,) = verdict(read_runs([str(clm), str(slm)]))
     reached = 16 + 8 * (1.5 - 1.125) / (1.5 - 1.0)
     assert sentence == (
         f"slm predicts held-out target text better than clm: the right token is {math.exp(0.5):.2f} times as likely "
         f"(0.625 against 1.125 nats per token), and reached its loss with {reached / 40:.0%} of the tokens."
     )
-    assert caution.startswith("These are single runs")
-    (worse, _) = verdict(read_runs([str(slm), str(clm)]))
+    (worse,) = verdict(read_runs([str(slm), str(clm)]))
     assert "target text worse than slm: the right token is 0.61 times as likely" in worse
-    (same, _) = verdict(read_runs([str(clm), f"again={clm}"]))
+    (same,) = verdict(read_runs([str(clm), f"again={clm}"]))
     assert same == "again predicts held-out target text as well as clm does (1.125 against 1.125 nats per token)."
     (alone,) = verdict(read_runs([str(slm)]))
     assert alone == (
@@ -138,7 +137,7 @@ def test_the_page_opens_with_what_the_comparison_comes_to(tmp_path: Path) -> Non
     )
     assert main([str(clm), str(slm)]) == 0
     text = (clm / "report.html").read_text()
-    assert text.index("slm predicts held-out") < text.index("<table>")
+    assert text.index("slm predicts held-out") < text.index("These are single runs") < text.index("<table>")
 
 
 def test_runs_without_a_common_set_are_not_compared(tmp_path: Path) -> None:
@@ -164,6 +163,7 @@ def test_exact_and_sampled_rows_are_compared(tmp_path: Path) -> None:
     text = (exact / "report.html").read_text()
     section = text[text.index("Exact and sampled backward pass") : text.index("Tokens to reach")]
     cells = re.findall(r"<td>(.*?)</td>", section)
+    assert "Training report: exact and sampled" in text
     assert cells[:8] == ["exact", "exact", "100%", "–", "–", "–", "500", "1.1250"]
     assert cells[8:] == ["sampled", "sampled", "60%", "0.02", "–", "25%", "600 (1.20x)", "1.1350 (+0.0100)"]
     numbers = json.loads((exact / "report.json").read_text())["runs"]
