@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -24,14 +25,15 @@ NAMES: dict[str, Renamed] = {}
 """Old names of `from megatron_slm import ...`."""
 
 
-def current_name(old: str, renamed: Renamed, *, kind: str) -> str:
+def current_name(old: str, renamed: Renamed, *, kind: str, show: Callable[[str], str] = str) -> str:
     """Return the new name, and warn: as a `DeprecationWarning`, and in the log, where users of commands see it.
 
     Args:
         old: the name as typed.
         kind: what it is a name of, for the message.
+        show: returns the new name as it is typed.
     """
-    text = f"{kind} {old} is deprecated and will be removed in {renamed.removed_in}: use {renamed.new}"
+    text = f"{kind} {old} is deprecated and will be removed in {renamed.removed_in}: use {show(renamed.new)}"
     warnings.warn(text, DeprecationWarning, stacklevel=3)
     logger.warning("%s", text)
     return renamed.new

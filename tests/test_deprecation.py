@@ -18,14 +18,14 @@ MESSAGE = "{} is deprecated and will be removed in 9.9: use {}"
 def test_an_old_flag_and_an_old_key_set_the_new_one_and_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(deprecation.FLAGS, "old_keep_ratio", Renamed("slm_keep_ratio", "9.9"))
     monkeypatch.setitem(deprecation.FLAGS, "old_quiet", Renamed("quiet", "9.9"))
-    with pytest.warns(DeprecationWarning, match=MESSAGE.format("flag --old-keep-ratio", "slm_keep_ratio")):
+    with pytest.warns(DeprecationWarning, match=MESSAGE.format("flag --old-keep-ratio", "--slm-keep-ratio")):
         config, _ = parse(["--train-iters", "1", "--slm-score", "loss", "--old-keep-ratio", "0.3"])
     assert config.selection.slm_keep_ratio == 0.3
     with pytest.warns(DeprecationWarning, match="old-quiet"):
         assert not parse(["--train-iters", "1", "--slm-score", "loss", "--no-old-quiet"])[0].logging.quiet
     path = tmp_path / "run.yaml"
     path.write_text("train-iters: 1\nslm-score: loss\nold-keep-ratio: 0.4\n")
-    with pytest.warns(DeprecationWarning, match=MESSAGE.format("flag old-keep-ratio", "slm_keep_ratio")):
+    with pytest.warns(DeprecationWarning, match=MESSAGE.format("flag old-keep-ratio", "--slm-keep-ratio")):
         assert parse(["--config", str(path)])[0].selection.slm_keep_ratio == 0.4
 
 

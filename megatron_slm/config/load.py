@@ -195,7 +195,7 @@ def _known_name(name: str) -> str | None:
     plain = name.lstrip("-").replace("-", "_")
     plain = ALIASES.get(plain, plain)
     if plain in FLAGS:
-        plain = current_name(name, FLAGS[plain], kind="flag")
+        plain = current_name(name, FLAGS[plain], kind="flag", show=flag)
     return plain if plain in _fields() else None
 
 
