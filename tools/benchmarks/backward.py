@@ -1,10 +1,10 @@
 """Step and backward time of training on sampled gradient rows, against plain training.
 
 One process trains one model, all contenders in turn, round after round, each step between two of plain training
-(CLM, every row). A step is some micro-batches, clipping and AdamW. A ratio is the median over rounds of a contender's CPU time over the mean of the two plain steps'
-around it, its spread the distance between the quartiles; the backward ratio is that of the backward passes alone. The
-losses that tokens are chosen by are the model's own, so that no reference is timed. Memory is the peak of a process of
-its own, over that of plain training.
+(CLM, every row). A step is some micro-batches, clipping and AdamW. A ratio is the median over rounds of a contender's
+CPU time over the mean of the two plain steps' around it, its spread the distance between the quartiles; the backward
+ratio is that of the backward passes alone. The losses that tokens are chosen by are the model's own, so that no
+reference is timed. Memory is the peak of a process of its own, over that of plain training.
 """
 
 from __future__ import annotations
@@ -275,7 +275,8 @@ def _markdown(records: list[dict[str, Any]], arguments: argparse.Namespace) -> s
         "# The backward pass on some of the rows\n\n"
         f"{report.environment()}, one thread; {shape['num_layers']} layers, hidden size {shape['hidden']}, "
         f"{shape['groups']} key/value groups of {shape['heads']} heads, {shape['micro_batches']} micro-batches of "
-        f"{shape['samples']} x {shape['length']} tokens, vocabulary {shape['vocab']:,}, fp32; {arguments.rounds} rounds. CPU time of a step (forward, selection, backward, "
+        f"{shape['samples']} x {shape['length']} tokens, vocabulary {shape['vocab']:,}, fp32; {arguments.rounds} "
+        "rounds. CPU time of a step (forward, selection, backward, "
         "AdamW) over that of plain training on all tokens, in one process in turn; `sampled 0.02` follows that "
         "variance, `sampled 0.7` has that share. Made by `python tools/benchmark.py backward`. What the columns mean: "
         "[row-sampling.md](../row-sampling.md).\n\n" + report.table(header, rows)
