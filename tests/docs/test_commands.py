@@ -99,7 +99,7 @@ def fresh_environment(folder: Path) -> tuple[Path, dict[str, str]]:
     site = next(path for path in sys.path if (Path(path) / "torch").is_dir())
     (fresh_site,) = (folder / "fresh/lib").glob("python3*/site-packages")
     (fresh_site / "parent.pth").write_text(site + "\n")
-    pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    pip = [python, "-m", "pip", "install", "-q", "--no-deps"]
     subprocess.run([*pip, "-e", checkout], check=True)
     launcher = python.with_name("deepspeed")
     launcher.write_text(f"#!{python}\nfrom deepspeed.launcher.runner import main\nmain()\n")
