@@ -32,7 +32,7 @@ def time_left(seconds: float) -> str:
 
 
 class Progress:
-    """How far a piece of work is.
+    """Counts the work that is done, and shows it from time to time.
 
     Args:
         title: begins each line.

@@ -1,4 +1,4 @@
-"""What a comparison of runs comes to, in sentences for readers who train no models."""
+"""Conclusions from a comparison of runs, in sentences for readers who train no models."""
 
 from __future__ import annotations
 
