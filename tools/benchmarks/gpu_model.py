@@ -3,8 +3,9 @@
 A kernel takes the longest of: its FLOPs at the rate that products or attention reach, its bytes at the rate that memory
 reaches, and a launch. A step is as long as its micro-batches on one GPU, or on the last stage of an evenly cut
 pipeline, around which the pipeline fills and empties once; the reference rides along. Compiled blocks (the default on a
-GPU) keep their products and attention; their element-wise work is taken as fused passes over memory. Nothing here was measured on a
-GPU; the rates are assumptions (`megatron_slm/planning/roofline.py`), and the result is uncertain by 15 to 20 %.
+GPU) keep their products and attention; their element-wise work is taken as fused passes over memory. Nothing here was
+measured on a GPU; the rates are assumptions (`megatron_slm/planning/roofline.py`), and the result is uncertain by 15 to
+20 %.
 """
 
 from __future__ import annotations
