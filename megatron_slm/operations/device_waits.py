@@ -23,7 +23,7 @@ def waits_on_device() -> str | None:
     """Return what this rank's GPU waits for, if its host waits for the GPU; None otherwise, and without a GPU."""
     if not on_gpu() or not _host_waits():
         return None
-    from torch._C._distributed_c10d import _dump_fr_trace_json  # torch's flight recorder has no public name
+    from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]  # no public name
 
     communication = oldest_active(_dump_fr_trace_json(True, True))
     return None if communication is None else f"its GPU is in {communication}"
