@@ -16,7 +16,8 @@ from megatron_slm.errors import LayoutError
 from megatron_slm.loss.selective_ce import selective_cross_entropy, token_statistics
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.selection.configure import build_selector
-from megatron_slm.selection.selector import Choice, Selector
+from megatron_slm.selection.ranking import Choice
+from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch, Selection, TokenStatistics
 
 IGNORED_LABEL = -100
@@ -213,6 +214,7 @@ def selective_loss(
         select=select,
         keep_ratio=selector.expected_share(step),
         with_entropy=selector.needs("entropy"),
+        with_top_entropy=selector.needs("top-entropy"),
         head=head,
     )
     return CausalLMLoss(loss.loss_sum, choices[0].divisor(), choices[0], loss.statistics)

@@ -103,7 +103,7 @@ def test_the_written_configuration_repeats_a_selection(tmp_path: Path) -> None:
         (["--slm-temperature", "0"], "--slm-temperature is 0.0: must be positive"),
         (["--slm-temperature", "-1"], "--slm-temperature is -1.0: must be positive"),
         (["--slm-policy", "weights", "--slm-weight-floor", "1.5"], "--slm-weight-floor is 1.5"),
-        (["--slm-weight-floor", "0.1"], "must be used with --slm-policy weights"),
+        (["--slm-weight-floor", "0.1"], "must be used with --slm-weight gibbs or talr"),
         (["--slm-scope", "world"], "--slm-scope"),
         (["--slm-scope", "sequence", "--slm-policy", "quantile"], "must be micro-batch with --slm-policy quantile"),
         (["--slm-keep-ratio", "0"], "--slm-keep-ratio"),
