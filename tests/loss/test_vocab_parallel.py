@@ -110,6 +110,7 @@ def cut_head_main(size: int, variant: Any, vocab: int) -> dict[str, Any]:
         keep_ratio=0.6,
         part=VocabularyPart(tp=tp, start=start, rows=rows),
         with_entropy=True,
+        with_top_entropy=True,
         head=LossHead(variant=variant, stash_bytes=32 * max(1, len(weight_Vd)) * 8),
     )
     result.loss_sum.backward()
@@ -117,6 +118,7 @@ def cut_head_main(size: int, variant: Any, vocab: int) -> dict[str, Any]:
         "kept": result.selection.kept_K,
         "losses": result.statistics.loss_N,
         "entropies": result.statistics.entropy_N,
+        "top entropies": result.statistics.top_entropy_N,
         "hidden": p.hidden_Nd.grad,
         "weight": weight_Vd.grad,
     }
