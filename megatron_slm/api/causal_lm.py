@@ -90,7 +90,7 @@ def make_selector(
     config = SelectionConfig(
         slm_score=names, slm_keep_ratio=keep_ratio, slm_scope=scope, reference_load="in memory", **flags
     )
-    return build_selector(config, seed=seed, vocabulary_size=2**63 - 1)
+    return build_selector(config, seed=seed, vocabulary_size=None)
 
 
 def micro_batch(
@@ -99,6 +99,7 @@ def micro_batch(
     attention_mask_bt: Tensor | None = None,
     *,
     first_sample: int = 0,
+    columns: Mapping[str, Tensor] | None = None,
 ) -> MicroBatch:
     """Return the shifted micro-batch of token ids, as transformers shifts labels.
 
@@ -107,6 +108,7 @@ def micro_batch(
         labels_bt: unshifted labels, -100 where a token has no loss; by default the token ids.
         attention_mask_bt: 0 where a token is padding and has no loss.
         first_sample: number of the first sequence in the order of the run, for random scores and stored scores.
+        columns: numbers of the predicted tokens for scores and weights named `external:NAME`, by name, fp32 [b, t - 1].
     """
     labels_bt = input_ids_bt if labels_bt is None else labels_bt
     labels_bs = labels_bt[:, 1:]
@@ -118,6 +120,7 @@ def micro_batch(
         labels_bs=labels_bs.masked_fill(~valid_bs, 0),
         valid_bs=valid_bs,
         sample_b=first_sample + torch.arange(len(input_ids_bt), device=input_ids_bt.device),
+        columns=columns,
     )
 
 

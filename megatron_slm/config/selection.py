@@ -173,6 +173,9 @@ class SelectionConfig:
             require(most == 1, self, "slm_keep_most", "be used with --slm-policy positive", "remove it")
         require(_is_share(share), self, "slm_peaking_share", "be in (0, 1]", "use a share such as 0.6")
         require_positive(self, "slm_peaking_length")
+        for name, default in (("slm_peaking_share", 0.6), ("slm_peaking_length", 3)):
+            unused = policy != "peaking" and getattr(self, name) != default
+            require(not unused, self, name, "be used with --slm-policy peaking", "remove it")
         if policy == "peaking":
             rule = f"be at least 1 - --slm-keep-ratio, {1 - ratio:.4g}, the share of the lowest scores"
             require(share >= 1 - ratio - 1e-9, self, "slm_peaking_share", rule, "raise it, or raise --slm-keep-ratio")
@@ -268,6 +271,10 @@ class SelectionConfig:
             check_column_name("--slm-protected-spans", self.slm_protected_spans, self.slm_protected_spans)
             rule = "not be used with --objective clm, which trains on all tokens"
             require(self.objective == "slm", self, "slm_protected_spans", rule, "remove it")
+            rule = "not be used with --slm-policy weights, which trains on all tokens"
+            require(
+                self.slm_policy != "weights", self, "slm_protected_spans", rule, "use --slm-never-keep, or remove it"
+            )
 
     def _check_reference(self) -> None:
         """Check the reference's flags; `selection/configure.py` checks that slm has one where its scores need it."""

@@ -12,12 +12,12 @@ from megatron_slm.selection.token_weights import read_token_weights
 from megatron_slm.selection.weights import weight_named
 
 
-def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int) -> Selector:
+def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int | None) -> Selector:
     """Build the selector of a run. Reads the file of --slm-token-weights.
 
     Args:
         seed: the run's seed, for random scores and policies.
-        vocabulary_size: exclusive bound of --slm-always-keep and --slm-never-keep.
+        vocabulary_size: exclusive bound of --slm-always-keep and --slm-never-keep; None where it is unknown.
 
     Raises:
         ConfigError: a missing reference, a token id outside the vocabulary, or unusable token weights.
@@ -35,7 +35,7 @@ def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int) 
         )
     for name in ("slm_always_keep", "slm_never_keep"):
         for token_id in getattr(config, name):
-            if token_id >= vocabulary_size:
+            if vocabulary_size is not None and token_id >= vocabulary_size:
                 raise ConfigError(
                     flag(name),
                     token_id,

@@ -20,6 +20,7 @@ from megatron_slm.config.scores import (
     ScoreDefinition,
     score_definition,
 )
+from megatron_slm.errors import ConfigError
 
 
 class ScoreInputs(NamedTuple):
@@ -55,8 +56,16 @@ def needed(x_N: Tensor | None) -> Tensor:
 
 
 def column(inputs: ScoreInputs, name: str) -> Tensor:
-    """Return the numbers of a column, fp32 [N]."""
-    return needed((inputs.columns or {}).get(name))
+    """Return the numbers of a column, fp32 [N].
+
+    Raises:
+        ConfigError: the micro-batch does not have it.
+    """
+    found_N = (inputs.columns or {}).get(name)
+    if found_N is None:
+        fix = "pass columns to micro_batch, or choose another score or weight"
+        raise ConfigError.missing(f"column {name} of the micro-batch", f"{EXTERNAL}{name}", fix)
+    return found_N
 
 
 def excess_loss(token_loss_N: Tensor, reference_loss_N: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def write_token_weights(path: str | Path, weight_V: Tensor) -> None:
     write_durably(Path(path), save({TENSOR: weight_V.float().contiguous()}))
 
 
-def read_token_weights(path: str, vocabulary_size: int) -> Tensor:
+def read_token_weights(path: str, vocabulary_size: int | None) -> Tensor:
     """Read the file of --slm-token-weights, fp32 [V].
 
     Raises:
@@ -52,7 +52,7 @@ def read_token_weights(path: str, vocabulary_size: int) -> Tensor:
         rule = f"be a .safetensors file with the tensor {TENSOR} ({error})"
         raise ConfigError(flag, path, rule, "write it with megatron_slm.write_token_weights") from error
     check_token_weights(f"{flag} {path}", weight_V)
-    if len(weight_V) != vocabulary_size:
+    if vocabulary_size is not None and len(weight_V) != vocabulary_size:
         raise ConfigError(
             f"{flag} {path}: number of weights",
             len(weight_V),
