@@ -74,7 +74,7 @@ class MicroBatch(NamedTuple):
         """Return a copy on another device."""
         documents = None if self.documents is None else self.documents.to(device)
         columns = None if self.columns is None else {name: move(x, device) for name, x in self.columns.items()}
-        return MicroBatch(*(move(x, device) for x in self[:5]), documents, columns)  # type: ignore[arg-type]
+        return MicroBatch(*(move(x, device) for x in self[:5]), documents, columns)  # type: ignore[arg-type, call-arg]
 
 
 class TokenStatistics(NamedTuple):

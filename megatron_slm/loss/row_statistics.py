@@ -104,4 +104,4 @@ class RowStatistics:
             entropy_N = (log_sum_N - self.moment_N / self.sum_N).masked_fill_(~valid_N, 0.0)
         if self.top_NT is not None:
             top_entropy_N = torch.special.entr(self.top_NT.softmax(1)).sum(1).masked_fill_(~valid_N, 0.0)
-        return TokenStatistics(loss_N, entropy_N, top_entropy_N)
+        return TokenStatistics(loss_N, entropy_N=entropy_N, top_entropy_N=top_entropy_N)
