@@ -131,7 +131,7 @@ def test_every_variant_over_a_cut_vocabulary(size: int, vocab: int, variant: str
     ranks = run_world(cut_head_main, size, size, variant, vocab)
     for rank in ranks:
         assert torch.equal(rank["kept"], single["kept"])
-        for name in ("losses", "entropies", "hidden"):
+        for name in ("losses", "entropies", "top entropies", "hidden"):
             assert torch.equal(rank[name], ranks[0][name]), f"{name} differ in their bits between ranks"
             assert torch.allclose(rank[name], single[name], rtol=0, atol=1e-10)
     assert torch.allclose(torch.cat([rank["weight"] for rank in ranks]), single["weight"], rtol=0, atol=1e-10)
