@@ -1,7 +1,7 @@
 """Spreads losses of one tokenization of a text over the tokens of another, by characters.
 
-Both tokenizations are given by the ends of their tokens (`Tokenizer.encode_with_ends`). Where ends meet, both are cut
-into groups; the losses of a group's source tokens are added up and divided among its target tokens by characters.
+A tokenization is the list of its tokens' ends (`Tokenizer.encode_with_ends`). Where ends meet, both are cut into
+groups; the losses of a group's source tokens are added up and divided among its target tokens by characters.
 
 Shapes: S source tokens, T target tokens, G groups.
 """

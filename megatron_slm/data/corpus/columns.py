@@ -154,7 +154,9 @@ def open_column(corpus: IndexedCorpus, name: str) -> IndexedCorpus:
     if not idx_path(column).is_file():
         found = [path.name for path in idx_path(corpus.prefix).parent.glob(f"{Path(corpus.prefix).name}_*.idx")]
         beside = f" (beside the corpus: {', '.join(sorted(found)[:3])})" if found else ""
-        raise CorpusError(f"column {name} of {corpus.prefix}", str(idx_path(column)), f"exist{beside}", _WRITE_AGAIN)
+        raise CorpusError(
+            f"column {name} of {corpus.prefix}", str(idx_path(column)), f"be a file{beside}", _WRITE_AGAIN
+        )
     read_column_sidecar(corpus, name)
     opened = IndexedCorpus(column)
     if opened.dtype != STORED_DTYPE or not np.array_equal(opened.sequence_lengths, corpus.sequence_lengths):

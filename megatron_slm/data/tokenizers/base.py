@@ -128,7 +128,10 @@ class Tokenizer(ABC):
         ends = [len(commonprefix([self.decode(ids[: i + 1]), text])) for i in range(len(ids))]  # noqa: RUF071
         if (ends[-1] if ends else 0) != len(text):
             raise VocabularyError(
-                "text", text if len(text) < 80 else f"{text[:80]}...", "decode to itself", "use a lossless tokenizer"
+                "text",
+                text if len(text) < 80 else f"{text[:80]}...",
+                "be equal to what its tokens decode to",
+                "use a lossless tokenizer",
             )
         return ids, list(itertools.accumulate(ends, max))
 

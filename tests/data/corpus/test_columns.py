@@ -66,7 +66,7 @@ def test_a_column_is_whole_or_absent(tmp_path: Path) -> None:
     ):
         writer.add([1.0, np.inf, 0.0])
     assert not list(tmp_path.glob("c_q*"))
-    with pytest.raises(CorpusError, match=r"column q of .* is '.*c_q\.idx': must exist"):
+    with pytest.raises(CorpusError, match=r"column q of .* is '.*c_q\.idx': must be a file"):
         open_column(corpus, "q")
 
 
@@ -82,7 +82,7 @@ def test_columns_of_other_corpora(tmp_path: Path) -> None:
     (tmp_path / "c_quality.meta.json").unlink()
     with pytest.raises(CorpusError, match=r"column sidecar is .*must be complete"):
         open_column(corpus, "quality")
-    with pytest.raises(CorpusError, match=r"must exist \(beside the corpus: c_quality\.idx\)"):
+    with pytest.raises(CorpusError, match=r"must be a file \(beside the corpus: c_quality\.idx\)"):
         open_column(corpus, "qualty")
 
 
