@@ -73,6 +73,10 @@ class SelectionConfig:
     """Number of steps after the warm-up over which the keep ratio changes, with linear and cosine."""
     slm_keep_start: float = 1.0
     """Keep ratio at the start of a linear or cosine schedule, in (0, 1]."""
+    slm_keep_adaptation: float = 0.0
+    """Sensitivity of a keep ratio that adapts to the loss of the kept tokens, from --slm-keep-ratio on; 0: fixed."""
+    slm_keep_least: float = 0.1
+    """Smallest ratio of --slm-keep-adaptation, in (0, 1]."""
     slm_always_keep: list[int] = field(default_factory=list)
     """Token ids always kept as labels, before all others, even if they exceed the keep ratio."""
     slm_never_keep: list[int] = field(default_factory=list)
@@ -103,6 +107,7 @@ class SelectionConfig:
         self._check_policy()
         self._check_weights()
         self._check_schedule()
+        self._check_adaptation()
         self._check_protected_ids()
         require_not_negative(self, "slm_probe_interval")
         self._check_reference()
@@ -252,6 +257,23 @@ class SelectionConfig:
             f"be constant with --slm-policy {self.slm_policy}, which keeps no fixed share",
             "remove it, or use --slm-policy top-k",
         )
+
+    def _check_adaptation(self) -> None:
+        require_not_negative(self, "slm_keep_adaptation")
+        least = self.slm_keep_least
+        require(_is_share(least), self, "slm_keep_least", "be in (0, 1]", "use a share such as 0.1")
+        if self.slm_keep_adaptation == 0:
+            require(least == 0.1, self, "slm_keep_least", "be used with --slm-keep-adaptation", "remove it")
+            return
+        ranks = self.slm_policy in ("top-k", "sample") and self.slm_combine in (None, "sum")
+        rule = "be used with --slm-policy top-k or sample, and one score or their sum"
+        require(ranks and self.objective == "slm", self, "slm_keep_adaptation", rule, "remove it")
+        rule = "be used with --slm-keep-schedule constant: both change the ratio"
+        require(self.slm_keep_schedule == "constant", self, "slm_keep_adaptation", rule, "remove one of them")
+        rule = f"be at most --slm-keep-ratio, {self.slm_keep_ratio}"
+        require(least <= self.slm_keep_ratio, self, "slm_keep_least", rule, "lower it")
+        rule = "be below 1 with --slm-keep-adaptation, which starts from it"
+        require(self.slm_keep_ratio < 1, self, "slm_keep_ratio", rule, "use e.g. 0.9")
 
     def _check_protected_ids(self) -> None:
         for name in ("slm_always_keep", "slm_never_keep"):

@@ -55,6 +55,8 @@ class StepSettings:
     """Steps done before this one."""
     score_threshold: float | None = None
     """The running threshold of the policy `quantile`; None before there is one."""
+    keep_ratio: float | None = None
+    """The keep ratio of --slm-keep-adaptation; None for that of the schedule."""
     loss_limit: float | None = None
     """Mean loss over valid tokens, in nats, beyond which the step is skipped; None applies it at any."""
     row_shares: tuple[int, ...] | None = None
@@ -172,7 +174,11 @@ class Objective:
             parts = all_gather_dim0(table_RN[None], self.dp)
             ranking = ranking.unpack(torch.cat(list(parts), dim=1))
         choice = self.selector.choose(
-            ranking, length=batch.labels_bs.shape[1], step=settings.step, threshold=settings.score_threshold
+            ranking,
+            length=batch.labels_bs.shape[1],
+            step=settings.step,
+            threshold=settings.score_threshold,
+            keep_ratio=settings.keep_ratio,
         )
         return choice.rows(slice(self.dp.rank * num_rows, (self.dp.rank + 1) * num_rows))
 

@@ -59,6 +59,8 @@ def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int |
         ),
         threshold=0.0 if config.slm_threshold is None else config.slm_threshold,
         threshold_decay=config.slm_threshold_decay,
+        keep_adaptation=config.slm_keep_adaptation,
+        keep_least=config.slm_keep_least,
         keep_most=config.slm_keep_most,
         peaking_share=config.slm_peaking_share,
         peaking_length=config.slm_peaking_length,

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_slm.config.scores import ScoreInput
 from megatron_slm.config.weights import Normalization
 from megatron_slm.selection import noise
+from megatron_slm.selection.adaptation import adapted
 from megatron_slm.selection.policies import measured_threshold, running_threshold, share_threshold, standardize
 from megatron_slm.selection.ranking import Choice, Ranking
 from megatron_slm.selection.schedule import KeepSchedule
@@ -48,6 +49,10 @@ class Selector:
     schedule: KeepSchedule = field(default_factory=KeepSchedule)
     threshold: float = 0.0
     threshold_decay: float = 0.9
+    keep_adaptation: float = 0.0
+    """Sensitivity of a keep ratio that adapts; 0 for a fixed one."""
+    keep_least: float = 0.1
+    """Smallest ratio of the adaptation."""
     keep_most: float = 1.0
     """Largest share that the policy `positive` keeps."""
     peaking_share: float = 0.6
@@ -113,7 +118,7 @@ class Selector:
     @property
     def keeps_a_share(self) -> bool:
         """True if the tokens that a micro-batch keeps are at most a share of its own."""
-        fits = self.policy in ("top-k", "sample") and self.scope != "data-parallel"
+        fits = self.policy in ("top-k", "sample") and self.scope != "data-parallel" and not self.keep_adaptation
         return fits and bool(self.scores) and not self._protects
 
     @property
@@ -208,7 +213,15 @@ class Selector:
 
     # ---- all tokens -----------------------------------------------------------------------------------
 
-    def choose(self, ranking: Ranking, *, length: int, step: int, threshold: float | None = None) -> Choice:
+    def choose(
+        self,
+        ranking: Ranking,
+        *,
+        length: int,
+        step: int,
+        threshold: float | None = None,
+        keep_ratio: float | None = None,
+    ) -> Choice:
         """Choose the kept tokens.
 
         Args:
@@ -216,12 +229,13 @@ class Selector:
             length: tokens per sequence, `s`.
             step: index of the step, from 0.
             threshold: running threshold of the policy `quantile`; None in a run's first step.
+            keep_ratio: ratio that adapts; None for that of the schedule.
         """
         score_N, ranked_N, always_N = self._score(ranking, length), ranking.ranked_N, ranking.always_N
         choice = Choice(ranked_N, score_N, ranking.finite_N, ranked_N, always_N)
         if not self.selects or self.schedule.warming_up(step):
             return choice
-        ratio = self.schedule.ratio(step, self.keep_ratio)
+        ratio = self.schedule.ratio(step, self.keep_ratio) if keep_ratio is None else keep_ratio
         if self.policy == "quantile":
             lowest = share_threshold(score_N, ranked_N & ~always_N, ratio) if threshold is None else threshold
             kept_N = ranked_N & (always_N | (score_N >= lowest)) if ratio < 1.0 else ranked_N
@@ -311,6 +325,23 @@ class Selector:
     def next_threshold(self, before: float | None, measured_sum: float, num_ranked: float) -> float | None:
         """Return the running threshold after a step, from `measure` summed over micro-batches and ranks."""
         return running_threshold(before, measured_sum, num_ranked, self.threshold_decay)
+
+    def next_adaptation(self, before: list[float], step: int, kept_loss: float, num_kept: float) -> list[float]:
+        """Return the state of the adapting keep ratio after a step (see `adapted`); empty for a fixed ratio.
+
+        Args:
+            kept_loss: sum of the kept tokens' losses, in nats.
+            num_kept: their number.
+        """
+        if not self.keep_adaptation or self.schedule.warming_up(step) or num_kept == 0:
+            return before
+        return adapted(
+            before,
+            kept_loss / num_kept,
+            keep_ratio=self.keep_ratio,
+            sensitivity=self.keep_adaptation,
+            least=self.keep_least,
+        )
 
     def describe(self) -> str:
         """Return a short description for tables."""

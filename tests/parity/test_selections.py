@@ -310,6 +310,18 @@ def test_quantile_and_probe_resume_bit_for_bit(changes: dict[str, Any], folder: 
     assert fractions[-1] < 0.9
 
 
+@pytest.mark.slow
+def test_an_adapting_ratio_moves_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    common = {"slm_score": "loss", "slm_keep_adaptation": 5.0, "lr_decay_iters": 6}
+    straight = train(folder, tmp_path / "straight", **common, train_iters=6)
+    train(folder, tmp_path / "resumed", **common, train_iters=3, save_interval=3)
+    resumed = train(folder, tmp_path / "resumed", **common, train_iters=6, load=tmp_path / "resumed/checkpoints")
+    assert straight[0]["kept"][-len(resumed[0]["kept"]) :] == resumed[0]["kept"]
+    lines = lines_of(tmp_path / "straight")
+    assert lines == lines_of(tmp_path / "resumed")
+    assert len({line["kept_tokens"] for line in lines}) > 2
+
+
 @pytest.mark.parametrize("changes", [{}, {"deepspeed_config": "ds_configs/zero3_bf16.json"}], ids=["stages", "zero 3"])
 def test_a_probe_changes_nothing_in_training(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     layout = "112" if changes else "211"

@@ -92,6 +92,23 @@ def test_protected_spans_are_kept_and_excluded_ones_are_not(policy: str) -> None
     assert not chosen.keeps_a_share
 
 
+def test_the_ratio_moves_against_the_kept_loss() -> None:
+    chosen = Selector(scores=(SCORES["loss"],), keep_ratio=0.5, keep_adaptation=2.0, keep_least=0.25)
+    first = chosen.next_adaptation([], 0, 40.0, 10.0)
+    assert first == [0.5, 4.0], "nothing to compare with"
+    falling = chosen.next_adaptation(first, 1, 36.0, 10.0)
+    assert falling == [pytest.approx(1 - 0.5 * math.exp(0.2), abs=2**-11), 3.6]
+    assert falling[0] * 1024 == round(falling[0] * 1024)
+    rising = chosen.next_adaptation(falling, 2, 45.0, 10.0)
+    assert rising[0] > falling[0]
+    assert chosen.next_adaptation([0.3, 10.0], 3, 1.0, 1.0)[0] == 0.25, "the least"
+    assert chosen.next_adaptation(rising, 3, 0.0, 0.0) == rising, "nothing kept"
+    assert Selector(scores=(SCORES["loss"],)).next_adaptation([], 0, 4.0, 1.0) == []
+    ranking = chosen.rank(statistics_of([1.0, 2, 3, 4]), None, micro_batch([True] * 4, 4))
+    counts = [int(chosen.choose(ranking, length=4, step=0, keep_ratio=r).kept_N.sum()) for r in (None, 0.25, 0.75)]
+    assert counts == [2, 1, 3]
+
+
 def test_columns_that_are_missing_are_named() -> None:
     chosen = Selector(scores=(score_named("external:quality"),), keep_ratio=0.5)
     with pytest.raises(
