@@ -99,6 +99,8 @@ class Selector:
         keeps_all = not self.scores or self.policy in ("weights", "threshold")
         if keeps_all or self.schedule.warming_up(step):
             return 1.0
+        if self.policy == "positive":
+            return self.keep_most
         if self.combine == "intersection":
             return min(self.schedule.ratio(step, own) for own in self.combine_ratios)
         if self.combine == "union":
