@@ -113,6 +113,9 @@ class _Loop:
             state.score_threshold = self._run.plan.selector.next_threshold(
                 state.score_threshold, sums.threshold, sums.threshold_tokens
             )
+            state.keep_adaptation = self._run.plan.selector.next_adaptation(
+                state.keep_adaptation, state.step - 1, sums.kept_loss, sums.kept_tokens
+            )
 
     def _end_profile(self) -> None:
         if self._profiler.is_last_step(self._state.step):  # some ranks write a profile, and all of them wait
