@@ -13,6 +13,7 @@ from megatron_slm.planning.gpus import GPUS, Cluster
 from megatron_slm.planning.layouts import configured_layout
 from megatron_slm.planning.memory import StageMemory, stash_bytes
 from megatron_slm.planning.planned_run import PlannedRun, plan_run
+from tests.support.cases import some_by_default
 from tests.support.memory import measure
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import run_world
@@ -67,7 +68,16 @@ def layout_values(folder: Path, layout: str, **changes: Any) -> tuple[dict[str, 
     return run_flags(corpus, folder / "run", **{**SIZES, **sizes, **changes}), pipeline * tensor * data
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+QUICK = (
+    "zero1-fp32-tied-odd",
+    "zero1-bf16-sequence-parallel",
+    "zero2-fp32-recompute",
+    "zero1-bf16-dp2-pp2",
+    "zero3-offload",
+)
+
+
+@pytest.mark.parametrize("name", some_by_default(LAYOUTS, *QUICK))
 def test_predicted_bytes_are_there(name: str, tmp_path: Path) -> None:
     layout, changes = LAYOUTS[name]
     values, world = layout_values(tmp_path, layout, **changes)
