@@ -259,13 +259,13 @@ def _saver(plan: Plan) -> Saver:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             _prepare_run_dir(run_dir)
-            if tokenizer is not None:  # before training, since it may have no Hugging Face form
+            if tokenizer is not None:
                 plan.models.tokenizer.save_pretrained(tokenizer)
             write_origin(plan, run_dir / ORIGIN)
             if config.enabled and plan.resume is not None:
-                writer.check(plan.resume.manifest.step, plan.resume.damaged)
+                writer.prepare(plan.resume.manifest.step, plan.resume.damaged)
             elif config.enabled:
-                writer.check(0)
+                writer.prepare(0)
     retention = Retention(
         keep_last=config.keep_last, retain_interval=config.save_retain_interval, keep_best=config.keep_best
     )

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
 
@@ -18,8 +17,8 @@ from megatron_slm.telemetry.metrics import MetricsWriter, training_metrics
 from megatron_slm.training.lr_schedule import learning_rate
 from megatron_slm.training.optimizer import build_optimizer, parameter_groups
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
-from tests.support.training import command, train_and_report
-from tests.support.world import WorldError, run_world
+from tests.support.training import train_and_report
+from tests.support.world import run_world
 
 ROW_METRICS = dict.fromkeys(("backward_row_share", "backward_added_variance", "backward_added_variance_max"))
 """Not set where backward passes run on all rows."""
@@ -170,11 +169,3 @@ def test_a_dry_run_prints_the_layout_and_trains_nothing(tmp_path: Path) -> None:
     ):
         assert expected in text, text
     assert not (tmp_path / "run").exists()
-
-
-def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
-    values = run_flags(
-        write_corpus(tmp_path / "corpus"), tmp_path / "run", num_layers=1, pipeline_model_parallel_size=2
-    )
-    with pytest.raises(WorldError, match="must not exceed the number of layers"):
-        run_world(command, 2, [*flags(values), "--dry-run"])
