@@ -32,6 +32,7 @@ ALIASES = {
     "num_key_value_heads": "num_query_groups",  # Megatron-DeepSpeed's name
     "layernorm_epsilon": "norm_epsilon",
     "rope_theta": "rotary_base",
+    "skip_train": "eval_only",
 }
 _OWN_FLAGS = (
     "--config",
@@ -275,7 +276,7 @@ def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[RunCo
         parser.set_defaults(_typed(parser, _read_yaml(path), path))
     values = vars(parser.parse_args(words))
     if values["train_iters"] is None:
-        values["train_iters"] = train_iters
+        values["train_iters"] = 1 if values["eval_only"] else train_iters
     if values["train_iters"] is None:
         fix = "set the number of steps, on the command line or in the YAML file"
         raise ConfigError.missing("--train-iters", "every run", fix)

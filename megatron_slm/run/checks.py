@@ -123,11 +123,14 @@ def check_ranks(config: RunConfig, topology: Topology) -> None:
 
 
 def check_sets(config: RunConfig, held_out: dict[str, SequentialSamples]) -> None:
-    """Check that the held-out set of --keep-best exists.
+    """Check that the held-out set of --keep-best exists, and some set with --eval-only.
 
     Raises:
         ConfigError: it does not.
     """
+    if config.logging.eval_only and not held_out and config.logging.probe_file is None:
+        fix = "name held-out corpora, with --split or --test-data-path too, or texts with --probe-file"
+        raise ConfigError.missing("--valid-data-path", "--eval-only", fix)
     best = config.checkpoint.keep_best
     if best is not None and best not in held_out:
         known = ", ".join(held_out) or "there is none"
@@ -152,8 +155,13 @@ def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores 
 
 def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:
     """Warn of evaluations and data phases that this run never reaches."""
-    if config.logging.eval_interval is not None and not held_out and config.logging.probe_file is None:
-        logger.warning("--eval-interval has no effect: --split and --valid-data-path hold out no set")
+    logging_config = config.logging
+    for flag, value in (
+        ("--eval-interval", logging_config.eval_interval),
+        ("--eval-at-start", logging_config.eval_at_start),
+    ):
+        if value and not held_out and logging_config.probe_file is None:
+            logger.warning("%s has no effect: --split and --valid-data-path hold out no set", flag)
     for phase in parse_phases(config.data.data_phases):
         if phase.first_step >= num_steps:
             logger.warning(

@@ -5,7 +5,7 @@ A dry run and a real run make the same plan, so that both raise the same errors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,6 +144,8 @@ def make_plan(
     Raises:
         SlmError: something does not fit.
     """
+    if config.logging.eval_only:
+        config = replace(config, checkpoint=config.checkpoint.without_saving())
     topology = run_topology(config, world_size)
     user_deepspeed = ds_config.read_json(config.parallel.deepspeed_config)
     check_environment(config, user_deepspeed)

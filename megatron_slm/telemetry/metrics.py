@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_slm.engine.rows import RowSums
 from megatron_slm.engine.trainer import StepResult
 from megatron_slm.loss.sums import SCORE_QUANTILES, LossSums, SourceSums
-from megatron_slm.telemetry.history import History
+from megatron_slm.telemetry.history import KEEP_ALL, History
 from megatron_slm.telemetry.monitors import Monitors, board_folder
 
 BAD_BATCHES = "bad_batches.jsonl"
@@ -118,7 +118,7 @@ class MetricsWriter:
     """Writes metrics on rank 0: to metrics.jsonl, TensorBoard and monitors.
 
     Args:
-        resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
+        resume_step: step of the checkpoint that the run resumes from; 0 for a new run, KEEP_ALL for an evaluation.
         monitors: monitor sections of the DeepSpeed JSON.
     """
 
@@ -128,7 +128,7 @@ class MetricsWriter:
         self._bad_batches = History(run_dir / BAD_BATCHES, resume_step=resume_step)
         self.resumed_lines = self._metrics.resumed_lines
         self._monitors = Monitors(monitors, run_dir, resume_step=resume_step)
-        purge = resume_step + 1 if resume_step else None
+        purge = resume_step + 1 if 0 < resume_step < KEEP_ALL else None
         self.board = SummaryWriter(str(board_folder(monitors, run_dir)), purge_step=purge)
 
     def write(self, line: dict[str, Any]) -> None:

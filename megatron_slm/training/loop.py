@@ -62,8 +62,11 @@ class _Loop:
         self._evaluator = Evaluator(run, recorder, watchdog, stop)
 
     def run(self) -> None:
-        """Train, step by step."""
+        """Train, step by step; with --eval-only evaluate alone."""
         stopping = self._prepare()
+        if self._config.logging.eval_only:
+            self._finish(stopping or self._evaluator.evaluate())
+            return
         while self._state.step < self._last and stopping is None:
             self._train_step()
             self._end_profile()
@@ -87,6 +90,11 @@ class _Loop:
         if self._run.selection_probe is not None:
             self._run.selection_probe.prepare(self._state.step, self._last)
         self._evaluator.prepare()
+        logging = self._config.logging
+        if logging.eval_only:
+            return self._stop.agreed()
+        if logging.eval_at_start and self._state.step == 0:
+            return self._stop.agreed() or self._evaluator.evaluate()
         return self._stop.agreed() or self._evaluator.catch_up()
 
     def _train_step(self) -> None:

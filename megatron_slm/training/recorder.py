@@ -51,8 +51,9 @@ class Recorder:
         with raise_on_all_ranks(), disk_errors(config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
-                self._writer = MetricsWriter(run_dir, resume_step=run.state.step, monitors=run.plan.monitors)
-                write_yaml(config, run_dir / "config.yaml")
+                self._writer = MetricsWriter(run_dir, resume_step=run.resume_step, monitors=run.plan.monitors)
+                if not config.logging.eval_only:
+                    write_yaml(config, run_dir / "config.yaml")
                 title = f"{config.selection.objective} {run_dir.name}"
                 self._line = ProgressLine(
                     title, config.training.train_iters, start=run.state.step, quiet=config.logging.quiet
@@ -167,6 +168,9 @@ class Recorder:
         """Print what a complete run made, and the commands that continue from it."""
         state, config = self._run.state, self._run.plan.config
         run_dir = config.logging.run_dir
+        if config.logging.eval_only:
+            self.log(f"evaluated step {state.step}; nothing was trained or saved")
+            return
         kept = "" if state.tokens_kept is None else f", trained on {state.tokens_kept:,} tokens"
         self.log(f"finished step {state.step}{kept}; made {run_dir}: metrics.jsonl, tensorboard/, config.yaml")
         self.log(f"  compare runs:  slm-report {run_dir}")

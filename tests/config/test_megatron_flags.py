@@ -31,7 +31,6 @@ def test_no_flag_of_ours_is_in_the_table_and_those_it_names_exist() -> None:
         ("--num-layers-per-virtual-pipeline-stage", "not supported"),
         ("--context-parallel-size", "not supported"),
         ("--fp16", r"not supported \(fp16 training \(use --bf16"),
-        ("--skip-train", "slm-evaluate"),
         ("--wandb-project", "DeepSpeed JSON"),
     ],
 )
