@@ -16,7 +16,7 @@ from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import RunFolderError, ServiceError
 from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.telemetry.history import disk_errors
-from megatron_slm.telemetry.metrics import MetricsWriter, source_metrics, training_metrics
+from megatron_slm.telemetry.metrics import MetricsWriter, describe_weak_reference, source_metrics, training_metrics
 from megatron_slm.telemetry.probe_board import show_record
 from megatron_slm.telemetry.progress import ProgressLine
 from megatron_slm.telemetry.resources import resources
@@ -48,6 +48,7 @@ class Recorder:
         self._clipped: list[bool] = []
         """True for each clipped step since the last logged line."""
         self._is_noisy = False
+        self._watches_spread = any(score.is_excess for score in run.plan.selector.scores)
         with raise_on_all_ranks(), disk_errors(config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
@@ -80,6 +81,7 @@ class Recorder:
             self.log(f"warning: step {state.step}: all tokens of the batch are masked, nothing updated", always=True)
         values = self._training_line(result, learning_rate)
         self._warn_of_variance(values["backward_added_variance"])
+        self._warn_of_weak_reference(values["excess_spread"])
         if used is not None:
             self._write({**values, **used})
             self._clipped.clear()
@@ -115,6 +117,13 @@ class Recorder:
                 f"norm as variance (recommended: below {MOST_ADDED_VARIANCE}); raise --backward-row-share, or use "
                 "--backward-row-variance 0.02"
             )
+
+    def _warn_of_weak_reference(self, spread: float | None) -> None:
+        """Warn once of excess losses that differ by no more than rounding."""
+        text = describe_weak_reference(spread, self._run.plan.dtype) if self._watches_spread else None
+        if text is not None:
+            self._watches_spread = False
+            self.log(f"warning: step {self._run.state.step}: {text}", always=True)
 
     def _take_resources(self) -> dict[str, Any]:
         """Memory and times since the last logged step. Collective."""
