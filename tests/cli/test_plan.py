@@ -154,7 +154,10 @@ def test_a_layout_that_does_not_fit(argv: list[str], capsys: pytest.CaptureFixtu
 def test_what_is_wrong_is_named(
     argv: list[str], capsys: pytest.CaptureFixture[str], changes: list[str], message: str
 ) -> None:
-    assert main(["layout", *argv, *changes]) == 1
+    for flag, value in zip(changes[::2], changes[1::2], strict=True):
+        at = argv.index(flag) if flag in argv else len(argv)
+        argv[at : at + 2] = [flag, value]
+    assert main(["layout", *argv]) == 1
     assert message in capsys.readouterr().err
 
 
