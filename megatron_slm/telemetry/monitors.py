@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deepspeed.monitor.config import DeepSpeedMonitorConfig
-from deepspeed.monitor.monitor import MonitorMaster
 from pydantic import ValidationError
 
 from megatron_slm.errors import ConfigError, ServiceError
+
+if TYPE_CHECKING:
+    from deepspeed.monitor.monitor import MonitorMaster
 
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 WANDB_RUN_ID = "wandb_run_id"
@@ -34,6 +35,10 @@ def check_monitors(sections: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: DeepSpeed rejects a field, or a required package is not installed.
     """
+    if not sections:
+        return
+    from deepspeed.monitor.config import DeepSpeedMonitorConfig
+
     for name, section in sections.items():
         with accepted_by_deepspeed("monitors"):
             parsed = getattr(DeepSpeedMonitorConfig(**{name: section}), name)
@@ -89,6 +94,9 @@ class Monitors:
         self._enabled = [name for name, section in wanted.items() if section.get("enabled")]
         if not self._enabled:
             return
+        from deepspeed.monitor.config import DeepSpeedMonitorConfig
+        from deepspeed.monitor.monitor import MonitorMaster
+
         if wanted.get("csv_monitor", {}).get("enabled"):
             wanted["csv_monitor"] = {"output_path": str(run_dir), "job_name": "csv", **wanted["csv_monitor"]}
         if wanted.get("wandb", {}).get("enabled"):
