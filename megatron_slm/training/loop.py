@@ -67,6 +67,8 @@ class _Loop:
         if self._config.logging.eval_only:
             self._finish(stopping or self._evaluator.evaluate())
             return
+        if stopping is None and self._state.step < self._last:
+            self._recorder.log(f"training steps {self._state.step + 1} to {self._last}; the first takes longest")
         while self._state.step < self._last and stopping is None:
             self._train_step()
             self._end_profile()

@@ -26,7 +26,7 @@ METRIC_NAMES = (
     "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_unselected excess_all "
     "excess_spread keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm "
     "backward_row_share backward_added_variance backward_added_variance_max skip_reason step_time_seconds tokens_per_second tflops_per_device mfu mfu_with_reference skipped_steps clipped_share "
-    "memory_allocated_mib memory_peak_mib memory_host_mib ranks"
+    "memory_allocated_mib memory_peak_mib memory_host_mib memory_host_peak_mib ranks"
 ).split()
 
 
