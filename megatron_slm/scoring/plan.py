@@ -117,6 +117,11 @@ def make_scoring_plan(
         reference=reference,
         samples=data.train,
         backends=choose_backends(
-            config.backend, bf16=training.bf16, zero_stage=1, architectures=[reference.architecture]
+            config.backend,
+            bf16=training.bf16,
+            zero_stage=1,
+            architectures=[reference.architecture],
+            keeps_documents_apart=config.data.reset_attention_mask,
+            resets_positions=config.data.reset_position_ids,
         ),
     )
