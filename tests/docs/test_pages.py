@@ -81,6 +81,8 @@ def test_flags_in_commands_exist(name: str) -> None:
         module = SCRIPTS[Path(tool).name]
         subcommand = words[0] if module in SUBCOMMANDS and words and not words[0].startswith("-") else None
         text = _help(module, subcommand)
+        if subcommand in ("layout", "search"):
+            text += _help("pretrain", None)  # they take the run's flags too
         for word in words:
             flag = word.partition("=")[0]
             positive = flag.replace("--no-", "--", 1)
