@@ -20,7 +20,8 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     """Join the world described by the launcher's environment variables; without them, a world of one process.
 
     Args:
-        timeout: longest wait for another rank, also in groups created later (DeepSpeed's pass no timeout).
+        timeout: longest wait for another rank, also in groups created later (DeepSpeed's pass no timeout). NCCL gets
+            `OWN_LIMIT_FIRST` more: its thread ends the process without a word of who is missing.
 
     DeepSpeed would first compile a shared-memory collective for the CPU: it takes a minute, needs a compiler, and
     waits forever on the lock of a killed build. Nothing here calls that collective, so the build is disabled.
@@ -33,6 +34,9 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
+    if communication_backend() == "nccl":
+        timeout += OWN_LIMIT_FIRST
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch records what the watchdog reads in a hang
     for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # gloo, NCCL
         setattr(distributed_c10d, default, timeout)
     complete_environment()
@@ -46,6 +50,8 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
         raise PeerError("--master_port", os.environ["MASTER_PORT"], "be a free port of rank 0's node", fix) from error
 
 
+OWN_LIMIT_FIRST = timedelta(minutes=2)
+"""Time that the watchdog has, after the longest wait, to find the rank that is missing."""
 MESSAGE_BLOCKS = 4
 """Thread blocks of a message between stages, which it holds from its start until its peer has come.
 

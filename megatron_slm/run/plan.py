@@ -29,6 +29,7 @@ from megatron_slm.run.checks import (
     check_environment,
     check_models,
     check_ranks,
+    check_selection_columns,
     check_sets,
     resolve_deepspeed,
     warn_of_long_sequences,
@@ -159,10 +160,11 @@ def make_plan(
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=models.num_tokens)
     check_backward_rows(config, selector)
     data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry)
-    check_sets(config, data.valid)
+    check_sets(config, data.valid, data.test)
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
     warn_of_long_sequences(config, models.architecture, models.reference_architecture)
     if rank == 0:
+        check_selection_columns(config, data)
         check_folders(config, models.tokenizer, ds_config.monitors(user_deepspeed), resume)
     scores = open_scores(config, models.tokenizer, data.train, thorough=rank == 0)
     check_entropies(config, selector, scores)
