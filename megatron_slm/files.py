@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -67,6 +68,19 @@ def write_json(path: str, values: Any, *, flag: str = "--json") -> None:
         return
     with os_errors_as(ConfigError, flag, path, "be a writable file", "choose another path"):
         Path(path).write_text(text)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be made in a folder, which need not exist yet; writes nothing.
+
+    Raises:
+        OSError: a part of the path is a file, or the nearest existing folder cannot be written.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
 
 
 def raise_open_file_limit() -> None:

@@ -169,7 +169,7 @@ def _summary_table(runs: Sequence[RunMetrics]) -> Markup:
         cells = [row["name"], f"{row['objective'] or '?'}{keep}", row["status"]]
         cells += [_cell(loss, ".4f") for loss in losses]
         cells += [_cell(None if loss is None else math.exp(min(loss, 700.0)), ",.3f") for loss in losses]
-        cells += [_cell(row["million_tokens"], ",.2f", " M"), _cell(row["million_trained_tokens"], ",.2f", " M")]
+        cells += [_tokens(row["million_tokens"]), _tokens(row["million_trained_tokens"])]
         cells += [_cell(row["median_tokens_per_second"], ",.0f"), _cell(row["hours"], ",.3f")]
         rows.append(cells)
     return page.table(heads, rows)
@@ -180,7 +180,7 @@ def _reach_table(runs: Sequence[RunMetrics], rows: Sequence[Mapping[str, Any]]) 
         return
     yield page.heading("Tokens to reach a loss")
     yield page.paragraph(
-        f"Millions of tokens read until the held-out loss first falls to a target, and their ratio to {runs[0].name}'s."
+        f"Tokens read until the held-out loss first falls to a target, and their ratio to {runs[0].name}'s."
     )
     heads = ["held-out set", "loss", "target", *(run.name for run in runs)]
     body = []
@@ -189,13 +189,22 @@ def _reach_table(runs: Sequence[RunMetrics], rows: Sequence[Mapping[str, Any]]) 
         for run in runs:
             at, ratio = row["million_tokens"][run.name], row["ratio"][run.name]
             share = "" if ratio is None else f" ({ratio:.2f}x)"
-            cells.append("never" if at is None else f"{at:,.2f} M{share}")
+            cells.append("never" if at is None else f"{_tokens(at)}{share}")
         body.append(cells)
     yield page.table(heads, body)
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def _tokens(millions: float | None) -> str:
+    """Write a number of tokens in the unit that fits: 12,288, 3.40 M or 15.00 B."""
+    if millions is None:
+        return "–"
+    if millions < 1:
+        return f"{millions * 1e6:,.0f}"
+    return f"{millions:,.2f} M" if millions < 1000 else f"{millions / 1000:,.2f} B"
 
 
 def _finite(value: float) -> float | None:

@@ -17,6 +17,7 @@ from typing import NoReturn
 from megatron_slm.errors import SlmError
 from megatron_slm.files import raise_open_file_limit
 from megatron_slm.log import print_traceback, setup_logging
+from megatron_slm.parallel.launched import launched_rank
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -35,7 +36,7 @@ def run_command(
         exit_code: of an error the user can fix, which is printed as one line on standard error.
     """
     raise_open_file_limit()
-    setup_logging(int(os.environ.get("RANK", "0")))
+    setup_logging(launched_rank())
     completed = False
     try:
         code = run(sys.argv[1:] if argv is None else argv) or 0

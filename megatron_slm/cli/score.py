@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import get_args
 
@@ -12,6 +11,7 @@ from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.scoring import ScoreDtype, ScoringOptions
 from megatron_slm.errors import ConfigError
+from megatron_slm.parallel.launched import launched_rank
 
 _DESCRIPTION = """Write a reference's per-token losses for the samples of a run, for --reference-scores.
 
@@ -99,7 +99,7 @@ def _dry_run(config: RunConfig, options: ScoringOptions) -> None:
     from megatron_slm.scoring.plan import make_scoring_plan
     from megatron_slm.scoring.run import print_plan
 
-    parallel, rank = config.parallel, int(os.environ.get("RANK", "0"))
+    parallel, rank = config.parallel, launched_rank()
     world_size = planned_world_size(parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     plan = make_scoring_plan(config, options, world_size, rank=rank, resume=open_resume(config), dry=True)
     if rank == 0:

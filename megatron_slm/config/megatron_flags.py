@@ -21,7 +21,6 @@ class MegatronFlag(NamedTuple):
 
 _CALLED = {
     "use-flash-attn": "--attention-backend flash (auto uses flash-attn where it is installed)",
-    "skip-train": "slm-evaluate --perplexity, or --eval-interval during training",
     "wandb-project": 'the section "wandb" of the DeepSpeed JSON (docs/metrics.md)',
     "wandb-exp-name": 'the section "wandb" of the DeepSpeed JSON (docs/metrics.md)',
     "wandb-save-dir": "--run-dir",

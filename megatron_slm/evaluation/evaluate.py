@@ -20,7 +20,7 @@ from megatron_slm.errors import ConfigError
 from megatron_slm.evaluation.answers import Rules, equal, extract
 from megatron_slm.evaluation.generation import Generator
 from megatron_slm.evaluation.prompts import STOPS, Prompt, prompt_named
-from megatron_slm.evaluation.statistics import bootstrap
+from megatron_slm.evaluation.statistics import bootstrap, share
 from megatron_slm.evaluation.tasks import Task
 from megatron_slm.hub import local_path
 
@@ -114,7 +114,8 @@ def evaluate_task(
         num_shots: number of the prompt's shots to use; None for all.
 
     Returns:
-        The accuracy with its interval and the number of unreadable answers; and one record per question.
+        The accuracy with its interval, and the numbers of unreadable answers and of texts that were cut off at
+        `max_new_tokens`; and one record per question.
     """
     prompt = prompt or prompt_named(task.prompt)
     if num_shots is not None:
@@ -128,26 +129,29 @@ def evaluate_task(
         progress=progress,
     )
     records: list[dict[str, Any]] = []
-    for number, (question, text) in enumerate(zip(task.questions, texts, strict=True), 1):
-        answer = extract(text, question.kind)
+    for number, (question, written) in enumerate(zip(task.questions, texts, strict=True), 1):
+        answer = extract(written.text, question.kind, is_complete=written.is_complete)
         records.append(
             {
                 "number": number,
                 "question": question.text,
                 "truth": question.answer,
-                "written": text,
+                "written": written.text,
+                "cut_off": not written.is_complete,
                 "answer": answer,
                 "correct": equal(answer, question.answer, question.kind, rules=rules),
             }
         )
-    interval = bootstrap([float(record["correct"]) for record in records])
+    num_correct = sum(record["correct"] for record in records)
+    interval = share(num_correct, len(records))
     unread = [record["number"] for record in records if record["answer"] is None]
     summary = {
         "accuracy": interval.mean,
         "interval": [interval.low, interval.high],
         "questions": len(records),
-        "correct": sum(record["correct"] for record in records),
+        "correct": num_correct,
         "unread": len(unread),
+        "cut_off": sum(record["cut_off"] for record in records),
         "unread_questions": unread,
         "shots": len(prompt.shots),
         "rules": rules,

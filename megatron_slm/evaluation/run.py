@@ -131,20 +131,21 @@ def print_results(results: dict[str, Any]) -> None:
         console.print(table)
     if results["tasks"]:
         table = Table(title="Accuracy")
-        for column in ("task", "accuracy", "95 % interval", "questions", "unreadable answers"):
+        for column in ("task", "accuracy", "95 % interval", "questions", "no readable answer", "cut off"):
             table.add_column(column, justify="left" if column == "task" else "right")
         for name, row in results["tasks"].items():
             low, high = row["interval"]
-            cells = (
+            figures = (
                 f"{row['accuracy']:.1%}",
                 f"{low:.1%} to {high:.1%}",
                 f"{row['questions']:,}",
                 f"{row['unread']:,}",
+                f"{row['cut_off']:,}",
             )
-            table.add_row(name, *cells)
+            table.add_row(name, *figures)
         mean = sum(row["accuracy"] for row in results["tasks"].values()) / len(results["tasks"])
         if len(results["tasks"]) > 1:
-            table.add_row("mean", f"{mean:.1%}", "", "", "")
+            table.add_row("mean", f"{mean:.1%}", "", "", "", "")
         console.print(table)
     for name, row in results.get("lm_eval", {}).items():
         console.print(f"lm-eval {name}: {row}", highlight=False)

@@ -44,6 +44,8 @@ class LossSums:
     valid_tokens: float = 0.0
     reference_loss: float = 0.0
     kept_excess: float = 0.0
+    excess_squares: float = 0.0
+    """Squares of the valid tokens' excess losses, in nats squared."""
     weighted_loss: float = 0.0
     """Kept losses, each times its weight: the gradient's loss, before its division."""
     divisor: float = 0.0
@@ -152,6 +154,7 @@ def loss_sums(
     reference_N = torch.zeros_like(loss_N)
     if reference_loss_N is not None:
         reference_N = torch.where(finite_N, reference_loss_N.double(), 0.0)
+    excess_N = loss_N - reference_N
     kept_N, num_ranked = choice.kept_N, choice.ranked_N.sum()
     quantiles = score_quantiles(choice.score_N, choice.ranked_N) * num_ranked
     threshold, threshold_tokens = measured_threshold
@@ -161,7 +164,8 @@ def loss_sums(
         "valid_loss": loss_N.sum(),
         "valid_tokens": finite_N.sum(),
         "reference_loss": reference_N.sum(),
-        "kept_excess": (loss_N - reference_N)[kept_K].sum(),
+        "kept_excess": excess_N[kept_K].sum(),
+        "excess_squares": excess_N.square().sum(),
         "weighted_loss": (loss_N if choice.weight_N is None else loss_N * choice.weight_N)[kept_K].sum(),
         "divisor": choice.divisor(),
         "nonfinite_tokens": (valid_N & ~finite_N).sum(),

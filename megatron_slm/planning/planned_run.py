@@ -18,6 +18,7 @@ from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, WeightsError
 from megatron_slm.hub import cached_folder, local_path
 from megatron_slm.loss.variants import LossHead
+from megatron_slm.planning.known_models import KNOWN_MODELS
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
 
@@ -96,7 +97,8 @@ def _is_there(path: str, otherwise: object) -> bool:
 
 
 def architecture_at(path: str, field: str, *, instead: str | None = None) -> Architecture:
-    """Return the architecture in a config.json, a folder with one, a run's YAML file, or one of our checkpoints.
+    """Return the architecture in a config.json, a folder with one, a run's YAML file, or one of our checkpoints, or
+    that of a known model's name.
 
     Args:
         field: flag that names the path, for the error.
@@ -105,6 +107,8 @@ def architecture_at(path: str, field: str, *, instead: str | None = None) -> Arc
     Raises:
         WeightsError: the path is none of these.
     """
+    if (known := KNOWN_MODELS.get(path.lower())) is not None and not Path(path).exists():
+        return known
     if Path(path).suffix in (".yaml", ".yml"):
         described, _ = parse(["--config", path])
         return resolve_architecture(described, None, _vocabulary(described))
@@ -116,7 +120,10 @@ def architecture_at(path: str, field: str, *, instead: str | None = None) -> Arc
         return Manifest.read(find_checkpoint(folder)).architecture
     except CheckpointError as error:
         fix = f"check the path, or use {instead}" if instead else "check the path"
-        rule = "be a config.json, a folder with one, a run's YAML file, or one of our checkpoints (weights not needed)"
+        rule = (
+            "be a config.json, a folder with one, a run's YAML file, one of our checkpoints (weights not needed), or "
+            f"one of {', '.join(KNOWN_MODELS)}"
+        )
         raise WeightsError(field, path, rule, fix) from error
 
 

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.errors import ScoreStoreError, os_errors_as
-from megatron_slm.files import file_sha256, write_durably
+from megatron_slm.files import check_writable, file_sha256, write_durably
 from megatron_slm.reference.manifest import MANIFEST, StoreManifest, check_same_settings, shard_name
 from megatron_slm.types import MicroBatch
 
@@ -63,30 +64,44 @@ def _identity(manifest: StoreManifest, shard: int) -> str:
 # ---- writing ------------------------------------------------------------------------------------------------
 
 
-def begin(folder: Path, wanted: StoreManifest) -> StoreManifest:
-    """Create a store's folder, or resume one that was begun; return its settings and the shards that are whole.
+def begun(folder: Path, wanted: StoreManifest) -> StoreManifest | None:
+    """Return the manifest of the store that was begun in a folder; None for a new or empty one. Changes nothing.
 
     Raises:
-        ScoreStoreError: the folder holds something else, or a store of other settings.
+        ScoreStoreError: the folder cannot be written, or holds something else, or a store of other settings.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        inside = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-        if not inside:
-            wanted.write(folder)
-            return wanted
-    except OSError as error:
-        raise ScoreStoreError(
-            "--output", str(folder), f"be a folder that can be written ({error.strerror})", "choose another"
-        ) from error
+    with _output_errors(folder):
+        check_writable(folder)
+        inside = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    if not inside:
+        return None
     if MANIFEST not in inside:
         raise ScoreStoreError(
             "--output", str(folder), f"be empty or hold a store's {MANIFEST}, not {inside[0]}", "choose another folder"
         )
     found = StoreManifest.read(folder)
     check_same_settings(folder, found, wanted)
-    for leftover in folder.glob(".*.tmp"):  # of passes that were killed
-        leftover.unlink()
+    return found
+
+
+def _output_errors(folder: Path) -> AbstractContextManager[None]:
+    return os_errors_as(ScoreStoreError, "--output", str(folder), "be a folder that can be written", "choose another")
+
+
+def begin(folder: Path, wanted: StoreManifest) -> StoreManifest:
+    """Create a store's folder, or resume one that was begun; return its settings and the shards that are whole.
+
+    Raises:
+        ScoreStoreError: see `begun`.
+    """
+    found = begun(folder, wanted)
+    with _output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if found is None:
+            wanted.write(folder)
+            return wanted
+        for leftover in folder.glob(".*.tmp"):  # of passes that were killed
+            leftover.unlink()
     damage = _compare(folder, list(found.shards.items()), checksums=True)
     return found.with_shards({name: entry for name, entry in found.shards.items() if name not in damage})
 

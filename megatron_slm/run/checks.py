@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Backends
 from megatron_slm.config.blends import parse_phases
 from megatron_slm.config.run import RunConfig
@@ -28,7 +30,7 @@ from megatron_slm.run.models import Models
 from megatron_slm.run.opened_corpora import eod_id
 from megatron_slm.run.resume import Resume
 from megatron_slm.selection.selector import Selector
-from megatron_slm.telemetry.monitors import check_monitors
+from megatron_slm.telemetry.monitors import accepted_by_deepspeed, check_monitors
 
 logger = logging.getLogger(__name__)
 
@@ -93,18 +95,51 @@ def check_documents(config: RunConfig, tokenizer: Tokenizer, backends: Backends)
         )
 
 
-def check_ranks_and_sets(config: RunConfig, topology: Topology, held_out: dict[str, SequentialSamples]) -> None:
-    """Check that the profiled ranks and the set of --keep-best exist.
+def resolve_deepspeed(
+    user_deepspeed: dict[str, Any], config: RunConfig, topology: Topology, num_micro_batches: int
+) -> dict[str, Any]:
+    """Complete the DeepSpeed JSON of a run (see `config.deepspeed.resolve`).
+
+    Raises:
+        ConfigError: it contradicts a flag, or DeepSpeed rejects a field of its ZeRO section.
+    """
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    resolved = ds_config.resolve(
+        user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
+    )
+    with accepted_by_deepspeed("ZeRO", "zero_optimization."):
+        get_zero_config(resolved)
+    return resolved
+
+
+def check_ranks(config: RunConfig, topology: Topology) -> None:
+    """Check that the profiled ranks exist.
 
     Raises:
         ConfigError: one does not.
     """
-    ranks, best = config.logging.profile_ranks, config.checkpoint.keep_best
+    ranks = config.logging.profile_ranks
     if config.logging.profile_step_start is not None and max(ranks) >= topology.world_size:
         rule = f"be ranks of the world, 0 to {topology.world_size - 1}"
         raise ConfigError("--profile-ranks", ranks, rule, "correct them")
-    if best is not None and best not in held_out:
-        known = ", ".join(held_out) or "there is none"
+
+
+def check_sets(config: RunConfig, valid: Collection[str], test: Collection[str]) -> None:
+    """Check that the held-out set of --keep-best exists, and some set with --eval-only.
+
+    Args:
+        valid, test: names of the held-out sets.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.logging.eval_only and not valid and not test and config.logging.probe_file is None:
+        fix = "name held-out corpora, with --split or --test-data-path too, or texts with --probe-file"
+        raise ConfigError.missing("--valid-data-path", "--eval-only", fix)
+    best = config.checkpoint.keep_best
+    if best is not None and best not in valid:
+        known = ", ".join(valid) or "there is none"
         rule = f"be the name of a held-out set ({known})"
         raise ConfigError("--keep-best", best, rule, "name one, or add --valid-data-path")
 
@@ -143,13 +178,28 @@ def check_selection_columns(config: RunConfig, data: RunData) -> None:
 
 def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:
     """Warn of evaluations and data phases that this run never reaches."""
-    if config.logging.eval_interval is not None and not held_out and config.logging.probe_file is None:
-        logger.warning("--eval-interval has no effect: --split and --valid-data-path hold out no set")
+    logging_config = config.logging
+    for flag, value in (
+        ("--eval-interval", logging_config.eval_interval),
+        ("--eval-at-start", logging_config.eval_at_start),
+    ):
+        if value and not held_out and logging_config.probe_file is None:
+            logger.warning("%s has no effect: --split and --valid-data-path hold out no set", flag)
     for phase in parse_phases(config.data.data_phases):
         if phase.first_step >= num_steps:
             logger.warning(
                 "--data-phases: the phase at step %d has no effect in a run of %d steps", phase.first_step, num_steps
             )
+
+
+def warn_of_long_sequences(config: RunConfig, model: Architecture, reference: Architecture | None) -> None:
+    """Warn of samples that are longer than the positions a model was trained for, which may be intended."""
+    for what, arch in (("model", model), ("reference", reference)):
+        if arch is not None and config.data.seq_length > arch.max_position_embeddings:
+            logger.warning(
+                "--seq-length is %d: longer than the %d positions of the %s (max_position_embeddings)",
+                config.data.seq_length, arch.max_position_embeddings, what,
+            )  # fmt: skip
 
 
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")

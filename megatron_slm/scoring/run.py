@@ -16,6 +16,7 @@ from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.reference.manifest import StoreManifest
+from megatron_slm.reference.store import begun
 from megatron_slm.run.resume import open_resume
 from megatron_slm.scoring.plan import ScoringPlan, make_scoring_plan
 from megatron_slm.scoring.score import score_corpus
@@ -48,8 +49,13 @@ def _size(manifest: StoreManifest) -> str:
 
 
 def print_plan(plan: ScoringPlan) -> None:
-    """Print the pass as a table."""
+    """Print the pass as a table.
+
+    Raises:
+        ScoreStoreError: the store's folder cannot be used for it.
+    """
     manifest, topology = plan.manifest(), plan.topology
+    begun(plan.output, manifest)
     tokens = plan.num_samples * plan.config.data.seq_length
     bytes_per_token = {"float32": 4, "bfloat16": 2, "float16": 2}[manifest.dtype]
     stored: str = manifest.dtype

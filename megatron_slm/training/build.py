@@ -52,6 +52,7 @@ from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.origin import write_origin
 from megatron_slm.run.plan import Plan
 from megatron_slm.run.schedule import message_sizes, plan_schedule
+from megatron_slm.telemetry.history import KEEP_ALL
 from megatron_slm.training.fixed_batch import FixedBatch
 from megatron_slm.training.optimizer import build_optimizer
 from megatron_slm.training.selection_probe import SelectionProbe
@@ -73,6 +74,11 @@ class Run:
     text_probe: TextProbe | None
     saver: Saver
     state: RunState
+
+    @property
+    def resume_step(self) -> int:
+        """Last step whose earlier records are kept; 0 for a new run, whose records are its own."""
+        return KEEP_ALL if self.plan.config.logging.eval_only else self.state.step
 
 
 def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
@@ -262,13 +268,14 @@ def _saver(plan: Plan) -> Saver:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             _prepare_run_dir(run_dir)
-            if tokenizer is not None:  # before training, since it may have no Hugging Face form
-                plan.models.tokenizer.save_pretrained(tokenizer)
-            write_origin(plan, run_dir / ORIGIN)
+            if not plan.config.logging.eval_only:
+                if tokenizer is not None:
+                    plan.models.tokenizer.save_pretrained(tokenizer)
+                write_origin(plan, run_dir / ORIGIN)
             if config.enabled and plan.resume is not None:
-                writer.check(plan.resume.manifest.step, plan.resume.damaged)
+                writer.prepare(plan.resume.manifest.step, plan.resume.damaged)
             elif config.enabled:
-                writer.check(0)
+                writer.prepare(0)
     retention = Retention(
         keep_last=config.keep_last, retain_interval=config.save_retain_interval, keep_best=config.keep_best
     )

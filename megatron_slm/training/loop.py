@@ -63,8 +63,13 @@ class _Loop:
         self._evaluator = Evaluator(run, recorder, watchdog, stop)
 
     def run(self) -> None:
-        """Train, step by step."""
+        """Train, step by step; with --eval-only evaluate alone."""
         stopping = self._prepare()
+        if self._config.logging.eval_only:
+            self._finish(stopping or self._evaluator.evaluate())
+            return
+        if stopping is None and self._state.step < self._last:
+            self._recorder.log(f"training steps {self._state.step + 1} to {self._last}; the first takes longest")
         while self._state.step < self._last and stopping is None:
             self._train_step()
             self._end_profile()
@@ -88,6 +93,11 @@ class _Loop:
         if self._run.selection_probe is not None:
             self._run.selection_probe.prepare(self._state.step, self._last)
         self._evaluator.prepare()
+        logging = self._config.logging
+        if logging.eval_only:
+            return self._stop.agreed()
+        if logging.eval_at_start and self._state.step == 0:
+            return self._stop.agreed() or self._evaluator.evaluate()
         return self._stop.agreed() or self._evaluator.catch_up()
 
     def _train_step(self) -> None:
