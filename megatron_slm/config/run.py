@@ -12,6 +12,7 @@ from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.config.checkpoint import CheckpointConfig
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.distillation import DistillationConfig
 from megatron_slm.config.health import HealthConfig
 from megatron_slm.config.logging import LoggingConfig
 from megatron_slm.config.loss_head import LossHeadConfig
@@ -20,7 +21,7 @@ from megatron_slm.config.optimizer import OptimizerConfig, TrainingConfig
 from megatron_slm.config.parallel import ParallelConfig
 from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.config.resilience import ResilienceConfig
-from megatron_slm.config.rules import require
+from megatron_slm.config.rules import flag, require, require_given
 from megatron_slm.config.selection import SelectionConfig
 
 
@@ -32,6 +33,7 @@ class RunConfig:
     parallel: ParallelConfig
     data: DataConfig
     selection: SelectionConfig
+    distillation: DistillationConfig
     loss_head: LossHeadConfig
     backward: BackwardConfig
     backend: BackendConfig
@@ -44,6 +46,7 @@ class RunConfig:
     preflight: PreflightConfig
 
     def __post_init__(self) -> None:
+        self._check_distillation()
         if self.checkpoint.keep_best is not None:
             saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
             require(
@@ -53,6 +56,24 @@ class RunConfig:
                 "have an evaluation at every checkpoint",
                 f"make --save-interval ({saves}) a multiple of --eval-interval ({evaluates})",
             )
+
+    def _check_distillation(self) -> None:
+        selection, loss = self.selection, self.distillation
+        if not loss.distills:
+            return
+        rule = "be ce with --objective clm, which has no reference"
+        fix = f"use --objective slm (with --slm-keep-ratio 1 it keeps every token), or remove {flag('loss')}"
+        require(selection.objective == "slm", loss, "loss", rule, fix)
+        has_reference = selection.reference_load or selection.reference_scores or selection.reference_config
+        require_given(
+            bool(has_reference), "reference_load", f"--loss {loss.loss}", "set it to the folder of the reference"
+        )
+        if selection.reference_scores:
+            rule = "be 1 with --reference-scores, which are the reference's probabilities at that temperature"
+            temperature = loss.distillation_temperature
+            require(temperature == 1, loss, "distillation_temperature", rule, "remove it, or use --reference-load")
+            rule = f"be one store with --loss {loss.loss}, which has one reference"
+            require(len(selection.reference_scores) == 1, selection, "reference_scores", rule, "name one of them")
 
     @property
     def save_folder(self) -> str:

@@ -62,10 +62,21 @@ class FrozenStage(nn.Module):
             x = layer(x, documents) if documents is not None and isinstance(layer, Block) else layer(x)
         return x
 
-    def statistics(self, x_sbd: Tensor, objective: Objective, batch: MicroBatch) -> TokenStatistics:
-        """Compute the reference's statistics of every token; on the last stage only."""
-        with_entropy = objective.selector.needs("reference-entropy")
-        return objective.statistics(x_sbd, self.output_weight(), batch, with_entropy=with_entropy)
+    def statistics(
+        self, x_sbd: Tensor, objective: Objective, batch: MicroBatch, *, trains: bool = True
+    ) -> TokenStatistics:
+        """Compute the reference's statistics of every token; on the last stage only.
+
+        Args:
+            trains: of a micro-batch of a training step, whose distribution is distilled if the objective does.
+        """
+        return objective.statistics(
+            x_sbd,
+            self.output_weight(),
+            batch,
+            with_entropy=objective.selector.needs("reference-entropy"),
+            with_distribution=trains and objective.distillation is not None,
+        )
 
 
 def build_reference(

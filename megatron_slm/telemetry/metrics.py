@@ -42,6 +42,7 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         "loss_all": _mean(sums.valid_loss, sums.valid_tokens),
         "loss_unselected": _mean(sums.valid_loss - sums.kept_loss, unselected),
         "reference_loss": with_reference(sums.reference_loss, sums.valid_tokens),
+        "divergence": _mean(sums.divergence, sums.kept_tokens) if distills else None,
         "excess_selected": with_reference(sums.kept_excess, sums.kept_tokens),
         "excess_unselected": with_reference(excess - sums.kept_excess, unselected),
         "excess_all": with_reference(excess, sums.valid_tokens),

@@ -37,6 +37,7 @@ from megatron_slm.engine.schedule.simulate import describe
 from megatron_slm.engine.timers import WORK, Timers
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.errors import ConfigError, os_errors_as
+from megatron_slm.loss.distillation import Distillation
 from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.parallel.collectives import raise_on_all_ranks
@@ -88,6 +89,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         tp=tp,
         dp=dp,
         head=plan.loss_head,
+        distillation=Distillation.from_config(plan.config.distillation),
         observer=observer,
         num_sources=len(plan.data.train.sources),
     )

@@ -1,0 +1,170 @@
+"""Distillation on the kept rows against full tables of both models' logits in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_slm.loss import LossHead, dense_distillation
+from megatron_slm.loss.distillation import Distillation, distilled_sum
+from megatron_slm.loss.selective_ce import row_losses, row_statistics
+from megatron_slm.types import DenseDistribution, Selection, SparseDistribution
+from tests.loss.heads import HEADS, Problem
+
+CASES = [
+    Distillation(divergence="kl", weight=1.0),
+    Distillation(divergence="kl", weight=0.3, temperature=2.5),
+    Distillation(divergence="reverse-kl", weight=0.7),
+    Distillation(divergence="reverse-kl", weight=1.0, temperature=0.5),
+    Distillation(divergence="jsd", weight=0.5, skew=0.1),
+    Distillation(divergence="jsd", weight=0.9, skew=0.8, temperature=3.0),
+]
+IDS = [f"{case.divergence} a={case.weight} T={case.temperature}" for case in CASES]
+
+
+def divergence(case: Distillation, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """From the definitions, by torch's own KL divergence of a table of targets."""
+
+    def kl(of: Tensor, against: Tensor) -> Tensor:
+        return torch.nn.functional.kl_div(against, of, reduction="none", log_target=True).sum(-1)
+
+    if case.divergence == "kl":
+        return kl(log_q, log_p)
+    if case.divergence == "reverse-kl":
+        return kl(log_p, log_q)
+    log_m = (case.skew * log_q.exp() + (1 - case.skew) * log_p.exp()).log()
+    return case.skew * kl(log_q, log_m) + (1 - case.skew) * kl(log_p, log_m)
+
+
+def oracle(p: Problem, teacher: Problem, case: Distillation, kept_K: Tensor, weight_K: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the mixed losses, and the divergences, from two full tables of logits."""
+    logits, theirs = (x.hidden_Nd[kept_K] @ x.weight_Vd.t() for x in (p, teacher))
+    losses = torch.nn.functional.cross_entropy(logits, p.label_N[kept_K], reduction="none")
+    tempered = [torch.log_softmax(x / case.temperature, -1) for x in (logits, theirs.detach())]
+    found = divergence(case, *tempered)
+    mixed = (1 - case.weight) * losses + case.weight * case.temperature**2 * found
+    return (mixed * weight_K).sum(), found
+
+
+def dense(teacher: Problem, head: LossHead) -> DenseDistribution:
+    hidden_Nd, weight_Vd = teacher.hidden_Nd.detach(), teacher.weight_Vd.detach()
+    rows = row_statistics(hidden_Nd, weight_Vd, teacher.label_N, head=head)
+    return DenseDistribution(hidden_Nd[:, None], weight_Vd, rows.max_N, rows.sum_N)
+
+
+def ours(
+    p: Problem, distribution: Any, case: Distillation, kept_K: Tensor, weight_K: Tensor | None, head: LossHead
+) -> tuple[Tensor, Tensor]:
+    head = LossHead(variant="recompute") if case.temperature != 1 else head
+    losses = row_losses(p.hidden_Nd, p.weight_Vd, p.label_N, p.valid_N, keep_ratio=0.6, head=head)
+    return distilled_sum(losses, Selection(kept_K, weight_K), case, distribution)
+
+
+def kept_rows(p: Problem) -> tuple[Tensor, Tensor]:
+    kept_K = (p.valid_N & (torch.arange(len(p.label_N)) % 3 != 0)).nonzero().squeeze(1)
+    return kept_K, torch.linspace(0.2, 2.0, len(kept_K), dtype=p.hidden_Nd.dtype)
+
+
+@pytest.mark.parametrize("width", [5, 12, 31], ids=["narrower", "as wide", "wider"])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_losses_and_gradients_of_full_tables(case: Distillation, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_distillation, "CHUNK_ROWS", 7)
+    p, teacher = Problem.random(40, 5003), Problem.random(40, 5003, seed=1, width=width)
+    kept_K, weight_K = kept_rows(p)
+    expected, divergences = oracle(p, teacher, case, kept_K, weight_K)
+    (3 * expected).backward()
+    truth = p.gradients()
+    for name, head in HEADS.items():
+        total, found_K = ours(p, dense(teacher, head), case, kept_K, weight_K, head)
+        (3 * total).backward()
+        assert abs(total.item() - expected.item()) <= 1e-10, name
+        assert (found_K - divergences).abs().max() <= 1e-10, name
+        assert divergences.min() > 1e-3, "nothing to distill"
+        for gradient, exact in zip(p.gradients(), truth, strict=True):
+            assert (gradient - exact).abs().max() <= 1e-10, name
+    assert teacher.hidden_Nd.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_model_distilled_to_itself_has_no_gradient(case: Distillation, dtype: torch.dtype) -> None:
+    case = Distillation(divergence=case.divergence, weight=1.0, temperature=case.temperature, skew=case.skew)
+    p = Problem.random(40, 5003, dtype=dtype)
+    kept_K, _ = kept_rows(p)
+    for variant in ("recompute", "stash"):
+        head = LossHead(variant=variant, stash_dtype="fp32")  # type: ignore[arg-type]
+        total, found_K = ours(p, dense(p, head), case, kept_K, None, head)
+        total.backward()
+        assert found_K.abs().max() <= 1e-5
+        for gradient in p.gradients():
+            assert gradient.abs().max() <= 2e-6
+
+
+def test_a_plain_weight_of_zero_is_cross_entropy() -> None:
+    p, teacher = Problem.random(40, 5003), Problem.random(40, 5003, seed=1)
+    kept_K, weight_K = kept_rows(p)
+    case = Distillation(divergence="kl", weight=0.0)
+    total, _ = ours(p, dense(teacher, LossHead()), case, kept_K, weight_K, LossHead())
+    total.backward()
+    found = p.gradients()
+    losses = row_losses(p.hidden_Nd, p.weight_Vd, p.label_N, p.valid_N).kept_sum(Selection(kept_K, weight_K))
+    losses.backward()
+    assert torch.allclose(total, losses, atol=1e-10)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, p.gradients(), strict=True))
+
+
+def test_nothing_kept_and_differentiated_twice() -> None:
+    p, teacher = Problem.random(40, 5003), Problem.random(40, 5003, seed=1)
+    case = Distillation(divergence="jsd", weight=0.5, temperature=2.0)
+    none_K = torch.zeros(0, dtype=torch.int64)
+    total, found_K = ours(p, dense(teacher, LossHead()), case, none_K, None, LossHead())
+    total.backward(retain_graph=True)
+    assert total == 0 and found_K.shape == (0,)
+    assert all(gradient.abs().max() == 0 for gradient in p.gradients())
+    with pytest.raises(RuntimeError, match="once"):
+        total.backward()
+
+
+def sparse(teacher: Problem, num_ids: int) -> SparseDistribution:
+    log_q = torch.log_softmax(teacher.hidden_Nd.detach() @ teacher.weight_Vd.detach().t(), -1)
+    top = log_q.topk(num_ids)
+    rest = None if num_ids == log_q.shape[1] else (1 - top.values.exp().sum(1)).log()
+    return SparseDistribution(top.indices, top.values, rest)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.temperature == 1], ids=lambda case: case.divergence)
+def test_the_largest_probabilities_and_the_rest_as_one_outcome(case: Distillation) -> None:
+    p, teacher = Problem.random(40, 5003), Problem.random(40, 5003, seed=1)
+    kept_K, weight_K = kept_rows(p)
+    distribution = sparse(teacher, 20)
+    ids = distribution.id_Nk[kept_K]
+    log_p = torch.log_softmax(p.hidden_Nd[kept_K] @ p.weight_Vd.t(), -1)
+    outside = torch.ones_like(log_p).scatter(1, ids, 0.0)
+    reduced = torch.cat([log_p.gather(1, ids), (log_p.exp() * outside).sum(1, keepdim=True).log()], dim=1)
+    theirs = torch.cat([distribution.log_probability_Nk, distribution.log_rest_N[:, None]], dim=1)[kept_K]
+    losses = -log_p.gather(1, p.label_N[kept_K, None]).squeeze(1)
+    expected = (((1 - case.weight) * losses + case.weight * divergence(case, reduced, theirs)) * weight_K).sum()
+    expected.backward()
+    truth = p.gradients()
+    for name, head in HEADS.items():
+        total, _ = ours(p, distribution, case, kept_K, weight_K, head)
+        total.backward()
+        assert abs(total.item() - expected.item()) <= 1e-10, name
+        for gradient, exact in zip(p.gradients(), truth, strict=True):
+            assert (gradient - exact).abs().max() <= 1e-10, name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.temperature == 1], ids=lambda case: case.divergence)
+def test_all_probabilities_are_the_distribution_itself(case: Distillation) -> None:
+    p, teacher = Problem.random(20, 300), Problem.random(20, 300, seed=1)
+    kept_K, weight_K = kept_rows(p)
+    found = []
+    for distribution in (dense(teacher, LossHead()), sparse(teacher, 300)):
+        total, _ = ours(p, distribution, case, kept_K, weight_K, LossHead())
+        total.backward()
+        found.append((total.detach(), *p.gradients()))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
