@@ -45,3 +45,17 @@ class DistillationConfig:
     def distills(self) -> bool:
         """True if the loss has a divergence from the reference."""
         return self.loss != "ce"
+
+    @property
+    def tempers(self) -> bool:
+        """True if the divergence is at another temperature than the cross-entropy."""
+        return self.distills and self.distillation_temperature != 1.0
+
+    @property
+    def num_passes(self) -> int:
+        """Number of passes over the kept rows' logits of both models, where the reference runs.
+
+        One computes the gradient, and for kl the value; reverse-kl and jsd need their value first, and a temperature
+        its sums of exponentials.
+        """
+        return 1 + (self.loss != "kl") + self.tempers

@@ -68,6 +68,11 @@ class RunConfig:
         require_given(
             bool(has_reference), "reference_load", f"--loss {loss.loss}", "set it to the folder of the reference"
         )
+        if loss.tempers:
+            variant = self.loss_head.loss_head_variant
+            rule = "be recompute or auto with --distillation-temperature, at which a stash is of no use"
+            fits = variant in ("auto", "recompute")
+            require(fits, self.loss_head, "loss_head_variant", rule, f"remove {flag('loss_head_variant')}")
         if selection.reference_scores:
             rule = "be 1 with --reference-scores, which are the reference's probabilities at that temperature"
             temperature = loss.distillation_temperature

@@ -156,9 +156,7 @@ def _chunks(num_rows: int) -> Iterator[slice]:
 class _Mixed:
     """The logits' gradient of the mixed loss, from that of the divergence."""
 
-    def __init__(
-        self, rows: KeptRows, log_sum_K: Tensor, weight_K: Tensor, weight: float, temperature: float
-    ) -> None:
+    def __init__(self, rows: KeptRows, log_sum_K: Tensor, weight_K: Tensor, weight: float, temperature: float) -> None:
         self.rows, self.weight_K, self.weight, self.temperature = rows, weight_K, weight, temperature
         self.shift_K = temperature * log_sum_K + rows.factor_K.log()
         """What turns `temperature * log-probability at it` into the log-probability at 1."""

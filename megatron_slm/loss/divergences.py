@@ -4,9 +4,9 @@
 |---|---|---|
 | `kl` | sum q log(q / p) | p - q |
 | `reverse-kl` | A = sum p log(p / q) | p (log(p / q) - A) |
-| `jsd` | s sum q log(q / m) + (1 - s) A, with A = sum p log(p / m) and m = s q + (1 - s) p | (1 - s) p (log(p / m) - A) |
+| `jsd` | s sum q log(q / m) + (1 - s) A, with A = sum p log(p / m) | (1 - s) p (log(p / m) - A) |
 
-The last is the generalized Jensen-Shannon divergence of skew s (GKD, arXiv 2306.13649). docs/distillation.md derives
+In the last, m = s q + (1 - s) p. It is the generalized Jensen-Shannon divergence of skew s (GKD, arXiv 2306.13649). docs/distillation.md derives
 the gradients. All work on a block of columns: the moments of blocks add up, and a gradient needs the moments of the
 whole row (those of `kl` only its value does).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -117,7 +117,7 @@ class Objective:
             keep_ratio=self.selector.expected_share(settings.step),
             part=output.part(self.tp),
             with_entropy=self.selector.needs("entropy"),
-            head=self._head_of_a_step,
+            head=self.head,
         )
         choice = self.choose(losses.tokens, batch, reference, settings)
         kept_K = choice.kept_N.nonzero().squeeze(1)
@@ -141,12 +141,6 @@ class Objective:
             num_sources=self.num_sources,
         )
         return loss_sum, self.sum_layout.pack(sums)
-
-    @property
-    def _head_of_a_step(self) -> LossHead:
-        """A stash has exponentials of the logits, from which those at another temperature lose digits."""
-        tempers = self.distillation is not None and self.distillation.temperature != 1.0
-        return replace(self.head, variant="recompute") if tempers else self.head
 
     def _kept_sum(
         self, losses: RowLosses, selection: Selection, reference: TokenStatistics | None

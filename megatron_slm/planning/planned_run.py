@@ -45,7 +45,12 @@ class PlannedRun:
     @property
     def loss_head(self) -> LossHead:
         """Variant of the loss head."""
-        return LossHead.from_config(self.config.loss_head)
+        return LossHead.from_config(self.config.loss_head, self.config.distillation)
+
+    @property
+    def distills_live(self) -> bool:
+        """True if the loss has the distribution of a reference that runs."""
+        return self.reference is not None and self.config.distillation.distills
 
     def padded_vocabulary(self, architecture: Architecture) -> int:
         """Return the number of rows of a model's embedding, over all tensor-parallel ranks."""

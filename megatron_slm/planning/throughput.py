@@ -82,7 +82,8 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
 
     A backward pass costs two forward passes, or three with recomputation, and less on some of the rows. The loss head
     costs one matrix product over all rows forward, and over the kept rows two backward, or three if it recomputes
-    their logits. Tensor parallelism adds two all-reduces (or their halves) per block and direction, which do not
+    their logits. Distillation from a reference that runs does the latter forward, and a product with the reference's
+    output weight more. Tensor parallelism adds two all-reduces (or their halves) per block and direction, which do not
     overlap with computation.
     """
     rate = cluster.gpu.flops(bf16=run.config.training.bf16) * cluster.efficiency * layout.tensor
@@ -105,7 +106,8 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
         # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
         num_communications = (1 + layout.recomputes) * (1 + share) / 2
         backward = [num_passes * x + num_communications * y for x, y in zip(compute, communication, strict=True)]
-        backward[-1] += num_products * run.keep_ratio * head
+        if not run.distills_live:
+            backward[-1] += num_products * run.keep_ratio * head
         return tuple(backward)
 
     reference = [0.0] * layout.pipeline
@@ -113,6 +115,9 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
         frozen_compute, frozen_communication, frozen_head = passes(run.reference)
         reference = [x + y for x, y in zip(frozen_compute, frozen_communication, strict=True)]
         reference[-1] += frozen_head
+        if run.distills_live:  # the kept rows' whole second pass is done with the loss, over both models
+            again = run.config.distillation.num_passes * (head + frozen_head) - (3 - num_products) * head
+            forward[-1] += run.keep_ratio * (again + 2 * head)
     return Durations(
         forward=tuple(forward),
         backward=backward_pass(run.config.backward),

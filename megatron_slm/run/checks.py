@@ -57,6 +57,8 @@ def check_models(config: RunConfig, topology: Topology, models: Models, resume: 
             "use --init-from alone to start a new run from other weights",
         )
     check_layout(arch, config, topology, what="model")
+    if reference is not None and config.distillation.distills:
+        _check_distilled_vocabulary(config, arch.vocab_size, reference.architecture.vocab_size)
     check_stages(arch.num_layers, topology.pipeline)
     _check_vocabularies(config, models, resume)
     if reference is not None:
@@ -131,6 +133,16 @@ def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSample
             logger.warning(
                 "--data-phases: the phase at step %d has no effect in a run of %d steps", phase.first_step, num_steps
             )
+
+
+def _check_distilled_vocabulary(config: RunConfig, model: int, reference: int) -> None:
+    if model != reference:
+        raise VocabularyError(
+            "--reference-load: vocabulary size",
+            reference,
+            f"be the model's, {model}, with --loss {config.distillation.loss}, which compares their distributions",
+            "use a reference with as many rows in its output weight, or --loss ce",
+        )
 
 
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")

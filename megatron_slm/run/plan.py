@@ -85,7 +85,7 @@ class Plan:
     @property
     def loss_head(self) -> LossHead:
         """Settings of the loss head."""
-        return LossHead.from_config(self.config.loss_head)
+        return LossHead.from_config(self.config.loss_head, self.config.distillation)
 
     @property
     def utilization(self) -> Utilization:

@@ -24,7 +24,9 @@ BAD_BATCHES = "bad_batches.jsonl"
 _BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit")
 
 
-def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, Any]:
+def training_metrics(
+    result: StepResult, *, has_reference: bool, has_scores: bool = True, distills: bool = False
+) -> dict[str, Any]:
     """Return a step's losses in nats per token, token counts and gradient norm.
 
     `loss` is the weighted mean over kept tokens, `loss_all` the mean over valid tokens, `loss_unselected` over valid

@@ -11,8 +11,12 @@ from torch import Tensor
 from megatron_slm.loss import LossHead, dense_distillation
 from megatron_slm.loss.distillation import Distillation, distilled_sum
 from megatron_slm.loss.selective_ce import row_losses, row_statistics
+from megatron_slm.loss.vocab_parallel import VocabularyPart
+from megatron_slm.parallel.groups import TensorParallel, create_tensor_parallel_group, init_distributed
+from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import DenseDistribution, Selection, SparseDistribution
 from tests.loss.heads import HEADS, Problem
+from tests.support.world import run_world
 
 CASES = [
     Distillation(divergence="kl", weight=1.0),
@@ -122,7 +126,8 @@ def test_nothing_kept_and_differentiated_twice() -> None:
     none_K = torch.zeros(0, dtype=torch.int64)
     total, found_K = ours(p, dense(teacher, LossHead()), case, none_K, None, LossHead())
     total.backward(retain_graph=True)
-    assert total == 0 and found_K.shape == (0,)
+    assert total == 0
+    assert found_K.shape == (0,)
     assert all(gradient.abs().max() == 0 for gradient in p.gradients())
     with pytest.raises(RuntimeError, match="once"):
         total.backward()
@@ -168,3 +173,45 @@ def test_all_probabilities_are_the_distribution_itself(case: Distillation) -> No
         found.append((total.detach(), *p.gradients()))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def cut_main(size: int, vocab: int) -> list[dict[str, Tensor]]:
+    """Every case over a cut vocabulary, from hidden states and from the largest probabilities."""
+    dense_distillation.CHUNK_ROWS = 7
+    init_distributed()
+    tp = create_tensor_parallel_group(Topology(tensor=size), sequence_parallel=True) if size > 1 else TensorParallel()
+    rows = -(-vocab // size)  # the last rank holds fewer, and with 9 tokens on 4 ranks none at all
+    start = min(tp.rank * rows, vocab)
+    part = VocabularyPart(tp=tp, start=start, rows=rows)
+    p, teacher = Problem.random(40, vocab), Problem.random(40, vocab, seed=1, width=5)
+    weight_Vd = p.weight_Vd[start : start + rows].detach().clone().requires_grad_()
+    reference_Vd, theirs_Nd = teacher.weight_Vd[start : start + rows].detach(), teacher.hidden_Nd.detach()
+    of_rows = row_statistics(theirs_Nd, reference_Vd, p.label_N, part=part)
+    mine_sbd = theirs_Nd[:, None].chunk(size)[tp.rank]  # this rank's positions
+    distributions = [DenseDistribution(mine_sbd, reference_Vd, of_rows.max_N, of_rows.sum_N), sparse(teacher, 6)]
+    kept_K, weight_K = kept_rows(p)
+    found = []
+    for case in CASES:
+        for distribution in distributions[: 1 + (case.temperature == 1)]:
+            head = LossHead(variant="recompute" if case.temperature != 1 else "predictive")
+            losses = row_losses(p.hidden_Nd, weight_Vd, p.label_N, p.valid_N, part=part, head=head)
+            total, divergence_K = distilled_sum(losses, Selection(kept_K, weight_K), case, distribution)
+            total.backward()
+            found.append({"loss": total.detach(), "divergence": divergence_K, "hidden": p.hidden_Nd.grad})
+            found[-1]["weight"] = weight_Vd.grad
+            p.hidden_Nd.grad = weight_Vd.grad = None
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("size", "vocab"), [(2, 4999), (4, 4999), (4, 9)])
+def test_a_cut_vocabulary(size: int, vocab: int) -> None:
+    """Bit-equal losses on all ranks, and the gradients of one."""
+    (single,) = run_world(cut_main, 1, 1, vocab)
+    ranks = run_world(cut_main, size, size, vocab)
+    for number, alone in enumerate(single):
+        for rank in ranks:
+            for name in ("loss", "divergence", "hidden"):
+                assert torch.equal(rank[number][name], ranks[0][number][name]), f"{name} differs between ranks"
+                assert torch.allclose(rank[number][name], alone[name], rtol=0, atol=1e-10)
+        weight_Vd = torch.cat([rank[number]["weight"] for rank in ranks])
+        assert torch.allclose(weight_Vd, alone["weight"], rtol=0, atol=1e-10)
