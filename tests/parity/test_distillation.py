@@ -112,7 +112,7 @@ def test_a_model_learns_nothing_from_itself(tmp_path: Path) -> None:
 
 
 def distributions_beside_training(values: dict[str, Any]) -> list[bool]:
-    """Whether each of the reference's statistics had a distribution, the selection probe's first."""
+    """Tell of each of the reference's statistics if they had a distribution; the selection probe's come first."""
     had: list[bool] = []
     real = FrozenStage.statistics
 
@@ -128,6 +128,8 @@ def distributions_beside_training(values: dict[str, Any]) -> list[bool]:
 
 def test_only_training_keeps_hidden_states(tmp_path: Path) -> None:
     corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
-    values = run_flags(corpus, tmp_path / "run", objective="slm", train_iters=2, reference_load=reference, **KL)
+    values = run_flags(
+        corpus, tmp_path / "run", objective="slm", train_iters=2, slm_probe_interval=1, reference_load=reference, **KL
+    )
     (had,) = run_world(distributions_beside_training, 1, values)
-    assert had == [False] * (len(had) // 3) + [True] * (2 * (len(had) // 3))
+    assert had == [False] * 4 + [True] * 8
