@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_slm.config.rules import require, require_positive
+
 ScoreDtype = Literal["float32", "bfloat16", "float16"]
+LogprobDtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +21,15 @@ class ScoringOptions:
     """Data type of the stored scores."""
     with_entropy: bool = False
     """Store the entropy of the reference's prediction too."""
+    top_logprobs: int | None = None
+    """Store the log-probabilities of this many most probable ids a token, and the rest's."""
+    sampled_ids: int | None = None
+    """Store this many ids a token drawn from the reference's distribution, and its entropy."""
+    logprobs_dtype: LogprobDtype = "bfloat16"
+    """Data type of the log-probabilities."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_logprobs", "sampled_ids"):
+            require_positive(self, name)
+        alone = self.top_logprobs is None or self.sampled_ids is None
+        require(alone, self, "sampled_ids", "not be used with --top-logprobs", "remove one of them")

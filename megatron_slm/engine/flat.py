@@ -134,7 +134,8 @@ class FlatTrainer:
         self, read: MicroBatch, batch: MicroBatch, *, trains: bool = True
     ) -> TokenStatistics | None:
         if self.scores is not None:
-            return self.scores(read).to(self.engine.device)
+            with_distribution = trains and self.objective.distillation is not None
+            return self.scores(read, with_distribution=with_distribution).to(self.engine.device)
         if self.reference is None:
             return None
         x_sbd = self.reference(batch.tokens_bs, batch.documents)

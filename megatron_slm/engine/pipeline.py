@@ -221,7 +221,8 @@ class SelectiveEngine(PipelineEngine):
         self._lookahead.add(i, read.to(self.device))
         scores = self.context.scores
         if scores is not None and self.is_last_stage() and torch.is_grad_enabled():
-            self._lookahead.add_reference(i, scores(read).to(self.device))
+            distills = self.context.objective.distillation is not None
+            self._lookahead.add_reference(i, scores(read, with_distribution=distills).to(self.device))
 
     def _documents(self, i: int) -> Documents | None:
         """The documents of a micro-batch, which stages between the first and the last read for these alone."""

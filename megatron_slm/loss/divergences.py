@@ -6,9 +6,9 @@
 | `reverse-kl` | A = sum p log(p / q) | p (log(p / q) - A) |
 | `jsd` | s sum q log(q / m) + (1 - s) A, with A = sum p log(p / m) | (1 - s) p (log(p / m) - A) |
 
-In the last, m = s q + (1 - s) p. It is the generalized Jensen-Shannon divergence of skew s (GKD, arXiv 2306.13649). docs/distillation.md derives
-the gradients. All work on a block of columns: the moments of blocks add up, and a gradient needs the moments of the
-whole row (those of `kl` only its value does).
+In the last, m = s q + (1 - s) p: the generalized Jensen-Shannon divergence of skew s (GKD, arXiv 2306.13649).
+docs/distillation.md derives the gradients. All work on a block of columns: the moments of blocks add up, and a gradient
+needs the moments of the whole row (those of `kl` only its value does).
 
 Shapes: K rows, B columns of a block.
 """

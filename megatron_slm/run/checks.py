@@ -124,6 +124,42 @@ def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores 
         )
 
 
+def check_distributions(config: RunConfig, scores: StoredScores | None, vocabulary_size: int) -> None:
+    """Check that stored scores hold the distributions that the loss needs.
+
+    Args:
+        vocabulary_size: of the model.
+
+    Raises:
+        ScoreStoreError: they do not.
+    """
+    loss, folder = config.distillation.loss, config.selection.reference_scores
+    if scores is None or not config.distillation.distills:
+        return
+    stored = scores.distribution
+    if stored is None:
+        raise ScoreStoreError(
+            "--reference-scores",
+            folder,
+            f"hold log-probabilities, required by --loss {loss}",
+            "write them with tools/score_corpus.py --top-logprobs 64, or use --reference-load",
+        )
+    if stored.kind == "sample" and loss != "kl":
+        raise ScoreStoreError(
+            f"--loss {loss}: --reference-scores",
+            folder,
+            "hold the largest log-probabilities; sampled ids are an unbiased sample for --loss kl alone",
+            "write them with tools/score_corpus.py --top-logprobs 64, or use --loss kl",
+        )
+    if stored.kind == "top" and not stored.has_rest and stored.vocabulary_size != vocabulary_size:
+        raise ScoreStoreError(
+            "--reference-scores: vocabulary size",
+            stored.vocabulary_size,
+            f"be the model's, {vocabulary_size}, where all log-probabilities are stored",
+            "store fewer with tools/score_corpus.py --top-logprobs",
+        )
+
+
 def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:
     """Warn of evaluations and data phases that this run never reaches."""
     if config.logging.eval_interval is not None and not held_out and config.logging.probe_file is None:

@@ -24,6 +24,7 @@ from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.backends import run_backends
 from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.run.checks import (
+    check_distributions,
     check_documents,
     check_entropies,
     check_environment,
@@ -155,6 +156,7 @@ def make_plan(
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
     scores = open_scores(config, models.tokenizer, data.train, thorough=rank == 0)
     check_entropies(config, selector, scores)
+    check_distributions(config, scores, models.architecture.vocab_size)
     resolved = ds_config.resolve(
         user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
     )

@@ -14,6 +14,7 @@ from megatron_slm.loss.selective_ce import row_losses, row_statistics
 from megatron_slm.loss.vocab_parallel import VocabularyPart
 from megatron_slm.parallel.groups import TensorParallel, create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.reference.probabilities import Probabilities
 from megatron_slm.types import DenseDistribution, Selection, SparseDistribution
 from tests.loss.heads import HEADS, Problem
 from tests.support.world import run_world
@@ -173,6 +174,29 @@ def test_all_probabilities_are_the_distribution_itself(case: Distillation) -> No
         found.append((total.detach(), *p.gradients()))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_sample_has_the_gradient_of_the_distribution_on_average() -> None:
+    """The mean over all systematic samples of a token's distribution is the distribution's."""
+    p, teacher, grid = Problem.random(12, 40), Problem.random(12, 40, seed=1), 500
+    case, kept_K = Distillation(divergence="kl", weight=0.6), p.valid_N.nonzero().squeeze(1)
+    total, _ = ours(p, dense(teacher, LossHead()), case, kept_K, None, LossHead())
+    total.backward()
+    truth, mean, gradients = p.gradients(), 0.0, [torch.zeros_like(x) for x in (p.hidden_Nd, p.weight_Vd)]
+    log_q = torch.log_softmax(teacher.hidden_Nd.detach() @ teacher.weight_Vd.detach().t(), -1)
+    entropy_bs = -(log_q.exp() * log_q).sum(1)[None]
+    for number in range(grid):
+        points = ((torch.arange(8) + (number + 0.5) / grid) / 8).expand(12, 8).contiguous().double()
+        id_Nk = torch.searchsorted(log_q.exp().cumsum(1), points).clamp(max=39)
+        distribution = Probabilities(id_Nk[None].to(torch.uint32)).distribution(entropy_bs)
+        one, _ = ours(p, distribution, case, kept_K, None, LossHead())
+        one.backward()
+        mean += one.item() / grid
+        for sums, gradient in zip(gradients, p.gradients(), strict=True):
+            sums += gradient / grid
+    assert mean == pytest.approx(total.item(), rel=1e-3)
+    for found, exact in zip(gradients, truth, strict=True):
+        assert (found - exact).abs().max() < 2e-3 * exact.abs().max()
 
 
 def cut_main(size: int, vocab: int) -> list[dict[str, Tensor]]:
