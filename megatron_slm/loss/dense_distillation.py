@@ -29,7 +29,7 @@ CHUNK_ROWS = 1024
 
 @dataclass(frozen=True)
 class DensePass:
-    """What the pass computes."""
+    """Results of the pass."""
 
     divergence_K: Tensor
     """Each kept row's divergence at the temperature, nats; bit-equal on all parts of the vocabulary."""
@@ -159,7 +159,7 @@ class _Mixed:
     def __init__(self, rows: KeptRows, log_sum_K: Tensor, weight_K: Tensor, weight: float, temperature: float) -> None:
         self.rows, self.weight_K, self.weight, self.temperature = rows, weight_K, weight, temperature
         self.shift_K = temperature * log_sum_K + rows.factor_K.log()
-        """What turns `temperature * log-probability at it` into the log-probability at 1."""
+        """Turns `temperature * log-probability at it` into the log-probability at 1, when added."""
 
     def gradient_(self, x_CB: Tensor, divergence_CB: Tensor, chunk: slice, block: VocabularyBlock) -> None:
         """Replace log-probabilities at the temperature by the gradients of the block's logits, in place."""

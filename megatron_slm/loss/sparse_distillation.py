@@ -50,7 +50,7 @@ def sparse_target(
     moments_2K = formula.moments(*tables)
     num_ids = id_Kk.shape[1]
     if distribution.log_rest_N is not None:
-        slope_K = formula.slope(*(table[:, num_ids:] for table in tables), moments_2K).squeeze(1)
+        slope_K = formula.slope(tables[0][:, num_ids:], tables[1][:, num_ids:], moments_2K).squeeze(1)
     else:  # other ids have probability 0 under the reference: only forward KL has a gradient then, p itself
         slope_K = torch.zeros_like(log_sum_K) if formula.needs_moments else torch.ones_like(log_sum_K)
     gradient_Kk = formula.gradient(log_p_Kk, log_q_Kk, moments_2K)

@@ -57,7 +57,7 @@ class ScoredData:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDistribution:
-    """What a store has of each token's distribution."""
+    """The part of each token's distribution that a store has."""
 
     kind: Literal["top", "sample"]
     """The most probable ids, or a sample."""

@@ -128,7 +128,7 @@ def write_shard(
                 "check the reference's weights, or choose another --score-dtype",
             )
     if manifest.distribution is not None:
-        assert scores.probabilities is not None, "a pass computes what its manifest says"
+        assert scores.probabilities is not None, "a pass computes the distributions of its manifest"
         names = Probabilities.names(manifest.distribution)
         tensors |= zip(names, [x for x in scores.probabilities if x is not None], strict=True)
     kept = list(tensors.values())

@@ -33,7 +33,7 @@ class StoredScores:
 
     @property
     def distribution(self) -> StoredDistribution | None:
-        """What the only store has of each token's distribution; None where there is nothing, or several stores."""
+        """The only store's part of each token's distribution; None where it has none, and for several stores."""
         return self.readers[0].manifest.distribution if len(self.readers) == 1 else None
 
     def __call__(self, batch: MicroBatch, *, with_distribution: bool = False) -> TokenStatistics:

@@ -61,7 +61,7 @@ class ScoringPlan:
 
     @property
     def distribution(self) -> StoredDistribution | None:
-        """What is stored of each token's distribution; None for losses (and entropies) alone."""
+        """The stored part of each token's distribution; None for losses (and entropies) alone."""
         options = self.options
         count = options.top_logprobs or options.sampled_ids
         if count is None:

@@ -145,8 +145,7 @@ class _Scorer:
             return None
         digests = [digest for batch in batches for digest in token_digests(batch)][: len(samples)]
         scores = [
-            None if column[0] is None else torch.cat(column)[: len(samples)]  # type: ignore[arg-type]
-            for column in zip(*parts, strict=True)
+            None if column[0] is None else torch.cat(column)[: len(samples)] for column in zip(*parts, strict=True)
         ]
         probabilities = None if self.distribution is None else Probabilities(*scores[2:])  # type: ignore[arg-type]
         return Scores(scores[0], scores[1], probabilities), digests  # type: ignore[arg-type]
@@ -182,7 +181,7 @@ class _Scorer:
         )
         scores = [None if x_N is None else x_N.view_as(batch.valid_bs).cpu() for x_N in statistics[:2]]
         if stored is None:
-            return scores  # type: ignore[return-value]
+            return scores
         hidden = statistics.distribution
         assert isinstance(hidden, DenseDistribution), "an objective keeps what was asked for"
         rows = RowStatistics(hidden.max_N, hidden.sum_N, torch.zeros_like(hidden.max_N), None)
@@ -195,7 +194,7 @@ class _Scorer:
             uniform_N = noise.uniform(self.seed, noise.STORED_SAMPLE, sample_N, position_N)
             id_Nk = sampled(*inputs, uniform_N, count=stored.count, limit=self.num_ids)
             distribution = SparseDistribution(id_Nk, torch.zeros(0))
-        return [*scores, *Probabilities.of(distribution, stored, batch.valid_bs.shape)]  # type: ignore[list-item]
+        return [*scores, *Probabilities.of(distribution, stored, batch.valid_bs.shape)]
 
     def _post_receive(self, channel: Channel | None, *, posted: int, of: int) -> None:
         if channel is not None and posted < of:

@@ -89,10 +89,10 @@ STORES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Stores of the reference that `train` has, scored by two stages over a cut vocabulary."""
+    """Stores of the reference that `train` has, scored over a cut vocabulary."""
     folder = tmp_path_factory.mktemp("stores")
     corpus, reference = write_corpus(folder / "corpus"), save_hf_llama(folder / "reference", **WIDER)
-    size, layout = LAYOUTS["pp2 tp2 sp"]
+    size, layout = 2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     common = {"objective": "slm", "train_iters": 3, "reference_load": reference, **layout}
     passes = [
         run_flags(corpus, folder / "run", **common, **options, output=folder / name) for name, options in STORES.items()
@@ -106,7 +106,9 @@ def score_each(passes: list[dict[str, Any]]) -> None:
         score_here(values)
 
 
-@pytest.mark.parametrize("loss", [KL, {"loss": "jsd"}], ids=lambda loss: loss["loss"])
+@pytest.mark.parametrize(
+    "loss", [KL, pytest.param({"loss": "jsd"}, marks=pytest.mark.slow)], ids=lambda loss: loss["loss"]
+)
 def test_all_probabilities_stored_are_the_reference_itself(
     train: Train, stores: dict[str, Path], loss: dict[str, Any]
 ) -> None:
@@ -114,6 +116,7 @@ def test_all_probabilities_stored_are_the_reference_itself(
     assert_same_losses(train(**loss, **stored), train(**loss), tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_stored_probabilities_serve_every_layout(train: Train, stores: dict[str, Path]) -> None:
     size, layout = LAYOUTS["pp2 tp2 sp"]
     for name in ("top", "sample"):
