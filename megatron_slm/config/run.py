@@ -20,9 +20,10 @@ from megatron_slm.config.model import ModelConfig
 from megatron_slm.config.optimizer import OptimizerConfig, TrainingConfig
 from megatron_slm.config.parallel import ParallelConfig
 from megatron_slm.config.preflight import PreflightConfig
+from megatron_slm.config.reference_update import ReferenceUpdateConfig
 from megatron_slm.config.resilience import ResilienceConfig
 from megatron_slm.config.rules import flag, require, require_given
-from megatron_slm.config.selection import SelectionConfig
+from megatron_slm.config.selection import START_MODEL, SelectionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class RunConfig:
     parallel: ParallelConfig
     data: DataConfig
     selection: SelectionConfig
+    reference_update: ReferenceUpdateConfig
     distillation: DistillationConfig
     loss_head: LossHeadConfig
     backward: BackwardConfig
@@ -47,6 +49,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_distillation()
+        self._check_reference()
         if self.checkpoint.keep_best is not None:
             saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
             require(
@@ -79,6 +82,27 @@ class RunConfig:
             require(temperature == 1, loss, "distillation_temperature", rule, "remove it, or use --reference-load")
             rule = f"be one store with --loss {loss.loss}, which has one reference"
             require(len(selection.reference_scores) == 1, selection, "reference_scores", rule, "name one of them")
+
+    def _check_reference(self) -> None:
+        selection, update = self.selection, self.reference_update
+        if selection.reference_load == START_MODEL:
+            fix = "set it to the folder of the model that training starts from"
+            require_given(self.model.init_from is not None, "init_from", f"--reference-load {START_MODEL}", fix)
+        if not update.updates:
+            return
+        required_by = f"--reference-update {update.reference_update}"
+        fix = f"set it to {START_MODEL}, the model of --init-from, or to a model of the same architecture"
+        require_given(selection.reference_load is not None, "reference_load", required_by, fix)
+        rule = f"not be used with {required_by}, whose reference runs beside the model"
+        require(not selection.reference_scores, selection, "reference_scores", rule, "remove it")
+        rule = f"not be used with {required_by}, whose losses of the texts would change with the reference"
+        require(self.logging.probe_file is None, self.logging, "probe_file", rule, "remove it")
+
+    @property
+    def reference_path(self) -> str | None:
+        """Folder of the reference; None without one."""
+        named = self.selection.reference_load
+        return self.model.init_from if named == START_MODEL else named
 
     @property
     def save_folder(self) -> str:

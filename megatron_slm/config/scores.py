@@ -56,6 +56,11 @@ SCORE_DEFINITIONS = {definition.name: definition for definition in _DEFINITIONS}
 """Every score by its name for --slm-score."""
 
 
+def needs_reference(name: str) -> bool:
+    """Return True if the score of a name cannot be computed without a reference model."""
+    return SCORE_DEFINITIONS[name].needs_reference
+
+
 def check_score_name(name: str) -> None:
     """Check that a score exists.
 

@@ -117,6 +117,8 @@ def stage_memory(run: PlannedRun, layout: Layout, saved: SavedActivations) -> li
         states = zero_states(parameters, layout, e=run.dtype_bytes, deepspeed=run.deepspeed)
         reference = references[stage] if references else None
         frozen = reference.total * run.dtype_bytes if reference else 0  # never partitioned, at any ZeRO stage
+        if reference and run.config.reference_update.updates:
+            frozen += 4 * reference.total  # the average in fp32
         stages.append(
             StageMemory(
                 **states,

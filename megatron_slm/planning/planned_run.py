@@ -83,8 +83,8 @@ def plan_run(config: RunConfig, *, model_config: str | None = None, reference_co
     if not config.selection.reference_scores:
         if reference_config is not None and config.selection.objective == "slm":
             reference = architecture_at(reference_config, "--reference-config")
-        elif config.selection.reference_load is not None:
-            path, shape = config.selection.reference_load, config.selection.reference_config
+        elif (path := config.reference_path) is not None:
+            shape = config.selection.reference_config
             if shape is not None and not _is_there(path, shape):
                 reference = architecture_at(shape, "--reference-config")
             else:

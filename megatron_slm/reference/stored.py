@@ -12,7 +12,7 @@ from megatron_slm.reference.manifest import StoredDistribution
 from megatron_slm.reference.store import ScoreReader
 from megatron_slm.types import MicroBatch, TokenStatistics
 
-Combine = Literal["minimum", "mean"]
+Combine = Literal["minimum", "mean", "difference"]
 
 
 class StoredScores:
@@ -20,7 +20,8 @@ class StoredScores:
 
     Args:
         readers: the stores, in the order that sums are taken in.
-        combine: combination of several references per token: `minimum` or `mean` of their losses (and entropies).
+        combine: combination of several references per token: `minimum` or `mean` of their losses (and entropies), or
+            the first one's less the second one's.
     """
 
     def __init__(self, readers: Sequence[ScoreReader], combine: Combine) -> None:
@@ -59,4 +60,6 @@ class StoredScores:
 
     def _combined(self, parts_bs: list[Tensor]) -> Tensor:
         stacked = torch.stack([part_bs.flatten() for part_bs in parts_bs])
+        if self.combine == "difference":
+            return stacked[0] - stacked[1]
         return stacked.amin(0) if self.combine == "minimum" else stacked.mean(0)

@@ -19,6 +19,7 @@ from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.planned_run import architecture_at
+from megatron_slm.reference.following import FILE_KIND
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.layout import check_layout
@@ -107,6 +108,38 @@ def check_ranks_and_sets(config: RunConfig, topology: Topology, held_out: dict[s
         known = ", ".join(held_out) or "there is none"
         rule = f"be the name of a held-out set ({known})"
         raise ConfigError("--keep-best", best, rule, "name one, or add --valid-data-path")
+
+
+def check_reference_update(config: RunConfig, models: Models, resume: Resume | None, zero_stage: int) -> None:
+    """Validate --reference-update against the models, the engine and the checkpoint.
+
+    Raises:
+        SlmError: they do not match.
+    """
+    kind = config.reference_update.reference_update
+    if models.reference is None or not config.reference_update.updates:
+        return
+    if models.reference.architecture != models.architecture:
+        raise ConfigError(
+            "--reference-load",
+            config.selection.reference_load,
+            f"be of the model's architecture with --reference-update {kind}, which averages their weights",
+            "use --reference-load init, or a checkpoint of this model",
+        )
+    if zero_stage == 3:
+        raise ConfigError(
+            "--reference-update",
+            kind,
+            "be none with ZeRO-3, whose ranks hold no whole weights",
+            "use ZeRO-1 or ZeRO-2",
+        )
+    if resume is not None and not any(name.startswith(f"{FILE_KIND}_") for name in resume.manifest.files):
+        raise CheckpointError(
+            "--load",
+            str(resume.folder),
+            f"contain the reference of a run with --reference-update {kind}",
+            "load a checkpoint that was saved with it, or start a new run with --init-from",
+        )
 
 
 def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:
@@ -212,7 +245,7 @@ def _check_vocabularies(config: RunConfig, models: Models, resume: Resume | None
     if models.init is not None:
         check_model_vocabulary(models.init, config, tokenizer, field="--init-from", path=config.model.init_from)
     if models.reference is not None:
-        path = config.selection.reference_load
+        path = config.reference_path
         check_model_vocabulary(models.reference, config, tokenizer, field="--reference-load", path=path)
     fingerprint = resume.manifest.tokenizer_fingerprint if resume else None
     if fingerprint is not None and fingerprint != tokenizer.fingerprint():

@@ -30,6 +30,7 @@ from megatron_slm.run.checks import (
     check_environment,
     check_models,
     check_ranks_and_sets,
+    check_reference_update,
     warn_of_unused_flags,
 )
 from megatron_slm.run.corpora import RunData, open_run_data, read_probe_texts
@@ -160,6 +161,7 @@ def make_plan(
     resolved = ds_config.resolve(
         user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
     )
+    check_reference_update(config, models, resume, ds_config.zero_stage(resolved))
     return Plan(
         config=config,
         topology=topology,

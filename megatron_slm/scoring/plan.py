@@ -78,7 +78,7 @@ class ScoringPlan:
         training, sequence_length = self.config.training, self.config.data.seq_length
         return StoreManifest(
             data=scored_data(self.config, self.tokenizer, self.samples, with_content=True),
-            reference=str(self.config.selection.reference_load),
+            reference=str(self.config.reference_path),
             reference_sha256=self.reference.content_sha256(),
             computed_in=str(self.dtype).removeprefix("torch."),
             dtype=self.options.score_dtype,
@@ -109,7 +109,7 @@ def make_scoring_plan(
     Raises:
         SlmError: something does not fit.
     """
-    training, path = config.training, config.selection.reference_load
+    training, path = config.training, config.reference_path
     topology = run_topology(config, world_size)
     if path is None:
         raise ConfigError.missing("--reference-load", "scoring", "name the folder of the reference")

@@ -48,6 +48,7 @@ from megatron_slm.parallel.groups import (
     create_tensor_parallel_group,
 )
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.reference.following import FILE_KIND, FollowingReference
 from megatron_slm.reference.frozen import FrozenStage, build_reference
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.origin import write_origin
@@ -74,6 +75,8 @@ class Run:
     text_probe: TextProbe | None
     saver: Saver
     state: RunState
+    following: FollowingReference | None = None
+    """Updates the reference; None where it is frozen."""
 
 
 def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
@@ -113,7 +116,21 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         text_probe=_text_probe(plan, trainer),
         saver=saver,
         state=state,
+        following=None if reference is None else _following(plan, reference),
     )
+
+
+def _following(plan: Plan, reference: FrozenStage) -> FollowingReference | None:
+    """Build what updates the reference, continued from a checkpoint on a resume; None where it is frozen."""
+    frozen = plan.models.reference
+    if frozen is None or not plan.config.reference_update.updates:
+        return None
+    source: WeightSource = frozen.source
+    if plan.resume is not None:
+        source = CheckpointSource(plan.resume.folder, kind=FILE_KIND)
+    place = plan.topology.coordinate(dist.get_rank())
+    with raise_on_all_ranks():
+        return FollowingReference(reference, source, decay=plan.config.reference_update.decay, place=place)
 
 
 def _pipeline_trainer(
@@ -239,7 +256,13 @@ def _selection_probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> 
     interval = plan.config.selection.slm_probe_interval
     if interval == 0 or not plan.selector.scores:
         return None
-    batch = FixedBatch(trainer=trainer, source=source, topology=plan.topology, num_micro_batches=plan.num_micro_batches)
+    batch = FixedBatch(
+        trainer=trainer,
+        source=source,
+        topology=plan.topology,
+        num_micro_batches=plan.num_micro_batches,
+        reference_changes=plan.config.reference_update.updates,
+    )
     return SelectionProbe(batch=batch, interval=interval)
 
 
