@@ -3,7 +3,7 @@
 A kernel takes the longest of: its FLOPs at the rate that products or attention reach, its bytes at the rate that memory
 reaches, and a launch. A step is as long as its micro-batches on one GPU, or on the last stage of an evenly cut
 pipeline, around which the pipeline fills and empties once; the reference rides along. Nothing here was measured on a
-GPU; the rates are assumptions (`RATES`), and the result is uncertain by 15 to 20 %.
+GPU; the rates are assumptions (`megatron_slm/planning/roofline.py`), and the result is uncertain by 15 to 20 %.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Models in the layouts that are modelled: samples of a micro-batch, pipeline stages, micro-batches of a step."""
-RATES = {"product": 0.66, "attention": 0.38, "memory": 0.85, "launch_seconds": 2.2e-6}
-"""Shares of the peak that products and (causal, half counted) attention reach, of the bandwidth that memory reaches."""
+LAUNCH_SECONDS = 2.2e-6
 OPTIMIZER_BYTES = 32
 """Read and written for each parameter at a step's end, on a GPU that shares them with no other."""
 
@@ -81,6 +80,7 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
     from megatron_slm.config.architecture import Architecture
     from megatron_slm.engine.schedule.costs import training_flops
     from megatron_slm.planning.gpus import GPUS
+    from megatron_slm.planning.roofline import GRADIENT_SUM_BYTES, MEMORY_RATE
 
     setting, gpu = MODELS[name], GPUS[gpu_name]
     arch = Architecture(**setting["arch"])
@@ -88,14 +88,14 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
     counts = _counted(arch, setting)
     layers = arch.num_layers // setting["stages"]
     parameters = 2 * arch.hidden_size * arch.vocab_size + arch.num_layers * counts["block parameters"]
-    bandwidth = gpu.memory_bytes_per_second * RATES["memory"]
+    bandwidth = gpu.memory_bytes_per_second * MEMORY_RATE
     records = []
     for objective in ("clm", "slm"):
         parts: dict[str, float] = {}
         for part, launches in counts[objective].items():
             times = layers if part.startswith("block") or part == "reference block" else 1
             parts[part] = times * sum(_seconds(launch, gpu) for launch in launches)
-        parts["gradient sums"] = 10 * layers * counts["block parameters"] / bandwidth
+        parts["gradient sums"] = GRADIENT_SUM_BYTES * layers * counts["block parameters"] / bandwidth
         stage = sum(parts.values())
         fill = (setting["stages"] - 1) / setting["micro_batches"]
         update = OPTIMIZER_BYTES * parameters / setting["stages"] / bandwidth
@@ -110,10 +110,11 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
 
 
 def _seconds(launch: Any, gpu: Any) -> float:
-    is_attention = "attention" in launch.op
-    rate = gpu.flops(bf16=True) * RATES["attention" if is_attention else "product"]
-    memory = launch.num_bytes / (gpu.memory_bytes_per_second * RATES["memory"])
-    return max(launch.flops / rate, memory, RATES["launch_seconds"])
+    from megatron_slm.planning.roofline import ATTENTION_RATE, MEMORY_RATE, PRODUCT_RATE
+
+    rate = gpu.flops(bf16=True) * (ATTENTION_RATE if "attention" in launch.op else PRODUCT_RATE)
+    memory = launch.num_bytes / (gpu.memory_bytes_per_second * MEMORY_RATE)
+    return max(launch.flops / rate, memory, LAUNCH_SECONDS)
 
 
 def _counted(arch: Any, setting: dict[str, Any]) -> dict[str, Any]:
