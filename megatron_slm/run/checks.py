@@ -205,12 +205,12 @@ def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSample
 
 
 def _check_distilled_vocabulary(config: RunConfig, model: int, reference: int) -> None:
-    if model != reference:
+    if model > reference:
         raise VocabularyError(
             "--reference-load: vocabulary size",
             reference,
-            f"be the model's, {model}, with --loss {config.distillation.loss}, which compares their distributions",
-            "use a reference with as many rows in its output weight, or --loss ce",
+            f"be at least the model's, {model}, with --loss {config.distillation.loss}, which compares distributions",
+            "use a reference with as many rows in its output weight or more, or --loss ce",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from megatron_slm.parallel.groups import (
 )
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.following import FILE_KIND, FollowingReference
-from megatron_slm.reference.frozen import FrozenStage, build_reference
+from megatron_slm.reference.frozen import FirstTokens, FrozenStage, build_reference
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.origin import write_origin
 from megatron_slm.run.plan import Plan
@@ -96,9 +96,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         observer=observer,
         num_sources=len(plan.data.train.sources),
     )
-    reference = None
-    if (frozen := plan.models.reference) is not None:
-        reference = build_reference(frozen.architecture, frozen.source, plan.topology, layers, plan.dtype)
+    reference = _reference(plan, layers)
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
@@ -118,6 +116,19 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         state=state,
         following=None if reference is None else _following(plan, reference),
     )
+
+
+def _reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
+    """Build this rank's stage of the reference; None where none runs."""
+    frozen = plan.models.reference
+    if frozen is None:
+        return None
+    arch = frozen.architecture
+    source: WeightSource = frozen.source
+    if plan.config.distillation.distills:  # both models' distributions are over the same rows, cut alike
+        source = FirstTokens(source, arch.vocab_size)
+        arch = replace(arch, vocab_size=plan.models.architecture.vocab_size)
+    return build_reference(arch, source, plan.topology, layers, plan.dtype)
 
 
 def _following(plan: Plan, reference: FrozenStage) -> FollowingReference | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import LlamaForCausalLM
 
 from megatron_slm.reference.frozen import FrozenStage
 from tests.parity.test_resume import metrics
@@ -158,6 +159,19 @@ def test_a_model_learns_nothing_from_itself(tmp_path: Path) -> None:
     assert abs(line["divergence"]) < 1e-6
     assert line["grad_norm"] < 1e-6
     assert line["loss_all"] > 1
+
+
+def test_padding_rows_of_the_reference_are_left_out(tmp_path: Path) -> None:
+    """Qwen's models, for example, differ in the padding of their vocabularies."""
+    corpus = write_corpus(tmp_path / "corpus")
+    wide = LlamaForCausalLM.from_pretrained(save_hf_llama(tmp_path / "wide", vocab_size=VOCAB_SIZE + 14))
+    wide.resize_token_embeddings(VOCAB_SIZE)
+    wide.save_pretrained(tmp_path / "narrow")
+    common = {"objective": "slm", "train_iters": 2, "tensor_model_parallel_size": 2, **KL}
+    for name in ("wide", "narrow"):
+        values = run_flags(corpus, tmp_path / f"run {name}", **common, reference_load=tmp_path / name)
+        run_world(train_and_report, 2, values)
+    assert metrics(tmp_path / "run wide") == metrics(tmp_path / "run narrow")
 
 
 def distributions_beside_training(values: dict[str, Any]) -> list[bool]:
