@@ -66,7 +66,7 @@ def averages(values: dict[str, Any]) -> tuple[list[float], list[float]]:
     return distances[0], distances[1]
 
 
-@pytest.mark.parametrize("update", [EMA, HISTORY], ids=["ema", "history"])
+@pytest.mark.parametrize("update", [EMA, pytest.param(HISTORY, marks=pytest.mark.slow)], ids=["ema", "history"])
 def test_the_definitions_average(folder: Path, update: dict[str, Any]) -> None:
     ((from_definition, from_model),) = run_world(
         averages, 1, values_of(folder, f"by hand {len(update)}{update}", **update)
@@ -121,6 +121,7 @@ def test_a_resume_at_another_layout_continues_the_average(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_tied_model_and_zero_2(folder: Path, tmp_path: Path) -> None:
     """A tied output weight is written once, by the stage that has the embedding."""
     write_corpus(tmp_path / "corpus")
