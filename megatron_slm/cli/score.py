@@ -56,6 +56,18 @@ def _parser() -> ToolParser:
         default="bfloat16",
         help="data type of the stored log-probabilities (default: %(default)s)",
     )
+    parser.add_argument(
+        "--retokenize",
+        action="store_true",
+        help="score with a reference of another tokenizer, the one in its folder, and spread its losses over the run's "
+        "tokens by characters",
+    )
+    parser.add_argument(
+        "--reference-seq-length",
+        type=int,
+        metavar="TOKENS",
+        help="length of a sample in that tokenizer's tokens (default: --seq-length)",
+    )
     return parser
 
 
@@ -81,6 +93,8 @@ def parse_scoring(argv: Sequence[str]) -> tuple[RunConfig, ScoringOptions, DryRu
         top_logprobs=own.top_logprobs,
         sampled_ids=own.sampled_ids,
         logprobs_dtype=own.logprobs_dtype,
+        retokenize=own.retokenize,
+        reference_seq_length=own.reference_seq_length,
     )
     return config, options, dry_run
 

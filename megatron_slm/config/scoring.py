@@ -27,9 +27,22 @@ class ScoringOptions:
     """Store this many ids a token drawn from the reference's distribution, and its entropy."""
     logprobs_dtype: LogprobDtype = "bfloat16"
     """Data type of the log-probabilities."""
+    retokenize: bool = False
+    """Score in the tokens of the reference's own tokenizer, and spread its losses over the run's tokens."""
+    reference_seq_length: int | None = None
+    """Inputs of a sample in the reference's tokens, with `retokenize`; None: the run's --seq-length."""
 
     def __post_init__(self) -> None:
         for name in ("top_logprobs", "sampled_ids"):
             require_positive(self, name)
         alone = self.top_logprobs is None or self.sampled_ids is None
         require(alone, self, "sampled_ids", "not be used with --top-logprobs", "remove one of them")
+        rule = "not be used with --retokenize: probabilities of one vocabulary are none of another"
+        for name in ("top_logprobs", "sampled_ids"):
+            require(not self.retokenize or getattr(self, name) is None, self, name, rule, "leave it out")
+        rule = "not be used with --retokenize: entropies of one vocabulary are none of another"
+        require(not (self.retokenize and self.with_entropy), self, "with_entropy", rule, "leave it out")
+        rule = "be used with --retokenize"
+        given = self.retokenize or self.reference_seq_length is None
+        require(given, self, "reference_seq_length", rule, "add --retokenize, or leave it out")
+        require_positive(self, "reference_seq_length")

@@ -24,7 +24,7 @@ GRADIENT_SUM_BYTES = 10
 
 _ATTENTION_BACKWARD = 2.5 / 2
 """Operations of attention's backward pass, over twice those of its forward pass: it makes the scores again."""
-_BYTES_BACKWARD = 2.6
+BYTES_BACKWARD = 2.6
 """Element-wise traffic of a backward pass over that of a forward pass."""
 _LOGIT_BYTES = 8, 4
 """Read and written for each logit, forwards and backwards."""
@@ -44,7 +44,7 @@ class _Traffic(NamedTuple):
 
 
 _EAGER = _Traffic(norm=36, additions=12, rotation=48.6, mlp=10)
-_FUSED = _Traffic(norm=4, additions=12, rotation=4, mlp=6)
+_FUSED = _Traffic(norm=8, additions=12, rotation=10, mlp=6)
 
 
 class Work(NamedTuple):
@@ -118,7 +118,7 @@ def block_backward(forward: Work, *, num_passes: float, row_share: float, recomp
         flops=whole,
         products=whole - (2 + recomputes) * forward.attention,
         attention=(2 * _ATTENTION_BACKWARD + recomputes) * forward.attention,
-        num_bytes=(_BYTES_BACKWARD * row_share + recomputes) * forward.num_bytes,
+        num_bytes=(BYTES_BACKWARD * row_share + recomputes) * forward.num_bytes,
     )
 
 

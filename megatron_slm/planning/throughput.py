@@ -90,12 +90,17 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     roofline = Roofline(cluster=cluster, bf16=run.config.training.bf16)
     length = run.config.data.seq_length
     tokens = layout.micro_batch_size * length
+    compiles = run.config.backend.compiles_on_gpu(
+        zero_stage=layout.zero_stage,
+        samples_rows=not run.config.backward.is_exact,
+        resets_documents=run.config.data.reset_attention_mask or run.config.data.reset_position_ids,
+    )
     sums = [roofline.gradient_sum_seconds(stage.total) for stage in model_parameters(run, layout)]
 
     def forward_pass(arch: Architecture) -> _Forward:
         work = block_forward(
             arch, length, tensor=layout.tensor, sequence_shards=layout.sequence_shards, e=run.dtype_bytes,
-            compiled=run.config.backend.compile_blocks,
+            compiled=compiles,
         )  # fmt: skip
         ring = _all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
         return _Forward(

@@ -55,7 +55,7 @@ class StoredScores:
         return TokenStatistics(
             self._combined([one.loss_bs for one in scores]).masked_fill_(masked_N, 0.0),
             self._combined(entropies).masked_fill_(masked_N, 0.0) if self.has_entropy else None,
-            distribution,
+            distribution=distribution,
         )
 
     def _combined(self, parts_bs: list[Tensor]) -> Tensor:

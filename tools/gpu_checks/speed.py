@@ -42,7 +42,7 @@ def _steps(name: str, setting: Setting) -> Outcome:
     reference = training.write_model(setting.folder / "reference", shape, device=setting.device, seed=1)
     common = {
         **shape.flags(), "data-path": corpus, "lr": 1e-4, "micro-batch-size": samples, "global-batch-size": 4 * samples,
-        "train-iters": _STEPS, "bf16": True, "timing-log-level": 1,
+        "train-iters": _STEPS, "bf16": True, "timing-log-level": 1, "no-compile-blocks": True,
     }  # fmt: skip
     slm = {"objective": "slm", "reference-load": reference}
     contenders: dict[str, dict[str, Any]] = {
@@ -52,7 +52,8 @@ def _steps(name: str, setting: Setting) -> Outcome:
         "slm, rows kept": {**slm, "backward-rows": "kept"},
     }
     if setting.num_gpus:
-        contenders["clm, compiled blocks"] = {"objective": "clm", "compile-blocks": True}
+        contenders["clm, compiled blocks"] = {"objective": "clm", "compile-blocks": True, "no-compile-blocks": None}
+        contenders["slm, compiled blocks"] = {**slm, "compile-blocks": True, "no-compile-blocks": None}
     records: list[dict[str, Any]] = []
     for contender, changes in contenders.items():
         flags = {**common, **changes, "run-dir": setting.folder / contender.replace(" ", "-").replace(",", "")}
