@@ -16,8 +16,8 @@ class ReferenceUpdateConfig:
     """Update of the reference during training. none: it stays as loaded. ema: an exponential moving average of the
     model's weights. history: the model's weights at the last update."""
     reference_update_interval: int | None = None
-    """Number of steps from one update to the next. Between two updates the reference runs ahead as --reference-schedule
-    says, never across one. Default: 1 for ema."""
+    """Number of steps from one update to the next. Between two updates the reference runs ahead as scheduled
+    (--reference-schedule), never across one. Default: 1 for ema."""
     reference_update_decay: float = 0.999
     """Weight of the preceding average in an update of ema, in (0, 1)."""
 
