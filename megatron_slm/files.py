@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,14 @@ from typing import Any
 from megatron_slm.errors import ConfigError, os_errors_as
 
 
-def file_sha256(path: Path, num_bytes: int | None = None) -> str:
-    """Return the hexadecimal SHA-256 of a file, or of its first `num_bytes` bytes."""
+def file_sha256(
+    path: Path, num_bytes: int | None = None, *, on_bytes: Callable[[int], None] = lambda count: None
+) -> str:
+    """Return the hexadecimal SHA-256 of a file, or of its first `num_bytes` bytes.
+
+    Args:
+        on_bytes: called with the size of each block read, to show progress.
+    """
     with path.open("rb") as file:
         digest = hashlib.sha256()
         if num_bytes is not None:
@@ -23,6 +30,7 @@ def file_sha256(path: Path, num_bytes: int | None = None) -> str:
             return digest.hexdigest()
         while block := file.read(2**20):
             digest.update(block)
+            on_bytes(len(block))
     return digest.hexdigest()
 
 

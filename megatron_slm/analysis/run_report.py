@@ -1,4 +1,4 @@
-"""HTML report that compares runs: summary, tokens to reach a loss, curves."""
+"""HTML report that compares runs: what it comes to, summary, tokens to reach a loss, curves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megatron_slm.analysis import page
+from megatron_slm.analysis import page, sampled_rows
 from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png, svg
 from megatron_slm.analysis.runs import AXIS_LABELS, Axis, RunMetrics, Series, held_out_sets
+from megatron_slm.analysis.verdict import CAUTION, verdict
 from megatron_slm.files import write_durably
 
 _NATS = "nats per token"
@@ -21,7 +22,7 @@ _TRAINING_PANELS = (
     ("Training loss, kept tokens", "loss", _NATS),
     ("Training loss, tokens not kept", "loss_unselected", _NATS),
     ("Excess loss of kept tokens", "excess_selected", _NATS),
-    ("KeptTokens share", "keep_fraction", "share of valid tokens"),
+    ("Share of kept tokens", "keep_fraction", "share of valid tokens"),
     ("Gradient norm before clipping", "grad_norm", "norm"),
     ("Share of clipped steps", "clipped_share", "share of steps"),
     ("Rows of the backward pass", "backward_row_share", "share of rows"),
@@ -103,6 +104,7 @@ def summary(run: RunMetrics) -> dict[str, Any]:
         "held_out": {name: run.held_out(name).y[-1] for name in run.set_names},
         "skipped_steps": max((line.get("skipped_steps") or 0 for line in run.training), default=0),
         "unreadable_lines": run.unreadable_lines,
+        **sampled_rows.backward_rows(run),
     }
 
 
@@ -124,11 +126,14 @@ def write_report(
     charts = panels(runs, axis)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output.with_suffix(".png"), png(charts))
-    names = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    names = page.listed([run.name for run in runs]) if len(runs) < 4 else f"{len(runs)} runs"
     parts = [
+        *(page.paragraph(sentence, kind="verdict") for sentence in verdict(runs)),
+        *([page.paragraph(CAUTION, kind="soft")] if len(runs) > 1 and held_out_sets(runs) else []),
         *_notes(runs),
         _summary_table(runs),
         *extra,
+        *sampled_rows.comparison(runs),
         *_reach_table(runs, tokens_to_reach(runs, targets)),
         page.heading("Curves"),
         page.paragraph(

@@ -25,6 +25,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 from megatron_slm.config.rules import flag
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.unknown_flags import unknown_flags
+from megatron_slm.deprecation import FLAGS, current_name
 from megatron_slm.errors import ConfigError
 
 SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
@@ -193,6 +194,8 @@ def _known_name(name: str) -> str | None:
     """Return the field of a name as typed, with dashes or underscores; None if there is none."""
     plain = name.lstrip("-").replace("-", "_")
     plain = ALIASES.get(plain, plain)
+    if plain in FLAGS:
+        plain = current_name(name, FLAGS[plain], kind="flag", show=flag)
     return plain if plain in _fields() else None
 
 

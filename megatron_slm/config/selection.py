@@ -91,8 +91,8 @@ class SelectionConfig:
     """Every this many steps, repeat the selection on the run's first batch and log how much of it changed; 0
     disables it."""
     reference_load: str | None = None
-    """Frozen reference: a Hugging Face folder, a checkpoint of this package saved at any layout, or `init`, the model
-    of --init-from. With --reference-scores it is not loaded, but the scores must come from it."""
+    """Frozen reference: a Hugging Face folder, a name of the hub, a checkpoint of this package saved at any layout, or
+    `init`, the model of --init-from. With --reference-scores it is not loaded, but the scores must come from it."""
     reference_config: str | None = None
     """Architecture of the reference, for plans and dry runs without --reference-load: a config.json, a folder with
     one, or the YAML configuration of the reference's run. A loaded reference must match it."""

@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from megatron_slm.evaluation.generation import Generator
 from megatron_slm.evaluation.prompts import STOPS, Prompt, prompt_named
 from megatron_slm.evaluation.statistics import bootstrap
 from megatron_slm.evaluation.tasks import Task
+from megatron_slm.hub import local_path
 
 
 @contextmanager
@@ -32,12 +32,13 @@ def hugging_face_folder(path: str) -> Iterator[str]:
     Raises:
         CheckpointError, WeightsError: the path is neither.
     """
-    if is_hf_folder(Path(path)):
-        yield path
+    here = local_path(path, field="--model")
+    if is_hf_folder(here):
+        yield str(here)
         return
     with tempfile.TemporaryDirectory(prefix="megatron_slm_") as folder:
-        inside = Path(path) / "checkpoints"
-        load = str(inside if inside.is_dir() else path)
+        inside = here / "checkpoints"
+        load = str(inside if inside.is_dir() else here)
         yield str(export_checkpoint(load, f"{folder}/hf", verifies=False).folder)
 
 

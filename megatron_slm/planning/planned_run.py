@@ -16,6 +16,7 @@ from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, WeightsError
+from megatron_slm.hub import cached_folder, local_path
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
@@ -95,8 +96,8 @@ def plan_run(config: RunConfig, *, model_config: str | None = None, reference_co
 
 
 def _is_there(path: str, otherwise: object) -> bool:
-    """Return True if the path exists or there is no other source of the shape."""
-    return otherwise is None or Path(path).exists()
+    """Return True if the path exists, is cached from the hub, or there is no other source of the shape."""
+    return otherwise is None or Path(path).exists() or cached_folder(path, part="config") is not None
 
 
 def architecture_at(path: str, field: str, *, instead: str | None = None) -> Architecture:
@@ -112,7 +113,8 @@ def architecture_at(path: str, field: str, *, instead: str | None = None) -> Arc
     if Path(path).suffix in (".yaml", ".yml"):
         described, _ = parse(["--config", path])
         return resolve_architecture(described, None, _vocabulary(described))
-    folder = Path(path).parent if Path(path).name == "config.json" else Path(path)
+    local = local_path(path, field=field, part="config")
+    folder = local.parent if local.name == "config.json" else local
     if (folder / "config.json").is_file():
         return read_architecture(folder)
     try:
@@ -128,7 +130,8 @@ def _vocabulary(config: RunConfig) -> int:
     if data.tokenizer_type != "NullTokenizer":
         if data.vocab_size is not None:
             return data.vocab_size
-        if data.tokenizer_model is None or not Path(data.tokenizer_model).exists():
+        named = data.tokenizer_model
+        if named is None or not (Path(named).exists() or cached_folder(named, part="tokenizer")):
             purpose = "a plan without --init-from and without the tokenizer's files"
             raise ConfigError.missing("--vocab-size", purpose, "give the size of the tokenizer's vocabulary")
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size).vocab_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.collectives import all_gather_objects, broadcast_from_rank_0, raise_on_all_ranks
 from megatron_slm.parallel.groups import create_tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.progress import Progress, show_progress
 from megatron_slm.reference.frozen import build_reference
 from megatron_slm.reference.manifest import StoreManifest, shard_name
 from megatron_slm.reference.probabilities import Probabilities
@@ -37,8 +37,6 @@ from megatron_slm.selection.selector import Selector
 from megatron_slm.types import DenseDistribution, MicroBatch, SparseDistribution
 
 logger = logging.getLogger(__name__)
-
-_LOG_INTERVAL_SECONDS = 10.0
 
 
 def score_corpus(plan: ScoringPlan) -> StoreManifest:
@@ -59,18 +57,22 @@ def score_corpus(plan: ScoringPlan) -> StoreManifest:
         logger.info("%d of %d shards exist already", manifest.num_shards - len(missing), manifest.num_shards)
     if not missing:
         return manifest
-    scorer = _Scorer(plan, sum(len(manifest.samples_of(shard)) for shard in missing))
-    num_pipelines = plan.topology.data
-    for first in range(0, len(missing), num_pipelines):
-        shards = missing[first : first + num_pipelines]
-        mine = shards[scorer.rank.data] if scorer.rank.data < len(shards) else None
-        scores = scorer.score(manifest, mine)
-        written: dict[str, dict[str, Any]] = {}
-        with raise_on_all_ranks():
-            if mine is not None and scores is not None:
-                written[shard_name(mine)] = write_shard(plan.output, manifest, mine, *scores)
-        manifest = _commit(plan, manifest, written)
-        scorer.progress.add(sum(len(manifest.samples_of(shard)) for shard in shards))
+    num_samples = sum(len(manifest.samples_of(shard)) for shard in missing)
+    length, num_pipelines = plan.config.data.seq_length, plan.topology.data
+    with show_progress("scoring", num_samples * length, "tokens", shown=dist.get_rank() == 0) as progress:
+        scorer = _Scorer(plan, progress)
+        for first in range(0, len(missing), num_pipelines):
+            shards = missing[first : first + num_pipelines]
+            mine = shards[scorer.rank.data] if scorer.rank.data < len(shards) else None
+            done = progress.done
+            scores = scorer.score(manifest, mine)
+            written: dict[str, dict[str, Any]] = {}
+            with raise_on_all_ranks():
+                if mine is not None and scores is not None:
+                    written[shard_name(mine)] = write_shard(plan.output, manifest, mine, *scores)
+            manifest = _commit(plan, manifest, written)
+            progress.update(done + length * sum(len(manifest.samples_of(shard)) for shard in shards))
+    logger.info("scored %s of %s samples", f"{num_samples:,}", f"{num_samples:,}")
     return manifest
 
 
@@ -98,7 +100,7 @@ def _commit(plan: ScoringPlan, manifest: StoreManifest, written: dict[str, dict[
 class _Scorer:
     """This rank's stage of the reference and its channels."""
 
-    def __init__(self, plan: ScoringPlan, num_samples: int) -> None:
+    def __init__(self, plan: ScoringPlan, progress: Progress) -> None:
         parallel = plan.config.parallel
         self.rank = plan.topology.coordinate(dist.get_rank())
         self.is_first, self.is_last = self.rank.pipeline == 0, self.rank.pipeline == plan.topology.pipeline - 1
@@ -125,7 +127,9 @@ class _Scorer:
         if plan.retokenized is not None and plan.reference_tokenizer is not None:
             ends = replace(ends, eod_id=plan.reference_tokenizer.eod_id)
             self.source = self._source(plan.retokenized, plan.num_tokens, ends)
-        self.progress = _Progress(num_samples, plan.config.data.seq_length, plan.topology.data)
+        self.progress = progress
+        # as if all pipelines were as far as this one
+        self.tokens_per_micro_batch = self.b * plan.config.data.seq_length * plan.topology.data
 
     def _source(self, samples: Samples, num_tokens: int, ends: Boundaries) -> MicroBatchSource:
         return MicroBatchSource(
@@ -192,7 +196,7 @@ class _Scorer:
             else:
                 assert read is not None, "the last stage reads its micro-batches"
                 parts.append(self._scores(x, read))
-            self.progress.show(i * self.b)
+            self.progress.advance(self.tokens_per_micro_batch)
         self.channels.flush()
         return parts
 
@@ -222,35 +226,3 @@ class _Scorer:
     def _post_receive(self, channel: Channel | None, *, posted: int, of: int) -> None:
         if channel is not None and posted < of:
             channel.post_receive(self.message_shape, self.dtype, self.device)
-
-
-class _Progress:
-    """Logs the rate and the time left; only rank 0's lines are shown."""
-
-    def __init__(self, num_samples: int, sequence_length: int, num_pipelines: int) -> None:
-        self.total, self.sequence_length, self.num_pipelines = num_samples, sequence_length, num_pipelines
-        self.done = 0
-        self.started = self.logged_at = time.monotonic()
-
-    def add(self, num_samples: int) -> None:
-        """Count the samples of a finished round."""
-        self.done += num_samples
-        if self.done == self.total:
-            self._log(self.done, time.monotonic())
-
-    def show(self, in_this_shard: int) -> None:
-        """Log the progress every 10 s, as if all pipelines were as far as this one."""
-        now = time.monotonic()
-        if now - self.logged_at >= _LOG_INTERVAL_SECONDS:
-            self._log(min(self.total, self.done + in_this_shard * self.num_pipelines), now)
-
-    def _log(self, done: int, now: float) -> None:
-        self.logged_at, seconds = now, max(now - self.started, 1e-9)
-        left = (self.total - done) * seconds / max(done, 1)
-        logger.info(
-            "scored %s of %s samples, %s tokens/s, %s left",
-            f"{done:,}",
-            f"{self.total:,}",
-            f"{done * self.sequence_length / seconds:,.0f}",
-            time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days",
-        )

@@ -98,8 +98,8 @@ from megatron_slm.data.corpus.joined_corpus import JoinedCorpus
 
 add = JoinedCorpus.add
 
-def add_and_be_stopped(self, part):
-    add(self, part)
+def add_and_be_stopped(self, part, **options):
+    add(self, part, **options)
     assert self._temporary_bin.exists()
     os.kill(os.getpid(), signal.{signal})
 
