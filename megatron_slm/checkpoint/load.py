@@ -42,14 +42,17 @@ class CheckpointSource:
 
     A part that was saved with the same bounds is read directly; any other is cut from the whole tensor, one tensor at
     a time.
+
+    Args:
+        kind: prefix of the files: `weights` (and `optimizer`) are the model's.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, kind: str = "weights") -> None:
+        self.folder, self._kind = folder, kind
         self._slices: dict[str, list[_Slice]] = defaultdict(list)
         self._open: dict[Path, Any] = {}
         self._last: tuple[str, Quantity, Tensor] | None = None
-        for path in sorted(folder.glob("weights_*.safetensors")):
+        for path in sorted(folder.glob(f"{kind}_*.safetensors")):
             file_number = path.stem.partition("_")[2]
             with _readable(path), safe_open(path, framework="pt") as file:
                 for number, entry in enumerate(json.loads(file.metadata()["pieces"])):
@@ -155,7 +158,7 @@ class CheckpointSource:
             return self._open[path].get_tensor(f"{slice_.number}.{quantity}")
 
     def _path(self, slice_: _Slice, quantity: Quantity) -> Path:
-        kind = "weights" if quantity == "weight" else "optimizer"
+        kind = self._kind if quantity == "weight" else "optimizer"
         return self.folder / f"{kind}_{slice_.file_number}.safetensors"
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -208,8 +208,11 @@ class Saver:
         self._saving: _Saving | None = None
         self._device = local_device()
 
-    def save(self, optimizer: Any, state: RunState) -> Saved | None:
+    def save(self, optimizer: Any, state: RunState, more: Sequence[TensorFile] = ()) -> Saved | None:
         """Save the state after a step. Collective.
+
+        Args:
+            more: files of this rank beside the model's and the optimizer's.
 
         Returns:
             the committed checkpoint: this one, or (asynchronous) the one before if it was still under way.
@@ -223,7 +226,7 @@ class Saver:
                 clear_leftovers(self.writer.folder)
                 temporary.mkdir(parents=True)
         tensor_rank = self.writer.topology.coordinate(rank).tensor
-        files = rank_files(optimizer, rank, tensor_rank=tensor_rank, with_moments=state.adam_step > 0)
+        files = [*rank_files(optimizer, rank, tensor_rank=tensor_rank, with_moments=state.adam_step > 0), *more]
         if self.asynchronous:
             files = self._memory.copy(files)
         state = deepcopy(state)

@@ -9,7 +9,7 @@ from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import choose_accelerator, run_command
 from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.run import RunConfig
-from megatron_slm.config.scoring import ScoreDtype, ScoringOptions
+from megatron_slm.config.scoring import LogprobDtype, ScoreDtype, ScoringOptions
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.launched import launched_rank
 
@@ -36,6 +36,25 @@ def _parser() -> ToolParser:
     )
     parser.add_argument(
         "--with-entropy", action="store_true", help="also store the entropy of the reference's predictions"
+    )
+    parser.add_argument(
+        "--top-logprobs",
+        type=int,
+        metavar="K",
+        help="also store the K largest log-probabilities and the rest's a token, for --loss kl, reverse-kl and jsd",
+    )
+    parser.add_argument(
+        "--sampled-ids",
+        type=int,
+        metavar="N",
+        help="also store N ids a token drawn from the reference's distribution, an unbiased sample for --loss kl, and "
+        "its entropy",
+    )
+    parser.add_argument(
+        "--logprobs-dtype",
+        choices=get_args(LogprobDtype),
+        default="bfloat16",
+        help="data type of the stored log-probabilities (default: %(default)s)",
     )
     parser.add_argument(
         "--retokenize",
@@ -70,7 +89,10 @@ def parse_scoring(argv: Sequence[str]) -> tuple[RunConfig, ScoringOptions, DryRu
     options = ScoringOptions(
         output=own.output or stores[0],
         score_dtype=own.score_dtype,
-        with_entropy=own.with_entropy,
+        with_entropy=own.with_entropy or own.sampled_ids is not None,
+        top_logprobs=own.top_logprobs,
+        sampled_ids=own.sampled_ids,
+        logprobs_dtype=own.logprobs_dtype,
         retokenize=own.retokenize,
         reference_seq_length=own.reference_seq_length,
     )

@@ -47,7 +47,12 @@ class PlannedRun:
     @property
     def loss_head(self) -> LossHead:
         """Variant of the loss head."""
-        return LossHead.from_config(self.config.loss_head)
+        return LossHead.from_config(self.config.loss_head, self.config.distillation)
+
+    @property
+    def distills_live(self) -> bool:
+        """True if the loss has the distribution of a reference that runs."""
+        return self.reference is not None and self.config.distillation.distills
 
     def padded_vocabulary(self, architecture: Architecture) -> int:
         """Return the number of rows of a model's embedding, over all tensor-parallel ranks."""
@@ -80,8 +85,8 @@ def plan_run(config: RunConfig, *, model_config: str | None = None, reference_co
     if not config.selection.reference_scores:
         if reference_config is not None and config.selection.objective == "slm":
             reference = architecture_at(reference_config, "--reference-config")
-        elif config.selection.reference_load is not None:
-            path, shape = config.selection.reference_load, config.selection.reference_config
+        elif (path := config.reference_path) is not None:
+            shape = config.selection.reference_config
             if shape is not None and not _is_there(path, shape):
                 reference = architecture_at(shape, "--reference-config")
             else:

@@ -21,6 +21,7 @@ from megatron_slm.arithmetic import ceil_div
 from megatron_slm.errors import ScoreStoreError, os_errors_as
 from megatron_slm.files import check_writable, file_sha256, write_durably
 from megatron_slm.reference.manifest import MANIFEST, StoreManifest, check_same_settings, shard_name
+from megatron_slm.reference.probabilities import Probabilities
 from megatron_slm.types import MicroBatch
 
 CHECKSUM_LIMIT_BYTES = 64 << 30
@@ -37,6 +38,8 @@ class Scores(NamedTuple):
     """-log P(label) in nats [b, s], of every position, masked or not."""
     entropy_bs: Tensor | None
     """Entropy of the predicted distribution in nats [b, s]; None in stores without entropies."""
+    probabilities: Probabilities | None = None
+    """A few ids of the predicted distribution; None in stores without them."""
 
 
 def token_digests(batch: MicroBatch) -> list[int]:
@@ -112,7 +115,7 @@ def write_shard(
     """Write one shard atomically; it is on the disk when this returns.
 
     Args:
-        scores: of `manifest.samples_of(shard)`, one row a sample, fp32 on the CPU.
+        scores: of `manifest.samples_of(shard)`, one row a sample, on the CPU; losses and entropies in fp32.
         digests: of the same samples' tokens (`token_digests`).
 
     Returns:
@@ -139,6 +142,10 @@ def write_shard(
                 f"be a number that {manifest.dtype} can hold",
                 "check the reference's weights, or choose another --score-dtype",
             )
+    if manifest.distribution is not None:
+        assert scores.probabilities is not None, "a pass computes the distributions of its manifest"
+        names = Probabilities.names(manifest.distribution)
+        tensors |= zip(names, [x for x in scores.probabilities if x is not None], strict=True)
     kept = list(tensors.values())
     row_digests = [_score_digest(number, [rows[i] for rows in kept]) for i, number in enumerate(samples)]
     tensors["token_digest"] = torch.tensor(digests, dtype=torch.int64)
@@ -208,7 +215,7 @@ def _compare(
 @dataclass(frozen=True)
 class _OpenShard:
     scores: list[Any]
-    """Slices in the mapped file, losses first."""
+    """Slices in the mapped file: losses, entropies and probabilities, those that there are."""
     token_digests: list[int]
     score_digests: list[int]
 
@@ -221,7 +228,7 @@ class ScoreReader:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def read(self, batch: MicroBatch) -> Scores:
-        """Read the scores of a micro-batch's samples, fp32 on the CPU; the batch is on the CPU too.
+        """Read the scores of a micro-batch's samples on the CPU, losses in fp32; the batch is on the CPU too.
 
         Raises:
             ScoreStoreError: the store has no such sample, its tokens differ from the scored ones, or the scores differ
@@ -231,8 +238,11 @@ class ScoreReader:
             self._row(number, digest)
             for number, digest in zip(batch.sample_b.tolist(), token_digests(batch), strict=True)
         ]
-        loss_bs, *entropy = (torch.cat(column).float() for column in zip(*rows, strict=True))
-        return Scores(loss_bs, entropy[0] if entropy else None)
+        columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+        num_scores = 1 + self.manifest.with_entropy
+        loss_bs, *entropy = (column.float() for column in columns[:num_scores])
+        probabilities = Probabilities(*columns[num_scores:]) if self.manifest.distribution is not None else None
+        return Scores(loss_bs, entropy[0] if entropy else None, probabilities)
 
     def _row(self, sample: int, token_digest: int) -> list[Tensor]:
         if not 0 <= sample < self.manifest.data.num_samples:
@@ -276,6 +286,10 @@ class ScoreReader:
         path = self.folder / shard_name(shard)
         names = ["loss", "entropy"] if self.manifest.with_entropy else ["loss"]
         expected = [len(self.manifest.samples_of(shard)), self.manifest.data.sequence_length]
+        wanted = [expected] * len(names)
+        if (distribution := self.manifest.distribution) is not None:
+            names += (more := Probabilities.names(distribution))
+            wanted += [expected if name.endswith("rest") else [*expected, distribution.count] for name in more]
         try:
             file = safe_open(path, framework="pt")
             identity = (file.metadata() or {}).get("place")
@@ -286,6 +300,6 @@ class ScoreReader:
         if identity != _identity(self.manifest, shard):
             raise ScoreStoreError(str(path), identity, f"be {_identity(self.manifest, shard)}", _DAMAGED)
         shapes = [part.get_shape() for part in parts] + [[len(column)] for column in digests]
-        if shapes != [expected] * len(parts) + [expected[:1]] * 2:
+        if shapes != wanted + [expected[:1]] * 2:
             raise ScoreStoreError(str(path), f"shapes {shapes}", f"hold {expected} scores", _DAMAGED)
         return _OpenShard(parts, *digests)

@@ -23,6 +23,7 @@ from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.planned_run import architecture_at
+from megatron_slm.reference.following import FILE_KIND
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.corpora import RunData, boundaries
 from megatron_slm.run.layout import check_layout
@@ -61,6 +62,8 @@ def check_models(config: RunConfig, topology: Topology, models: Models, resume: 
             "use --init-from alone to start a new run from other weights",
         )
     check_layout(arch, config, topology, what="model")
+    if reference is not None and config.distillation.distills:
+        _check_distilled_vocabulary(config, arch.vocab_size, reference.architecture.vocab_size)
     check_stages(arch.num_layers, topology.pipeline)
     _check_vocabularies(config, models, resume)
     if reference is not None:
@@ -144,6 +147,38 @@ def check_sets(config: RunConfig, valid: Collection[str], test: Collection[str])
         raise ConfigError("--keep-best", best, rule, "name one, or add --valid-data-path")
 
 
+def check_reference_update(config: RunConfig, models: Models, resume: Resume | None, zero_stage: int) -> None:
+    """Validate --reference-update against the models, the engine and the checkpoint.
+
+    Raises:
+        SlmError: they do not match.
+    """
+    kind = config.reference_update.reference_update
+    if models.reference is None or not config.reference_update.updates:
+        return
+    if models.reference.architecture != models.architecture:
+        raise ConfigError(
+            "--reference-load",
+            config.selection.reference_load,
+            f"be of the model's architecture with --reference-update {kind}, which averages their weights",
+            "use --reference-load init, or a checkpoint of this model",
+        )
+    if zero_stage == 3:
+        raise ConfigError(
+            "--reference-update",
+            kind,
+            "be none with ZeRO-3, whose ranks hold no whole weights",
+            "use ZeRO-1 or ZeRO-2",
+        )
+    if resume is not None and not any(name.startswith(f"{FILE_KIND}_") for name in resume.manifest.files):
+        raise CheckpointError(
+            "--load",
+            str(resume.folder),
+            f"contain the reference of a run with --reference-update {kind}",
+            "load a checkpoint that was saved with it, or start a new run with --init-from",
+        )
+
+
 def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:
     """Check that stored scores hold the entropies that the score needs.
 
@@ -156,6 +191,42 @@ def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores 
             config.selection.reference_scores,
             "hold entropies, required by --slm-score reference-entropy",
             "write them with tools/score_corpus.py --with-entropy, or choose another score",
+        )
+
+
+def check_distributions(config: RunConfig, scores: StoredScores | None, vocabulary_size: int) -> None:
+    """Check that stored scores hold the distributions that the loss needs.
+
+    Args:
+        vocabulary_size: of the model.
+
+    Raises:
+        ScoreStoreError: they do not.
+    """
+    loss, folder = config.distillation.loss, config.selection.reference_scores
+    if scores is None or not config.distillation.distills:
+        return
+    stored = scores.distribution
+    if stored is None:
+        raise ScoreStoreError(
+            "--reference-scores",
+            folder,
+            f"hold log-probabilities, required by --loss {loss}",
+            "write them with tools/score_corpus.py --top-logprobs 64, or use --reference-load",
+        )
+    if stored.kind == "sample" and loss != "kl":
+        raise ScoreStoreError(
+            f"--loss {loss}: --reference-scores",
+            folder,
+            "hold the largest log-probabilities; sampled ids are an unbiased sample for --loss kl alone",
+            "write them with tools/score_corpus.py --top-logprobs 64, or use --loss kl",
+        )
+    if stored.kind == "top" and not stored.has_rest and stored.vocabulary_size != vocabulary_size:
+        raise ScoreStoreError(
+            "--reference-scores: vocabulary size",
+            stored.vocabulary_size,
+            f"be the model's, {vocabulary_size}, where all log-probabilities are stored",
+            "store fewer with tools/score_corpus.py --top-logprobs",
         )
 
 
@@ -202,6 +273,16 @@ def warn_of_long_sequences(config: RunConfig, model: Architecture, reference: Ar
             )  # fmt: skip
 
 
+def _check_distilled_vocabulary(config: RunConfig, model: int, reference: int) -> None:
+    if model > reference:
+        raise VocabularyError(
+            "--reference-load: vocabulary size",
+            reference,
+            f"be at least the model's, {model}, with --loss {config.distillation.loss}, which compares distributions",
+            "use a reference with as many rows in its output weight or more, or --loss ce",
+        )
+
+
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
 
 
@@ -233,7 +314,7 @@ def _check_vocabularies(config: RunConfig, models: Models, resume: Resume | None
     if models.init is not None:
         check_model_vocabulary(models.init, config, tokenizer, field="--init-from", path=config.model.init_from)
     if models.reference is not None:
-        path = config.selection.reference_load
+        path = config.reference_path
         check_model_vocabulary(models.reference, config, tokenizer, field="--reference-load", path=path)
     fingerprint = resume.manifest.tokenizer_fingerprint if resume else None
     if fingerprint is not None and fingerprint != tokenizer.fingerprint():

@@ -53,7 +53,7 @@ def _references(plan: Plan) -> list[dict[str, Any]]:
     if plan.scores is not None:
         manifests = [StoreManifest.read(Path(store)) for store in selection.reference_scores]
         return [{"path": manifest.reference, "sha256": manifest.reference_sha256} for manifest in manifests]
-    reference = _model(selection.reference_load, plan.models.reference)
+    reference = _model(plan.config.reference_path, plan.models.reference)
     return [] if reference is None else [reference]
 
 

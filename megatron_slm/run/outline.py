@@ -63,7 +63,7 @@ def _not_checked(run: PlannedRun) -> dict[str, str]:
     named: dict[str, list[str | None] | list[str]] = {
         "--init-from": [config.model.init_from],
         "--tokenizer-model": [data.tokenizer_model],
-        "--reference-load": [selection.reference_load],
+        "--reference-load": [config.reference_path],
         "--reference-scores": selection.reference_scores,
         "--data-path": data.data_path or data.train_data_path,
         "--data-args-path": [data.data_args_path or data.per_split_data_args_path],

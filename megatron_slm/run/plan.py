@@ -24,11 +24,13 @@ from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.backends import run_backends
 from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.run.checks import (
+    check_distributions,
     check_documents,
     check_entropies,
     check_environment,
     check_models,
     check_ranks,
+    check_reference_update,
     check_selection_columns,
     check_sets,
     resolve_deepspeed,
@@ -90,7 +92,7 @@ class Plan:
     @property
     def loss_head(self) -> LossHead:
         """Settings of the loss head."""
-        return LossHead.from_config(self.config.loss_head)
+        return LossHead.from_config(self.config.loss_head, self.config.distillation)
 
     @property
     def utilization(self) -> Utilization:
@@ -168,6 +170,8 @@ def make_plan(
         check_folders(config, models.tokenizer, ds_config.monitors(user_deepspeed), resume)
     scores = open_scores(config, models.tokenizer, data.train, thorough=rank == 0)
     check_entropies(config, selector, scores)
+    check_distributions(config, scores, models.architecture.vocab_size)
+    check_reference_update(config, models, resume, ds_config.zero_stage(resolved))
     return Plan(
         config=config,
         topology=topology,

@@ -61,6 +61,9 @@ def print_plan(plan: ScoringPlan) -> None:
     stored: str = manifest.dtype
     if manifest.with_entropy:
         bytes_per_token, stored = 2 * bytes_per_token, f"{manifest.dtype} with entropies"
+    if manifest.distribution is not None:
+        bytes_per_token += manifest.distribution.bytes_per_token
+        stored += f", {manifest.distribution.describe()}"
     rows = {
         "layout": f"{topology.pipeline} stages x {topology.data} data parallel x {topology.tensor} tensor parallel",
         "reference": f"{manifest.reference}, {plan.reference.architecture.num_parameters:,} parameters",

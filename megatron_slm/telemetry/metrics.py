@@ -28,7 +28,9 @@ bf16, as in a model of 30 blocks and 135M parameters."""
 _BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit")
 
 
-def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, Any]:
+def training_metrics(
+    result: StepResult, *, has_reference: bool, has_scores: bool = True, distills: bool = False
+) -> dict[str, Any]:
     """Return a step's losses in nats per token, token counts and gradient norm.
 
     `loss` is the weighted mean over kept tokens, `loss_all` the mean over valid tokens, `loss_unselected` over valid
@@ -46,6 +48,7 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         "loss_all": _mean(sums.valid_loss, sums.valid_tokens),
         "loss_unselected": _mean(sums.valid_loss - sums.kept_loss, unselected),
         "reference_loss": with_reference(sums.reference_loss, sums.valid_tokens),
+        "divergence": _mean(sums.divergence, sums.kept_tokens) if distills else None,
         "excess_selected": with_reference(sums.kept_excess, sums.kept_tokens),
         "excess_unselected": with_reference(excess - sums.kept_excess, unselected),
         "excess_all": with_reference(excess, sums.valid_tokens),

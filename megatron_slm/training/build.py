@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from megatron_slm.engine.schedule.simulate import describe
 from megatron_slm.engine.timers import WORK, Timers
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.errors import ConfigError, os_errors_as
+from megatron_slm.loss.distillation import Distillation
 from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.parallel.collectives import raise_on_all_ranks
@@ -47,7 +48,8 @@ from megatron_slm.parallel.groups import (
     create_tensor_parallel_group,
 )
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.reference.frozen import FrozenStage, build_reference
+from megatron_slm.reference.following import FILE_KIND, FollowingReference
+from megatron_slm.reference.frozen import FirstTokens, FrozenStage, build_reference
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.origin import write_origin
 from megatron_slm.run.plan import Plan
@@ -74,6 +76,8 @@ class Run:
     text_probe: TextProbe | None
     saver: Saver
     state: RunState
+    following: FollowingReference | None = None
+    """Updates the reference; None where it is frozen."""
 
     @property
     def resume_step(self) -> int:
@@ -94,12 +98,11 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         tp=tp,
         dp=dp,
         head=plan.loss_head,
+        distillation=Distillation.from_config(plan.config.distillation),
         observer=observer,
         num_sources=len(plan.data.train.sources),
     )
-    reference = None
-    if (frozen := plan.models.reference) is not None:
-        reference = build_reference(frozen.architecture, frozen.source, plan.topology, layers, plan.dtype)
+    reference = _reference(plan, layers)
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
@@ -117,7 +120,34 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         text_probe=_text_probe(plan, trainer),
         saver=saver,
         state=state,
+        following=None if reference is None else _following(plan, reference),
     )
+
+
+def _reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
+    """Build this rank's stage of the reference; None where none runs."""
+    frozen = plan.models.reference
+    if frozen is None:
+        return None
+    arch = frozen.architecture
+    source: WeightSource = frozen.source
+    if plan.config.distillation.distills:  # both models' distributions are over the same rows, cut alike
+        source = FirstTokens(source, arch.vocab_size)
+        arch = replace(arch, vocab_size=plan.models.architecture.vocab_size)
+    return build_reference(arch, source, plan.topology, layers, plan.dtype)
+
+
+def _following(plan: Plan, reference: FrozenStage) -> FollowingReference | None:
+    """Build what updates the reference, continued from a checkpoint on a resume; None where it is frozen."""
+    frozen = plan.models.reference
+    if frozen is None or not plan.config.reference_update.updates:
+        return None
+    source: WeightSource = frozen.source
+    if plan.resume is not None:
+        source = CheckpointSource(plan.resume.folder, kind=FILE_KIND)
+    place = plan.topology.coordinate(dist.get_rank())
+    with raise_on_all_ranks():
+        return FollowingReference(reference, source, decay=plan.config.reference_update.decay, place=place)
 
 
 def _pipeline_trainer(
@@ -246,7 +276,13 @@ def _selection_probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> 
     interval = plan.config.selection.slm_probe_interval
     if interval == 0 or not plan.selector.scores:
         return None
-    batch = FixedBatch(trainer=trainer, source=source, topology=plan.topology, num_micro_batches=plan.num_micro_batches)
+    batch = FixedBatch(
+        trainer=trainer,
+        source=source,
+        topology=plan.topology,
+        num_micro_batches=plan.num_micro_batches,
+        reference_changes=plan.config.reference_update.updates,
+    )
     return SelectionProbe(batch=batch, interval=interval)
 
 

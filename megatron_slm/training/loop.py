@@ -106,12 +106,21 @@ class _Loop:
         self._profiler.begin_step(step + 1)
         rate = learning_rate(step, self._config.optimizer, self._last)
         source = partial(run.train_source.micro_batch, self._state.consumed_samples)
-        is_last = step + 1 == self._last
+        is_last = step + 1 == self._last or self._reference_is_used_after(step + 1)
         result = train_step(run.trainer, source, self._health.settings(), learning_rate=rate, is_last=is_last)
         bad = self._health.examine(result)
         self._advance(result)
+        if run.following is not None and self._config.reference_update.is_due(step + 1):
+            run.following.update(run.trainer.engine.module.parameters())
         self._recorder.step(result, rate)
         self._recorder.bad_batch(bad)
+
+    def _reference_is_used_after(self, step: int) -> bool:
+        """True if the reference changes or is probed after a step, so that it must not run ahead in the step."""
+        if self._run.following is None:
+            return False
+        probe = self._run.selection_probe
+        return self._config.reference_update.is_due(step) or (probe is not None and probe.is_due(step))
 
     def _advance(self, result: StepResult) -> None:
         """Move the run's state past a step; a skipped one consumes its samples, and may change row shares."""

@@ -95,7 +95,12 @@ class Recorder:
             "samples": state.consumed_samples,
             "tokens": self._tokens,
             "lr": learning_rate,
-            **training_metrics(result, has_reference=plan.has_reference, has_scores=bool(plan.selector.scores)),
+            **training_metrics(
+                result,
+                has_reference=plan.has_reference,
+                has_scores=bool(plan.selector.scores),
+                distills=plan.config.distillation.distills,
+            ),
             "step_time_seconds": result.seconds,
             "tokens_per_second": tokens_per_second,
             **self._utilization.metrics(tokens_per_second),

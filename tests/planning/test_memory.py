@@ -113,3 +113,10 @@ def test_the_reference_is_held_whole_and_its_work_ahead_counts(tmp_path: Path) -
     assert [stage.reference for stage in alone] == [0, 0]
     assert stages[1].window > alone[1].window
     assert all(with_it.total > without.total for with_it, without in zip(stages, alone, strict=True))
+    distilled = plan(layout_values(tmp_path, "211", **slm, loss="kl")[0], "211")[1]
+    kept = (24 * 4 + 8) * 64 * 2  # its last hidden states and two numbers a token, of a micro-batch
+    assert distilled[0].window == stages[0].window
+    more = distilled[1].window - stages[1].window
+    assert more >= kept
+    assert more % kept == 0
+    assert distilled[1].loss_head > stages[1].loss_head

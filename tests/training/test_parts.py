@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from tests.support.world import run_world
 ROW_METRICS = dict.fromkeys(("backward_row_share", "backward_added_variance", "backward_added_variance_max"))
 """Not set where backward passes run on all rows."""
 METRIC_NAMES = (
-    "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_unselected excess_all "
+    "step samples tokens lr loss loss_all loss_unselected reference_loss divergence excess_selected "
+    "excess_unselected excess_all "
     "excess_spread keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm "
     "backward_row_share backward_added_variance backward_added_variance_max skip_reason step_time_seconds tokens_per_second tflops_per_device mfu mfu_with_reference skipped_steps clipped_share "
     "memory_allocated_mib memory_peak_mib memory_host_mib memory_host_peak_mib ranks"
@@ -50,14 +52,18 @@ def test_metrics_are_quotients_of_sums() -> None:
     result = StepResult(sums=sums, grad_norm=2.0, skip_reason=None, seconds=1.0)
     values = training_metrics(result, has_reference=True)
     assert values == {
-        "loss": 2.0, "loss_all": 2.0, "loss_unselected": 2.0, "reference_loss": 1.5, "excess_selected": 0.5,
+        "loss": 2.0, "loss_all": 2.0, "loss_unselected": 2.0, "reference_loss": 1.5, "divergence": None,
+        "excess_selected": 0.5,
         "excess_unselected": 0.5, "excess_all": 0.5, "excess_spread": 1.0, "keep_fraction": 0.6, "kept_tokens": 6, "valid_tokens": 10,
         "nonfinite_tokens": 2, "score_p05": -1.0, "score_p25": 0.0, "score_p50": 0.0, "score_p75": 0.0,
         "score_p95": 4.0, "grad_norm": 2.0, "skip_reason": None, **ROW_METRICS,
     }  # fmt: skip
+    distilled = replace(result, sums=replace(sums, divergence=3.0))
+    assert training_metrics(distilled, has_reference=True, distills=True)["divergence"] == 0.5
     alone = training_metrics(result, has_reference=False)
     assert {name for name, value in alone.items() if value is None} - ROW_METRICS.keys() == {
         "reference_loss",
+        "divergence",
         "excess_selected",
         "excess_unselected",
         "excess_all",

@@ -35,7 +35,7 @@ def read_files(config: RunConfig) -> dict[str, list[Path]]:
         "--per-split-data-args-path": [data.per_split_data_args_path],
         "--tokenizer-model": [data.tokenizer_model],
         "--init-from": [model.init_from],
-        "--reference-load": [selection.reference_load],
+        "--reference-load": [config.reference_path],
         "--reference-scores": [*selection.reference_scores],
         "--load": [config.checkpoint.load],
     }
