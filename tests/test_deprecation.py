@@ -8,8 +8,8 @@ import pytest
 
 import megatron_slm
 from megatron_slm import deprecation
-from megatron_slm.config.load import known_flags, parse
 from megatron_slm.deprecation import Renamed
+from megatron_slm.flags.load import known_flags, parse
 
 ROOT = Path(__file__).parents[1]
 MESSAGE = "{} is deprecated and will be removed in 9.9: use {}"

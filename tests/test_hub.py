@@ -21,8 +21,8 @@ from megatron_slm.convert.source import open_model
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import ConfigError
 from megatron_slm.hub import cached_folder, is_hub_name, local_path
-from megatron_slm.operations.preflight.files import fingerprints
 from megatron_slm.planning.planned_run import architecture_at
+from megatron_slm.preflight.files import fingerprints
 from tests.support.hub_models import save_model_and_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_slm.checkpoint.format import Manifest, complete_checkpoints
-from megatron_slm.config.load import parse
 from megatron_slm.errors import SlmError
+from megatron_slm.flags.load import parse
 
 
 def folder(flags: Sequence[str]) -> str:

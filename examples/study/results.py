@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png
 from megatron_slm.analysis.runs import RunMetrics, Series, read_run
 from megatron_slm.files import write_durably
+from megatron_slm.pages.charts import COLORS, MARKERS, Curve, Panel, png
 
 CLEAN = "arithmetic"
 """Kind of the tokens worth learning."""

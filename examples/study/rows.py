@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png
 from megatron_slm.files import write_durably
+from megatron_slm.pages.charts import COLORS, MARKERS, Curve, Panel, png
 
 if TYPE_CHECKING:
     from results import Results

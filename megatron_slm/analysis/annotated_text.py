@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from markupsafe import Markup
 
-from megatron_slm.analysis import page
 from megatron_slm.analysis.excerpt import Excerpt
+from megatron_slm.pages import page
 
 NOT_PREDICTED = ("u", "not predicted")
 """CSS class of tokens without a loss, and its meaning in a legend."""

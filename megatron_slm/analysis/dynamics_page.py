@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from megatron_slm.analysis import page
 from megatron_slm.analysis.annotated_text import NOT_PREDICTED, text_cards
-from megatron_slm.analysis.charts import Curve, Histogram, Panel, png, svg
 from megatron_slm.analysis.dynamics import CLASSES, FALLING, HIGH, LOW, RISING, Dynamics
 from megatron_slm.analysis.excerpt import Excerpt
 from megatron_slm.analysis.losses import Checkpoint
 from megatron_slm.files import write_durably
+from megatron_slm.pages import page
+from megatron_slm.pages.charts import Curve, Histogram, Panel, png, svg
 
 _COLORS = {HIGH: "#E69F00", RISING: "#D55E00", FALLING: "#0072B2", LOW: "#555555"}
 _STYLES = {HIGH: "--", RISING: ":", FALLING: "-", LOW: "-."}

@@ -10,11 +10,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megatron_slm.analysis import page, sampled_rows
-from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png, svg
+from megatron_slm.analysis import sampled_rows
 from megatron_slm.analysis.runs import AXIS_LABELS, Axis, RunMetrics, Series, held_out_sets
 from megatron_slm.analysis.verdict import CAUTION, verdict
 from megatron_slm.files import write_durably
+from megatron_slm.pages import page
+from megatron_slm.pages.charts import COLORS, MARKERS, Curve, Panel, png, svg
 
 _NATS = "nats per token"
 _TRAINING_PANELS = (

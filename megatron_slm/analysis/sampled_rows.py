@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megatron_slm.analysis import page
 from megatron_slm.analysis.runs import RunMetrics, held_out_sets
+from megatron_slm.pages import page
 
 _METRICS = ("backward_row_share", "backward_added_variance", "backward_added_variance_max", "clipped_share")
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from megatron_slm.analysis import page
 from megatron_slm.analysis.annotated_text import NOT_PREDICTED, text_card, text_cards
-from megatron_slm.analysis.charts import COLORS, Histogram, Panel, svg
 from megatron_slm.analysis.excerpt import Excerpt
 from megatron_slm.analysis.kept import KeptTokens, agreement, groups, levels
 from megatron_slm.analysis.losses import Floats, ModelStatistics
+from megatron_slm.pages import page
+from megatron_slm.pages.charts import COLORS, Histogram, Panel, svg
 
 # Kept tokens are darker and underlined, recognizable without color; levels range from blue to orange.
 STYLE = """

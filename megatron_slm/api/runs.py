@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_slm.cli.command import choose_accelerator
-from megatron_slm.config.load import parse
 from megatron_slm.config.rules import flag
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.scoring import ScoreDtype, ScoringOptions
+from megatron_slm.flags.load import parse
 from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.reference.store import ScoreReader
 

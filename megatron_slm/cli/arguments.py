@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megatron_slm.config.unknown_flags import repeated_flags
 from megatron_slm.errors import ConfigError, suggest_name
+from megatron_slm.flags.unknown_flags import repeated_flags
 
 _REASONS = {
     r"invalid choice: '?(?P<value>.*?)'? \(choose from (.*)\)": "be one of {1}",

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from megatron_slm.cli.arguments import ToolParser, positive_int
 from megatron_slm.cli.command import run_command
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError, suggest_name
+from megatron_slm.flags.load import parse
 
 
 def build_parser() -> ToolParser:

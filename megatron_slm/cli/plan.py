@@ -12,9 +12,9 @@ from rich.console import Console
 from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import choose_accelerator, run_command
 from megatron_slm.cli.plan_schedule import add_schedule
-from megatron_slm.config.load import parse
 from megatron_slm.errors import LayoutError
 from megatron_slm.files import write_json
+from megatron_slm.flags.load import parse
 from megatron_slm.planning.gpus import GPUS, Cluster
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import choose_accelerator, run_command
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import PreflightError
+from megatron_slm.flags.load import parse
 
 _DESCRIPTION = """Check the machines of a run, started like the run itself, on all of its ranks.
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     json_path, config = _parse(words)
     choose_accelerator()
-    from megatron_slm.operations.preflight.run import preflight
+    from megatron_slm.preflight.run import preflight
 
     try:
         preflight(config, json_path=json_path)

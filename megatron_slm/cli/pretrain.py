@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_slm.cli.command import choose_accelerator, run_command
-from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import SlmError
+from megatron_slm.flags.load import DryRun, parse
 from megatron_slm.log import setup_logging
 from megatron_slm.parallel.launched import launched_rank
 

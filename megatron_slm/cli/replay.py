@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import choose_accelerator, run_command
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 
 _DESCRIPTION = """Run the bad batches of a run through a checkpoint again, micro-batch by micro-batch, without training.
 

@@ -7,10 +7,10 @@ from typing import get_args
 
 from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import choose_accelerator, run_command
-from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.scoring import LogprobDtype, ScoreDtype, ScoringOptions
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.load import DryRun, parse
 from megatron_slm.parallel.launched import launched_rank
 
 _DESCRIPTION = """Write a reference's per-token losses for the samples of a run, for --reference-scores.

@@ -16,7 +16,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_slm.engine.channels import Channel, Channels, Lane
 from megatron_slm.engine.context import StageContext
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
 from megatron_slm.engine.gradients import accumulate_in_place, gradient_factor, scaled_gradients, sum_over_world
@@ -33,6 +32,7 @@ from megatron_slm.engine.trainer import BatchSource
 from megatron_slm.loss.objective import ScoredTokens, StepSettings
 from megatron_slm.loss.sums import EVALUATION, LossSums
 from megatron_slm.parallel.activity import Activity
+from megatron_slm.parallel.channels import Channel, Channels, Lane
 from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.types import Documents, TokenStatistics
 

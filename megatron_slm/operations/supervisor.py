@@ -23,9 +23,9 @@ from typing import Any
 import psutil
 
 from megatron_slm.checkpoint.format import complete_checkpoints, step_of
-from megatron_slm.config.load import parse
 from megatron_slm.config.resilience import STOP_FILE
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError
+from megatron_slm.flags.load import parse
 
 logger = logging.getLogger(__name__)
 

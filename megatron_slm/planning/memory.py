@@ -15,11 +15,11 @@ import torch
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.engine.channels import Channel
 from megatron_slm.engine.schedule.simulate import Sizes
 from megatron_slm.loss.blocks import block_size, block_sizes
 from megatron_slm.loss.dense_distillation import CHUNK_ROWS
 from megatron_slm.loss.variants import StashPlan
+from megatron_slm.parallel.channels import Channel
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.parameters import StageParameters, stage_parameters
 from megatron_slm.planning.planned_run import PlannedRun

@@ -10,12 +10,12 @@ from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.config.load import parse
 from megatron_slm.config.resolve import resolve_architecture
 from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, WeightsError
+from megatron_slm.flags.load import parse
 from megatron_slm.hub import cached_folder, local_path
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.planning.known_models import KNOWN_MODELS

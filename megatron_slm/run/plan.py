@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_slm.arithmetic import ceil_div
+from megatron_slm.backends.choice import run_backends
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.backends import Backends
 from megatron_slm.config.run import RunConfig
@@ -21,7 +22,6 @@ from megatron_slm.loss.variants import LossHead
 from megatron_slm.parallel.batches import batch_arithmetic
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.stored import StoredScores
-from megatron_slm.run.backends import run_backends
 from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.run.checks import (
     check_distributions,

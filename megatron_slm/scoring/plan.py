@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_slm.backends.choice import choose_backends
 from megatron_slm.config.backends import Backends
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.scoring import ScoringOptions
@@ -18,7 +19,6 @@ from megatron_slm.data.tokenizers.registry import NullTokenizer, Tokenizer, buil
 from megatron_slm.errors import ConfigError, VocabularyError
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.manifest import StoredDistribution, StoreManifest, samples_per_shard
-from megatron_slm.run.backends import choose_backends
 from megatron_slm.run.checks import check_model_vocabulary
 from megatron_slm.run.corpora import open_run_data
 from megatron_slm.run.layout import check_layout, run_topology

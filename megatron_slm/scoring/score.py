@@ -15,13 +15,13 @@ from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.loader import Boundaries, MicroBatchSource
 from megatron_slm.data.samples import Samples
 from megatron_slm.device import local_device
-from megatron_slm.engine.channels import Channel, Channels, Lane
 from megatron_slm.loss.class_probabilities import most_probable, sampled
 from megatron_slm.loss.objective import Objective
 from megatron_slm.loss.row_statistics import RowStatistics
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.loss.vocab_parallel import loss_rows
 from megatron_slm.parallel.activity import Activity
+from megatron_slm.parallel.channels import Channel, Channels, Lane
 from megatron_slm.parallel.collectives import all_gather_objects, broadcast_from_rank_0, raise_on_all_ranks
 from megatron_slm.parallel.groups import create_tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers

@@ -23,7 +23,6 @@ from megatron_slm.checkpoint.save import Saver, Writer
 from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.weights import RandomWeights, WeightSource
 from megatron_slm.config import deepspeed as ds_config
-from megatron_slm.config.load import write_yaml
 from megatron_slm.convert.companion_files import ORIGIN
 from megatron_slm.data.loader import MicroBatchSource, num_global_batches
 from megatron_slm.data.prefetch import Prefetcher
@@ -37,6 +36,7 @@ from megatron_slm.engine.schedule.simulate import describe
 from megatron_slm.engine.timers import WORK, Timers
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.errors import ConfigError, os_errors_as
+from megatron_slm.flags.load import write_yaml
 from megatron_slm.loss.distillation import Distillation
 from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.model.block import Block, compile_blocks

@@ -7,13 +7,13 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_slm.backends.choice import check_same_on_all_ranks
 from megatron_slm.config.run import RunConfig
 from megatron_slm.loss.objective import Observer
-from megatron_slm.operations.preflight.run import preflight
 from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
-from megatron_slm.run.backends import check_same_on_all_ranks
+from megatron_slm.preflight.run import preflight
 from megatron_slm.run.plan import make_plan
 from megatron_slm.run.resume import open_resume
 from megatron_slm.run.sample_order import describe_sources

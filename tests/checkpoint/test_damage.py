@@ -16,9 +16,9 @@ import pytest
 from megatron_slm.checkpoint import format as checkpoint_format
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
 from megatron_slm.checkpoint.load import CheckpointSource, load_state
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError
+from megatron_slm.flags.load import parse
 from megatron_slm.run.resume import Resume, open_resume
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, train_and_report

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_slm.config import deepspeed as ds_config
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.load import parse
 
 
 def run(*flags: str) -> RunConfig:

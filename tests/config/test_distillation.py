@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.load import parse
 
 BASE = ["--train-iters", "3"]
 KL = [*BASE, "--loss", "kl"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config.load import parse, write_yaml
 from megatron_slm.config.selection import SelectionConfig
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.load import parse, write_yaml
 from megatron_slm.selection.configure import build_selector
 
 BASE = ["--train-iters", "3"]

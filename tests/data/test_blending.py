@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import Sidecar
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import SlmError
+from megatron_slm.flags.load import parse
 from megatron_slm.run.corpora import open_data
 from tests.data.corpora import write_sidecar
 from tests.data.megatron_oracle import StubTokenizer

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_slm.config.load import parse
 from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
@@ -20,6 +19,7 @@ from megatron_slm.data.packing import PackedSamples
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.data.trained_tokens import TrainedTokens
 from megatron_slm.errors import CorpusError
+from megatron_slm.flags.load import parse
 from megatron_slm.run.corpora import open_data
 from tests.support.runs import flags, run_flags
 

@@ -10,8 +10,8 @@ import pytest
 from transformers import LlamaConfig, MistralConfig
 
 from megatron_slm.cli.pretrain import main
-from megatron_slm.config.load import known_flags, parse
 from megatron_slm.convert.hf_config import architecture_of
+from megatron_slm.flags.load import known_flags, parse
 from megatron_slm.planning.planned_run import plan_run
 from tests.data.byte_level import byte_level_folder
 from tests.examples.recipes import CONFIGS, EXAMPLES, FOLDERS, ROOT, name_of

@@ -18,8 +18,8 @@ import pytest
 from megatron_slm.checkpoint.format import Manifest
 from megatron_slm.checkpoint.state import RunState
 from megatron_slm.cli.score import parse_scoring
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
+from megatron_slm.flags.load import parse
 from megatron_slm.planning.planned_run import plan_run
 from tests.examples.recipes import EXAMPLES, FOLDERS, ROOT, flags_of_tool
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.cli.pretrain import main
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.scoring import score_here
 from tests.support.training import train_and_report

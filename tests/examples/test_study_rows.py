@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from tests.analysis.test_runs import write_run
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.cli.pretrain import main
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.loss.objective import Objective
 from megatron_slm.operations import watchdog
 from megatron_slm.training.pretrain import pretrain

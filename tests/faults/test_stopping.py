@@ -16,9 +16,9 @@ import pytest
 from megatron_slm.checkpoint import save
 from megatron_slm.checkpoint.format import complete_checkpoints, find_checkpoint
 from megatron_slm.checkpoint.retention import read_evaluations
-from megatron_slm.config.load import parse
 from megatron_slm.config.resilience import STOP_FILE
 from megatron_slm.engine.pipeline import SelectiveEngine
+from megatron_slm.flags.load import parse
 from megatron_slm.operations import stopping
 from megatron_slm.training.pretrain import pretrain
 from tests.parity.test_resume import metrics

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_slm.config.load import parse
-from megatron_slm.engine.channels import Channels, Lane
 from megatron_slm.errors import PeerError
+from megatron_slm.flags.load import parse
 from megatron_slm.parallel.activity import Activity
+from megatron_slm.parallel.channels import Channels, Lane
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.training.pretrain import pretrain

@@ -13,8 +13,8 @@ import pytest
 import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+from megatron_slm.backends import choice as backends
 from megatron_slm.model import block
-from megatron_slm.run import backends
 from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world

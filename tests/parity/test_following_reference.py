@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.run.plan import make_plan
 from megatron_slm.training.build import build_run

@@ -34,7 +34,7 @@ def values(folder: Path, layout: str, name: str, **changes: Any) -> dict[str, An
 
 
 def save_what_was_loaded(flag_values: dict[str, Any]) -> None:
-    from megatron_slm.config.load import parse
+    from megatron_slm.flags.load import parse
     from megatron_slm.parallel.groups import init_distributed
     from megatron_slm.run.plan import make_plan
     from megatron_slm.run.resume import open_resume

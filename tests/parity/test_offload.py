@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_slm.checkpoint.fragments import fragments
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.planning.estimates import estimate
 from megatron_slm.planning.gpus import GPUS, Cluster
 from megatron_slm.planning.layouts import configured_layout

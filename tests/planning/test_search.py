@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.errors import LayoutError
+from megatron_slm.flags.load import parse
 from megatron_slm.planning.estimates import EQUAL, Estimate, estimate, search
 from megatron_slm.planning.gpus import GPUS, Cluster
 from megatron_slm.planning.layouts import candidate_layouts

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_slm.config.load import parse
 from megatron_slm.engine.schedule.costs import Work
+from megatron_slm.flags.load import parse
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.planning.estimates import Estimate, estimate

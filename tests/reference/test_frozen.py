@@ -12,8 +12,8 @@ import torch
 
 from megatron_slm.checkpoint.fragments import trained_parameters
 from megatron_slm.checkpoint.load import CheckpointSource
-from megatron_slm.config.load import parse
 from megatron_slm.convert.export import export_checkpoint
+from megatron_slm.flags.load import parse
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.run.plan import make_plan
 from megatron_slm.training.build import build_run

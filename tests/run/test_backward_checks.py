@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.load import parse
 from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.selection.configure import build_selector
 from tests.support.runs import flags, run_flags

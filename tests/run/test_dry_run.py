@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.config.load import parse
 from megatron_slm.config.run import RunConfig
+from megatron_slm.flags.load import parse
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.run.dry_run import layout_table
 from tests.support.runs import flags, run_flags

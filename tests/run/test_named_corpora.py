@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import Sidecar
 from megatron_slm.data.packing import _numbers
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import ConfigError, CorpusError
+from megatron_slm.flags.load import parse
 from megatron_slm.run.corpora import RunData, boundaries, open_data
 from megatron_slm.run.data_paths import read_paths
 from tests.data.corpora import make_corpus, write_sidecar

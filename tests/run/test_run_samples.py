@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.errors import CheckpointError, ConfigError
+from megatron_slm.flags.load import parse
 from megatron_slm.run.samples import RunSamples
 from megatron_slm.run.tokenizer import open_run_tokenizer
 from tests.support.documents import token_losses

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.errors import ConfigError, ScoreStoreError, SlmError
+from megatron_slm.flags.load import parse
 from megatron_slm.reference.manifest import StoreManifest, shard_name
 from megatron_slm.run.dry_run import print_dry_run
 from megatron_slm.run.plan import make_plan

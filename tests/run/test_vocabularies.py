@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 from megatron_slm.data.corpus.sidecar import Sidecar
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import ConfigError, CorpusError, VocabularyError
+from megatron_slm.flags.load import parse
 from megatron_slm.run.plan import make_plan
 from tests.data.corpora import write_sidecar
 from tests.support.runs import flags, run_flags, save_hf_llama

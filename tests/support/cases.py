@@ -12,4 +12,8 @@ def some_by_default(cases: Iterable[Any], *quick: Any) -> list[Any]:
     """All cases, of which those not in `quick` run with the slow tests."""
     known = list(cases)
     assert all(case in known for case in quick), f"{quick} are not all of {known}"
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in known]
+    return [case if case in quick else _slow(case) for case in known]
+
+
+def _slow(case: Any) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags
 

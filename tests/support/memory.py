@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.checkpoint.fragments import fragments
-from megatron_slm.config.load import parse
 from megatron_slm.engine.flat import FlatModule
 from megatron_slm.engine.pipeline import SelectiveEngine
 from megatron_slm.engine.schedule.programs import Kind
+from megatron_slm.flags.load import parse
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.loss.stash import Stash
 from megatron_slm.parallel.groups import init_distributed

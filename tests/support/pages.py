@@ -17,7 +17,7 @@ import tomllib
 
 from megatron_slm.cli import commands as console_scripts
 from megatron_slm.cli.arguments import ToolParser
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 
 ROOT = Path(__file__).parents[2]
 SUBCOMMANDS = {"convert", "plan", "analyze_tokens", "checkpoint"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.cli.pretrain import main
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.loss.objective import Objective
 from megatron_slm.model.llama import Embedding
 from megatron_slm.training import loop, replay

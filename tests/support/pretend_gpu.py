@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.run import backends, packages
+from megatron_slm.backends import choice as backends
+from megatron_slm.backends import packages
 
 CORRECT = {
     "flash_attn/__init__.py": """

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_slm.cli.score import main, parse_scoring
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.reference import manifest, store
 from megatron_slm.scoring import score as scoring
 from megatron_slm.scoring.run import score

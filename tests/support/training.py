@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_slm.checkpoint import save
 from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.cli.pretrain import main
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.model.block import Block
 from megatron_slm.training.pretrain import pretrain
 from megatron_slm.types import MicroBatch

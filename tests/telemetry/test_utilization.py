@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.config.load import parse
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError, TrainingError
+from megatron_slm.flags.load import parse
 from megatron_slm.operations.watchdog import Watchdog
 from megatron_slm.parallel.activity import LoopState
 from megatron_slm.planning.gpus import GPUS, named_gpu

@@ -135,7 +135,7 @@ def command_line(name: str, folder: Path, run: str = "run") -> list[str]:
 
 def errors_of_runs(command_lines: dict[str, list[str]]) -> dict[str, str | None]:
     """Prepare every run in one world; the errors, None where there was none."""
-    from megatron_slm.config.load import parse
+    from megatron_slm.flags.load import parse
     from megatron_slm.training.pretrain import prepare
 
     found: dict[str, str | None] = {}

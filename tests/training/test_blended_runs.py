@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.data import reading
 from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
 from megatron_slm.data.interleave import greedy_choices, normalized
+from megatron_slm.flags.load import parse
 from megatron_slm.run.plan import make_plan
 from tests.support.documents import token_losses
 from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus

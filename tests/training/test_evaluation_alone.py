@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.errors import CheckpointError, ConfigError
+from megatron_slm.flags.load import parse
 from megatron_slm.run.plan import make_plan
 from megatron_slm.run.resume import open_resume
 from megatron_slm.training.pretrain import pretrain

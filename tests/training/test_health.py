@@ -13,9 +13,9 @@ import pytest
 
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint
 from megatron_slm.config.health import HealthConfig
-from megatron_slm.config.load import parse
 from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import EXIT_UNUSABLE, ConfigError
+from megatron_slm.flags.load import parse
 from megatron_slm.loss.sums import LossSums
 from megatron_slm.training.health import Health, spike_limit, with_loss
 from tests.support.cases import some_by_default

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_slm.config.load import parse
 from megatron_slm.config.optimizer import OptimizerConfig
 from megatron_slm.engine.trainer import StepResult
+from megatron_slm.flags.load import parse
 from megatron_slm.loss.sums import LossSums
 from megatron_slm.telemetry.metrics import MetricsWriter, training_metrics
 from megatron_slm.training.lr_schedule import learning_rate

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.cli.replay import main
-from megatron_slm.config.load import parse
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.load import parse
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.training.replay import Replay, open_weights, read_records
 from tests.support.planting import plant, train_planted

@@ -148,8 +148,8 @@ def _train_and_time(job: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    from megatron_slm.config.load import parse
     from megatron_slm.data.prefetch import Prefetcher
+    from megatron_slm.flags.load import parse
     from megatron_slm.training.pretrain import pretrain
 
     moments: list[float] = []

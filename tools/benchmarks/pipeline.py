@@ -121,7 +121,7 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    from megatron_slm.config.load import parse
+    from megatron_slm.flags.load import parse
     from megatron_slm.log import setup_logging
     from megatron_slm.parallel.groups import init_distributed
     from megatron_slm.run.plan import make_plan

@@ -13,8 +13,8 @@ def environment(setting: Setting) -> Outcome:
     import torch
 
     import megatron_slm
+    from megatron_slm.backends import packages
     from megatron_slm.device import cuda_versions
-    from megatron_slm.run import packages
 
     found = [
         packages.find(package) for package in (packages.FLASH, packages.FLASH3, packages.APEX_NORM, packages.APEX_ADAM)

@@ -135,8 +135,8 @@ def attention(setting: Setting) -> Outcome:
     """Every attention that works here, forward and backward, with groups, windows and documents, against every pair."""
     import torch
 
+    from megatron_slm.backends import packages
     from megatron_slm.model import flash, flash3, sdpa
-    from megatron_slm.run import packages
     from megatron_slm.types import Documents
 
     kernels: dict[str, Any] = {"sdpa": sdpa}

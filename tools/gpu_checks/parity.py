@@ -70,7 +70,7 @@ def _observed(flags: dict[str, Any], environment: dict[str, str]) -> dict[str, A
 def _train_here(arguments: list[str]) -> None:
     """The training command, which also writes the kept rows of every micro-batch."""
     from megatron_slm.cli.command import choose_accelerator
-    from megatron_slm.config.load import parse
+    from megatron_slm.flags.load import parse
 
     config, _ = parse(arguments)
     choose_accelerator()

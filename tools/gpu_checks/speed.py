@@ -89,7 +89,7 @@ def _record(contender: str, lines: list[dict[str, Any]], planned_mib: float) -> 
 
 def _planned_mib(flags: dict[str, Any]) -> float:
     """The planner's peak for the run on one GPU."""
-    from megatron_slm.config.load import parse
+    from megatron_slm.flags.load import parse
     from megatron_slm.planning.layouts import configured_layout
     from megatron_slm.planning.memory import OneForwardOneBackward, stage_memory
     from megatron_slm.planning.planned_run import plan_run

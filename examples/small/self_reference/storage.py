@@ -16,7 +16,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from megatron_slm.config.load import parse
+from megatron_slm.flags.load import parse
 from megatron_slm.log import setup_logging
 from megatron_slm.training.pretrain import pretrain
 from megatron_slm.types import MicroBatch

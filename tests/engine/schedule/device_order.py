@@ -18,11 +18,11 @@ from unittest import mock
 
 import torch
 
-from megatron_slm.engine import channels
-from megatron_slm.engine.channels import Channel, Lane
 from megatron_slm.engine.schedule.costs import Work
 from megatron_slm.engine.schedule.programs import Instruction, Kind, Schedule, forward_programs
+from megatron_slm.parallel import channels
 from megatron_slm.parallel.activity import Activity
+from megatron_slm.parallel.channels import Channel, Lane
 
 _SENDS = {Kind.SEND_ACTIVATION: Lane.FORWARD, Kind.SEND_GRADIENT: Lane.BACKWARD, Kind.SEND_REFERENCE_ACTIVATION: Lane.REFERENCE}  # fmt: skip
 _RECEIVES = {Kind.RECV_ACTIVATION: Lane.FORWARD, Kind.RECV_GRADIENT: Lane.BACKWARD, Kind.RECV_REFERENCE_ACTIVATION: Lane.REFERENCE}  # fmt: skip

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.engine.channels import Channel
 from megatron_slm.engine.schedule.costs import Costs
 from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.programs import Instruction, Kind, Schedule
 from megatron_slm.engine.schedule.search import choose_schedule
+from megatron_slm.parallel.channels import Channel
 from tests.engine.schedule.device_order import Devices, parts_of
 
 MODES = tuple(Mode)

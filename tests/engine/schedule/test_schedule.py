@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_slm.engine.channels import Channel
 from megatron_slm.engine.schedule.costs import Costs, Work
 from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.orders import Computation, ListScheduler, model_orders
@@ -27,6 +26,7 @@ from megatron_slm.engine.schedule.programs import (
     sequential,
 )
 from megatron_slm.engine.schedule.search import choose_schedule, lower_bound
+from megatron_slm.parallel.channels import Channel
 from tests.engine.schedule.execution import CONSUMES, execute, run_of
 
 SEMANTICS = (0, Channel.MAX_SENDS_IN_FLIGHT, None)

@@ -22,8 +22,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import PeerError, PreflightError, SlmError
-from megatron_slm.operations.preflight.facts import Facts, existing, is_first_of_node, name_nodes
 from megatron_slm.operations.reach import Listener
+from megatron_slm.preflight.facts import Facts, existing, is_first_of_node, name_nodes
 
 _CONNECT_SECONDS = 5.0
 _SHARED_FOLDER_SECONDS = 5.0

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_slm.backends import packages
+from megatron_slm.backends.packages import Finding, Package, find
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Attention, BackendConfig, Backends, Norm, Optimizer
@@ -19,8 +21,6 @@ from megatron_slm.device import compute_capability, on_gpu
 from megatron_slm.errors import ConfigError
 from megatron_slm.model import sdpa
 from megatron_slm.parallel.collectives import all_gather_objects
-from megatron_slm.run import packages
-from megatron_slm.run.packages import Finding, Package, find
 
 FLASH_ATTENTION_WIDEST_HEAD = 256
 """flash-attn's kernels refuse wider heads."""

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from megatron_slm.backends.choice import check_same_on_all_ranks, choose_backends
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import BackendConfig, Backends
 from megatron_slm.errors import ConfigError
 from megatron_slm.model import sdpa
-from megatron_slm.run.backends import check_same_on_all_ranks, choose_backends
 from tests.support.pretend_gpu import CORRECT, believe_in_a_gpu, files_of, forget, install
 from tests.support.world import WorldError, run_world
 

@@ -20,13 +20,13 @@ import torch
 import megatron_slm
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.format import complete_checkpoints
-from megatron_slm.config.load import to_flat_dict
 from megatron_slm.config.run import RunConfig
 from megatron_slm.device import cuda_versions, device_memory, on_gpu
 from megatron_slm.errors import SlmError
-from megatron_slm.operations.preflight.files import fingerprints, source_fingerprint
+from megatron_slm.flags.load import to_flat_dict
 from megatron_slm.operations.reach import own_address
 from megatron_slm.planning.planned_run import plan_run
+from megatron_slm.preflight.files import fingerprints, source_fingerprint
 from megatron_slm.run.corpora import cache_folder
 
 Facts = dict[str, Any]

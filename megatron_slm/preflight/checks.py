@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_slm.config.preflight import PreflightConfig
-from megatron_slm.operations.preflight.check import Check, Status
-from megatron_slm.operations.preflight.facts import Facts
-from megatron_slm.operations.preflight.link_checks import check_clocks, check_links
-from megatron_slm.operations.preflight.links import Measurements
+from megatron_slm.preflight.check import Check, Status
+from megatron_slm.preflight.facts import Facts
+from megatron_slm.preflight.link_checks import check_clocks, check_links
+from megatron_slm.preflight.links import Measurements
 
 _NO_GPU_ERRORS = ("[N/A]", "N/A", "0", "")
 """Values of nvidia-smi for none, or for a GPU without ECC."""

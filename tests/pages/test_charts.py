@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from megatron_slm.analysis.charts import Curve, Panel, _draw
 from megatron_slm.analysis.run_report import _tokens
+from megatron_slm.pages.charts import Curve, Panel, _draw
 
 
 @pytest.mark.parametrize(("first", "marks"), [(9.0, ["to 9"]), (1.9, [])])

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_slm.config.preflight import PreflightConfig
-from megatron_slm.operations.preflight.check import Check
-from megatron_slm.operations.preflight.link_checks import check_clocks, check_links
-from megatron_slm.operations.preflight.links import Link, Measurements, rounds
+from megatron_slm.preflight.check import Check
+from megatron_slm.preflight.link_checks import check_clocks, check_links
+from megatron_slm.preflight.links import Link, Measurements, rounds
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 3, 4, 7, 8])

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_slm.files import write_json
-from megatron_slm.operations.preflight.check import Check
-from megatron_slm.operations.preflight.facts import Facts
-from megatron_slm.operations.preflight.links import Measurements
+from megatron_slm.preflight.check import Check
+from megatron_slm.preflight.facts import Facts
+from megatron_slm.preflight.links import Measurements
 
 _MAX_PROBLEMS_SHOWN = 12
 _COLORS = {"passed": "green", "warning": "yellow", "failed": "red"}

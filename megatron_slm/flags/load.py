@@ -25,9 +25,9 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from megatron_slm.config.rules import flag
 from megatron_slm.config.run import RunConfig
-from megatron_slm.config.unknown_flags import repeated_flags, unknown_flags
 from megatron_slm.deprecation import FLAGS, current_name
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.unknown_flags import repeated_flags, unknown_flags
 
 SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
 ALIASES = {

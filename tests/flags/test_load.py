@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_slm.config.load import parse, to_flat_dict, write_yaml
 from megatron_slm.config.scores import SCORE_DEFINITIONS
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.load import parse, to_flat_dict, write_yaml
 
 BASE = ["--train-iters", "3", "--objective", "clm"]
 
@@ -128,5 +128,5 @@ def test_help_is_grouped_and_says_what_every_flag_is(capsys: pytest.CaptureFixtu
 
 
 def test_the_help_needs_neither_torch_nor_deepspeed() -> None:
-    code = "import sys, megatron_slm.config.load; print({'torch', 'deepspeed', 'numpy'} & set(sys.modules))"
+    code = "import sys, megatron_slm.flags.load; print({'torch', 'deepspeed', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "set()\n"

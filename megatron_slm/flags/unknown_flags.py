@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from megatron_slm.config.megatron_flags import way_over
 from megatron_slm.config.rules import flag
 from megatron_slm.errors import ConfigError, suggest_name
+from megatron_slm.flags.megatron_flags import way_over
 
 
 def unknown_flags(source: str, names: Sequence[str], known: Iterable[str]) -> ConfigError:

@@ -6,14 +6,14 @@ from datetime import timedelta
 
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import PreflightError
-from megatron_slm.operations.preflight.checks import evaluate
-from megatron_slm.operations.preflight.facts import gather_facts
-from megatron_slm.operations.preflight.links import Measurements, measure
-from megatron_slm.operations.preflight.rendezvous import Rendezvous, exchange_facts
-from megatron_slm.operations.preflight.report import print_report, verdict, write_report
 from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.launched import complete_environment
+from megatron_slm.preflight.checks import evaluate
+from megatron_slm.preflight.facts import gather_facts
+from megatron_slm.preflight.links import Measurements, measure
+from megatron_slm.preflight.rendezvous import Rendezvous, exchange_facts
+from megatron_slm.preflight.report import print_report, verdict, write_report
 
 
 def preflight(config: RunConfig, *, json_path: str | None = None, to_stderr: bool = False) -> None:

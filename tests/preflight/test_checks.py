@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config.load import parse
 from megatron_slm.config.preflight import PreflightConfig
 from megatron_slm.errors import ConfigError
-from megatron_slm.operations.preflight.check import Check
-from megatron_slm.operations.preflight.checks import evaluate
-from megatron_slm.operations.preflight.facts import name_nodes, num_checkpoints, parse_gpus
-from megatron_slm.operations.preflight.report import verdict
+from megatron_slm.flags.load import parse
+from megatron_slm.preflight.check import Check
+from megatron_slm.preflight.checks import evaluate
+from megatron_slm.preflight.facts import name_nodes, num_checkpoints, parse_gpus
+from megatron_slm.preflight.report import verdict
 
 GIB = 2**30
 

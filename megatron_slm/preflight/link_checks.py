@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from megatron_slm.config.preflight import PreflightConfig
-from megatron_slm.operations.preflight.check import Check
-from megatron_slm.operations.preflight.facts import Facts
-from megatron_slm.operations.preflight.links import Link, Measurements
+from megatron_slm.preflight.check import Check
+from megatron_slm.preflight.facts import Facts
+from megatron_slm.preflight.links import Link, Measurements
 
 _FIX = "check the cable, switch port and NIC of the node named most often, and the interface in use (NCCL_DEBUG=INFO)"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.config.load import ALIASES, known_flags, parse
-from megatron_slm.config.megatron_flags import MEGATRON_FLAGS, MEGATRON_PREFIXES, way_over
 from megatron_slm.config.rules import flag
 from megatron_slm.errors import ConfigError
+from megatron_slm.flags.load import ALIASES, known_flags, parse
+from megatron_slm.flags.megatron_flags import MEGATRON_FLAGS, MEGATRON_PREFIXES, way_over
 
 
 def test_no_flag_of_ours_is_in_the_table_and_those_it_names_exist() -> None:

@@ -19,7 +19,7 @@ import pytest
 from megatron_slm.cli import preflight as command
 from megatron_slm.cli.pretrain import main as train
 from megatron_slm.errors import PeerError
-from megatron_slm.operations.preflight import facts, links, rendezvous
+from megatron_slm.preflight import facts, links, rendezvous
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.world import WorldError, run_world
 
