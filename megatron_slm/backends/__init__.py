@@ -1,1 +1,1 @@
-"""What a process computes with: optional packages that work here, and the choice among them."""
+"""Optional packages that work here, and the choice among them."""
