@@ -14,7 +14,7 @@ from megatron_slm.config.resolve import resolve_architecture
 from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.data.tokenizers.registry import build_tokenizer
-from megatron_slm.errors import CheckpointError, ConfigError, WeightsError
+from megatron_slm.errors import CheckpointError, ConfigError, ServiceError, WeightsError
 from megatron_slm.flags.load import parse
 from megatron_slm.hub import cached_folder, local_path
 from megatron_slm.loss.variants import LossHead
@@ -117,7 +117,12 @@ def architecture_at(path: str, field: str, *, instead: str | None = None) -> Arc
     if Path(path).suffix in (".yaml", ".yml"):
         described, _ = parse(["--config", path])
         return resolve_architecture(described, None, _vocabulary(described))
-    local = local_path(path, field=field, part="config")
+    try:
+        local = local_path(path, field=field, part="config")
+    except (ConfigError, ServiceError) as error:
+        if instead is None:
+            raise
+        raise type(error)(error.field, error.value, error.rule, f"{error.fix}; or use {instead}") from error
     folder = local.parent if local.name == "config.json" else local
     if (folder / "config.json").is_file():
         return read_architecture(folder)

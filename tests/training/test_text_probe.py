@@ -250,11 +250,11 @@ def test_the_files_that_are_read(files: Path, tmp_path: Path, caplog: pytest.Log
         samples = read(files / "texts.jsonl")
     assert samples.cut == (1,)
     assert re.search(r"line 2: using the first 17 of 20 tokens", caplog.text)
-    tokens, valid, starts, _ = samples[1]
+    tokens, valid, starts, *_ = samples[1]
     assert tokens.tolist() == [int(word) for word in TEXTS[1].split()][: SEQ_LENGTH + 1]
     assert valid.all()
     assert starts.size == 0
-    tokens, valid, starts, _ = samples[2]
+    tokens, valid, starts, *_ = samples[2]
     assert (tokens.tolist(), valid.sum(), starts.tolist()) == ([90, 2, 33] + [0] * (SEQ_LENGTH - 2), 2, [3])
     with gzip.open(tmp_path / "texts.jsonl.gz", "wt") as file:
         file.write((files / "texts.jsonl").read_text() + "\n  \n")
