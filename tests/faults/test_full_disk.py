@@ -84,7 +84,7 @@ def test_no_room_for_the_metrics(small_disk: Path, tmp_path: Path) -> None:
     [folder] = complete_checkpoints(saved)
     step = Manifest.read(folder).step
     assert 1 < step < 100
-    reports = run_world(train_and_report, 2, {**values, "load": saved, "run_dir": tmp_path / "run", "train_iters": 100})
+    reports = run_world(train_and_report, 2, {**values, "load": saved, "run-dir": tmp_path / "run", "train-iters": 100})
     assert [report["step"] for report in reports] == [100, 100]
 
 
