@@ -310,9 +310,9 @@ def _yaml_path(words: Sequence[str]) -> str | None:
 
 
 def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Check the YAML's values against the flags' types one by one, so that errors name the field."""
-    hints = _hints()
-    for name, value in values.items():
+    """Check the YAML's values against the flags' types; one by one where they are not sound, to name the field."""
+    hints, written = _hints(), dict(values)
+    for name, value in written.items():
         if _is_list(hints[name]) and not isinstance(value, list):
             values[name] = value.split() if isinstance(value, str) else [value]
         if hints[name] == list[str]:  # the weights of a blend are numbers in YAML
@@ -320,11 +320,16 @@ def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]
         if isinstance(value, str) and hints[name] in (float, float | None):
             with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 (no dot) as a string
                 values[name] = float(value)
-        try:
-            parser.parse_object({name: values[name]})
-        except ConfigError as error:
-            field, fix = f"{path}: {flag(name)[2:]}", f"see {flag(name)} in --help"
-            raise ConfigError(field, value, _type_rule(hints[name]), fix) from error
+    try:
+        parser.parse_object(dict(values))
+    except ConfigError:
+        for name, value in written.items():
+            try:
+                parser.parse_object({name: values[name]})
+            except ConfigError as error:
+                field, fix = f"{path}: {flag(name)[2:]}", f"see {flag(name)} in --help"
+                raise ConfigError(field, value, _type_rule(hints[name]), fix) from error
+        raise
     return values
 
 

@@ -23,7 +23,7 @@ class Fakes:
         self.states: list[Any] = []
         self.under_way: Saved | None = None
 
-    def save(self, optimizer: Any, state: RunState, **more: Any) -> Saved:
+    def save(self, optimizer: Any, state: RunState, more: Any) -> Saved:
         self.saved_steps.append(state.step)
         return Saved(Path(f"step_{state.step}"), 3 * 2**20, 0.25)
 
