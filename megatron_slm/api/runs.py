@@ -40,14 +40,13 @@ def make_config(config: str | Path | Mapping[str, Any] | None = None, **flags: A
         ConfigError: an unknown name, or a value of the wrong type or out of range.
     """
     words = ["--config", str(config)] if isinstance(config, (str, Path)) else []
-    values = dict(config) if isinstance(config, Mapping) else {}
-    for name, value in {**values, **flags}.items():
-        words += _words(name, value)
+    given = config if isinstance(config, Mapping) else {}
+    for typed, value in {flag(name): value for name, value in [*given.items(), *flags.items()]}.items():
+        words += _words(typed, value)
     return parse(words)[0]
 
 
-def _words(name: str, value: Any) -> list[str]:
-    typed = flag(name)
+def _words(typed: str, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, bool):
