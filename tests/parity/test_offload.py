@@ -34,9 +34,7 @@ def bits(reports: list[dict[str, Any]], name: str) -> bytes:
     return b"".join(array.tobytes() for report in reports for array in report[name])
 
 
-@pytest.mark.parametrize(
-    "name", ["dp2 bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dp2", "tp2 dp2 sp"))]
-)
+@pytest.mark.parametrize("name", ["dp2", "dp2 bf16", pytest.param("tp2 dp2 sp", marks=pytest.mark.slow)])
 def test_offload_trains_and_resumes_as_without_it(name: str, tmp_path: Path) -> None:
     """Losses differ by the rounding of one norm, the clipping's, which DeepSpeed adds up parameter by parameter.
 
@@ -60,6 +58,14 @@ def test_offload_trains_and_resumes_as_without_it(name: str, tmp_path: Path) -> 
         assert found[0] == pytest.approx(expected[0], rel=1e-6)
         tolerance = 1e-6 if not bf16 else 3e-2 if column == "grad_norm" else 4e-3
         assert found == pytest.approx(expected, rel=tolerance)
+
+    if bf16:  # what the tolerance hides: after one step all fp32 weights and moments agree to their last bits
+        first = [
+            go(name, train_iters=1, **where) for name, where in (("plain once", PLAIN), ("offloaded once", OFFLOAD))
+        ]
+        for one, other in zip(*first, strict=True):
+            for ours, theirs in zip(one["owned"], other["owned"], strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
     go("stopped", train_iters=3, save_interval=3, **OFFLOAD)
     saved = tmp_path / "stopped" / "checkpoints"
