@@ -113,7 +113,7 @@ def test_a_damaged_store_ends_every_rank_before_the_first_step(
     damage(tmp_path / "store" / shard_name(1))
     run = values(folder, reference_scores=[tmp_path / "store"], run_dir=tmp_path / "run")
     with pytest.raises(WorldError) as failed:
-        run_world(command, 2, flags({**run, "pipeline-model-parallel-size": 2}), grace_seconds=30.0)
+        run_world(command, 2, flags({**run, "pipeline-model-parallel-size": 2}))
     assert failed.value.codes == [2, 2]
     for output in failed.value.outputs:
         (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
