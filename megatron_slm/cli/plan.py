@@ -18,6 +18,7 @@ from megatron_slm.flags.load import parse
 from megatron_slm.planning.gpus import GPUS, Cluster
 
 if TYPE_CHECKING:
+    from megatron_slm.config.run import RunConfig
     from megatron_slm.planning.planned_run import PlannedRun
 
 
@@ -35,7 +36,8 @@ def _run(words: Sequence[str]) -> None:
     args, run_flags = parser.parse_known_args(words)
     if run_flags and args.run not in (plan_layout, plan_search):
         parser.error(f"unrecognized arguments: {' '.join(run_flags)}")
-    args.run_flags = run_flags
+    if args.run in (plan_layout, plan_search):  # before torch is imported: a refused flag costs no seconds
+        args.run_config = _run_config(args, run_flags)
     choose_accelerator()
     args.run(args)
 
@@ -95,13 +97,17 @@ def _open(args: argparse.Namespace) -> tuple[PlannedRun, Cluster]:
         link_efficiency=args.link_efficiency,
         memory_share=args.memory_share,
     )
-    words = list(args.run_flags) if args.config is None else ["--config", args.config, *args.run_flags]
-    config, _ = parse(words)
+    run = plan_run(args.run_config, model_config=args.model_config, reference_config=args.reference_config)
+    return run, cluster
+
+
+def _run_config(args: argparse.Namespace, run_flags: Sequence[str]) -> RunConfig:
+    config, _ = parse(run_flags if args.config is None else ["--config", args.config, *run_flags])
     selection = config.selection
     if args.reference_config and selection.objective == "slm" and not selection.reference_scores:
         loaded = selection.reference_load or args.reference_config  # a plan needs its shape only
         config = replace(config, selection=replace(selection, reference_load=loaded))
-    return plan_run(config, model_config=args.model_config, reference_config=args.reference_config), cluster
+    return config
 
 
 def _console() -> Console:
