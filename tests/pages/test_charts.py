@@ -22,6 +22,15 @@ def test_a_peak_outside_the_axis_is_marked(first: float, marks: list[str]) -> No
     assert [list(line.get_xdata()) for line in at_top] == [[0]] * len(marks)
 
 
+def test_peaks_at_one_place_are_written_below_each_other() -> None:
+    axes = Figure().subplots()
+    y = [1.9 - 0.1 * step for step in range(9)]
+    curves = [Curve(name=f"run {first}", x=range(10), y=[first, *y]) for first in (8.0, 9.0)]
+    _draw(axes, Panel(title="t", x_label="x", y_label="y", curves=curves, hides_start=True))
+    heights = {text.get_text(): text.xyann[1] for text in axes.texts if text.get_text().startswith("to ")}
+    assert heights["to 9"] - heights["to 8"] >= 8, "a line of text apart"
+
+
 @pytest.mark.parametrize(
     ("millions", "text"),
     [(None, "–"), (0.012288, "12,288"), (3.4, "3.40 M"), (999.0, "999.00 M"), (15000.0, "15.00 B")],
