@@ -28,6 +28,7 @@ from megatron_slm.checkpoint.format import (
     step_of,
     versions,
 )
+from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.checkpoint.retention import Retention, clear_leftovers, prune, record_evaluation
 from megatron_slm.checkpoint.snapshot import SnapshotMemory, TensorFile, rank_files
 from megatron_slm.checkpoint.state import RunState
@@ -231,7 +232,7 @@ class Saver:
                 clear_leftovers(self.writer.folder)
                 temporary.mkdir(parents=True)
         tensor_rank = self.writer.topology.coordinate(rank).tensor
-        files = rank_files(optimizer, rank, tensor_rank=tensor_rank, with_moments=state.adam_step > 0)
+        files = rank_files(fragments(optimizer), rank, tensor_rank=tensor_rank, with_moments=state.adam_step > 0)
         if self.asynchronous:
             files = self._memory.copy(files)
         state = deepcopy(state)

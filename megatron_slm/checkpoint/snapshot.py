@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_slm.checkpoint.fragments import Fragment, fragments
+from megatron_slm.checkpoint.fragments import Fragment
 from megatron_slm.checkpoint.weights import Quantity
 from megatron_slm.device import device_rng_state, synchronize
 from megatron_slm.parallel.shards import Part, parts_with_offsets
@@ -24,15 +25,16 @@ class TensorFile:
     metadata: dict[str, str]
 
 
-def rank_files(optimizer: Any, rank: int, *, tensor_rank: int, with_moments: bool) -> list[TensorFile]:
+def rank_files(fragments: Iterable[Fragment], rank: int, *, tensor_rank: int, with_moments: bool) -> list[TensorFile]:
     """List this rank's files: the slices of logical tensors that it writes, and its random state.
 
     The tensors of weights and moments are views: they change with the next optimizer step.
 
     Args:
+        fragments: the fragments that this rank owns.
         with_moments: Adam has moments, which it creates at its first step.
     """
-    owned = [fragment for fragment in fragments(optimizer) if _is_ours_to_write(fragment, tensor_rank)]
+    owned = [fragment for fragment in fragments if _is_ours_to_write(fragment, tensor_rank)]
     files = [_fragment_file(f"weights_{rank:05d}.safetensors", owned, ("weight",))]
     if with_moments:
         files.append(_fragment_file(f"optimizer_{rank:05d}.safetensors", owned, ("exp_avg", "exp_avg_sq")))
