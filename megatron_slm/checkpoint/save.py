@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -30,6 +31,7 @@ from megatron_slm.checkpoint.format import (
 )
 from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.checkpoint.retention import Retention, clear_leftovers, prune, record_evaluation
+from megatron_slm.checkpoint.slices import TABLE, file_name
 from megatron_slm.checkpoint.snapshot import SnapshotMemory, TensorFile, rank_files
 from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.tensor_file import write_tensor_file
@@ -107,7 +109,11 @@ class Writer:
 
     def write(self, folder: Path, files: list[TensorFile], state: RunState, rank: int) -> Entries:
         """Write this rank's files, and on rank 0 also the files of the whole run."""
-        entries = {file.name: write_tensor_file(folder / file.name, file.tensors, file.metadata) for file in files}
+        entries: Entries = {}
+        for file in files:
+            entries[file.name] = write_tensor_file(folder / file.name, file.tensors, file.metadata)
+            if file.name == file_name("weights", rank):  # so that a resuming rank opens only the files it needs
+                entries[file.name][TABLE] = json.loads(file.metadata[TABLE])
         if rank == 0:
             entries |= self._write_shared(folder, state)
         return entries

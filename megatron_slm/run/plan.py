@@ -134,7 +134,7 @@ def make_plan(
     """Validate a configuration against the world, the files and itself.
 
     Args:
-        rank: rank 0 also compares checksums.
+        rank: ranks share the comparison of checkpoints with their checksums; that of stores is rank 0's.
         dry: nothing will be trained (see `open_run_data`).
 
     Raises:
@@ -144,7 +144,7 @@ def make_plan(
     user_deepspeed = ds_config.read_json(config.parallel.deepspeed_config)
     check_environment(config, user_deepspeed)
     batch_size, num_micro_batches = batch_arithmetic(config, topology)
-    models = open_models(config, resume, checksums=rank == 0)
+    models = open_models(config, resume, share=(0, 1) if dry else (rank, world_size))
     check_models(config, topology, models, resume)
     backends = run_backends(config, user_deepspeed, models.architectures)
     check_documents(config, models.tokenizer, backends)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules
 
 from megatron_slm.analysis.probe_records import ProbeFolder
-from megatron_slm.checkpoint.fragments import fill_optimizer
+from megatron_slm.checkpoint.fragments import fill_optimizer, share_weights
 from megatron_slm.checkpoint.load import CheckpointSource, load_state, restore_rng
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.save import Saver, Writer
@@ -194,7 +194,7 @@ def _load(plan: Plan, optimizer: Any) -> RunState:
     state = RunState()
     if plan.resume is not None:
         manifest = plan.resume.manifest
-        source = CheckpointSource(plan.resume.folder)
+        source = CheckpointSource(plan.resume.folder, manifest)
         state = load_state(plan.resume.folder, manifest)
         if not plan.data.keeps_order:
             state.probe_kept = None  # it is of another first batch
@@ -206,6 +206,7 @@ def _load(plan: Plan, optimizer: Any) -> RunState:
         fill_optimizer(optimizer, source, adam_step=adam_step)
         if plan.resume is not None:
             restore_rng(plan.resume.folder, plan.resume.manifest, dist.get_rank())
+    share_weights(optimizer)
     return state
 
 

@@ -101,22 +101,15 @@ def prepare_files(case: Case, folder: Path) -> None:
         write_checkpoint(folder / "saved", arch, topology, divisible_by=128)
 
 
-def simulate(case: Case, folder: Path) -> dict[str, Any]:
-    """Run one rank in this process, which can do nothing else afterwards; return its record.
+def simulate(case: Case, folder: Path, heard: list[Any] | None = None) -> tuple[dict[str, Any], list[Any]]:
+    """Run one rank in this process, which can do nothing else afterwards.
 
-    Another rank than 0 hears what rank 0 would have told it, from a process of rank 0's own.
+    Args:
+        heard: what rank 0 has told all ranks.
+
+    Returns:
+        Its record, and what it would have told the others as rank 0.
     """
-    heard = None
-    if case.rank and case.saved_at is not None:
-        heard = in_a_process(_said, case, folder)
-    return _run(case, folder, heard)[0]
-
-
-def _said(case: Case, folder: Path) -> list[Any]:
-    return _run(dataclasses.replace(case, rank=0, steps=0), folder, None)[1]
-
-
-def _run(case: Case, folder: Path, heard: list[Any] | None) -> tuple[dict[str, Any], list[Any]]:
     import torch
 
     from benchmarks.simulated_rank import FileOpens, SimulatedRank, peak_host_bytes
@@ -232,7 +225,10 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             in_a_process(prepare_files, case, Path(folder))
-            records.append(in_a_process(simulate, case, Path(folder)))
+            heard = None
+            if case.saved_at is not None:
+                _, heard = in_a_process(simulate, dataclasses.replace(case, rank=0), Path(folder))
+            records.append(in_a_process(simulate, case, Path(folder), heard)[0])
         print(json.dumps(records[-1]), file=sys.stderr)
     report.write("scale", _markdown(records), records, arguments.json)
     return 0
