@@ -123,7 +123,7 @@ def _damaged(error: CheckpointError, before: Path | None) -> CheckpointError:
     if before is None:
         return error
     fix = f"name another one with --load, or add --load-fallback (the one before is {before.name})"
-    return CheckpointError(error.field, error.value, error.rule, fix)
+    return error.with_fix(fix)
 
 
 def _check_length(config: RunConfig, manifest: Manifest) -> None:
