@@ -134,7 +134,7 @@ def make_plan(
     """Validate a configuration against the world, the files and itself.
 
     Args:
-        rank: ranks share the comparison of checkpoints with their checksums; that of stores is rank 0's.
+        rank: ranks share the checksums of checkpoints and the token ids of corpora; stores are rank 0's to check.
         dry: nothing will be trained (see `open_run_data`).
 
     Raises:
@@ -144,13 +144,14 @@ def make_plan(
     user_deepspeed = ds_config.read_json(config.parallel.deepspeed_config)
     check_environment(config, user_deepspeed)
     batch_size, num_micro_batches = batch_arithmetic(config, topology)
-    models = open_models(config, resume, share=(0, 1) if dry else (rank, world_size))
+    share = (0, 1) if dry else (rank, world_size)
+    models = open_models(config, resume, share=share)
     check_models(config, topology, models, resume)
     backends = run_backends(config, user_deepspeed, models.architectures)
     check_documents(config, models.tokenizer, backends)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=models.num_tokens)
     check_backward_rows(config, selector)
-    data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry)
+    data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry, share=share)
     check_ranks_and_sets(config, topology, data.valid)
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
     scores = open_scores(config, models.tokenizer, data.train, thorough=rank == 0)

@@ -85,7 +85,7 @@ def make_scoring_plan(
     """Validate a run's configuration for scoring its samples, at a layout which need not be the run's.
 
     Args:
-        rank: ranks share the comparison of the reference with its checksums.
+        rank: ranks share the checksums of the reference and the token ids of corpora.
         resume: of the run; the sample orders that its checkpoint has begun are continued, as in the run.
         dry: nothing will be scored (see `open_run_data`).
 
@@ -102,13 +102,14 @@ def make_scoring_plan(
             "scoring (its default depends on the layout, and the number of samples with it)",
             "pass the run's, as to tools/pretrain_slm.py",
         )
-    reference = open_model(path, field="--reference-load", share=(0, 1) if dry else (rank, world_size))
+    share = (0, 1) if dry else (rank, world_size)
+    reference = open_model(path, field="--reference-load", share=share)
     tokenizer = open_run_tokenizer(config)
     check_model_vocabulary(reference, config, tokenizer, field="--reference-load", path=path)
     check_layout(reference.architecture, config, topology, what="reference")
     check_tensors(reference.architecture, reference.source, field="--reference-load")
     num_tokens = reference.architecture.vocab_size
-    data = open_run_data(config, tokenizer, num_tokens, resume, training.global_batch_size, dry=dry)
+    data = open_run_data(config, tokenizer, num_tokens, resume, training.global_batch_size, dry=dry, share=share)
     return ScoringPlan(
         config=config,
         options=options,
