@@ -28,13 +28,12 @@ class Reports:
     def claim(self, text: str) -> bool:
         """Return True on the first rank that asks for a text, and where the folder cannot be written."""
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
+        taken = self.folder / f".{self.launch}-{key}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.folder / f".{self.launch}-{key}", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
+            os.close(os.open(taken, os.O_CREAT | os.O_EXCL))
         except OSError:
-            return True
+            return not taken.exists()
         return True
 
     def keep(self, text: str) -> None:
