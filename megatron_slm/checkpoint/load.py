@@ -146,7 +146,7 @@ class CheckpointSource:
             with readable(path):
                 self._open[path] = safe_open(path, framework="pt")
         with readable(path):
-            return self._open[path].get_slice(f"{slice_.number}.{quantity}")[begin:end]  # type: ignore[no-any-return]
+            return self._open[path].get_slice(f"{slice_.number}.{quantity}")[begin:end]
 
     def _path(self, slice_: Slice, quantity: Quantity) -> Path:
         return self.folder / file_name("weights" if quantity == "weight" else "optimizer", slice_.file_number)

@@ -92,7 +92,7 @@ def _by_name(tables: Iterable[tuple[str, list[dict[str, Any]]]]) -> Slices:
 
 def _table_in_header(path: Path) -> list[dict[str, Any]]:
     with readable(path), safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()[TABLE])  # type: ignore[no-any-return]
+        return json.loads(file.metadata()[TABLE])
 
 
 @contextmanager

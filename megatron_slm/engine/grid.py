@@ -33,7 +33,8 @@ class Grid(PipelineParallelGrid):
         self.stage_id, self.data_parallel_id = self.get_stage_id(), self.get_data_parallel_id()
         self.is_first_stage, self.is_last_stage = self.stage_id == 0, self.stage_id == topology.pipeline - 1
         self.dp_groups, self.pipe_groups = topology.data_groups(), topology.pipeline_groups()
-        self.model_groups, self.p2p_groups = topology.tensor_groups(), []
+        self.model_groups = topology.tensor_groups()
+        self.p2p_groups: list[list[int]] = []
         self.dp_group, self.pp_group = self._own(self.dp_groups), self._own(self.pipe_groups)
         self.slice_group = self.mp_group = self._own(self.model_groups)
         copy = self._own(topology.model_groups())

@@ -176,14 +176,14 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except SlmError as error:
         own = error
-    for rank, error in enumerate(all_gather_objects(own)):
-        if error is None:
+    for rank, raised in enumerate(all_gather_objects(own)):
+        if raised is None:
             continue
         if rank == dist.get_rank():
             assert own is not None, "it was just gathered"
             raise own
-        error.raised_by = rank
-        raise error from own
+        raised.raised_by = rank
+        raise raised from own
 
 
 def all_gather_objects(value: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
