@@ -16,6 +16,7 @@ _MODULES = {
     "api.hugging_face": ("ReferenceLossCollator", "SlmTrainer", "SlmTrainerMixin", "with_reference_losses"),
     "api.runs": ("FinishedRun", "make_config", "open_scores", "score", "train"),
     "config.run": ("RunConfig",),
+    "data.corpus.columns": ("ColumnWriter",),
     "data.corpus.indexed": ("IndexedCorpus",),
     "data.corpus.indexed_writer": ("IndexedCorpusWriter",),
     "errors": ("SlmError",),
@@ -25,6 +26,8 @@ _MODULES = {
     "selection.scores": ("score_named",),
     "selection.select": ("top_share",),
     "selection.selector": ("Selector",),
+    "selection.token_weights": ("frequency_weights", "write_token_weights"),
+    "selection.weights": ("weight_named",),
     "types": ("MicroBatch", "Selection", "TokenStatistics"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -13,6 +13,7 @@ from megatron_slm.api.runs import open_scores as open_scores
 from megatron_slm.api.runs import score as score
 from megatron_slm.api.runs import train as train
 from megatron_slm.config.run import RunConfig as RunConfig
+from megatron_slm.data.corpus.columns import ColumnWriter as ColumnWriter
 from megatron_slm.data.corpus.indexed import IndexedCorpus as IndexedCorpus
 from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter as IndexedCorpusWriter
 from megatron_slm.errors import SlmError as SlmError
@@ -23,6 +24,9 @@ from megatron_slm.reference.store import ScoreReader as ScoreReader
 from megatron_slm.selection.scores import score_named as score_named
 from megatron_slm.selection.select import top_share as top_share
 from megatron_slm.selection.selector import Selector as Selector
+from megatron_slm.selection.token_weights import frequency_weights as frequency_weights
+from megatron_slm.selection.token_weights import write_token_weights as write_token_weights
+from megatron_slm.selection.weights import weight_named as weight_named
 from megatron_slm.types import MicroBatch as MicroBatch
 from megatron_slm.types import Selection as Selection
 from megatron_slm.types import TokenStatistics as TokenStatistics

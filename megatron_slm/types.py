@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 
+@overload
+def move(x: Tensor, device: torch.device) -> Tensor: ...
+@overload
+def move(x: Tensor | None, device: torch.device) -> Tensor | None: ...
 def move(x: Tensor | None, device: torch.device) -> Tensor | None:
     """Copy a tensor to a device without waiting for it; None stays None.
 
@@ -62,10 +67,14 @@ class MicroBatch(NamedTuple):
     documents: Documents | None = None
     """Document boundaries; None where attention and positions cover whole samples."""
 
+    columns: Mapping[str, Tensor] | None = None
+    """Numbers of the labels from columns beside the corpus, by name, fp32 [b, s] each; None where none is read."""
+
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy on another device."""
         documents = None if self.documents is None else self.documents.to(device)
-        return MicroBatch(*(move(x, device) for x in self[:-1]), documents)  # type: ignore[arg-type, call-arg]
+        columns = None if self.columns is None else {name: move(x, device) for name, x in self.columns.items()}
+        return MicroBatch(*(move(x, device) for x in self[:5]), documents, columns)  # type: ignore[arg-type, call-arg]
 
 
 class TokenStatistics(NamedTuple):
@@ -76,6 +85,9 @@ class TokenStatistics(NamedTuple):
 
     entropy_N: Tensor | None = None
     """Entropy of the predicted distribution, in nats, fp32 [N]; None where unused."""
+
+    top_entropy_N: Tensor | None = None
+    """Entropy of the renormalized `TOP_LOGITS` most likely tokens, in nats, fp32 [N]; None where unused."""
 
     def to(self, device: torch.device) -> TokenStatistics:
         """Return a copy on another device."""

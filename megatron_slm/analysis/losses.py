@@ -128,11 +128,11 @@ def model_statistics(model: Model, excerpt: Excerpt, *, with_entropy: bool = Fal
         valid_bs = torch.from_numpy(excerpt.valid_Ws[rows]).to(device)
         batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], valid_bs, torch.arange(len(tokens), device=device))
         hidden_sbd = stage(batch.tokens_bs)
-        loss_N, entropy_N = objective.statistics(hidden_sbd, stage.output_weight(), batch, with_entropy=with_entropy)
-        loss_Ws[rows] = _array(loss_N, valid_bs.shape)
+        found = objective.statistics(hidden_sbd, stage.output_weight(), batch, with_entropy=with_entropy)
+        loss_Ws[rows] = _array(found.loss_N, valid_bs.shape)
         if entropy_Ws is not None:
-            assert entropy_N is not None, "computed with with_entropy"
-            entropy_Ws[rows] = _array(entropy_N, valid_bs.shape)
+            assert found.entropy_N is not None, "computed with with_entropy"
+            entropy_Ws[rows] = _array(found.entropy_N, valid_bs.shape)
     if not np.isfinite(loss_Ws).all():
         raise AnalysisError(
             f"{model.source.folder}: number of non-finite losses",

@@ -16,7 +16,8 @@ from megatron_slm.errors import LayoutError
 from megatron_slm.loss.selective_ce import selective_cross_entropy, token_statistics
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.selection.configure import build_selector
-from megatron_slm.selection.selector import Choice, Selector
+from megatron_slm.selection.ranking import Choice
+from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch, Selection, TokenStatistics
 
 IGNORED_LABEL = -100
@@ -89,7 +90,7 @@ def make_selector(
     config = SelectionConfig(
         slm_score=names, slm_keep_ratio=keep_ratio, slm_scope=scope, reference_load="in memory", **flags
     )
-    return build_selector(config, seed=seed, vocabulary_size=2**63 - 1)
+    return build_selector(config, seed=seed, vocabulary_size=None)
 
 
 def micro_batch(
@@ -98,6 +99,7 @@ def micro_batch(
     attention_mask_bt: Tensor | None = None,
     *,
     first_sample: int = 0,
+    columns: Mapping[str, Tensor] | None = None,
 ) -> MicroBatch:
     """Return the shifted micro-batch of token ids, as transformers shifts labels.
 
@@ -106,6 +108,7 @@ def micro_batch(
         labels_bt: unshifted labels, -100 where a token has no loss; by default the token ids.
         attention_mask_bt: 0 where a token is padding and has no loss.
         first_sample: number of the first sequence in the order of the run, for random scores and stored scores.
+        columns: numbers of the predicted tokens for scores and weights named `external:NAME`, by name, fp32 [b, t - 1].
     """
     labels_bt = input_ids_bt if labels_bt is None else labels_bt
     labels_bs = labels_bt[:, 1:]
@@ -117,6 +120,7 @@ def micro_batch(
         labels_bs=labels_bs.masked_fill(~valid_bs, 0),
         valid_bs=valid_bs,
         sample_b=first_sample + torch.arange(len(input_ids_bt), device=input_ids_bt.device),
+        columns=columns,
     )
 
 
@@ -213,6 +217,7 @@ def selective_loss(
         select=select,
         keep_ratio=selector.expected_share(step),
         with_entropy=selector.needs("entropy"),
+        with_top_entropy=selector.needs("top-entropy"),
         head=head,
     )
     return CausalLMLoss(loss.loss_sum, choices[0].divisor(), choices[0], loss.statistics)

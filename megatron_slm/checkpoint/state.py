@@ -33,6 +33,8 @@ class RunState:
     """Optimizer steps applied: finished steps less the skipped ones."""
     score_threshold: float | None = None
     """Running threshold of --slm-policy quantile; None before the first step and with other policies."""
+    keep_adaptation: list[float] = field(default_factory=list, metadata=_OPTIONAL)
+    """Keep ratio of the next step and the loss that it came from, with --slm-keep-adaptation; else empty."""
     tokens_seen: int | None = 0
     """Valid tokens of all applied steps; None after resuming from a checkpoint without a count."""
     tokens_kept: int | None = 0
@@ -43,6 +45,11 @@ class RunState:
     """Sixteenths of the rows in each block's backward pass; empty without --backward-row-variance."""
     probe_kept: Tensor | None = field(default=None, compare=False, metadata=_TENSOR)
     """Tokens that the last selection probe kept, bool [samples, s]; None before the first probe."""
+
+    @property
+    def keep_ratio(self) -> float | None:
+        """Keep ratio of the next step with --slm-keep-adaptation; None before its first step, and without it."""
+        return self.keep_adaptation[0] if self.keep_adaptation else None
 
     @property
     def skipped_steps(self) -> int:

@@ -73,13 +73,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--reference-config", metavar="PATH", help=f"{what}; default: --reference-load")
     assumed = parser.add_argument_group("assumptions (see docs/planning.md)")
     for name, text in (
-        ("efficiency", "share of the GPU's peak FLOP/s reached in forward and backward passes"),
+        ("efficiency", "share of the GPU's peak FLOP/s reached in forward and backward passes, as measured"),
         ("link-efficiency", "share of the link bandwidth reached by collectives"),
         ("memory-share", "share of GPU memory available to tensors"),
     ):
         default = getattr(Cluster, name.replace("-", "_"))
-        parser_default = f"{text} (default: {default})"
-        assumed.add_argument(f"--{name}", type=float, default=default, help=parser_default)
+        shown = "from a roofline model" if default is None else default
+        assumed.add_argument(f"--{name}", type=float, default=default, help=f"{text} (default: {shown})")
     parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - prints JSON only")
 
 

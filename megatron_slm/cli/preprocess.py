@@ -37,6 +37,16 @@ def build_parser() -> ToolParser:
     )
     text.add_argument("--json-keys", nargs="+", default=["text"], help="keys (or columns) to tokenize, a corpus each")
     text.add_argument("--loss-mask-key", help="key of a list of 0 and 1, for the list of texts under the JSON key")
+    text.add_argument(
+        "--score-key",
+        nargs="+",
+        default=[],
+        help="keys of numbers for the tokens of the text, a column PREFIX_KEY_document_NAME each: [number, ...] by "
+        "token, or [[start, end, number], ...] by characters",
+    )
+    text.add_argument(
+        "--score-default", type=float, default=0.0, help="number of characters without a span (default: %(default)s)"
+    )
     text.add_argument("--prompt-key", help="key of a text that is not trained on; the corpus is PREFIX_sft_document")
     text.add_argument("--response-key", help="key of the text that follows the prompt and is trained on")
     text.add_argument(
@@ -170,6 +180,8 @@ def run(words: Sequence[str]) -> None:
         loss_mask_key=flags.loss_mask_key,
         prompt_key=flags.prompt_key,
         response_key=flags.response_key,
+        score_keys=tuple(flags.score_key),
+        score_default=flags.score_default,
     )
     config = PreprocessConfig(
         input=tuple(flags.input),

@@ -37,6 +37,18 @@ def _parser() -> ToolParser:
     parser.add_argument(
         "--with-entropy", action="store_true", help="also store the entropy of the reference's predictions"
     )
+    parser.add_argument(
+        "--retokenize",
+        action="store_true",
+        help="score with a reference of another tokenizer, the one in its folder, and spread its losses over the run's "
+        "tokens by characters",
+    )
+    parser.add_argument(
+        "--reference-seq-length",
+        type=int,
+        metavar="TOKENS",
+        help="length of a sample in that tokenizer's tokens (default: --seq-length)",
+    )
     return parser
 
 
@@ -55,7 +67,13 @@ def parse_scoring(argv: Sequence[str]) -> tuple[RunConfig, ScoringOptions, DryRu
         raise ConfigError.missing(
             "--output", "a configuration without a single --reference-scores", "name the store's folder"
         )
-    options = ScoringOptions(output=own.output or stores[0], score_dtype=own.score_dtype, with_entropy=own.with_entropy)
+    options = ScoringOptions(
+        output=own.output or stores[0],
+        score_dtype=own.score_dtype,
+        with_entropy=own.with_entropy,
+        retokenize=own.retokenize,
+        reference_seq_length=own.reference_seq_length,
+    )
     return config, options, dry_run
 
 

@@ -5,6 +5,7 @@ L and H are the model's token loss and entropy, L_RM and H_RM the reference's; a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +14,14 @@ from megatron_slm.errors import ConfigError, suggest_name
 RELATIVE_FLOOR_NATS = 0.01
 """Least reference loss in the denominator of `relative-excess`, so that a certain reference gives no infinite ratio."""
 
-ScoreInput = Literal["reference-loss", "reference-entropy", "entropy", "uniform"]
-"""Inputs of a score besides the token loss."""
+TOP_LOGITS = 20
+"""Most likely tokens whose renormalized entropy is the input `top-entropy`."""
+
+EXTERNAL = "external:"
+"""Begins the name of a score or weight that is read from a column beside the corpus (`data/corpus/columns.py`)."""
+
+ScoreInput = Literal["reference-loss", "reference-entropy", "entropy", "top-entropy", "uniform", "external"]
+"""Inputs of a score or a weight besides the token loss."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +63,43 @@ SCORE_DEFINITIONS = {definition.name: definition for definition in _DEFINITIONS}
 """Every score by its name for --slm-score."""
 
 
-def check_score_name(name: str) -> None:
-    """Check that a score exists.
+def score_definition(name: str) -> ScoreDefinition:
+    """Return the score of a name; `external:NAME` is a column of one's own.
 
     Raises:
         ConfigError: unknown score; suggests the nearest name.
     """
+    if name.startswith(EXTERNAL):
+        check_external_name("--slm-score", name)
+        return ScoreDefinition(name, frozenset({"external"}), "number of the token", "a column beside the corpus")
     if name not in SCORE_DEFINITIONS:
         fix = suggest_name(name, SCORE_DEFINITIONS, "choose one of them")
-        raise ConfigError("--slm-score", name, f"be one of {', '.join(SCORE_DEFINITIONS)}", fix)
+        rule = f"be one of {', '.join(SCORE_DEFINITIONS)}, or {EXTERNAL}NAME"
+        raise ConfigError("--slm-score", name, rule, fix)
+    return SCORE_DEFINITIONS[name]
+
+
+_COLUMN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_column_name(flag: str, value: str, name: str) -> None:
+    """Check the name of a column, which is a part of a file name.
+
+    Raises:
+        ConfigError: it has other characters, or is reserved.
+    """
+    if not _COLUMN_NAME.fullmatch(name) or name == "loss_mask":
+        rule = "name a column with letters, digits, '.', '-' and '_', other than loss_mask"
+        raise ConfigError(flag, value, rule, "use a name such as quality")
+
+
+def check_external_name(flag: str, value: str) -> None:
+    """Check the column's name in `external:NAME`.
+
+    Raises:
+        ConfigError: see `check_column_name`.
+    """
+    check_column_name(flag, value, value.removeprefix(EXTERNAL))
 
 
 def describe_scores() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,6 +143,7 @@ class MicroBatchSource:
             torch.tensor(indices, dtype=torch.int64),
             torch.tensor([sample.source for sample in samples], dtype=torch.int64),
             documents,
+            _columns(samples),
         )
 
     def _sample(self, index: int) -> Sample:
@@ -158,6 +160,15 @@ class MicroBatchSource:
                 "tokenize the corpus again with this run's tokenizer, or name the tokenizer it was made with",
             )
         return sample
+
+
+def _columns(samples: Sequence[Sample]) -> dict[str, torch.Tensor] | None:
+    """Stack the samples' columns, fp32 [b, s] each; 0 for samples of padding. None where there is no column."""
+    names = {name: None for sample in samples for name in sample.columns}
+    if not names:
+        return None
+    zero = np.zeros(samples[0].valid.size, np.float32)
+    return {name: torch.from_numpy(np.stack([x.columns.get(name, zero) for x in samples])) for name in names}
 
 
 def _documents(label_starts_bs: npt.NDArray[np.bool_], boundaries: Boundaries) -> Documents:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import FileIO
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slm.data.corpus.columns import numbers_of
 from megatron_slm.data.corpus.indexed import IndexedCorpus, bin_path, idx_path
 from megatron_slm.errors import CorpusError
 
@@ -48,6 +50,8 @@ class Sample(NamedTuple):
     """Positions in `tokens` at which a document or padding starts, int64, ascending, without 0."""
     source: int = 0
     """Number of the source among the run's corpora."""
+    columns: Mapping[str, npt.NDArray[np.float32]] = {}
+    """Numbers of the labels from the corpus's columns, by name, fp32 [s] each; 0 for padding."""
 
 
 class SequenceReader:
@@ -56,13 +60,20 @@ class SequenceReader:
     Args:
         corpus: source of the tokens.
         loss_mask: corpus of 0 and 1 with the same sequence lengths; None if every token is trained on.
+        columns: columns of the corpus to read, by name.
 
     Raises:
         CorpusError: the mask is of another corpus.
     """
 
-    def __init__(self, corpus: IndexedCorpus, loss_mask: IndexedCorpus | None = None) -> None:
+    def __init__(
+        self,
+        corpus: IndexedCorpus,
+        loss_mask: IndexedCorpus | None = None,
+        columns: Mapping[str, IndexedCorpus] = MappingProxyType({}),
+    ) -> None:
         self._tokens = _TokenFile(corpus)
+        self._columns = {name: _TokenFile(column) for name, column in columns.items()}
         self._mask: _TokenFile | None = None
         if loss_mask is not None:
             _check_mask(corpus, loss_mask)
@@ -76,6 +87,7 @@ class SequenceReader:
         """
         tokens = np.full(sequence_length + 1, PADDING_ID, dtype=np.int64)
         trained = np.zeros(sequence_length + 1, dtype=np.bool_)
+        columns = {name: np.zeros(sequence_length + 1, dtype=np.float32) for name in self._columns}
         starts, filled = [], 0
         for piece in pieces:
             if filled:
@@ -83,12 +95,15 @@ class SequenceReader:
             place = slice(filled, filled + piece.length)
             tokens[place] = self._tokens.read(piece)
             trained[place] = self._mask is None or self._mask.read(piece) != 0
+            for name, column in self._columns.items():
+                columns[name][place] = numbers_of(column.read(piece))
             if filled and piece.offset:  # its first token was already a label, in the piece before
                 trained[filled] = False
             filled += piece.length
         if filled <= sequence_length:
             starts.append(filled)
-        return Sample(tokens, trained[1:], np.array(starts, dtype=np.int64))
+        labels = {name: numbers[1:] for name, numbers in columns.items()}
+        return Sample(tokens, trained[1:], np.array(starts, dtype=np.int64), columns=labels)
 
 
 class _TokenFile:

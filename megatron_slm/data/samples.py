@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +42,7 @@ class CorpusSamples(ABC):
         start, stop: the sequences to use (see `split_bounds`).
         sequence_length: inputs of a sample, `s`.
         loss_mask: mask of the tokens that are trained on; None for all (see `SequenceReader`).
+        columns: columns of the corpus to read with the tokens, by name.
 
     Raises:
         ConfigError: a number is out of range.
@@ -47,7 +50,14 @@ class CorpusSamples(ABC):
     """
 
     def __init__(
-        self, corpus: IndexedCorpus, start: int, stop: int, *, sequence_length: int, loss_mask: IndexedCorpus | None
+        self,
+        corpus: IndexedCorpus,
+        start: int,
+        stop: int,
+        *,
+        sequence_length: int,
+        loss_mask: IndexedCorpus | None,
+        columns: Mapping[str, IndexedCorpus] = MappingProxyType({}),
     ) -> None:
         if sequence_length < 1:
             raise ConfigError("--seq-length", sequence_length, "be at least 1", "choose a larger one")
@@ -59,7 +69,8 @@ class CorpusSamples(ABC):
         self.loss_mask = loss_mask
         self._start, self._stop = start, stop
         self._lengths = corpus.sequence_lengths[start:stop]
-        self._reader = SequenceReader(corpus, loss_mask)
+        self.columns = dict(columns)
+        self._reader = SequenceReader(corpus, loss_mask, columns)
 
     @property
     def name(self) -> str:
@@ -104,7 +115,7 @@ class OrderedSamples(CorpusSamples):
     """Training samples in a seeded order over whole epochs.
 
     Args:
-        corpus, start, stop, sequence_length, loss_mask: see `CorpusSamples`.
+        corpus, start, stop, sequence_length, loss_mask, columns: see `CorpusSamples`.
         num_samples: least number of samples to lay out; None: one epoch.
         seed: seed of the order.
         cache: cache of the index; None keeps the index in memory.
@@ -132,9 +143,10 @@ class OrderedSamples(CorpusSamples):
         num_samples: int | None,
         seed: int,
         loss_mask: IndexedCorpus | None = None,
+        columns: Mapping[str, IndexedCorpus] = MappingProxyType({}),
         cache: IndexCache | None = None,
     ) -> None:
-        super().__init__(corpus, start, stop, sequence_length=sequence_length, loss_mask=loss_mask)
+        super().__init__(corpus, start, stop, sequence_length=sequence_length, loss_mask=loss_mask, columns=columns)
         if num_samples is not None and num_samples < 1:
             raise ConfigError("number of samples", num_samples, "be at least 1", "ask for one sample or more")
         if not 0 <= seed < 2**32:

@@ -64,6 +64,7 @@ class SamplesWithLoss(OrderedSamples):
             num_samples=None,
             seed=order._seed,
             loss_mask=order.loss_mask,
+            columns=order.columns,
         )
         self.num_left_out = len(order) - len(numbers)
 

@@ -17,7 +17,8 @@ from megatron_slm.loss.variants import LossHead
 from megatron_slm.loss.vocab_parallel import VocabularyPart, loss_rows
 from megatron_slm.parallel.collectives import all_gather_dim0
 from megatron_slm.parallel.groups import DataParallel, TensorParallel
-from megatron_slm.selection.selector import Choice, Ranking, Selector
+from megatron_slm.selection.ranking import Choice
+from megatron_slm.selection.selector import Selector
 from megatron_slm.types import MicroBatch, Selection, TokenStatistics
 
 
@@ -54,6 +55,8 @@ class StepSettings:
     """Steps done before this one."""
     score_threshold: float | None = None
     """The running threshold of the policy `quantile`; None before there is one."""
+    keep_ratio: float | None = None
+    """The keep ratio of --slm-keep-adaptation; None for that of the schedule."""
     loss_limit: float | None = None
     """Mean loss over valid tokens, in nats, beyond which the step is skipped; None applies it at any."""
     row_shares: tuple[int, ...] | None = None
@@ -113,6 +116,7 @@ class Objective:
             keep_ratio=self.selector.expected_share(settings.step),
             part=output.part(self.tp),
             with_entropy=self.selector.needs("entropy"),
+            with_top_entropy=self.selector.needs("top-entropy"),
             head=self.head,
         )
         choice = self.choose(losses.tokens, batch, reference, settings)
@@ -168,9 +172,13 @@ class Objective:
         if self.dp.size > 1:
             table_RN = ranking.pack()
             parts = all_gather_dim0(table_RN[None], self.dp)
-            ranking = Ranking.unpack(torch.cat(list(parts), dim=1), len(self.selector.scores))
+            ranking = ranking.unpack(torch.cat(list(parts), dim=1))
         choice = self.selector.choose(
-            ranking, length=batch.labels_bs.shape[1], step=settings.step, threshold=settings.score_threshold
+            ranking,
+            length=batch.labels_bs.shape[1],
+            step=settings.step,
+            threshold=settings.score_threshold,
+            keep_ratio=settings.keep_ratio,
         )
         return choice.rows(slice(self.dp.rank * num_rows, (self.dp.rank + 1) * num_rows))
 
@@ -183,8 +191,14 @@ class Objective:
         settings: StepSettings | None,
     ) -> ScoredTokens:
         """Compute the losses of a micro-batch's tokens and choose among them; without settings the losses alone."""
-        with_entropy = settings is not None and self.selector.needs("entropy")
-        tokens = self.statistics(x_sbd, output, batch, with_entropy=with_entropy)
+        selects = settings is not None
+        tokens = self.statistics(
+            x_sbd,
+            output,
+            batch,
+            with_entropy=selects and self.selector.needs("entropy"),
+            with_top_entropy=selects and self.selector.needs("top-entropy"),
+        )
         loss_bs = tokens.loss_N.view(batch.valid_bs.shape)
         if settings is None:
             return ScoredTokens(loss_bs, None, None)
@@ -196,7 +210,13 @@ class Objective:
         return EVALUATION.pack(evaluation_sums(self.statistics(x_sbd, output, batch), batch))
 
     def statistics(
-        self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch, *, with_entropy: bool = False
+        self,
+        x_sbd: Tensor,
+        output: OutputWeight,
+        batch: MicroBatch,
+        *,
+        with_entropy: bool = False,
+        with_top_entropy: bool = False,
     ) -> TokenStatistics:
         """Compute the statistics of every token without a gradient: for the reference and for evaluation."""
         return token_statistics(
@@ -206,5 +226,6 @@ class Objective:
             batch.valid_bs.flatten(),
             part=output.part(self.tp),
             with_entropy=with_entropy,
+            with_top_entropy=with_top_entropy,
             head=self.head,
         )

@@ -29,6 +29,7 @@ def forward_pass(
     combine: Callable[[RowStatistics], RowStatistics],
     with_entropy: bool,
     chunk_rows: int,
+    with_top_entropy: bool = False,
     stash: Stash | None = None,
     predict: Callable[[slice, RowStatistics], Tensor | None] | None = None,
 ) -> RowStatistics:
@@ -41,7 +42,7 @@ def forward_pass(
         stash: keeps exponentials for the backward pass.
         predict: rows of a chunk to stash; None stashes all, as far as there is space.
     """
-    held = RowStatistics.of_no_logits(hidden_Nd, with_entropy=with_entropy)
+    held = RowStatistics.of_no_logits(hidden_Nd, with_entropy=with_entropy, with_top_entropy=with_top_entropy)
     memory = BlockMemory(min(chunk_rows, hidden_Nd.shape[0]), weight_Vd.shape[0], hidden_Nd)
     combined: list[RowStatistics] = []
     for start in range(0, hidden_Nd.shape[0], chunk_rows):
@@ -51,6 +52,7 @@ def forward_pass(
         for block in vocabulary_blocks(weight_Vd):
             logits_RB = memory.logits(hidden_Nd[chunk], block)
             exponentials_RB = None if stashed is None else stashed[block.index]
+            rows.fold_top(logits_RB)
             kernels.fold(logits_RB, rows, block.columns(local_label_N[chunk]), exponentials_RB)
             if stash is not None:
                 stash.max_LN[block.index, chunk] = rows.max_N

@@ -94,6 +94,7 @@ def row_losses(
     keep_ratio: float = 1.0,
     part: VocabularyPart = WHOLE_VOCABULARY,
     with_entropy: bool = False,
+    with_top_entropy: bool = False,
     head: LossHead = LossHead(),  # noqa: B008 (frozen)
 ) -> RowLosses:
     """Compute the losses of all rows: the first half of `selective_cross_entropy`, which explains the arguments.
@@ -115,6 +116,7 @@ def row_losses(
             kernels=kernels,
             combine=part.combine,
             with_entropy=with_entropy,
+            with_top_entropy=with_top_entropy,
             chunk_rows=plan.chunk_rows,
             stash=stash,
             predict=_by_row_statistics(predict, valid_N) if predicts and predict is not None else None,
@@ -158,6 +160,7 @@ def selective_cross_entropy(
     keep_ratio: float = 1.0,
     part: VocabularyPart = WHOLE_VOCABULARY,
     with_entropy: bool = False,
+    with_top_entropy: bool = False,
     head: LossHead = LossHead(),  # noqa: B008 (frozen)
 ) -> SelectiveLoss:
     """`sum over kept i of -log softmax(hidden_i W^T)[label_i]` (Rho-1, equation 5, before its division).
@@ -175,6 +178,7 @@ def selective_cross_entropy(
         keep_ratio: approximate share of the rows that will be kept; only time and memory depend on it.
         part: this rank's part of the vocabulary.
         with_entropy: also compute every row's entropy.
+        with_top_entropy: also compute the entropy of every row's `TOP_LOGITS` most likely tokens, renormalized.
         head: backend, variant and memory.
 
     Raises:
@@ -189,6 +193,7 @@ def selective_cross_entropy(
         keep_ratio=keep_ratio,
         part=part,
         with_entropy=with_entropy,
+        with_top_entropy=with_top_entropy,
         head=head,
     )
     selection = select(losses.tokens)
@@ -204,6 +209,7 @@ def token_statistics(
     *,
     part: VocabularyPart = WHOLE_VOCABULARY,
     with_entropy: bool = False,
+    with_top_entropy: bool = False,
     head: LossHead = LossHead(),  # noqa: B008 (frozen)
 ) -> TokenStatistics:
     """Every row's loss (and entropy) in nats, fp32 [N], 0 where not valid: for the reference and for evaluation."""
@@ -214,6 +220,7 @@ def token_statistics(
         kernels=choose_kernels(head.backend, on_gpu=hidden_Nd.is_cuda),
         combine=part.combine,
         with_entropy=with_entropy,
+        with_top_entropy=with_top_entropy,
         chunk_rows=hidden_Nd.shape[0],
     )
     return rows.token_statistics(valid_N)

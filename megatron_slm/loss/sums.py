@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.selection.policies import score_quantiles
-from megatron_slm.selection.selector import Choice
+from megatron_slm.selection.ranking import Choice
 from megatron_slm.types import MicroBatch, TokenStatistics
 
 SCORE_QUANTILES = ("score_p05", "score_p25", "score_p50", "score_p75", "score_p95")

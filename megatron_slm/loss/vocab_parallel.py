@@ -30,7 +30,7 @@ class VocabularyPart:
         """
         if self.tp.size == 1:
             return local
-        return RowStatistics.from_parts(all_gather_dim0(local.stacked()[None], self.tp))
+        return local.combined(all_gather_dim0(local.stacked()[None], self.tp))
 
     def sum_rows(self, grad_hidden_Kd: Tensor) -> Tensor:
         """Sum the kept rows' gradient over the vocabulary's parts."""

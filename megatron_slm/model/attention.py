@@ -45,8 +45,21 @@ class Attention(nn.Module):
         """
         return self.o_proj(self.mix(*self.qkv(x_sbd), documents=documents))
 
-    def mix(self, q_sbf: Tensor, k_sbf: Tensor, v_sbf: Tensor, *, documents: Documents | None) -> Tensor:
-        """Attention without its projections: queries, keys and values [s, b, heads * k] to [s, b, h * k]."""
+    def mix(
+        self,
+        q_sbf: Tensor,
+        k_sbf: Tensor,
+        v_sbf: Tensor,
+        *,
+        documents: Documents | None,
+        sparse_gradient: bool = False,
+    ) -> Tensor:
+        """Attention without its projections: queries, keys and values [s, b, heads * k] to [s, b, h * k].
+
+        Args:
+            documents: document boundaries; None to attend to whole samples.
+            sparse_gradient: many rows of the result's gradient will be zero; kernels that can skip them do.
+        """
         q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
         k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.num_groups, self.width)))
         v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
@@ -57,11 +70,13 @@ class Attention(nn.Module):
             cos, sin = cos[position_sb, 0], sin[position_sb, 0]
         q_sbhk, k_sbgk = rotate(q_sbhk, cos, sin), rotate(k_sbgk, cos, sin)
         if documents is None or documents.lengths is None:
-            out_sbhk = self.kernels.attend(q_sbhk, k_sbgk, v_sbgk, self.window)
+            out_sbhk = self.kernels.attend(q_sbhk, k_sbgk, v_sbgk, self.window, sparse_gradient=sparse_gradient)
         else:
             # concatenate samples: [s, b, heads, k] to [N, heads, k], and back
             length, num_samples = q_sbhk.shape[:2]
             q_Nhk, k_Ngk, v_Ngk = (x.transpose(0, 1).flatten(0, 1) for x in (q_sbhk, k_sbgk, v_sbgk))
-            out_Nhk = self.kernels.attend_in_documents(q_Nhk, k_Ngk, v_Ngk, self.window, documents)
+            out_Nhk = self.kernels.attend_in_documents(
+                q_Nhk, k_Ngk, v_Ngk, self.window, documents, sparse_gradient=sparse_gradient
+            )
             out_sbhk = out_Nhk.unflatten(0, (num_samples, length)).transpose(0, 1)
         return out_sbhk.flatten(-2)

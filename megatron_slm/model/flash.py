@@ -10,8 +10,10 @@ from torch import Tensor
 from megatron_slm.types import Documents
 
 
-def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
-    """Attend as `sdpa.attend` does."""
+def attend(
+    q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None, *, sparse_gradient: bool = False
+) -> Tensor:
+    """Attend as `sdpa.attend` does; the kernel's backward pass runs on all rows."""
     from flash_attn import flash_attn_func
 
     q, k, v = (t.transpose(0, 1) for t in (q_sbhk, k_sbgk, v_sbgk))
@@ -19,7 +21,13 @@ def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -
 
 
 def attend_in_documents(
-    q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
+    q_Nhk: Tensor,
+    k_Ngk: Tensor,
+    v_Ngk: Tensor,
+    window: int | None,
+    documents: Documents,
+    *,
+    sparse_gradient: bool = False,
 ) -> Tensor:
     """Attend as `sdpa.attend_in_documents` does, with all documents in one call."""
     from flash_attn import flash_attn_varlen_func

@@ -11,8 +11,10 @@ from megatron_slm.model.flash import sides
 from megatron_slm.types import Documents
 
 
-def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
-    """Like `sdpa.attend`."""
+def attend(
+    q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None, *, sparse_gradient: bool = False
+) -> Tensor:
+    """Like `sdpa.attend`; the kernel's backward pass runs on all rows."""
     from flash_attn_interface import flash_attn_func
 
     q, k, v = (t.transpose(0, 1) for t in (q_sbhk, k_sbgk, v_sbgk))
@@ -20,7 +22,13 @@ def attend(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -
 
 
 def attend_in_documents(
-    q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
+    q_Nhk: Tensor,
+    k_Ngk: Tensor,
+    v_Ngk: Tensor,
+    window: int | None,
+    documents: Documents,
+    *,
+    sparse_gradient: bool = False,
 ) -> Tensor:
     """Like `sdpa.attend_in_documents`; all documents in one call."""
     from flash_attn_interface import flash_attn_varlen_func

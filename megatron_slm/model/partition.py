@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from megatron_slm.errors import LayoutError
 
 
@@ -14,18 +16,16 @@ def stage_bounds(num_layers: int, num_stages: int) -> list[int]:
     Returns:
         num_stages + 1 indices: stage i has layers [bounds[i], bounds[i + 1]) of the list.
     """
+    layers = stage_blocks(num_layers, num_stages)
+    layers[0] += 1  # the embedding
+    layers[-1] += 1  # the head
+    return [0, *accumulate(layers)]
+
+
+def stage_blocks(num_layers: int, num_stages: int) -> list[int]:
+    """Number of blocks of each stage."""
     share, extra = divmod(num_layers, num_stages)
-    bounds = [0]
-    for stage in range(num_stages):
-        num_layers_here = share
-        if stage < extra:
-            num_layers_here += 1
-        if stage == 0:
-            num_layers_here += 1  # the embedding
-        if stage == num_stages - 1:
-            num_layers_here += 1  # the head
-        bounds.append(bounds[-1] + num_layers_here)
-    return bounds
+    return [share + 1 if stage < extra else share for stage in range(num_stages)]
 
 
 def check_stages(num_layers: int, num_stages: int) -> None:

@@ -3,7 +3,8 @@
 Forwards it is the block, bit for bit. Backwards, with gradient rows dZ and a draw of rows R with weights w:
 
 - the feed-forward layer, the output projection, the queries' projection and their norms run on `w * dZ` of R;
-- attention gives gradients to the queries of R and to **all** keys and values, whose projections run on all rows;
+- attention gives gradients to the queries of R and to **all** keys and values, whose projections run on all rows; on a
+  CPU it runs on the queries of R alone;
 - the residual stream passes dZ on as it is: `dX = dZ + (what R's branches add)`.
 
 Given dZ, all of this is linear in the weighted rows, and these are on average dZ; so the gradient is an unbiased
@@ -87,7 +88,7 @@ def _attend(block: Block, x_sbd: Tensor, documents: Documents | None) -> _Attend
         projected = block.self_attn.qkv(normed_sbd)
     with torch.enable_grad():
         qkv = tuple(part.detach().requires_grad_() for part in projected)
-        return _Attended(x_sbd, normed_sbd, qkv, block.self_attn.mix(*qkv, documents=documents))
+        return _Attended(x_sbd, normed_sbd, qkv, block.self_attn.mix(*qkv, documents=documents, sparse_gradient=True))
 
 
 class _Pass:

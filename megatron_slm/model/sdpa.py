@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_slm.model.sparse_attention import SparseAttention, seen
 from megatron_slm.types import Documents
 
 FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -27,12 +28,19 @@ _FLASH_WIDEST_HEAD = 256
 
 
 def attend(
-    q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None, *, kernels: Sequence[SDPBackend] = FUSED
+    q_sbhk: Tensor,
+    k_sbgk: Tensor,
+    v_sbgk: Tensor,
+    window: int | None,
+    *,
+    sparse_gradient: bool = False,
+    kernels: Sequence[SDPBackend] = FUSED,
 ) -> Tensor:
     """Attend from every position to itself and the positions before it, [s, b, h, k].
 
     Args:
         window: number of positions to attend to, including the current one; None for all.
+        sparse_gradient: many rows of the result's gradient will be zero; on a CPU they cost nothing then.
         kernels: those allowed on a GPU.
 
     Raises:
@@ -44,16 +52,24 @@ def attend(
         k_sbgk, v_sbgk = (x.repeat_interleave(q_sbhk.shape[2] // x.shape[2], dim=2) for x in (k_sbgk, v_sbgk))
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q_sbhk, k_sbgk, v_sbgk))
     grouped = q.shape[1] != k.shape[1]
+    if sparse_gradient and not q.is_cuda:
+        return SparseAttention.apply(q, k, v, None if is_causal else window).permute(2, 0, 1, 3)
     with _fused_only(q, kernels):
         if is_causal:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(length, window, q.device), enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen(length, window, q.device), enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
 
 
 def attend_in_documents(
-    q_Nhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, documents: Documents
+    q_Nhk: Tensor,
+    k_Ngk: Tensor,
+    v_Ngk: Tensor,
+    window: int | None,
+    documents: Documents,
+    *,
+    sparse_gradient: bool = False,
 ) -> Tensor:
     """Attend within each document separately, [N, h, k], without a mask over whole samples.
 
@@ -62,7 +78,8 @@ def attend_in_documents(
     """
     assert documents.lengths is not None, "attention within documents needs their lengths"
     parts = zip(*(x[:, None].split(documents.lengths) for x in (q_Nhk, k_Ngk, v_Ngk)), strict=True)
-    return torch.cat([attend(q, k, v, window, kernels=FUSED_OF_ANY_LENGTH) for q, k, v in parts]).squeeze(1)
+    found = [attend(q, k, v, window, sparse_gradient=sparse_gradient, kernels=FUSED_OF_ANY_LENGTH) for q, k, v in parts]
+    return torch.cat(found).squeeze(1)
 
 
 def attend_by_definition(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:
@@ -70,14 +87,8 @@ def attend_by_definition(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window:
     k, v = (x.repeat_interleave(q_sbhk.shape[2] // x.shape[2], dim=2) for x in (k_sbgk, v_sbgk))
     length, width = q_sbhk.shape[0], q_sbhk.shape[-1]
     scores = torch.einsum("sbhk,tbhk->bhst", q_sbhk, k) / width**0.5
-    scores = scores.masked_fill(~_seen(length, window, scores.device), -torch.inf)
+    scores = scores.masked_fill(~seen(length, window, scores.device), -torch.inf)
     return torch.einsum("bhst,tbhk->sbhk", scores.softmax(-1), v)
-
-
-def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Return the positions (columns) that each position (row) attends to, bool [s, s]."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _flash_takes(q: Tensor) -> bool:

@@ -5,6 +5,9 @@ one rank diagnoses the hang from the records of all. After `--watchdog-exit-fact
 exit. If a rank is lost (a closed connection, or a wait that timed out), there is no limit: all ranks learn of it at
 once, name the lost rank, and exit.
 
+On NCCL no wait times out in Python, and its own thread would end the process without a report: the watchdog ends a
+wait for another rank after --distributed-timeout-minutes, a little earlier than NCCL.
+
 The ranks communicate through a store of their own (`heartbeats.py`), because collectives hang.
 """
 
@@ -30,6 +33,7 @@ import torch.distributed as dist
 from megatron_slm.config.resilience import ResilienceConfig
 from megatron_slm.errors import PeerError, SlmError
 from megatron_slm.log import print_traceback
+from megatron_slm.operations.device_waits import waits_on_device
 from megatron_slm.operations.hang_report import Diagnosis, Record, diagnose, is_in_collective, main_stack, table
 from megatron_slm.operations.heartbeats import Heartbeats, StoreLostError, StoreSilentError
 from megatron_slm.operations.silent_peers import SilentPeers
@@ -47,12 +51,13 @@ _LAST_RESORT_SECONDS = 60.0
 """Time after the second limit at which a process that never runs this thread is ended."""
 _RESPONSE_SECONDS = 2.0
 """Minimum time for a live rank to publish a record, on a busy machine too."""
-_AlarmKind = Literal["slow", "end", "lost"]
+_AlarmKind = Literal["slow", "end", "wait", "lost"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Alarm:
-    """One rank's call to all ranks: its loop exceeded the first limit (slow) or the second (end), or a rank is lost."""
+    """One rank's call to all ranks: its loop exceeded the first limit (slow) or the second (end), its wait for another
+    rank the longest one (wait), or a rank is lost."""
 
     kind: _AlarmKind
     rank: int
@@ -66,7 +71,14 @@ class Watchdog:
     Collective over the world.
     """
 
-    def __init__(self, activity: Activity, config: ResilienceConfig, run_dir: Path) -> None:
+    def __init__(
+        self, activity: Activity, config: ResilienceConfig, run_dir: Path, *, longest_wait_seconds: float | None = None
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            longest_wait_seconds: of a wait for another rank; None where the communication library raises in time.
+        """
         self.activity, self._config, self._folder = activity, config, run_dir / FOLDER
         self.enabled = config.watchdog_factor > 0
         self._interval = max(min(1.0, config.watchdog_min_seconds / 4), dist.get_world_size() / 500)
@@ -76,6 +88,9 @@ class Watchdog:
         self._beat, self._num_alarms = 0, 0
         self._ended: str | None = None
         self._silent_peers = SilentPeers()
+        self._longest_wait_seconds = longest_wait_seconds
+        self._wait: tuple[object, float] | None = None
+        """The position at which this rank waits for another, and since when."""
         self._is_lost = False
         self._reported: Moment | None = None
         self._wake, self._closed, self._explained = threading.Event(), False, threading.Event()
@@ -159,6 +174,8 @@ class Watchdog:
             self._is_lost = True
         moment, limit = self._watched
         kind = self._due_alarm(moment, limit)
+        if kind == "wait":
+            limit = self._longest_wait_seconds or 0.0
         if kind is not None:
             self._heartbeats.set_once(f"alarm/{self._num_alarms}", asdict(self._alarm(kind, moment, limit)))
         alarm = self._heartbeats.get(f"alarm/{self._num_alarms}")
@@ -172,7 +189,7 @@ class Watchdog:
         kind = self._due_alarm(moment, limit)
         if kind == "lost":
             self._exit_lost(found)
-        elif kind == "end":
+        elif kind in ("end", "wait"):
             self._may_exit.acquire(blocking=False)
             self._write_report()
             self._exit_hang(self._alarm(kind, moment, limit), found)
@@ -184,9 +201,20 @@ class Watchdog:
         elapsed = _seconds_since(moment)
         if self._is_lost:
             return "lost"
+        if self._longest_wait_seconds is not None and self._seconds_waited() > self._longest_wait_seconds:
+            return "wait"
         if elapsed > limit * self._config.watchdog_exit_factor:
             return "end"
         return "slow" if elapsed > limit and moment is not self._reported else None
+
+    def _seconds_waited(self) -> float:
+        """Return how long this rank has waited for another one at the same place."""
+        now, position = time.monotonic(), (self.activity.moment, self.activity.location)
+        if self._waiting_for() is None:
+            self._wait = None
+        elif self._wait is None or self._wait[0] != position:
+            self._wait = position, now
+        return 0.0 if self._wait is None else now - self._wait[1]
 
     def _alarm(self, kind: _AlarmKind, moment: Moment, limit: float) -> _Alarm:
         return _Alarm(kind=kind, rank=self._rank, activity=_describe(moment), limit_seconds=limit)
@@ -201,7 +229,7 @@ class Watchdog:
             self._heartbeats.set_once(f"diagnosis/{number}", asdict(self._diagnose(alarm)))
         if alarm.kind == "slow":
             return
-        if alarm.kind == "end":  # before other ranks exit and this rank's training thread notices
+        if alarm.kind in ("end", "wait"):  # before other ranks exit and this rank's training thread notices
             self._may_exit.acquire(blocking=False)
         found = self._await_diagnosis(number, alarm)
         if alarm.kind == "lost":
@@ -218,7 +246,8 @@ class Watchdog:
         now = self._records()
         found = diagnose(before, now)
         if alarm.kind != "lost":
-            headline = f"{alarm.activity} exceeded its limit of {alarm.limit_seconds:.0f} s"
+            what = f"rank {alarm.rank}'s wait, {alarm.activity}," if alarm.kind == "wait" else alarm.activity
+            headline = f"{what} exceeded its limit of {alarm.limit_seconds:.0f} s"
             logger.error("%s; most likely cause: %s (reports in %s)", headline, found.text, self._folder)
             self._append("summary.txt", f"{headline}\nmost likely cause: {found.text}\n\n{table(now, found)}")
         return found
@@ -252,6 +281,8 @@ class Watchdog:
         self._linger()
         field = f"rank {self._rank}: {alarm.activity}"
         rule = f"finish within --watchdog-exit-factor times its limit of {alarm.limit_seconds:.0f} s"
+        if alarm.kind == "wait":
+            rule = "receive answers from all its peers within --distributed-timeout-minutes"
         fix = f"read {self._folder}, repair the cause and resume with --load; or raise the limits"
         self._exit(PeerError(field, f"held up; {found.text}", rule, fix), EXIT_CODE)
 
@@ -270,9 +301,7 @@ class Watchdog:
 
     def _record(self) -> Record:
         self._beat += 1
-        moment, location, waiting_for = self.activity.moment, self.activity.location, self.activity.waiting_for
-        if waiting_for is None and is_in_collective():
-            waiting_for = "in a collective operation"
+        moment, location, waiting_for = self.activity.moment, self.activity.location, self._waiting_for()
         values: dict[str, Any] = {}
         if location is not None:
             values = {"instruction": location.name, "micro_batch": location.micro_batch, "number": location.number}
@@ -290,6 +319,13 @@ class Watchdog:
             stack=main_stack() if moment is self._reported else "",
             **values,
         )
+
+    def _waiting_for(self) -> str | None:
+        """Return what this rank waits for; None where it waits for no other rank."""
+        waiting_for = self.activity.waiting_for
+        if waiting_for is None and is_in_collective():
+            waiting_for = "in a collective operation"
+        return waiting_for or waits_on_device()
 
     def _write_report(self) -> None:
         """Append this rank's record and the stacks of all its threads to its file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +20,8 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     """Join the world described by the launcher's environment variables; without them, a world of one process.
 
     Args:
-        timeout: longest wait for another rank, also in groups created later (DeepSpeed's pass no timeout).
+        timeout: longest wait for another rank, also in groups created later (DeepSpeed's pass no timeout). NCCL gets
+            `OWN_LIMIT_FIRST` more: its thread ends the process without a word of who is missing.
 
     DeepSpeed would first compile a shared-memory collective for the CPU: it takes a minute, needs a compiler, and
     waits forever on the lock of a killed build. Nothing here calls that collective, so the build is disabled.
@@ -31,6 +33,9 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
+    if communication_backend() == "nccl":
+        timeout += OWN_LIMIT_FIRST
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch records what the watchdog reads in a hang
     for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # gloo, NCCL
         setattr(distributed_c10d, default, timeout)
     complete_environment()
@@ -41,6 +46,8 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     deepspeed.init_distributed(dist_backend=communication_backend(), timeout=timeout, verbose=False)
 
 
+OWN_LIMIT_FIRST = timedelta(minutes=2)
+"""Time that the watchdog has, after the longest wait, to find the rank that is missing."""
 MESSAGE_BLOCKS = 4
 """Thread blocks of a message between stages, which it holds from its start until its peer has come.
 

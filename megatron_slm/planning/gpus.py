@@ -81,8 +81,9 @@ class Cluster:
     gpu: Gpu
     num_nodes: int
     gpus_per_node: int
-    efficiency: float = 0.4
-    """Share of peak FLOP/s reached in a stage's forward and backward passes, norms and attention included."""
+    efficiency: float | None = None
+    """Share of peak FLOP/s reached in a stage's forward and backward passes, norms and attention included; None for
+    the roofline's."""
     link_efficiency: float = 0.75
     """Share of a link's bandwidth reached by collectives."""
     memory_share: float = 0.9
@@ -94,7 +95,7 @@ class Cluster:
                 raise ConfigError(flag, number, "be at least 1", "give a positive number")
         for name in ("efficiency", "link_efficiency", "memory_share"):
             share = getattr(self, name)
-            if not 0 < share <= 1:
+            if share is not None and not 0 < share <= 1:
                 raise ConfigError("--" + name.replace("_", "-"), share, "be in (0, 1]", "give a share such as 0.4")
 
     @property

@@ -127,9 +127,10 @@ def search_table(found: Sequence[Estimate], gpu: str) -> Table:
 
 def assumptions(cluster: Cluster, gpu: str) -> str:
     """Return the assumptions behind the figures, in one sentence."""
+    computing = "a roofline of" if cluster.efficiency is None else f"{cluster.efficiency:.0%} of the peak of"
     link, network = cluster.gpu.link_bytes_per_second / 1e9, cluster.gpu.network_bits_per_second / 1e9
     return (
-        f"Assumed, not measured: {cluster.efficiency:.0%} of {gpu}'s peak in forward and backward passes, "
+        f"Assumed, not measured: {computing} {gpu} in forward and backward passes, "
         f"{cluster.link_efficiency:.0%} of {link:.0f} GB/s between GPUs of a node and of {network:.0f} Gb/s per GPU "
         "between nodes (docs/planning.md)."
     )

@@ -1,4 +1,4 @@
-"""Predicts the time of a step: counted FLOPs at an assumed efficiency, in the order of the real schedule. Pure.
+"""Predicts the time of a step: passes costed by a roofline, in the order of the real schedule. Pure.
 
 `Cluster` and docs/planning.md list the assumptions.
 """
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import BackwardConfig, planned_share
-from megatron_slm.engine.schedule.costs import Costs, forward_flops, planned_passes
+from megatron_slm.engine.schedule.costs import Costs, planned_passes
+from megatron_slm.model.partition import stage_blocks
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.memory import loss_head_plan, model_parameters
 from megatron_slm.planning.planned_run import PlannedRun
+from megatron_slm.planning.roofline import Roofline, Work, block_backward, block_forward, head_backward, head_forward
 
 TICKS = 30_000
 """Mean length of a stage's forward and backward pass in `Costs.scaled`."""
@@ -78,47 +80,82 @@ class StepTime:
 
 
 def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durations:
-    """Return the duration of each stage's passes.
+    """Return the duration of each stage's passes (`roofline.py`).
 
-    A backward pass costs two forward passes, or three with recomputation, and less on some of the rows. The loss head
-    costs one matrix product over all rows forward, and over the kept rows two backward, or three if it recomputes
-    their logits. Tensor parallelism adds two all-reduces (or their halves) per block and direction, which do not
-    overlap with computation.
+    The loss head computes one matrix product over all rows forward, and over the kept rows two backward, or three if it
+    recomputes their logits. Tensor parallelism adds two all-reduces (or their halves) per block and direction, which do
+    not overlap with computation.
     """
-    rate = cluster.gpu.flops(bf16=run.config.training.bf16) * cluster.efficiency * layout.tensor
-    tokens = layout.micro_batch_size * run.config.data.seq_length
+    roofline = Roofline(cluster=cluster, bf16=run.config.training.bf16)
+    length = run.config.data.seq_length
+    tokens = layout.micro_batch_size * length
+    compiles = run.config.backend.compiles_on_gpu(
+        zero_stage=layout.zero_stage,
+        samples_rows=not run.config.backward.is_exact,
+        resets_documents=run.config.data.reset_attention_mask or run.config.data.reset_position_ids,
+    )
+    sums = [roofline.gradient_sum_seconds(stage.total) for stage in model_parameters(run, layout)]
 
-    def passes(arch: Architecture) -> tuple[list[float], list[float], float]:
-        flops, head = forward_flops(arch, layout.pipeline, run.config.data.seq_length)
+    def forward_pass(arch: Architecture) -> _Forward:
+        work = block_forward(
+            arch, length, tensor=layout.tensor, sequence_shards=layout.sequence_shards, e=run.dtype_bytes,
+            compiled=compiles,
+        )  # fmt: skip
         ring = _all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
-        blocks = _blocks(arch, layout.pipeline)
-        return [tokens * x / rate for x in flops], [2 * ring * n for n in blocks], tokens * head / rate
+        return _Forward(
+            blocks=stage_blocks(arch.num_layers, layout.pipeline),
+            work=work,
+            compute=tokens * roofline.seconds(work),
+            communication=2 * ring,
+            embedding=2 * tokens * arch.hidden_size * run.dtype_bytes / cluster.gpu.memory_bytes_per_second,
+            head=tokens * roofline.seconds(head_forward(arch, tensor=layout.tensor)),
+        )
 
-    compute, communication, head = passes(run.architecture)
-    forward = [x + y for x, y in zip(compute, communication, strict=True)]
-    forward[-1] += head
+    model = forward_pass(run.architecture)
     num_products = 2 if loss_head_plan(run, layout).capacity else 3
+    kept_head = head_backward(run.architecture, tensor=layout.tensor, num_products=num_products)
 
     def backward_pass(rows: BackwardConfig) -> tuple[float, ...]:
-        length, share = run.config.data.seq_length, planned_share(rows, run.keep_ratio)
+        share = planned_share(rows, run.keep_ratio)
         num_passes = planned_passes(run.architecture, length, rows, run.keep_ratio, recomputes=layout.recomputes)
+        work = block_backward(model.work, num_passes=num_passes, row_share=share, recomputes=layout.recomputes)
         # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
-        num_communications = (1 + layout.recomputes) * (1 + share) / 2
-        backward = [num_passes * x + num_communications * y for x, y in zip(compute, communication, strict=True)]
-        backward[-1] += num_products * run.keep_ratio * head
+        block = tokens * roofline.seconds(work) + (1 + layout.recomputes) * (1 + share) / 2 * model.communication
+        backward = [block * count + added for count, added in zip(model.blocks, sums, strict=True)]
+        backward[0] += 2 * model.embedding
+        backward[-1] += run.keep_ratio * tokens * roofline.seconds(kept_head)
         return tuple(backward)
 
-    reference = [0.0] * layout.pipeline
-    if run.reference is not None:
-        frozen_compute, frozen_communication, frozen_head = passes(run.reference)
-        reference = [x + y for x, y in zip(frozen_compute, frozen_communication, strict=True)]
-        reference[-1] += frozen_head
+    reference = [0.0] * layout.pipeline if run.reference is None else forward_pass(run.reference).stages
     return Durations(
-        forward=tuple(forward),
+        forward=tuple(model.stages),
         backward=backward_pass(run.config.backward),
         reference=tuple(reference),
         exact_backward=backward_pass(BackwardConfig()),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Forward:
+    """Seconds of one micro-batch's forward pass."""
+
+    blocks: list[int]
+    """Number of blocks of each stage."""
+    work: Work
+    """Of a block, for one token."""
+    compute: float
+    communication: float
+    """Of a block, each."""
+    embedding: float
+    head: float
+
+    @property
+    def stages(self) -> list[float]:
+        """Seconds on each stage."""
+        stages = [count * (self.compute + self.communication) for count in self.blocks]
+        stages[0] += self.embedding
+        stages[-1] += self.head
+        return stages
 
 
 def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_seconds: float) -> StepTime:
@@ -153,11 +190,6 @@ def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_sec
         gradients=gradients,
         optimizer=update + gather,
     )
-
-
-def _blocks(arch: Architecture, num_stages: int) -> list[int]:
-    share, extra = divmod(arch.num_layers, num_stages)
-    return [share + 1 if stage < extra else share for stage in range(num_stages)]
 
 
 def _ring_seconds(num_bytes: float, num_ranks: int, stride: int, cluster: Cluster) -> float:

@@ -38,6 +38,8 @@ def run_backends(config: RunConfig, user_deepspeed: dict[str, Any], architecture
         architectures=architectures,
         updates_on_host=ds_config.offloads_optimizer(user_deepspeed),
         keeps_documents_apart=config.data.reset_attention_mask,
+        resets_positions=config.data.reset_position_ids,
+        samples_rows=not config.backward.is_exact,
     )
 
 
@@ -49,6 +51,8 @@ def choose_backends(
     architectures: Iterable[Architecture],
     updates_on_host: bool = False,
     keeps_documents_apart: bool = False,
+    resets_positions: bool = False,
+    samples_rows: bool = False,
 ) -> Backends:
     """Resolve `auto` to a backend that works.
 
@@ -56,6 +60,8 @@ def choose_backends(
         architectures: of the model and the reference.
         updates_on_host: the optimizer is offloaded.
         keeps_documents_apart: attention runs inside documents, of any length.
+        resets_positions: positions start again in each document.
+        samples_rows: blocks' backward passes run on some of the gradient's rows.
 
     Raises:
         ConfigError: a backend asked for by name does not work here.
@@ -69,11 +75,16 @@ def choose_backends(
             "leave it out, or use ZeRO-1 or ZeRO-2",
         )
     notes: dict[str, str] = {}
+    can_compile = config.compiles_on_gpu(
+        zero_stage=zero_stage,
+        samples_rows=samples_rows,
+        resets_documents=keeps_documents_apart or resets_positions,
+    )
     return Backends(
         attention=_attention(config.attention_backend, models, bf16, keeps_documents_apart, notes),
         norm=_norm(config.norm_backend, notes),
         optimizer=_optimizer(config.optimizer_backend, updates_on_host, notes),
-        compile_blocks=config.compile_blocks,
+        compile_blocks=_compiles(config.compile_blocks, can_compile, notes),
         notes=notes,
     )
 
@@ -164,6 +175,12 @@ def _optimizer(asked: str, updates_on_host: bool, notes: dict[str, str]) -> Opti
     if updates_on_host or not on_gpu():
         return "torch"
     return "apex" if _noted(find(packages.APEX_ADAM), "optimizer", notes) else "torch"
+
+
+def _compiles(asked: bool | None, can_compile: bool, notes: dict[str, str]) -> bool:
+    if asked is not None:
+        return asked
+    return on_gpu() and can_compile and _noted(find(packages.COMPILER), "blocks", notes)
 
 
 def _noted(found: Finding, what: str, notes: dict[str, str]) -> bool:

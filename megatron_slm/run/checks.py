@@ -9,18 +9,20 @@ from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.backends import Backends
 from megatron_slm.config.blends import parse_phases
 from megatron_slm.config.run import RunConfig
+from megatron_slm.config.scores import EXTERNAL
 from megatron_slm.convert.source import Model
 from megatron_slm.convert.tensors import check_tensors
+from megatron_slm.data.corpus.columns import check_columns, read_column_sidecar
 from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer, check_same_vocabulary
 from megatron_slm.device import on_gpu
-from megatron_slm.errors import CheckpointError, ConfigError, ScoreStoreError, VocabularyError
+from megatron_slm.errors import CheckpointError, ConfigError, CorpusError, ScoreStoreError, VocabularyError
 from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.planned_run import architecture_at
 from megatron_slm.reference.stored import StoredScores
-from megatron_slm.run.corpora import boundaries
+from megatron_slm.run.corpora import RunData, boundaries
 from megatron_slm.run.layout import check_layout
 from megatron_slm.run.models import Models
 from megatron_slm.run.opened_corpora import eod_id
@@ -120,6 +122,23 @@ def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores 
             "hold entropies, required by --slm-score reference-entropy",
             "write them with tools/score_corpus.py --with-entropy, or choose another score",
         )
+
+
+def check_selection_columns(config: RunConfig, data: RunData) -> None:
+    """Check that the columns that the selection reads are of the corpora's content. Reads up to 256 MiB of each.
+
+    Raises:
+        CorpusError: a column was made for other tokens, or has weights below 0.
+    """
+    names, weight = config.selection.columns, config.selection.slm_weight or ""
+    for corpus in (source.corpus for source in data.train.sources):
+        check_columns(corpus, names)
+        if not weight.startswith(EXTERNAL):
+            continue
+        minimum = read_column_sidecar(corpus, weight.removeprefix(EXTERNAL)).minimum
+        if minimum < 0:
+            field = f"--slm-weight {weight}: least number beside {corpus.prefix}"
+            raise CorpusError(field, minimum, "be at least 0", "write weights, or use it as --slm-score")
 
 
 def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:

@@ -116,7 +116,12 @@ def open_data(
     eod = eod_id(config, tokenizer)
     ends_matter = config.data.eod_mask_loss or config.data.reset_attention_mask or config.data.reset_position_ids
     opener = CorpusOpener(
-        tokenizer=tokenizer, num_tokens=num_tokens, eod_id=eod if ends_matter else None, cache=cache, share=share
+        tokenizer=tokenizer,
+        num_tokens=num_tokens,
+        eod_id=eod if ends_matter else None,
+        cache=cache,
+        columns=dict.fromkeys(named, config.selection.columns),
+        share=share,
     )
     opened = {prefix: opener.open(prefix) for prefix in named}
     valid = _held_out(_VALID, paths, list(named.values()), opener, config.data.seq_length)
@@ -224,6 +229,7 @@ def _make_samples(
         num_samples=num_samples,
         seed=(config.training.seed + seed_offset) % 2**32,
         loss_mask=corpus.loss_mask,
+        columns=corpus.columns,
         cache=cache,
     )
     if corpus.loss_mask is None or config.data.samples_without_loss == "keep":

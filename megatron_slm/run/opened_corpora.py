@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_slm.config.run import RunConfig
+from megatron_slm.data.corpus.columns import open_column
 from megatron_slm.data.corpus.content import content_sha256
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import find_loss_mask, read_sidecar_of
@@ -32,6 +34,16 @@ class OpenedCorpus:
 
     tokens: IndexedCorpus
     loss_mask: IndexedCorpus | None
+    columns: Mapping[str, IndexedCorpus] = field(default_factory=dict)
+    """Columns of the corpus that the run reads, by name; only of corpora that are trained on."""
+
+    def with_columns(self, names: Sequence[str]) -> OpenedCorpus:
+        """Open columns of the corpus.
+
+        Raises:
+            CorpusError: one cannot be used.
+        """
+        return replace(self, columns={name: open_column(self.tokens, name) for name in names})
 
     @cached_property
     def mask_fingerprint(self) -> str:
@@ -59,6 +71,8 @@ class CorpusOpener:
     """Folder for copies of remote corpora."""
     share: tuple[int, int] = (0, 1)
     """(i, n) reads the token ids of the i-th of n shares of the corpora, so that n ranks together read each once."""
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Columns that are read, by prefix of the corpus."""
     opened: dict[str, OpenedCorpus] = field(default_factory=dict)
 
     def open(self, prefix: str) -> OpenedCorpus:
@@ -68,12 +82,14 @@ class CorpusOpener:
             SlmError: it is damaged, or of another vocabulary.
         """
         if prefix not in self.opened:
-            local = staged(prefix, self.cache)
+            names = self.columns.get(prefix, ())
+            local = staged(prefix, self.cache, names)
             tokens, mask = open_corpus(local, self.tokenizer, self.num_tokens), find_loss_mask(local)
             if len(self.opened) % self.share[1] == self.share[0]:
                 tokens.check_vocabulary(self.num_tokens)
             self._check_ends(tokens)
-            self.opened[prefix] = OpenedCorpus(tokens=tokens, loss_mask=None if mask is None else IndexedCorpus(mask))
+            opened = OpenedCorpus(tokens=tokens, loss_mask=None if mask is None else IndexedCorpus(mask))
+            self.opened[prefix] = opened.with_columns(names)
         return self.opened[prefix]
 
     def _check_ends(self, corpus: IndexedCorpus) -> None:

@@ -147,12 +147,21 @@ def _try_flash3() -> None:
 
 
 def _try_norm() -> None:
+    _compare_norm(normalize_in_apex)
+
+
+def _try_compiler() -> None:
+    """Compile a norm as blocks are compiled: with Triton, which needs a C compiler."""
+    _compare_norm(torch.compile(normalize, dynamic=False))
+
+
+def _compare_norm(norm: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     draw, device = torch.Generator().manual_seed(0), local_device()
     x, weight, gradient = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((16, 256), (256,), (16, 256)))
     outcomes = []
-    for norm in (normalize_in_apex, normalize):
+    for one in (norm, normalize):
         held = [t.detach().to(device).requires_grad_(True) for t in (x, weight)]
-        out = norm(held[0], held[1], 1e-5)
+        out = one(held[0], held[1], 1e-5)
         out.backward(gradient.to(device))
         outcomes.append([out.detach(), *(t.grad for t in held if t.grad is not None)])
     _compare(*outcomes)
@@ -195,6 +204,12 @@ APEX_NORM = Package(
     functions=(("apex.normalization.fused_layer_norm", "fused_rms_norm_affine"), ("fused_layer_norm_cuda", "")),
     trial=_try_norm,
     fix=_APEX,
+)
+COMPILER = Package(
+    name="triton",
+    functions=(("triton", ""),),
+    trial=_try_compiler,
+    fix="install triton and a C compiler (docs/gpus.md)",
 )
 APEX_ADAM = Package(
     name="apex",

@@ -29,6 +29,7 @@ from megatron_slm.run.checks import (
     check_environment,
     check_models,
     check_ranks_and_sets,
+    check_selection_columns,
     warn_of_unused_flags,
 )
 from megatron_slm.run.corpora import RunData, open_run_data, read_probe_texts
@@ -154,6 +155,8 @@ def make_plan(
     data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry, share=share)
     check_ranks_and_sets(config, topology, data.valid)
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
+    if rank == 0:
+        check_selection_columns(config, data)
     scores = open_scores(config, models.tokenizer, data.train, thorough=rank == 0)
     check_entropies(config, selector, scores)
     resolved = ds_config.resolve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +14,19 @@ from megatron_slm.config.scoring import ScoringOptions
 from megatron_slm.convert.source import Model, open_model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.data.blending import BlendedSamples
-from megatron_slm.data.tokenizers.registry import Tokenizer
-from megatron_slm.errors import ConfigError
+from megatron_slm.data.tokenizers.registry import NullTokenizer, Tokenizer, build_tokenizer
+from megatron_slm.errors import ConfigError, VocabularyError
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.manifest import StoreManifest, samples_per_shard
 from megatron_slm.run.backends import choose_backends
 from megatron_slm.run.checks import check_model_vocabulary
 from megatron_slm.run.corpora import open_run_data
 from megatron_slm.run.layout import check_layout, run_topology
+from megatron_slm.run.opened_corpora import eod_id
 from megatron_slm.run.resume import Resume
 from megatron_slm.run.stores import scored_data
 from megatron_slm.run.tokenizer import open_run_tokenizer
+from megatron_slm.scoring.retokenized import RetokenizedSamples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,32 @@ class ScoringPlan:
     samples: BlendedSamples
     """Training samples of the run."""
     backends: Backends
+    retokenized: RetokenizedSamples | None = None
+    """The same samples in the tokens of the reference's own tokenizer; None where it is the run's."""
+    reference_tokenizer: Tokenizer | None = None
+    """That tokenizer."""
 
     @property
     def num_tokens(self) -> int:
         """Exclusive upper bound of the corpora's token ids."""
         return self.reference.architecture.vocab_size
+
+    @property
+    def reference_length(self) -> int:
+        """Inputs of a sample as the reference reads it."""
+        return self.config.data.seq_length if self.retokenized is None else self.retokenized.sequence_length
+
+    @property
+    def reference_id(self) -> str:
+        """Checksum of the reference, and of its tokenizer and length where they are not the run's."""
+        content = self.reference.content_sha256()
+        if self.reference_tokenizer is None:
+            return content
+        same = self.reference_tokenizer.fingerprint() == self.tokenizer.fingerprint()
+        if same and self.reference_length == self.config.data.seq_length:
+            return content
+        identity = f"{content} {self.reference_tokenizer.fingerprint()} {self.reference_length}"
+        return hashlib.sha256(identity.encode()).hexdigest()
 
     @property
     def num_samples(self) -> int:
@@ -65,7 +89,7 @@ class ScoringPlan:
         return StoreManifest(
             data=scored_data(self.config, self.tokenizer, self.samples, with_content=True),
             reference=str(self.config.selection.reference_load),
-            reference_sha256=self.reference.content_sha256(),
+            reference_sha256=self.reference_id,
             computed_in=str(self.dtype).removeprefix("torch."),
             dtype=self.options.score_dtype,
             with_entropy=self.options.with_entropy,
@@ -105,11 +129,23 @@ def make_scoring_plan(
     share = (0, 1) if dry else (rank, world_size)
     reference = open_model(path, field="--reference-load", share=share)
     tokenizer = open_run_tokenizer(config)
-    check_model_vocabulary(reference, config, tokenizer, field="--reference-load", path=path)
+    reference_tokenizer = _reference_tokenizer(reference, config, path) if options.retokenize else None
+    if reference_tokenizer is None:
+        check_model_vocabulary(reference, config, tokenizer, field="--reference-load", path=path)
     check_layout(reference.architecture, config, topology, what="reference")
     check_tensors(reference.architecture, reference.source, field="--reference-load")
-    num_tokens = reference.architecture.vocab_size
+    num_tokens = reference.architecture.vocab_size if reference_tokenizer is None else tokenizer.vocab_size
     data = open_run_data(config, tokenizer, num_tokens, resume, training.global_batch_size, dry=dry, share=share)
+    retokenized = None
+    if reference_tokenizer is not None:
+        retokenized = RetokenizedSamples(
+            data.train,
+            tokenizer=tokenizer,
+            reference=reference_tokenizer,
+            special=_special_tokens(config, tokenizer, reference_tokenizer),
+            sequence_length=options.reference_seq_length or config.data.seq_length,
+        )
+        _check_length(retokenized.sequence_length, config, topology)
     return ScoringPlan(
         config=config,
         options=options,
@@ -117,7 +153,55 @@ def make_scoring_plan(
         tokenizer=tokenizer,
         reference=reference,
         samples=data.train,
+        retokenized=retokenized,
+        reference_tokenizer=reference_tokenizer,
         backends=choose_backends(
-            config.backend, bf16=training.bf16, zero_stage=1, architectures=[reference.architecture]
+            config.backend,
+            bf16=training.bf16,
+            zero_stage=1,
+            architectures=[reference.architecture],
+            keeps_documents_apart=config.data.reset_attention_mask,
+            resets_positions=config.data.reset_position_ids,
         ),
     )
+
+
+def _reference_tokenizer(reference: Model, config: RunConfig, path: str) -> Tokenizer:
+    """Open the tokenizer in the reference's folder; NullTokenizer where the run has that one."""
+    size = reference.architecture.vocab_size
+    if config.data.tokenizer_type == "NullTokenizer":
+        return NullTokenizer(config.data.vocab_size)
+    if reference.tokenizer_folder is None:
+        fix = "copy its tokenizer files into the folder"
+        raise VocabularyError.missing(f"tokenizer of --reference-load {path}", "--retokenize", fix)
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(reference.tokenizer_folder))
+    tokenizer.special_tokens_are_plain = True
+    if tokenizer.vocab_size > size:
+        rule = f"be at least its tokenizer's {tokenizer.vocab_size}"
+        raise VocabularyError("--reference-load: vocabulary size", size, rule, "use the tokenizer of this reference")
+    return tokenizer
+
+
+def _special_tokens(config: RunConfig, tokenizer: Tokenizer, reference: Tokenizer) -> dict[int, int]:
+    """Map the run's end-of-document token and BOS to the reference's."""
+    tokenizer.special_tokens_are_plain = True
+    eod, pairs = eod_id(config, tokenizer), {}
+    if tokenizer.bos_id is not None:
+        pairs[tokenizer.bos_id] = reference.eod_id if reference.bos_id is None else reference.bos_id
+    if eod is not None:
+        pairs[eod] = reference.eod_id
+    if any(index is None for index in pairs.values()):
+        raise VocabularyError(
+            "--reference-load: end-of-document token",
+            "none",
+            "exist, for --retokenize: the run's tokenizer has one",
+            "set eos_token in the tokenizer_config.json of the reference",
+        )
+    return {own: theirs for own, theirs in pairs.items() if theirs is not None}
+
+
+def _check_length(length: int, config: RunConfig, topology: Topology) -> None:
+    """Check that sequence parallelism can cut the reference's samples."""
+    if config.parallel.sequence_parallel and length % topology.tensor:
+        rule = f"be a multiple of --tensor-model-parallel-size, {topology.tensor}, with --sequence-parallel"
+        raise ConfigError("--reference-seq-length", length, rule, "round it up")

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.arithmetic import ceil_div
-from megatron_slm.data.loader import MicroBatchSource
+from megatron_slm.data.loader import Boundaries, MicroBatchSource
+from megatron_slm.data.samples import Samples
 from megatron_slm.device import local_device
 from megatron_slm.engine.channels import Channel, Channels, Lane
 from megatron_slm.loss.objective import Objective
@@ -93,7 +94,7 @@ class _Scorer:
     """This rank's stage of the reference and its channels."""
 
     def __init__(self, plan: ScoringPlan, num_samples: int) -> None:
-        parallel, data = plan.config.parallel, plan.config.data
+        parallel = plan.config.parallel
         self.rank = plan.topology.coordinate(dist.get_rank())
         self.is_first, self.is_last = self.rank.pipeline == 0, self.rank.pipeline == plan.topology.pipeline - 1
         tp = create_tensor_parallel_group(plan.topology, sequence_parallel=parallel.sequence_parallel)
@@ -107,20 +108,29 @@ class _Scorer:
         self.device, self.dtype = local_device(), plan.dtype
         self.channels = Channels(plan.topology, dist.get_rank(), self.device, [Lane.REFERENCE], Activity())
         self.b = plan.config.training.micro_batch_size
-        length = data.seq_length // (tp.size if tp.sequence_parallel else 1)
+        length = plan.reference_length // (tp.size if tp.sequence_parallel else 1)
         self.message_shape = (length, self.b, plan.reference.architecture.hidden_size)
         # Every position is scored, so that the store serves runs with any loss mask; padding completes the last
         # micro-batch of a shard.
-        self.source = MicroBatchSource(
-            plan.samples,
+        ends = replace(boundaries(plan.config, plan.tokenizer), eod_mask_loss=False)
+        run_tokens = plan.num_tokens if plan.retokenized is None else plan.tokenizer.vocab_size
+        self.run_source = self.source = self._source(plan.samples, run_tokens, ends)
+        self.retokenized = plan.retokenized
+        if plan.retokenized is not None and plan.reference_tokenizer is not None:
+            ends = replace(ends, eod_id=plan.reference_tokenizer.eod_id)
+            self.source = self._source(plan.retokenized, plan.num_tokens, ends)
+        self.progress = _Progress(num_samples, plan.config.data.seq_length, plan.topology.data)
+
+    def _source(self, samples: Samples, num_tokens: int, ends: Boundaries) -> MicroBatchSource:
+        return MicroBatchSource(
+            samples,
             micro_batch_size=self.b,
             data_parallel_rank=0,
             data_parallel_size=1,
-            vocab_size=plan.num_tokens,
-            boundaries=replace(boundaries(plan.config, plan.tokenizer), eod_mask_loss=False),
+            vocab_size=num_tokens,
+            boundaries=ends,
             pads_at_end=True,
         )
-        self.progress = _Progress(num_samples, plan.config.data.seq_length, plan.topology.data)
 
     def score(self, manifest: StoreManifest, shard: int | None) -> tuple[Scores, list[int]] | None:
         """Run a shard through this pipeline; return its scores and token checksums on the rank that writes them.
@@ -137,9 +147,21 @@ class _Scorer:
         parts = self._forward(num_micro_batches, batches)
         if not samples or not self.is_last or self.objective.tp.rank != 0:
             return None
+        if self.retokenized is not None:
+            batches = [self.run_source.micro_batch(start, 0) for start in samples[:: self.b]]
+            parts = [[self._spread(part[0], batch)] for part, batch in zip(parts, batches, strict=True)]
         digests = [digest for batch in batches for digest in token_digests(batch)][: len(samples)]
         loss_bs, *entropy = (torch.cat(column)[: len(samples)].cpu() for column in zip(*parts, strict=True))
         return Scores(loss_bs, entropy[0] if entropy else None), digests
+
+    def _spread(self, loss_bL: Tensor, batch: MicroBatch) -> Tensor:
+        """Spread the reference's losses over the run's tokens, [b, s]; 0 where the run has no label."""
+        assert self.retokenized is not None, "the reference has another tokenizer"
+        rows = torch.zeros(batch.labels_bs.shape)
+        for row, loss_L, sample in zip(rows, loss_bL.float().cpu().numpy(), batch.sample_b.tolist(), strict=True):
+            if sample < len(self.retokenized):
+                row.copy_(torch.from_numpy(self.retokenized.spread(sample, loss_L)))
+        return rows.masked_fill_(~batch.valid_bs, 0.0)
 
     def _forward(self, num_micro_batches: int, batches: Sequence[MicroBatch]) -> list[list[Tensor]]:
         """Run all micro-batches through this stage; on the last one return their statistics, each [b, s]."""

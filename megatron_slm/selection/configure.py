@@ -8,21 +8,23 @@ from megatron_slm.errors import ConfigError
 from megatron_slm.selection.schedule import KeepSchedule
 from megatron_slm.selection.scores import score_named
 from megatron_slm.selection.selector import Selector
+from megatron_slm.selection.token_weights import read_token_weights
+from megatron_slm.selection.weights import weight_named
 
 
-def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int) -> Selector:
-    """Build the selector of a run.
+def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int | None) -> Selector:
+    """Build the selector of a run. Reads the file of --slm-token-weights.
 
     Args:
         seed: the run's seed, for random scores and policies.
-        vocabulary_size: exclusive bound of --slm-always-keep and --slm-never-keep.
+        vocabulary_size: exclusive bound of --slm-always-keep and --slm-never-keep; None where it is unknown.
 
     Raises:
-        ConfigError: a missing reference, or a token id outside the vocabulary.
+        ConfigError: a missing reference, a token id outside the vocabulary, or unusable token weights.
     """
     if config.objective == "clm":
         return Selector()
-    scores = tuple(score_named(name) for name in config.slm_score)
+    scores = tuple(score_named(name) for name in config.slm_score) if config.uses_scores else ()
     need_reference = [score.name for score in scores if score.needs_reference]
     if need_reference and config.reference_load is None and not config.reference_scores:
         raise ConfigError.missing(
@@ -33,7 +35,7 @@ def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int) 
         )
     for name in ("slm_always_keep", "slm_never_keep"):
         for token_id in getattr(config, name):
-            if token_id >= vocabulary_size:
+            if vocabulary_size is not None and token_id >= vocabulary_size:
                 raise ConfigError(
                     flag(name),
                     token_id,
@@ -57,9 +59,21 @@ def build_selector(config: SelectionConfig, *, seed: int, vocabulary_size: int) 
         ),
         threshold=0.0 if config.slm_threshold is None else config.slm_threshold,
         threshold_decay=config.slm_threshold_decay,
+        keep_adaptation=config.slm_keep_adaptation,
+        keep_least=config.slm_keep_least,
+        keep_most=config.slm_keep_most,
+        peaking_share=config.slm_peaking_share,
+        peaking_length=config.slm_peaking_length,
         temperature=config.slm_temperature,
+        weight=None if config.weight is None else weight_named(config.weight.name),
+        weight_normalization=config.slm_weight_normalization,
+        weight_power=config.slm_weight_power,
         weight_floor=config.slm_weight_floor,
+        token_weight_V=None
+        if config.slm_token_weights is None
+        else read_token_weights(config.slm_token_weights, vocabulary_size),
         always_keep=tuple(config.slm_always_keep),
         never_keep=tuple(config.slm_never_keep),
+        protected_spans=config.slm_protected_spans,
         seed=seed,
     )

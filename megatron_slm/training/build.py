@@ -214,6 +214,9 @@ def _text_probe(plan: Plan, trainer: Trainer) -> TextProbe | None:
     if plan.probe_texts is None:
         return None
     selects = bool(plan.selector.scores)
+    if plan.config.selection.columns:
+        logger.info("columns do not cover the texts of --probe-file: recording their losses without a selection")
+        selects = False
     if plan.scores is not None and plan.selector.needs_reference:
         logger.info("stored scores do not cover the texts of --probe-file: recording their losses without a selection")
         selects = False

@@ -49,7 +49,9 @@ class FixedBatch:
         Args:
             selects: also rank and select the tokens, as the next training step would.
         """
-        settings = StepSettings(step=state.step, score_threshold=state.score_threshold) if selects else None
+        settings = None
+        if selects:
+            settings = StepSettings(step=state.step, score_threshold=state.score_threshold, keep_ratio=state.keep_ratio)
         return self.trainer.scored_tokens(partial(self.source.micro_batch, 0), self._references, settings)
 
     def gather(self, parts_bs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

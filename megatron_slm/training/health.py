@@ -42,6 +42,8 @@ class BadBatch:
     """Loss above which the step is a spike; None without a limit."""
     score_threshold: float | None
     """Running threshold of `--slm-policy quantile` in its selection."""
+    keep_ratio: float | None = None
+    """Keep ratio of `--slm-keep-adaptation` in its selection."""
     micro_batches: list[dict[str, Any]]
     """For each: number, data-parallel rank, samples, sources, losses and counts of non-finite values."""
 
@@ -81,6 +83,7 @@ class Health:
         return StepSettings(
             step=state.step,
             score_threshold=state.score_threshold,
+            keep_ratio=state.keep_ratio,
             loss_limit=limit,
             row_shares=tuple(state.row_shares),
         )
@@ -124,6 +127,7 @@ class Health:
             loss_all=loss,
             loss_limit=limit,
             score_threshold=state.score_threshold,
+            keep_ratio=state.keep_ratio,
             micro_batches=[found[key] for key in sorted(found)],
         )
 

@@ -36,7 +36,8 @@ def train(run: Run) -> None:
     """
     config, run_dir = run.plan.config, Path(run.plan.config.logging.run_dir)
     stop = StopRequest(local_device(), config.resilience, run_dir)
-    watchdog = Watchdog(run.trainer.activity, config.resilience, run_dir)
+    longest = 60 * config.parallel.distributed_timeout_minutes if dist.get_backend() == "nccl" else None
+    watchdog = Watchdog(run.trainer.activity, config.resilience, run_dir, longest_wait_seconds=longest)
     with (
         watchdog,
         translate_peer_errors("outside of the pipeline's schedule"),
@@ -111,6 +112,9 @@ class _Loop:
         if not result.skipped:
             state.score_threshold = self._run.plan.selector.next_threshold(
                 state.score_threshold, sums.threshold, sums.threshold_tokens
+            )
+            state.keep_adaptation = self._run.plan.selector.next_adaptation(
+                state.keep_adaptation, state.step - 1, sums.kept_loss, sums.kept_tokens
             )
 
     def _end_profile(self) -> None:

@@ -162,7 +162,9 @@ class Replay:
     def _micro_batch(
         self, record: BadBatch, number: int, recorded: dict[tuple[int, ...], float | None]
     ) -> MicroBatchReplay:
-        settings = StepSettings(step=record.step - 1, score_threshold=record.score_threshold)
+        settings = StepSettings(
+            step=record.step - 1, score_threshold=record.score_threshold, keep_ratio=record.keep_ratio
+        )
         read = partial(self._source.micro_batch, record.first_sample + number * self._source.samples_together)
         self._seen.clear()
         result = train_step(self.run.trainer, read, settings, learning_rate=0.0, is_last=True)

@@ -12,7 +12,7 @@ import tomllib
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.name != "benchmark.py")
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.name not in ("benchmark.py", "gpu_check.py"))
 HELP_SECONDS = 3.0
 HEAVY = ("torch", "deepspeed", "transformers", "matplotlib")
 

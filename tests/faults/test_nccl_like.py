@@ -16,9 +16,12 @@ from megatron_slm.cli import command as module
 from megatron_slm.cli.command import run_command
 from megatron_slm.engine.pipeline import SelectiveEngine
 from megatron_slm.operations import silent_peers
+from megatron_slm.operations.watchdog import EXIT_CODE, Watchdog
 from tests.support.runs import flags, run_flags, write_corpus
 from tests.support.training import command
 from tests.support.world import WorldError, run_world
+
+LONGEST_WAIT = 8.0
 
 
 def behave_like_nccl() -> None:
@@ -67,6 +70,8 @@ class _DeafWork:
 def struck(argv: list[str], victim: int, how: str) -> int:
     """The command, in which one rank dies, hangs or runs out of memory in its sixth forward pass."""
     silent_peers.SILENT_SECONDS = 6.0
+    real_init = Watchdog.__init__
+    Watchdog.__init__ = lambda *args, **named: real_init(*args, **{**named, "longest_wait_seconds": LONGEST_WAIT})  # type: ignore[method-assign]
     real, count = SelectiveEngine._forward, 0
 
     def forward(self: Any, i: int) -> None:
@@ -79,6 +84,8 @@ def struck(argv: list[str], victim: int, how: str) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "hung":
+                time.sleep(300)  # alive, with a heartbeat, and not in any communication
             raise RuntimeError("CUDA out of memory (stand-in)")
         real(self, i)
 
@@ -110,6 +117,18 @@ def test_a_rank_that_nobody_notices_is_named(victim: int, how: str, tmp_path: Pa
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, output
         assert re.findall(r"rank (\d+) \(host", errors[0]) == [str(victim)], errors[0]
+
+
+def test_a_hung_rank_is_named_before_nccls_own_limit(tmp_path: Path) -> None:
+    failed = strike(tmp_path, 1, "hung")
+    assert failed.codes == [EXIT_CODE] * 4, (failed.codes, failed.outputs)
+    for rank, output in enumerate(failed.outputs):
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, output
+        assert errors[0].startswith(f"error: rank {rank}: ")
+        assert "rank 1 (host" in errors[0]
+        assert "waits for no other rank" in errors[0]
+        assert "--distributed-timeout-minutes" in errors[0]
 
 
 def test_a_rank_that_fails_prints_its_traceback_first(tmp_path: Path) -> None:

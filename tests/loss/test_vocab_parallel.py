@@ -110,6 +110,7 @@ def cut_head_main(size: int, variant: Any, vocab: int) -> dict[str, Any]:
         keep_ratio=0.6,
         part=VocabularyPart(tp=tp, start=start, rows=rows),
         with_entropy=True,
+        with_top_entropy=True,
         head=LossHead(variant=variant, stash_bytes=32 * max(1, len(weight_Vd)) * 8),
     )
     result.loss_sum.backward()
@@ -117,6 +118,7 @@ def cut_head_main(size: int, variant: Any, vocab: int) -> dict[str, Any]:
         "kept": result.selection.kept_K,
         "losses": result.statistics.loss_N,
         "entropies": result.statistics.entropy_N,
+        "top entropies": result.statistics.top_entropy_N,
         "hidden": p.hidden_Nd.grad,
         "weight": weight_Vd.grad,
     }
@@ -129,7 +131,7 @@ def test_every_variant_over_a_cut_vocabulary(size: int, vocab: int, variant: str
     ranks = run_world(cut_head_main, size, size, variant, vocab)
     for rank in ranks:
         assert torch.equal(rank["kept"], single["kept"])
-        for name in ("losses", "entropies", "hidden"):
+        for name in ("losses", "entropies", "top entropies", "hidden"):
             assert torch.equal(rank[name], ranks[0][name]), f"{name} differ in their bits between ranks"
             assert torch.allclose(rank[name], single[name], rtol=0, atol=1e-10)
     assert torch.allclose(torch.cat([rank["weight"] for rank in ranks]), single["weight"], rtol=0, atol=1e-10)

@@ -38,11 +38,12 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def chosen(
         files: dict[str, str], *, gpu: bool = True, bf16: bool = True, width: int = 64, zero_stage: int = 1,
         updates_on_host: bool = False, capability: tuple[int, int] = (8, 0), documents: bool = False,
-        window: int | None = None, **asked: Any,
+        window: int | None = None, compiles: bool = False, positions: bool = False, samples_rows: bool = False,
+        **asked: Any,
     ) -> Backends:  # fmt: skip
         install(monkeypatch, tmp_path, files)
         if gpu:
-            believe_in_a_gpu(monkeypatch, capability)
+            believe_in_a_gpu(monkeypatch, capability, compiles=compiles)
         return choose_backends(
             BackendConfig(**asked),
             bf16=bf16,
@@ -50,6 +51,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             architectures=[arch(), arch(width, sliding_window=window)],
             updates_on_host=updates_on_host,
             keeps_documents_apart=documents,
+            resets_positions=positions,
+            samples_rows=samples_rows,
         )
 
     return chosen
@@ -73,6 +76,13 @@ HOPPER = {"capability": (9, 0)}
         ({"attention_backend": "sdpa", "norm_backend": "torch", "optimizer_backend": "deepspeed"}, BOTH,
          Backends(optimizer="deepspeed")),
         ({"compile_blocks": True, "gpu": False}, {}, Backends(compile_blocks=True)),
+        ({"compiles": True}, {}, Backends(compile_blocks=True)),
+        ({"compiles": True, "gpu": False}, {}, PLAIN),
+        ({"compiles": True, "compile_blocks": False}, {}, PLAIN),
+        ({"compiles": True, "zero_stage": 3}, {}, PLAIN),
+        ({"compiles": True, "documents": True}, {}, PLAIN),
+        ({"compiles": True, "positions": True}, {}, PLAIN),
+        ({"compiles": True, "samples_rows": True}, {}, PLAIN),
         # Hopper: flash-attn 3, else torch's (cuDNN), which is behind flash-attn 2 for windows and documents
         (HOPPER, CORRECT, Backends(attention="flash3", norm="apex", optimizer="apex")),
         (HOPPER, files_of("flash"), PLAIN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import textwrap
 from pathlib import Path
@@ -52,8 +53,16 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, str]
     packages.find.cache_clear()
 
 
-def believe_in_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0)) -> None:
-    """The choice of backends sees a GPU; what it tries is computed on the CPU."""
+def believe_in_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0), *, compiles: bool = False
+) -> None:
+    """The choice of backends sees a GPU; what it tries is computed on the CPU, and what it compiles is not at all."""
+
+    def try_compiler() -> None:
+        if not compiles:
+            raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(packages, "COMPILER", dataclasses.replace(packages.COMPILER, trial=try_compiler))
     monkeypatch.setattr(backends, "on_gpu", lambda: True)
     monkeypatch.setattr(backends, "compute_capability", lambda: capability)
 

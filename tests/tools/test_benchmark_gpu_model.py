@@ -26,7 +26,10 @@ def modelled(tmp_path: Path, *flags: str) -> dict[tuple[str, str], dict[str, Any
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "found.json").read_text())
-    return {(record["name"], record["objective"]): record for record in records}
+    for eager, compiled in zip(records[0::4], records[2::4], strict=True):
+        assert (eager["blocks"], compiled["blocks"]) == ("eager", "compiled")
+        assert 1.05 < compiled["mfu"] / eager["mfu"] < 1.5
+    return {(record["name"], record["objective"]): record for record in records if record["blocks"] == "eager"}
 
 
 def check(found: dict[tuple[str, str], dict[str, Any]], name: str, gpu: str) -> None:

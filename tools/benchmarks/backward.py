@@ -1,10 +1,10 @@
 """Step and backward time of training on sampled gradient rows, against plain training.
 
 One process trains one model, all contenders in turn, round after round, each step between two of plain training
-(CLM, every row). A ratio is the median over rounds of a contender's CPU time over the mean of the two plain steps'
-around it, its spread the distance between the quartiles; the backward ratio is that of the backward passes alone. The
-losses that tokens are chosen by are the model's own, so that no reference is timed. Memory is the peak of a process of
-its own, over that of plain training.
+(CLM, every row). A step is some micro-batches, clipping and AdamW. A ratio is the median over rounds of a contender's
+CPU time over the mean of the two plain steps' around it, its spread the distance between the quartiles; the backward
+ratio is that of the backward passes alone. The losses that tokens are chosen by are the model's own, so that no
+reference is timed. Memory is the peak of a process of its own, over that of plain training.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from typing import Any
 
 from benchmarks import report
 
-_NAMES = ("num_layers", "hidden", "ffn", "heads", "groups", "length", "vocab", "samples")
+_NAMES = ("num_layers", "hidden", "ffn", "heads", "groups", "length", "vocab", "samples", "micro_batches")
 SHAPES = {
-    True: dict(zip(_NAMES, (2, 64, 160, 4, 2, 64, 256, 2), strict=True)),
-    False: dict(zip(_NAMES, (4, 1024, 2752, 16, 4, 512, 8192, 1), strict=True)),
+    True: dict(zip(_NAMES, (2, 64, 160, 4, 2, 64, 256, 2, 2), strict=True)),
+    False: dict(zip(_NAMES, (4, 512, 1408, 8, 2, 512, 4096, 2, 4), strict=True)),
 }
 """By --quick."""
 WARM_UP = 20
-"""Steps before timing: the controlled shares settle, the gradient is that of a model that learns."""
+"""Steps before timing where shares are controlled: they settle. Others take less."""
+WARM_UP_OF_FIXED = 6
 RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
 RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -122,7 +123,8 @@ def _child(job: dict[str, Any]) -> Any:
         return {"bytes": _peak_bytes()}
     steppers = [Stepper(shape, contender) for contender in contenders]
     for stepper in steppers:
-        for _ in range(WARM_UP if not job["quick"] else 6):
+        is_controlled = stepper.contender.variance is not None and not job["quick"]
+        for _ in range(WARM_UP if is_controlled else WARM_UP_OF_FIXED):
             stepper.step()
     plain, others = steppers[0], steppers[1:]
     ratios: list[list[tuple[float, float]]] = [[] for _ in others]
@@ -198,22 +200,25 @@ class Stepper:
         return MicroBatch(tokens[:, :-1], tokens[:, 1:], valid, torch.arange(samples))
 
     def step(self) -> tuple[float, float]:
-        """CPU seconds of a step, and of its backward pass."""
+        """CPU seconds of a step, and of its backward passes."""
         import torch
 
         from megatron_slm.engine.module import output_rows, run_layers
         from megatron_slm.loss.objective import StepSettings
 
-        batch, settings = self._batch(), StepSettings(step=self.number, row_shares=tuple(self.shares))
-        self.number += 1
-        started = time.process_time()
-        rows = None if self.rows is None else self.rows.of_micro_batch(0, settings)
-        x_sbd = run_layers(self.layers, batch.tokens_bs, None, recomputes=False, rows=rows)
-        weight = output_rows(self.layers[-1].output)
-        loss, sums = self.objective.loss(x_sbd, weight, batch, None, settings)
-        backward = time.process_time()
-        (loss / self.objective.sum_layout.unpack(sums).kept_tokens).backward()
-        backward_seconds = time.process_time() - backward
+        settings = StepSettings(step=self.number // self.shape["micro_batches"], row_shares=tuple(self.shares))
+        started, backward_seconds = time.process_time(), 0.0
+        for number in range(self.shape["micro_batches"]):
+            batch = self._batch()
+            self.number += 1
+            rows = None if self.rows is None else self.rows.of_micro_batch(number, settings)
+            x_sbd = run_layers(self.layers, batch.tokens_bs, None, recomputes=False, rows=rows)
+            weight = output_rows(self.layers[-1].output)
+            loss, sums = self.objective.loss(x_sbd, weight, batch, None, settings)
+            loss /= self.objective.sum_layout.unpack(sums).kept_tokens * self.shape["micro_batches"]
+            backward = time.process_time()
+            loss.backward()
+            backward_seconds += time.process_time() - backward
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -269,8 +274,9 @@ def _markdown(records: list[dict[str, Any]], arguments: argparse.Namespace) -> s
     return (
         "# The backward pass on some of the rows\n\n"
         f"{report.environment()}, one thread; {shape['num_layers']} layers, hidden size {shape['hidden']}, "
-        f"{shape['groups']} key/value groups of {shape['heads']} heads, {shape['length']} tokens, vocabulary "
-        f"{shape['vocab']:,}, fp32; {arguments.rounds} rounds. CPU time of a step (forward, selection, backward, "
+        f"{shape['groups']} key/value groups of {shape['heads']} heads, {shape['micro_batches']} micro-batches of "
+        f"{shape['samples']} x {shape['length']} tokens, vocabulary {shape['vocab']:,}, fp32; {arguments.rounds} "
+        "rounds. CPU time of a step (forward, selection, backward, "
         "AdamW) over that of plain training on all tokens, in one process in turn; `sampled 0.02` follows that "
         "variance, `sampled 0.7` has that share. Made by `python tools/benchmark.py backward`. What the columns mean: "
         "[row-sampling.md](../row-sampling.md).\n\n" + report.table(header, rows)

@@ -2,13 +2,16 @@
 
 A kernel takes the longest of: its FLOPs at the rate that products or attention reach, its bytes at the rate that memory
 reaches, and a launch. A step is as long as its micro-batches on one GPU, or on the last stage of an evenly cut
-pipeline, around which the pipeline fills and empties once; the reference rides along. Nothing here was measured on a
-GPU; the rates are assumptions (`RATES`), and the result is uncertain by 15 to 20 %.
+pipeline, around which the pipeline fills and empties once; the reference rides along. Compiled blocks (the default on a
+GPU) keep their products and attention; their element-wise work is taken as fused passes over memory. Nothing here was
+measured on a GPU; the rates are assumptions (`megatron_slm/planning/roofline.py`), and the result is uncertain by 15 to
+20 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -33,8 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Models in the layouts that are modelled: samples of a micro-batch, pipeline stages, micro-batches of a step."""
-RATES = {"product": 0.66, "attention": 0.38, "memory": 0.85, "launch_seconds": 2.2e-6}
-"""Shares of the peak that products and (causal, half counted) attention reach, of the bandwidth that memory reaches."""
+LAUNCH_SECONDS = 2.2e-6
 OPTIMIZER_BYTES = 32
 """Read and written for each parameter at a step's end, on a GPU that shares them with no other."""
 
@@ -59,10 +61,18 @@ def run(arguments: argparse.Namespace) -> int:
             return 1
         records += json.loads(done.stdout)
     rows = [
-        [r["name"], r["gpu"], r["objective"], f"{r['mfu']:.1%}", f"{r['tokens_per_second']:,.0f}", _parts(r["by_part"])]
+        [
+            r["name"],
+            r["gpu"],
+            r["objective"],
+            r["blocks"],
+            f"{r['mfu']:.1%}",
+            f"{r['tokens_per_second']:,.0f}",
+            _parts(r["by_part"]),
+        ]
         for r in records
     ]
-    header = ["model", "GPU", "objective", "MFU", "tokens/s a GPU", "ms of a micro-batch on the last stage"]
+    header = ["model", "GPU", "objective", "blocks", "MFU", "tokens/s a GPU", "ms of a micro-batch on the last stage"]
     text = f"# Speed on GPUs, modelled\n\n{__doc__}\n" + report.table(header, rows)
     print(text)
     report.write("gpu-model", text, records, arguments.json)
@@ -81,6 +91,7 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
     from megatron_slm.config.architecture import Architecture
     from megatron_slm.engine.schedule.costs import training_flops
     from megatron_slm.planning.gpus import GPUS
+    from megatron_slm.planning.roofline import BYTES_BACKWARD, GRADIENT_SUM_BYTES, MEMORY_RATE, block_forward
 
     setting, gpu = MODELS[name], GPUS[gpu_name]
     arch = Architecture(**setting["arch"])
@@ -88,21 +99,32 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
     counts = _counted(arch, setting)
     layers = arch.num_layers // setting["stages"]
     parameters = 2 * arch.hidden_size * arch.vocab_size + arch.num_layers * counts["block parameters"]
-    bandwidth = gpu.memory_bytes_per_second * RATES["memory"]
+    bandwidth = gpu.memory_bytes_per_second * MEMORY_RATE
+    fused_bytes = tokens * block_forward(
+        arch, setting["length"], tensor=1, sequence_shards=1, e=2, compiled=True
+    ).num_bytes  # fmt: skip
     records = []
-    for objective in ("clm", "slm"):
+    for blocks, objective in itertools.product(("eager", "compiled"), ("clm", "slm")):
         parts: dict[str, float] = {}
         for part, launches in counts[objective].items():
-            times = layers if part.startswith("block") or part == "reference block" else 1
-            parts[part] = times * sum(_seconds(launch, gpu) for launch in launches)
-        parts["gradient sums"] = 10 * layers * counts["block parameters"] / bandwidth
+            if "block" not in part:
+                parts[part] = sum(_seconds(launch, gpu) for launch in launches)
+                continue
+            if blocks == "compiled":  # products and attention as they are, the rest as few passes over memory
+                passes = BYTES_BACKWARD if part == "block backward" else 1.0
+                parts[part] = sum(_seconds(launch, gpu) for launch in launches if launch.flops)
+                parts[part] += passes * fused_bytes / bandwidth
+            else:
+                parts[part] = sum(_seconds(launch, gpu) for launch in launches)
+            parts[part] *= layers
+        parts["gradient sums"] = GRADIENT_SUM_BYTES * layers * counts["block parameters"] / bandwidth
         stage = sum(parts.values())
         fill = (setting["stages"] - 1) / setting["micro_batches"]
         update = OPTIMIZER_BYTES * parameters / setting["stages"] / bandwidth
         step = setting["micro_batches"] * stage * (1 + fill) + update
         rate = setting["micro_batches"] * tokens / step / setting["stages"]
         records.append({
-            "name": name, "gpu": gpu_name, "objective": objective,
+            "name": name, "gpu": gpu_name, "objective": objective, "blocks": blocks,
             "mfu": rate * training_flops(arch, setting["length"]) / gpu.flops(bf16=True),
             "tokens_per_second": rate, "by_part": parts, "modelled": True,
         })  # fmt: skip
@@ -110,10 +132,11 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
 
 
 def _seconds(launch: Any, gpu: Any) -> float:
-    is_attention = "attention" in launch.op
-    rate = gpu.flops(bf16=True) * RATES["attention" if is_attention else "product"]
-    memory = launch.num_bytes / (gpu.memory_bytes_per_second * RATES["memory"])
-    return max(launch.flops / rate, memory, RATES["launch_seconds"])
+    from megatron_slm.planning.roofline import ATTENTION_RATE, MEMORY_RATE, PRODUCT_RATE
+
+    rate = gpu.flops(bf16=True) * (ATTENTION_RATE if "attention" in launch.op else PRODUCT_RATE)
+    memory = launch.num_bytes / (gpu.memory_bytes_per_second * MEMORY_RATE)
+    return max(launch.flops / rate, memory, LAUNCH_SECONDS)
 
 
 def _counted(arch: Any, setting: dict[str, Any]) -> dict[str, Any]:

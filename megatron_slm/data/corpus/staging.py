@@ -6,11 +6,13 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
 from filelock import FileLock
 
+from megatron_slm.data.corpus.columns import FILES
 from megatron_slm.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -19,11 +21,14 @@ _REQUIRED = (".idx", ".bin")
 _OPTIONAL = (".meta.json", "_loss_mask.idx", "_loss_mask.bin")
 
 
-def staged(prefix: str, folder: Path) -> str:
+def staged(prefix: str, folder: Path, columns: Sequence[str] = ()) -> str:
     """Return a local prefix unchanged; copy a remote corpus into `folder` and return the prefix of the copy.
 
     The path of the copy depends on the address and on each file's size, checksum or modification time, so a corpus that
     changes is copied again. Ranks of a node that start together copy once.
+
+    Args:
+        columns: names of the corpus's columns to copy too.
 
     Raises:
         CorpusError: a file is missing, or cannot be copied.
@@ -32,9 +37,10 @@ def staged(prefix: str, folder: Path) -> str:
         return prefix
     try:
         system, path = fsspec.core.url_to_fs(prefix)
-        found = [end for end in (*_REQUIRED, *_OPTIONAL) if system.exists(path + end)]
+        required = (*_REQUIRED, *(f"_{name}{end}" for name in columns for end in FILES))
+        found = [end for end in (*required, *_OPTIONAL) if system.exists(path + end)]
         marks = {end: f"{system.size(path + end)} {system.checksum(path + end)}" for end in found}
-        missing = [end for end in _REQUIRED if end not in found]
+        missing = [end for end in required if end not in found]
         if missing:
             raise FileNotFoundError(f"{prefix}{missing[0]} does not exist")
         key = hashlib.sha256(f"{prefix} {sorted(marks.items())}".encode()).hexdigest()[:16]

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from megatron_slm.config.scores import check_column_name
 from megatron_slm.errors import ConfigError
 
 MISSING_KEY = "no key"
@@ -24,6 +28,8 @@ class Texts(NamedTuple):
     """One text, or several if the value is a list."""
     trained: list[int] | None
     """For every text 1 if its tokens are trained on, else 0; None without a mask."""
+    columns: tuple[npt.NDArray[np.float64], ...] = ()
+    """A number for each token of all texts, end to end, in the order of `DocumentKeys.score_keys`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,10 @@ class DocumentKeys:
     """Key of a text that is context only, not trained on."""
     response_key: str | None = None
     """Key of the text that follows the prompt and is trained on."""
+    score_keys: tuple[str, ...] = ()
+    """Keys of numbers for the tokens of the only text, a column each (see `scores.py`)."""
+    score_default: float = 0.0
+    """Number of characters that no span covers."""
 
     def __post_init__(self) -> None:
         if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
@@ -53,6 +63,18 @@ class DocumentKeys:
                 "be used with exactly one of --json-keys, and without --prompt-key",
                 "choose one way to mask the loss",
             )
+        if self.score_keys:
+            if self.prompt_key is not None or len(self.json_keys) != 1:
+                raise ConfigError(
+                    "--score-key",
+                    list(self.score_keys),
+                    "be used with exactly one of --json-keys, and without --prompt-key",
+                    "preprocess the keys one by one",
+                )
+            for key in self.score_keys:
+                check_column_name("--score-key", key, key)
+            if len(set(self.score_keys)) != len(self.score_keys):
+                raise ConfigError("--score-key", list(self.score_keys), "name each key once", "remove one of them")
 
     @property
     def corpora(self) -> tuple[str, ...]:
@@ -69,7 +91,8 @@ class DocumentKeys:
         """Every key that is read, in order."""
         if self.prompt_key is not None and self.response_key is not None:
             return self.prompt_key, self.response_key
-        return self.json_keys if self.loss_mask_key is None else (*self.json_keys, self.loss_mask_key)
+        mask = () if self.loss_mask_key is None else (self.loss_mask_key,)
+        return (*self.json_keys, *mask, *self.score_keys)
 
     def texts(self, document: Mapping[str, Any]) -> list[Texts]:
         """Return the texts of every corpus.
@@ -102,14 +125,19 @@ def parse_line(line: bytes) -> dict[str, Any]:
     return document
 
 
-def _value(document: Mapping[str, Any], key: str) -> Any:
+def value_of(document: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key.
+
+    Raises:
+        InvalidLineError: there is no such key.
+    """
     if key not in document:
         raise InvalidLineError(f"{MISSING_KEY} {key!r} (the keys are {', '.join(map(repr, document)) or 'none'})")
     return document[key]
 
 
 def _texts(document: Mapping[str, Any], key: str) -> list[str]:
-    value = _value(document, key)
+    value = value_of(document, key)
     texts = value if isinstance(value, list) else [value]
     for text in texts:
         if not isinstance(text, str):
@@ -130,7 +158,7 @@ def _text(document: Mapping[str, Any], key: str) -> str:
 
 
 def _mask(document: Mapping[str, Any], key: str, num_texts: int) -> list[int]:
-    value = _value(document, key)
+    value = value_of(document, key)
     mask = value if isinstance(value, list) else [value]
     if len(mask) != num_texts or any(entry not in (0, 1) for entry in mask):
         raise InvalidLineError(f"the value of {key!r} is not {num_texts} times 0 or 1, one for every text")

@@ -68,6 +68,8 @@ class EncodedDocuments(NamedTuple):
     """Sequences of every document, int64 [D], 0 for a document without a token."""
     loss_mask: npt.NDArray[np.uint8] | None
     """1 for every token that is trained on, uint8 [T]; None without a mask."""
+    columns: tuple[npt.NDArray[np.float64], ...] = ()
+    """A number for every token, fp64 [T], in the order of `DocumentKeys.score_keys`."""
 
 
 def encode_documents(documents: Sequence[Texts], encoding: Encoding, encoder: Encoder) -> EncodedDocuments:
@@ -75,7 +77,8 @@ def encode_documents(documents: Sequence[Texts], encoding: Encoding, encoder: En
 
     Without a mask every text is a sequence, as in Megatron's preprocessing: a text without a token is no sequence, and
     a document without a token stays as one without a sequence. With a mask the texts of a document, tokenized one by
-    one, form one sequence; its end-of-document token is trained on if its last text is, BOS never.
+    one, form one sequence; its end-of-document token is trained on if its last text is, BOS never. In columns both
+    have the number of the token beside them.
     """
     ids, lengths = encoder.encode_ragged([text for document in documents for text in document.texts])
     texts_per_document = np.fromiter((len(document.texts) for document in documents), np.int64, len(documents))
@@ -91,37 +94,47 @@ def encode_documents(documents: Sequence[Texts], encoding: Encoding, encoder: En
     is_sequence = lengths > 0
     lengths, owner = lengths[is_sequence], owner[is_sequence]
     sequences_per_document = np.bincount(owner, minlength=len(documents)).astype(np.int64)
-    ids, mask, lengths = _with_ends(ids, mask, lengths, owner, last_trained, encoding)
-    return EncodedDocuments(ids, lengths, sequences_per_document, mask)
+    columns = tuple(
+        np.concatenate([np.empty(0), *(document.columns[i] for document in documents)])
+        for i in range(len(encoding.keys.score_keys))
+    )
+    assert all(column.size == ids.size for column in columns), "encoders agree on the tokens of a text"
+    encoded = EncodedDocuments(ids, lengths, sequences_per_document, mask, columns)
+    return _with_ends(encoded, owner, last_trained, encoding)
 
 
 def _with_ends(
-    ids: npt.NDArray[np.int32],
-    mask: npt.NDArray[np.uint8] | None,
-    lengths: npt.NDArray[np.int64],
+    encoded: EncodedDocuments,
     owner: npt.NDArray[np.int64],
     last_trained: npt.NDArray[np.uint8] | None,
     encoding: Encoding,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8] | None, npt.NDArray[np.int64]]:
+) -> EncodedDocuments:
     """Insert the end-of-document token after every document's last sequence, and BOS before its first."""
     changes = np.flatnonzero(np.diff(owner)) if owner.size else np.empty(0, np.int64)
-    ends = np.cumsum(lengths)
-    lengths = lengths.copy()
-    places, values, bits = [], [], []
+    ends = np.cumsum(encoded.sequence_lengths)
+    lengths = encoded.sequence_lengths.copy()
+    places, values, bits, beside = [], [], [], []
     if encoding.eod_id is not None and owner.size:  # before BOS: at one place the earlier document's end comes first
         last = np.append(changes, owner.size - 1)
         lengths[last] += 1
         places.append(ends[last])
         values.append(np.full(last.size, encoding.eod_id, np.int32))
         bits.append(np.ones(last.size, np.uint8) if last_trained is None else last_trained[owner[last]])
+        beside.append(ends[last] - 1)
     if encoding.bos_id is not None and owner.size:
         first = np.append(0, changes + 1)
         places.append(np.append(0, ends)[first])
         lengths[first] += 1
         values.append(np.full(first.size, encoding.bos_id, np.int32))
         bits.append(np.zeros(first.size, np.uint8))
-    if places:
-        at = np.concatenate(places)
-        ids = np.insert(ids, at, np.concatenate(values))
-        mask = None if mask is None else np.insert(mask, at, np.concatenate(bits))
-    return ids, mask, lengths
+        beside.append(places[-1])
+    if not places:
+        return encoded
+    at, neighbors = np.concatenate(places), np.concatenate(beside)
+    mask = encoded.loss_mask
+    return encoded._replace(
+        tokens=np.insert(encoded.tokens, at, np.concatenate(values)),
+        sequence_lengths=lengths,
+        loss_mask=None if mask is None else np.insert(mask, at, np.concatenate(bits)),
+        columns=tuple(np.insert(column, at, column[neighbors]) for column in encoded.columns),
+    )

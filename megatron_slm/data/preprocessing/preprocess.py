@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_slm.data.corpus.columns import column_prefix, write_column_sidecar
 from megatron_slm.data.corpus.indexed import CorpusIndex, dtype_for_vocabulary
 from megatron_slm.data.corpus.joined_corpus import JoinedCorpus, Merged
 from megatron_slm.data.corpus.sidecar import Sidecar, loss_mask_prefix
@@ -192,6 +193,7 @@ def _preprocess(
         dtype=dtype_for_vocabulary(tokenizer.vocab_size).name,
         folder=config.parts_folder,
         stop_at_invalid=config.on_error == "stop",
+        tokenizer=tokenizer if config.keys.score_keys else None,
         identity=hashlib.sha256(repr((tokenizer.definition(), encoding, name)).encode()).hexdigest(),
     )
     lines_before: dict[str, int] = {}
@@ -283,6 +285,8 @@ def _advice(reason: str, keys: DocumentKeys) -> str:
     flags = "--prompt-key and --response-key" if keys.prompt_key is not None else "--json-keys"
     if keys.loss_mask_key is not None:
         flags += " and --loss-mask-key"
+    if keys.score_keys:
+        flags += " and --score-key"
     return f"name the keys of these lines with {flags}"
 
 
@@ -310,17 +314,25 @@ class _Output:
         self._mask: JoinedCorpus | None = None
         if config.keys.is_masked:
             self._mask = stack.enter_context(JoinedCorpus(loss_mask_prefix(prefix), config.parts_folder))
+        self._columns = [
+            stack.enter_context(JoinedCorpus(column_prefix(prefix, name), config.parts_folder))
+            for name in config.keys.score_keys
+        ]
 
     def add(self, shard: Shard, at: int) -> None:
         """Append corpus number `at` of a shard."""
         self._tokens.add(CorpusIndex(shard.prefix(self._config.parts_folder, at)))
         if self._mask is not None:
             self._mask.add(CorpusIndex(shard.mask_prefix(self._config.parts_folder, at)))
+        for i, column in enumerate(self._columns):
+            column.add(CorpusIndex(shard.column_prefix(self._config.parts_folder, i)))
 
     def finish(self, tokenizer: Tokenizer, encoding: Encoding, report: PreprocessReport) -> None:
         """Complete the corpora, with their sidecar."""
         counts = report.corpora[self._key]
         mask = None if self._mask is None else self._mask.finish()
+        for column in self._columns:
+            column.finish()
 
         def sidecar_of(merged: Merged) -> Sidecar:
             return Sidecar(
@@ -347,7 +359,9 @@ class _Output:
         self._tokens.finish(sidecar_of)
 
     def put_in_place(self) -> None:
-        """Put the corpora in place, the loss mask first."""
-        for corpus in (self._mask, self._tokens):
+        """Put the corpora in place, the tokens last, and then complete the columns."""
+        for corpus in (self._mask, *self._columns, self._tokens):
             if corpus is not None:
                 corpus.put_in_place()
+        for name in self._config.keys.score_keys:
+            write_column_sidecar(self._config.corpus_prefix(self._key), name)

@@ -23,11 +23,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_slm.data.corpus.columns import STORED_DTYPE, as_stored
 from megatron_slm.data.corpus.indexed import bin_path, idx_path
 from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter, temporary_path
 from megatron_slm.data.preprocessing.documents import InvalidLineError, Texts
 from megatron_slm.data.preprocessing.encoding import Encoder, Encoding, encode_documents
 from megatron_slm.data.preprocessing.inputs import Chunk
+from megatron_slm.data.preprocessing.scores import with_columns
+from megatron_slm.data.tokenizers.base import Tokenizer
 from megatron_slm.errors import ConfigError, CorpusError, os_errors_as
 
 REPORTED_INVALID_LINES = 100
@@ -92,12 +95,21 @@ class Shard:
         """Return the prefix of the loss mask of one corpus."""
         return folder / f"{self.name}.{corpus}.mask"
 
+    def column_prefix(self, folder: Path, column: int) -> Path:
+        """Return the prefix of a column of the only corpus."""
+        return folder / f"{self.name}.0.column-{column}"
+
 
 class _Writers(NamedTuple):
     """The writers of one corpus of a shard."""
 
     tokens: IndexedCorpusWriter
     mask: IndexedCorpusWriter | None
+    columns: tuple[IndexedCorpusWriter, ...] = ()
+
+    def all(self) -> list[IndexedCorpusWriter]:
+        """Return every writer."""
+        return [self.tokens, *([] if self.mask is None else [self.mask]), *self.columns]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +123,8 @@ class ShardWriter:
     stop_at_invalid: bool
     identity: str
     """Hash of everything but the chunk that a shard depends on."""
+    tokenizer: Tokenizer | None = None
+    """Assigns the numbers of `DocumentKeys.score_keys` to tokens; None without such keys."""
 
     def make(self, chunk: Chunk) -> Shard:
         """Tokenize a chunk, or load the shard that an earlier run made of it.
@@ -134,10 +148,8 @@ class ShardWriter:
             writers = self._open_writers(shard, stack)
             for batch in self._batches(chunk, shard):
                 if shard.num_invalid and self.stop_at_invalid:
-                    for writer in writers:
-                        writer.tokens.abort()
-                        if writer.mask is not None:
-                            writer.mask.abort()
+                    for writer in (one for of_corpus in writers for one in of_corpus.all()):
+                        writer.abort()
                     stack.pop_all()
                     return shard
                 self._write_batch(batch, shard, writers)
@@ -153,7 +165,13 @@ class ShardWriter:
             mask = None
             if self.encoding.keys.is_masked:
                 mask = stack.enter_context(IndexedCorpusWriter(mask_prefix, np.uint8, may_be_empty=True))
-            writers.append(_Writers(tokens, mask))
+            columns = tuple(
+                stack.enter_context(
+                    IndexedCorpusWriter(shard.column_prefix(self.folder, i), STORED_DTYPE, may_be_empty=True)
+                )
+                for i in range(len(self.encoding.keys.score_keys))
+            )
+            writers.append(_Writers(tokens, mask, columns))
         return writers
 
     def _batches(self, chunk: Chunk, shard: Shard) -> Iterator[list[list[Texts]]]:
@@ -168,6 +186,8 @@ class ShardWriter:
             if line.document is not None:
                 try:
                     document = keys.texts(line.document)
+                    if self.tokenizer is not None:
+                        document = [with_columns(document[0], line.document, keys, self.tokenizer)]
                     for counts, num_special in zip(shard.corpora, self.encoding.count_special(document), strict=True):
                         counts.num_special += num_special
                     batch.append(document)
@@ -188,12 +208,15 @@ class ShardWriter:
 
     def _write_batch(self, batch: list[list[Texts]], shard: Shard, writers: list[_Writers]) -> None:
         shard.num_documents += len(batch)
-        for corpus, (counts, (tokens, mask)) in enumerate(zip(shard.corpora, writers, strict=True)):
+        for corpus, (counts, (tokens, mask, columns)) in enumerate(zip(shard.corpora, writers, strict=True)):
             encoded = encode_documents([document[corpus] for document in batch], self.encoding, self.encoder)
             tokens.add_documents(encoded.tokens, encoded.sequence_lengths, encoded.sequences_per_document)
             if mask is not None and encoded.loss_mask is not None:
                 mask.add_documents(encoded.loss_mask, encoded.sequence_lengths, encoded.sequences_per_document)
                 counts.num_trained += int(encoded.loss_mask.sum(dtype=np.int64))
+            for writer, column in zip(columns, encoded.columns, strict=True):
+                stored = as_stored(column, "column")
+                writer.add_documents(stored, encoded.sequence_lengths, encoded.sequences_per_document)
             counts.num_tokens = tokens.num_tokens
             counts.num_empty = tokens.num_empty
             counts.longest_document = tokens.longest_document
@@ -223,6 +246,7 @@ class ShardWriter:
         prefixes = [shard.prefix(self.folder, corpus) for corpus in range(len(shard.corpora))]
         if self.encoding.keys.is_masked:
             prefixes += [shard.mask_prefix(self.folder, corpus) for corpus in range(len(shard.corpora))]
+        prefixes += [shard.column_prefix(self.folder, i) for i in range(len(self.encoding.keys.score_keys))]
         return [path(prefix).stat().st_size for prefix in prefixes for path in (bin_path, idx_path)]
 
 

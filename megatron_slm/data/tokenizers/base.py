@@ -6,11 +6,14 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_slm.errors import VocabularyError
 
 PROBES = (
     "",
@@ -26,6 +29,28 @@ PROBES = (
     "<0x41> <unk> \N{LOWER ONE EIGHTH BLOCK} [INST]",
 )
 """Texts on which tokenizers tend to differ: spaces, digits, code, scripts, controls, runs."""
+
+
+def ends_of_spans(spans: Sequence[tuple[int, int]], length: int) -> list[int]:
+    """Return the ends of tokens (`Tokenizer.encode_with_ends`) from their first and last characters.
+
+    Args:
+        spans: [start, end) of every token, in characters. Tokens of one character's bytes have the same span.
+        length: characters of the text.
+    """
+    ends = [length] * len(spans)
+    for i in range(len(spans) - 2, -1, -1):
+        start, end = spans[i + 1]
+        before = min(spans[i][1], start) if end > start else spans[i][1]
+        ends[i] = min(before, ends[i + 1])
+    return ends
+
+
+def characters_before(text: str, ends: npt.ArrayLike) -> list[int]:
+    """Return the numbers of a text's whole characters before places in its UTF-8 bytes; all before the last place."""
+    begins = np.cumsum([0, *(len(character.encode()) for character in text)])
+    found: list[int] = (np.searchsorted(begins, np.asarray(ends), side="right") - 1).tolist()
+    return [*found[:-1], len(text)] if found else []
 
 
 class Ragged(NamedTuple):
@@ -89,6 +114,26 @@ class Tokenizer(ABC):
     def id_of(self, token: str) -> int | None:
         """Return the id of a token of the table; None if it is not there."""
         return next((index for index, text in enumerate(self.token_table()) if text == token), None)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of a text, and for each the number of the text's characters that end with it.
+
+        Tokens cover the text without gaps: each begins where the one before ends, the first at 0, and the last ends
+        at the text's length. A token that ends within a character ends before it.
+
+        Raises:
+            VocabularyError: the ids do not decode to the text, so that characters cannot be assigned.
+        """
+        ids = self.encode(text)
+        ends = [len(commonprefix([self.decode(ids[: i + 1]), text])) for i in range(len(ids))]  # noqa: RUF071
+        if (ends[-1] if ends else 0) != len(text):
+            raise VocabularyError(
+                "text",
+                text if len(text) < 80 else f"{text[:80]}...",
+                "be equal to what its tokens decode to",
+                "use a lossless tokenizer",
+            )
+        return ids, list(itertools.accumulate(ends, max))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of several texts, each as `encode` returns them."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from megatron_slm.data.tokenizers.base import Ragged, Tokenizer
+from megatron_slm.data.tokenizers.base import Ragged, Tokenizer, ends_of_spans
 from megatron_slm.errors import ConfigError, VocabularyError
 
 GPT2_END = "<|endoftext|>"
@@ -111,6 +111,14 @@ class HuggingFaceTokenizer(Tokenizer):
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
         return Ragged(np.fromiter(ids, np.int32, int(lengths.sum())), lengths)
+
+    @override
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        if self._backend is None:
+            return super().encode_with_ends(text)
+        self._backend.encode_special_tokens = self.special_tokens_are_plain
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, ends_of_spans(encoding.offsets, len(text))
 
     @override
     def decode(self, ids: Sequence[int]) -> str:

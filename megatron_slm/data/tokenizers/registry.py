@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,6 +81,11 @@ class NullTokenizer(Tokenizer):
                 )
             ids.append(int(word))
         return ids
+
+    @override
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        ends = [match.end() for match in re.finditer(r"\S+", text)]
+        return self.encode(text), [*ends[:-1], len(text)] if ends else []
 
     @override
     def decode(self, ids: Sequence[int]) -> str:

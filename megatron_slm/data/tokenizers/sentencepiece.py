@@ -15,7 +15,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from megatron_slm.data.tokenizers.base import PROBES, Tokenizer
+from megatron_slm.data.tokenizers.base import PROBES, Tokenizer, characters_before
 from megatron_slm.errors import ConfigError, VocabularyError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -88,6 +88,13 @@ class SentencePieceTokenizer(Tokenizer):
             return [self._parsed(text) for text in texts]
         # One thread: --workers parallelizes over processes.
         return list(self._processor.encode(list(texts), num_threads=1))
+
+    @override
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        if not self.special_tokens_are_plain:
+            return super().encode_with_ends(text)
+        pieces = self._processor.encode(text, return_type="proto").pieces
+        return [piece.id for piece in pieces], characters_before(text, [piece.end for piece in pieces])
 
     def _parsed(self, text: str) -> list[int]:
         special = self.special_tokens()

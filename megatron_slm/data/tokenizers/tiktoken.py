@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from megatron_slm.data.tokenizers.base import PROBES, Ragged, Tokenizer
+from megatron_slm.data.tokenizers.base import PROBES, Ragged, Tokenizer, characters_before
 from megatron_slm.errors import ConfigError, VocabularyError
 
 NUM_SPECIAL_TOKENS = 1000
@@ -123,6 +123,12 @@ class TikTokenizer(Tokenizer):
     @override
     def encode(self, text: str) -> list[int]:
         return list(self._encoding.encode(text, **self._parsing))
+
+    @override
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self.encode(text)
+        sizes = [len(self._encoding.decode_single_token_bytes(index)) for index in ids]
+        return ids, characters_before(text, np.cumsum(sizes))
 
     @override
     def encode_ragged(self, texts: Sequence[str]) -> Ragged:

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from itertools import pairwise
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import BackwardConfig, planned_share
-from megatron_slm.model.partition import stage_bounds
+from megatron_slm.model.partition import stage_blocks
 
 
 class Work(Enum):
@@ -119,8 +118,13 @@ def block_flops(arch: Architecture, seq_length: int) -> float:
     """Count the floating-point operations of one block's forward pass for one token, causal attention as half."""
     queries, keys = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
     weights = arch.hidden_size * (2 * queries + 2 * keys) + 3 * arch.hidden_size * arch.ffn_hidden_size
+    return 2.0 * weights + attention_flops(arch, seq_length)
+
+
+def attention_flops(arch: Architecture, seq_length: int) -> float:
+    """Count those of the products with keys and values alone."""
     seen = seq_length / 2 if arch.sliding_window is None else min(arch.sliding_window, seq_length / 2)
-    return 2.0 * weights + 4.0 * seen * queries
+    return 4.0 * seen * arch.num_attention_heads * arch.kv_channels
 
 
 def backward_passes(
@@ -135,7 +139,7 @@ def backward_passes(
     queries, keys = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
     projected = 2.0 * arch.hidden_size * queries
     key_value = 4.0 * arch.hidden_size * keys
-    attention = whole - 2 * projected - key_value - 6.0 * arch.hidden_size * arch.ffn_hidden_size
+    attention = attention_flops(arch, seq_length)
     on_rows = whole - key_value - attention
     flops = 2 * (row_share * on_rows + (1.0 if all_keys else row_share) * key_value + attention)
     if recomputes:
@@ -148,10 +152,7 @@ def forward_flops(arch: Architecture, num_stages: int, seq_length: int) -> tuple
 
     Blocks are cut as the models are; the embedding is a lookup, counted as one pass over its row.
     """
-    num_layers = [end - begin for begin, end in pairwise(stage_bounds(arch.num_layers, num_stages))]
-    num_layers[0] -= 1  # the embedding
-    num_layers[-1] -= 1  # the head
-    stages = [count * block_flops(arch, seq_length) for count in num_layers]
+    stages = [count * block_flops(arch, seq_length) for count in stage_blocks(arch.num_layers, num_stages)]
     stages[0] += 2.0 * arch.hidden_size
     return stages, 2.0 * arch.hidden_size * arch.vocab_size
 

@@ -1,0 +1,148 @@
+"""References with another tokenizer: the same store where it is the same, and the text's losses where it is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from megatron_slm.data.corpus.indexed import IndexedCorpus
+from megatron_slm.data.packing import PackedSamples
+from megatron_slm.data.preprocessing.preprocess import PreprocessConfig, preprocess
+from megatron_slm.data.tokenizers.registry import HuggingFaceTokenizer
+from megatron_slm.errors import ScoreStoreError
+from megatron_slm.reference.manifest import StoreManifest
+from megatron_slm.scoring.retokenized import RetokenizedSamples
+from tests.data.byte_level import byte_level
+from tests.data.texts import TEXTS
+from tests.support.runs import MODEL_FLAGS, run_flags, save_hf_llama, write_corpus
+from tests.support.scoring import score_here, stored
+from tests.support.world import run_world
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best-fit"])
+def test_the_same_tokenizer_gives_the_same_store(packing: str, tmp_path: Path) -> None:
+    """Bit for bit, and with the same identity: whole runs read either."""
+    corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
+    common = {
+        "objective": "slm",
+        "train_iters": 2,
+        "reference_load": reference,
+        "packing": packing,
+        "eod_mask_loss": True,
+    }
+    run_world(both_passes, 1, run_flags(corpus, tmp_path / "run", **common), str(tmp_path))
+    plain, retokenized = (StoreManifest.read(tmp_path / name) for name in ("plain", "retokenized"))
+    assert torch.equal(stored(tmp_path / "plain"), stored(tmp_path / "retokenized"))
+    assert float(stored(tmp_path / "plain").abs().sum()) > 0
+    assert plain.store_id == retokenized.store_id
+    assert plain.shards == retokenized.shards
+
+
+def both_passes(values: dict[str, Any], folder: str) -> None:
+    score_here({**values, "output": f"{folder}/plain"})
+    score_here({**values, "output": f"{folder}/retokenized", "retokenize": True})
+
+
+class _Samples:
+    """The part of `BlendedSamples` that is read here, for one corpus."""
+
+    def __init__(self, samples: PackedSamples) -> None:
+        self.sources, self.sequence_length, self.name = [samples], samples.sequence_length, "corpus"
+        self._samples = samples
+
+    def locate(self, index: int) -> tuple[int, int]:
+        return 0, index
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
+def folder_of(folder: Path, vocab_size: int) -> Path:
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=byte_level(vocab_size), eos_token=end).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus in large byte-level tokens, and a reference of small ones."""
+    path = tmp_path_factory.mktemp("retokenized")
+    tokenizer = HuggingFaceTokenizer(folder_of(path / "tokenizer", 600))
+    save_hf_llama(path / "reference", vocab_size=320, max_position_embeddings=512)
+    folder_of(path / "reference", 300)
+    texts = [text for text in TEXTS if tokenizer.encode(text)] * 3
+    (path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    preprocess(
+        PreprocessConfig(input=(str(path / "in.jsonl"),), output_prefix=str(path / "c"), append_eod=True), tokenizer
+    )
+    return path
+
+
+def retokenized(folder: Path, length: int, reference_length: int) -> tuple[RetokenizedSamples, PackedSamples, Any]:
+    corpus = IndexedCorpus(folder / "c_text_document")
+    samples = PackedSamples(corpus, 0, corpus.num_sequences, sequence_length=length, num_samples=None, seed=3)
+    own, theirs = HuggingFaceTokenizer(folder / "tokenizer"), HuggingFaceTokenizer(folder / "reference")
+    own.special_tokens_are_plain = theirs.special_tokens_are_plain = True
+    made = RetokenizedSamples(
+        _Samples(samples), tokenizer=own, reference=theirs, special={own.eod_id: theirs.eod_id}, sequence_length=reference_length
+    )  # fmt: skip
+    return made, samples, theirs
+
+
+def test_the_reference_reads_the_text_and_its_losses_keep_their_sum(folder: Path) -> None:
+    made, samples, theirs = retokenized(folder, 48, 160)
+    own = HuggingFaceTokenizer(folder / "tokenizer")
+    generator = np.random.default_rng(4)
+    for index in range(len(samples)):
+        sample, tokens = made[index], samples[index].tokens
+        text, whole = theirs.decode(sample.tokens[: sample.starts[-1]].tolist()), own.decode(tokens.tolist())
+        assert whole.strip("\ufffd") in text
+        losses = generator.exponential(2.0, made.sequence_length).astype(np.float32)
+        found = made.spread(index, losses)
+        assert found.shape == (48,)
+        total, used = math.fsum(found.tolist()), math.fsum(losses[: sample.starts[-1] - 1].tolist())
+        assert total <= used * (1 + 1e-6)  # what lies outside of the sample is left out
+        if text == whole and tokens[0] == sample.tokens[0] and len(theirs.decode([tokens[0]])) == 1:
+            assert total == pytest.approx(used, rel=1e-6)
+
+
+def test_too_long_a_sample_is_named(folder: Path) -> None:
+    made, _, _ = retokenized(folder, 48, 48)
+    with pytest.raises(
+        ScoreStoreError, match=r"sample 0: tokens of the reference's tokenizer is \d+: must be at most 49"
+    ):
+        made[0]
+
+
+@pytest.mark.slow
+def test_a_pass_at_any_layout_is_plain_pytorch(folder: Path) -> None:
+    """Losses of transformers on the reference's tokens, spread over the run's."""
+    model = dict.fromkeys(name.replace("-", "_") for name in MODEL_FLAGS)
+    values = run_flags(
+        folder / "c_text_document", folder / "run", objective="slm", train_iters=1, **model, vocab_size=None,
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=folder / "tokenizer", seq_length=48,
+        reference_load=folder / "reference", retokenize=True, reference_seq_length=160, seed=3,
+    )  # fmt: skip
+    run_world(score_here, 1, {**values, "output": folder / "one"})
+    layout = {"pipeline-model-parallel-size": 2, "tensor-model-parallel-size": 2, "sequence-parallel": True}
+    run_world(score_here, 4, {**values, **layout, "output": folder / "four"})
+    made = retokenized(folder, 48, 160)[0]
+    reference = LlamaForCausalLM.from_pretrained(folder / "reference", dtype=torch.float32).eval()
+    expected = []
+    for index in range(8):
+        tokens = torch.from_numpy(made[index].tokens)
+        with torch.no_grad():
+            logits = reference(tokens[None, :-1]).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none").numpy()
+        expected.append(torch.from_numpy(made.spread(index, losses)))
+    torch.testing.assert_close(stored(folder / "one"), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stored(folder / "four"), stored(folder / "one"), rtol=1e-5, atol=1e-5)

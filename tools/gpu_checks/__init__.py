@@ -1,0 +1,1 @@
+"""Checks of the parts that depend on a GPU; `tools/gpu_check.py` runs them."""
