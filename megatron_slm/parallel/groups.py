@@ -98,7 +98,8 @@ def create_group(family: Sequence[Sequence[int]], *, options: Any | None = None)
 
     Every rank asks for the same families in the same order. The groups of a family are created side by side, each by
     its members alone: a group that all ranks of the world had to create would cost as many collectives over the world
-    as there are groups. On NCCL the communicator is made by the first message.
+    as there are groups. On NCCL the communicator is made by the first message. torch names such a group by its ranks
+    and the number of groups that its creator has, so a rank outside of a family creates one too, of itself.
 
     Where a caller bound the process group to a GPU, torch makes each group by a split of the world's communicator:
     then one split, in which every rank takes part, makes the whole family.
@@ -111,7 +112,8 @@ def create_group(family: Sequence[Sequence[int]], *, options: Any | None = None)
         return dist.split_group(split_ranks=[list(ranks) for ranks in family], pg_options=options)
     rank = dist.get_rank()
     own = next((list(ranks) for ranks in family if rank in ranks), None)
-    return None if own is None else dist.new_group(own, pg_options=options, use_local_synchronization=True)
+    group = dist.new_group(own or [rank], pg_options=options, use_local_synchronization=True)
+    return None if own is None else group
 
 
 def create_message_group(pairs: Sequence[Sequence[int]]) -> ProcessGroup | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed.ops
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_slm.errors import ConfigError
@@ -88,11 +89,21 @@ def test_messages_between_stages_take_few_blocks_on_nccl(
     assert made[1] == ([2, 3], None)
 
 
-def test_a_rank_outside_of_a_family_creates_nothing(
-    monkeypatch: pytest.MonkeyPatch, default_group: SimpleNamespace
-) -> None:
-    monkeypatch.setattr(groups.dist, "new_group", lambda *_, **__: pytest.fail("created a group of other ranks"))
-    assert groups.create_group([[0, 1], [3, 4]]) is None
+def sums_in_groups_of_neighbors() -> list[float]:
+    init_distributed(timedelta(seconds=20))
+    rank, sums = dist.get_rank(), []
+    for family in ([[0, 1]], [[0, 1]], [[1, 2]], [[0, 1, 2]]):
+        group = groups.create_group(family)
+        if group is not None:
+            x = torch.tensor(2.0**rank)
+            dist.all_reduce(x, group=group)
+            sums.append(x.item())
+    return sums
+
+
+def test_groups_overlap_though_some_ranks_are_in_more_of_them() -> None:
+    """torch names a group by how many its creator has; members with different numbers would wait for each other."""
+    assert run_world(sums_in_groups_of_neighbors, 3) == [[3, 3, 7], [3, 3, 6, 7], [6, 7]]
 
 
 def test_a_group_bound_to_a_gpu_is_split_once_for_a_whole_family(
