@@ -16,7 +16,7 @@ from typing import Any
 from docstring_parser import parse_from_object
 
 from megatron_slm.config.load import ALIASES, SECTIONS
-from megatron_slm.config.megatron_flags import MEGATRON_FLAGS
+from megatron_slm.config.megatron_flags import MEGATRON_FLAGS, MEGATRON_PREFIXES
 from megatron_slm.config.rules import flag
 
 DOCS = Path(__file__).parent
@@ -81,7 +81,8 @@ def megatron_page() -> str:
     for kind, title in titles.items():
         parts.append(f"## {title}\n\n| Megatron-LM | {'here' if kind == 'called' else ''} |\n|---|---|\n")
         groups: dict[str, list[str]] = {}
-        for name, one in MEGATRON_FLAGS.items():
+        families = {f"{prefix}...": one for prefix, one in MEGATRON_PREFIXES.items()}
+        for name, one in {**MEGATRON_FLAGS, **families}.items():
             if one.kind == kind:
                 groups.setdefault(one.text, []).append(f"`--{name}`")
         parts += [f"| {', '.join(names)} | {_cell(text)} |\n" for text, names in groups.items()]

@@ -35,6 +35,8 @@ __all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:
+    if name in (renamed := importlib.import_module(f"{__name__}.deprecation")).NAMES:
+        return __getattr__(renamed.current_name(name, renamed.NAMES[name], kind="name"))
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,14 @@ from typing import Any
 from megatron_slm.errors import ConfigError, os_errors_as
 
 
-def file_sha256(path: Path, num_bytes: int | None = None) -> str:
-    """Return the hexadecimal SHA-256 of a file, or of its first `num_bytes` bytes."""
+def file_sha256(
+    path: Path, num_bytes: int | None = None, *, on_bytes: Callable[[int], None] = lambda count: None
+) -> str:
+    """Return the hexadecimal SHA-256 of a file, or of its first `num_bytes` bytes.
+
+    Args:
+        on_bytes: called with the size of each block read, to show progress.
+    """
     with path.open("rb") as file:
         digest = hashlib.sha256()
         if num_bytes is not None:
@@ -23,6 +31,7 @@ def file_sha256(path: Path, num_bytes: int | None = None) -> str:
             return digest.hexdigest()
         while block := file.read(2**20):
             digest.update(block)
+            on_bytes(len(block))
     return digest.hexdigest()
 
 
@@ -59,6 +68,19 @@ def write_json(path: str, values: Any, *, flag: str = "--json") -> None:
         return
     with os_errors_as(ConfigError, flag, path, "be a writable file", "choose another path"):
         Path(path).write_text(text)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be made in a folder, which need not exist yet; writes nothing.
+
+    Raises:
+        OSError: a part of the path is a file, or the nearest existing folder cannot be written.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
 
 
 def raise_open_file_limit() -> None:

@@ -83,6 +83,8 @@ def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
     # gloo's all_gather_into_tensor and reduce_scatter_tensor work, yet warn at every call that they are new
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+    # of tied embeddings, whose gradients are summed over two stages: nothing is differentiated through that sum
+    warnings.filterwarnings("ignore", message="c10d::.*an autograd kernel was not registered")
 
 
 def print_traceback(error: BaseException) -> None:

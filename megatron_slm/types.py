@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -77,6 +77,41 @@ class MicroBatch(NamedTuple):
         return MicroBatch(*(move(x, device) for x in self[:5]), documents, columns)  # type: ignore[arg-type, call-arg]
 
 
+class DenseDistribution(NamedTuple):
+    """A model's predicted distribution of each token, as what it is computed from: no table of N x V exists."""
+
+    hidden_sbd: Tensor
+    """Output of the final norm, [s, b, d], or this rank's [s / size, b, d] under sequence parallelism."""
+
+    weight_Vd: Tensor
+    """The output weight's token rows held here; the model's own, not a copy."""
+
+    max_N: Tensor
+    """Largest logit over the whole vocabulary, fp32 [N]."""
+
+    sum_N: Tensor
+    """Sum of exp(logit - max) over the whole vocabulary, fp32 [N]."""
+
+
+class SparseDistribution(NamedTuple):
+    """A model's predicted distribution of each token, as probabilities of k token ids."""
+
+    id_Nk: Tensor
+    """Token ids, int64 [N, k]; distinct in a row, except for those of probability 0."""
+
+    log_probability_Nk: Tensor
+    """fp32 [N, k]; -infinity for a probability of 0."""
+
+    log_rest_N: Tensor | None = None
+    """Log of the other ids' probability together, fp32 [N]; None where the k ids have all of it."""
+
+    entropy_N: Tensor | None = None
+    """Entropy of the whole distribution, fp32 [N], where the k ids are a sample of it; else None."""
+
+
+Distribution: TypeAlias = DenseDistribution | SparseDistribution
+
+
 class TokenStatistics(NamedTuple):
     """Statistics of one model for each token of a micro-batch, in (sequence, position) order."""
 
@@ -89,9 +124,15 @@ class TokenStatistics(NamedTuple):
     top_entropy_N: Tensor | None = None
     """Entropy of the renormalized `TOP_LOGITS` most likely tokens, in nats, fp32 [N]; None where unused."""
 
+    distribution: Distribution | None = None
+    """The predicted distribution itself, of a reference that is distilled; else None."""
+
     def to(self, device: torch.device) -> TokenStatistics:
         """Return a copy on another device."""
-        return TokenStatistics(*(move(x, device) for x in self))  # type: ignore[arg-type]
+        distribution = self.distribution
+        if distribution is not None:
+            distribution = type(distribution)(*(move(x, device) for x in distribution))  # type: ignore[arg-type]
+        return TokenStatistics(*(move(x, device) for x in self[:3]), distribution)  # type: ignore[arg-type, call-arg]
 
 
 class Selection(NamedTuple):

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Measure, never assert: `python tools/benchmark.py NAME [--quick] [--json FILE]`; reports are in docs/benchmarks/."""
 
-import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_slm.cli.arguments import ToolParser
+from megatron_slm.cli.command import run_command
 
 BENCHMARKS = {
     "backward": ("backward", "training on sampled rows of the gradient against plain training"),
@@ -19,15 +22,20 @@ BENCHMARKS = {
 
 
 def main() -> int:
+    """Run the command; return its exit code."""
+    return run_command(_run)
+
+
+def _run(words: Sequence[str]) -> int:
     """Run the benchmark that is named."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(__doc__)
     subparsers = parser.add_subparsers(dest="benchmark", required=True)
     modules = {}
     for name, (module, text) in BENCHMARKS.items():
         modules[name] = importlib.import_module(f"benchmarks.{module}")
         modules[name].add_arguments(subparsers.add_parser(name, help=text, description=modules[name].__doc__))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     return modules[arguments.benchmark].run(arguments)
 
 

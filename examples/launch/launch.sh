@@ -31,8 +31,10 @@ steps_are() {
   if [ ${#steps[@]} -eq 0 ]; then steps=("$@"); fi
 }
 
+# A plan prints the heading of a step with what it plans of it; of steps that need no plan it prints nothing.
 step() {
-  case " ${steps[*]} " in *" $1 "*) printf '\n== %s\n' "$1" ;; *) return 1 ;; esac
+  case " ${steps[*]} " in *" $1 "*) heading="$1" ;; *) return 1 ;; esac
+  if [ -z "$planning" ]; then printf '\n== %s\n' "$heading"; fi
 }
 
 # Runs a command on this machine, without GPUs; skipped in a plan.
@@ -95,15 +97,27 @@ end_if_stopped() {
 }
 
 plan() {
-  local nodes="${NODES:-1}" gpus="${GPUS:-8}" script="$1"
+  local nodes="${NODES:-1}" gpus="${GPUS:-8}" script="$1" speed="" code=0
   shift
   if [ "$script" != tools/pretrain_slm.py ]; then
-    printf '\n(%s is not planned)\n' "$script"
+    printf '\n== %s (%s is not planned)\n' "$heading" "$script"
     return
   fi
-  printf '\n== %s\n' "$*"
-  DS_ACCELERATOR=cpu WORLD_SIZE=$((nodes * gpus)) python "$script" "$@" "${flags[@]}" --dry-run --without-files
-  if [ -n "${GPU:-}" ]; then
-    DS_ACCELERATOR=cpu python tools/plan.py layout --nodes "$nodes" --gpus-per-node "$gpus" --gpu "$GPU" "$@" "${flags[@]}"
+  printf '\n== %s: %s\n' "$heading" "$*"
+  if [ -n "${GPU:-}" ]; then # beside the dry run: both take seconds to start
+    speed="$(mktemp)"
+    DS_ACCELERATOR=cpu python tools/plan.py layout --nodes "$nodes" --gpus-per-node "$gpus" --gpu "$GPU" "$@" \
+      "${flags[@]}" > "$speed" 2>&1 &
   fi
+  DS_ACCELERATOR=cpu WORLD_SIZE=$((nodes * gpus)) python "$script" "$@" "${flags[@]}" --dry-run --without-files || code=$?
+  if [ -n "$speed" ]; then
+    if [ "$code" -ne 0 ]; then
+      wait $! || true # the dry run's error says it all
+    else
+      wait $! || code=$?
+      cat "$speed"
+    fi
+    rm -f "$speed"
+  fi
+  return "$code"
 }

@@ -151,6 +151,21 @@ def _fit_y_axis(axes: Axes, curves: Sequence[Curve], *, hides_start: bool) -> No
         high = max(high, *(curve.high or curve.y)[start:])
     margin = (high - low) * 0.08 or abs(high) * 0.05 or 0.1
     axes.set_ylim(low - margin, high + margin)
+    for curve in curves:
+        _mark_extreme(axes, curve, high + margin)
+
+
+def _mark_extreme(axes: Axes, curve: Curve, top: float) -> None:
+    """Mark a curve that leaves the axis at its top with a triangle there and its greatest value."""
+    greatest = max(curve.y)
+    if greatest <= top:
+        return
+    x = curve.x[list(curve.y).index(greatest)]
+    axes.plot([x], [top], marker="^", color=curve.color, ms=6, clip_on=False, zorder=3)
+    axes.annotate(
+        f"to {_short(greatest)}", (x, top), xytext=(6, -3), textcoords="offset points", color=curve.color, fontsize=8,
+        va="top", annotation_clip=False,
+    )  # fmt: skip
 
 
 def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -24,6 +24,7 @@ from megatron_slm.data.packing import SequentialSamples
 from megatron_slm.data.preprocessing.compressed import read_lines
 from megatron_slm.data.preprocessing.inputs import expand_inputs
 from megatron_slm.errors import AnalysisError
+from megatron_slm.hub import local_path
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -110,7 +111,7 @@ def load_tokenizer(model: Model | None, folder: str | None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = folder
+    path = None if folder is None else str(local_path(folder, field="--tokenizer-model", part="tokenizer"))
     if folder is None and model is not None and model.tokenizer_folder is not None:
         path = str(model.tokenizer_folder)
     if path is None:

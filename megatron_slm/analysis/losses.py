@@ -22,9 +22,11 @@ from megatron_slm.data.corpus.inspection import loss_mask_of
 from megatron_slm.data.packing import PackedSamples
 from megatron_slm.device import local_device
 from megatron_slm.errors import AnalysisError, VocabularyError
+from megatron_slm.hub import local_path
 from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.progress import track
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.reference.store import ScoreReader, check_shards
@@ -47,16 +49,17 @@ class Checkpoint:
 
 
 def checkpoints_in(paths: Sequence[str], *, field: str = "--load") -> list[Checkpoint]:
-    """List the models that `paths` name, in order; a run's folder yields all its checkpoints.
+    """List the models that paths or names of the hub name, in order; a run's folder yields all its checkpoints.
 
     Raises:
         AnalysisError: a path holds neither a Hugging Face model nor checkpoints.
     """
     checkpoints = []
-    for path in map(Path, paths):
+    for name in paths:
+        path = local_path(name, field=field)
         inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         if is_hf_folder(path):
-            checkpoints.append(Checkpoint(label=path.name, path=str(path)))
+            checkpoints.append(Checkpoint(label=Path(name).name, path=str(path)))
         elif found := complete_checkpoints(inside):
             checkpoints += map(_checkpoint, found)
         elif (path / "manifest.json").is_file():
@@ -64,7 +67,7 @@ def checkpoints_in(paths: Sequence[str], *, field: str = "--load") -> list[Check
         else:
             raise AnalysisError(
                 field,
-                str(path),
+                name,
                 "be a Hugging Face folder, a checkpoint, or a run's folder with checkpoints",
                 "check the path, or train with --save-interval",
             )
@@ -122,7 +125,8 @@ def model_statistics(model: Model, excerpt: Excerpt, *, with_entropy: bool = Fal
     loss_Ws = np.zeros((num_spans, length), np.float32)
     entropy_Ws = np.zeros((num_spans, length), np.float32) if with_entropy else None
     batch_size = max(1, BATCH_TOKENS // length)
-    for start in range(0, num_spans, batch_size):
+    starts = range(0, num_spans, batch_size)
+    for start in track(starts, f"losses of {model.source.folder.name}", "batches"):
         rows = slice(start, start + batch_size)
         tokens = torch.from_numpy(excerpt.tokens_Ws1[rows]).to(device)
         valid_bs = torch.from_numpy(excerpt.valid_Ws[rows]).to(device)

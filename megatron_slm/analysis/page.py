@@ -62,6 +62,11 @@ def paragraph(text: str | Markup, kind: str = "") -> Markup:
     return Markup('<p class="{}">{}</p>\n').format(kind, text)
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return names as text: `a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
 def heading(text: str) -> Markup:
     """Return a section heading."""
     return Markup("<h2>{}</h2>\n").format(text)

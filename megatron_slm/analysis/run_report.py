@@ -1,4 +1,4 @@
-"""HTML report that compares runs: summary, tokens to reach a loss, curves."""
+"""HTML report that compares runs: what it comes to, summary, tokens to reach a loss, curves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megatron_slm.analysis import page
+from megatron_slm.analysis import page, sampled_rows
 from megatron_slm.analysis.charts import COLORS, MARKERS, Curve, Panel, png, svg
 from megatron_slm.analysis.runs import AXIS_LABELS, Axis, RunMetrics, Series, held_out_sets
+from megatron_slm.analysis.verdict import CAUTION, verdict
 from megatron_slm.files import write_durably
 
 _NATS = "nats per token"
@@ -21,7 +22,7 @@ _TRAINING_PANELS = (
     ("Training loss, kept tokens", "loss", _NATS),
     ("Training loss, tokens not kept", "loss_unselected", _NATS),
     ("Excess loss of kept tokens", "excess_selected", _NATS),
-    ("KeptTokens share", "keep_fraction", "share of valid tokens"),
+    ("Share of kept tokens", "keep_fraction", "share of valid tokens"),
     ("Gradient norm before clipping", "grad_norm", "norm"),
     ("Share of clipped steps", "clipped_share", "share of steps"),
     ("Rows of the backward pass", "backward_row_share", "share of rows"),
@@ -103,6 +104,7 @@ def summary(run: RunMetrics) -> dict[str, Any]:
         "held_out": {name: run.held_out(name).y[-1] for name in run.set_names},
         "skipped_steps": max((line.get("skipped_steps") or 0 for line in run.training), default=0),
         "unreadable_lines": run.unreadable_lines,
+        **sampled_rows.backward_rows(run),
     }
 
 
@@ -124,11 +126,14 @@ def write_report(
     charts = panels(runs, axis)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_durably(output.with_suffix(".png"), png(charts))
-    names = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    names = page.listed([run.name for run in runs]) if len(runs) < 4 else f"{len(runs)} runs"
     parts = [
+        *(page.paragraph(sentence, kind="verdict") for sentence in verdict(runs)),
+        *([page.paragraph(CAUTION, kind="soft")] if len(runs) > 1 and held_out_sets(runs) else []),
         *_notes(runs),
         _summary_table(runs),
         *extra,
+        *sampled_rows.comparison(runs),
         *_reach_table(runs, tokens_to_reach(runs, targets)),
         page.heading("Curves"),
         page.paragraph(
@@ -164,7 +169,7 @@ def _summary_table(runs: Sequence[RunMetrics]) -> Markup:
         cells = [row["name"], f"{row['objective'] or '?'}{keep}", row["status"]]
         cells += [_cell(loss, ".4f") for loss in losses]
         cells += [_cell(None if loss is None else math.exp(min(loss, 700.0)), ",.3f") for loss in losses]
-        cells += [_cell(row["million_tokens"], ",.2f", " M"), _cell(row["million_trained_tokens"], ",.2f", " M")]
+        cells += [_tokens(row["million_tokens"]), _tokens(row["million_trained_tokens"])]
         cells += [_cell(row["median_tokens_per_second"], ",.0f"), _cell(row["hours"], ",.3f")]
         rows.append(cells)
     return page.table(heads, rows)
@@ -175,7 +180,7 @@ def _reach_table(runs: Sequence[RunMetrics], rows: Sequence[Mapping[str, Any]]) 
         return
     yield page.heading("Tokens to reach a loss")
     yield page.paragraph(
-        f"Millions of tokens read until the held-out loss first falls to a target, and their ratio to {runs[0].name}'s."
+        f"Tokens read until the held-out loss first falls to a target, and their ratio to {runs[0].name}'s."
     )
     heads = ["held-out set", "loss", "target", *(run.name for run in runs)]
     body = []
@@ -184,13 +189,22 @@ def _reach_table(runs: Sequence[RunMetrics], rows: Sequence[Mapping[str, Any]]) 
         for run in runs:
             at, ratio = row["million_tokens"][run.name], row["ratio"][run.name]
             share = "" if ratio is None else f" ({ratio:.2f}x)"
-            cells.append("never" if at is None else f"{at:,.2f} M{share}")
+            cells.append("never" if at is None else f"{_tokens(at)}{share}")
         body.append(cells)
     yield page.table(heads, body)
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def _tokens(millions: float | None) -> str:
+    """Write a number of tokens in the unit that fits: 12,288, 3.40 M or 15.00 B."""
+    if millions is None:
+        return "–"
+    if millions < 1:
+        return f"{millions * 1e6:,.0f}"
+    return f"{millions:,.2f} M" if millions < 1000 else f"{millions / 1000:,.2f} B"
 
 
 def _finite(value: float) -> float | None:

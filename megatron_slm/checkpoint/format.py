@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ def verify_files(
     checksums: bool = True,
     limit_bytes: float = CHECKSUM_LIMIT_BYTES,
     share: tuple[int, int] = (0, 1),
+    on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Compare the files of a checkpoint with its manifest.
 
@@ -152,6 +153,7 @@ def verify_files(
         checksums: also compare contents, of files up to `limit_bytes`.
         share: (i, n) compares the i-th of n shares of the files, so that n ranks together compare all of them and each
             opens no more for there being many.
+        on_bytes: called with the size of each block of content, to show progress.
 
     Raises:
         CheckpointError: a file is missing or has another size or checksum, or a safetensors file is not listed.
@@ -176,12 +178,14 @@ def verify_files(
         largest_first = sorted(manifest.files, key=lambda name: (-manifest.files[name]["size"], name))
         small = [name for name in largest_first if manifest.files[name]["size"] <= limit_bytes]
         for name in small[number::num_shares]:
-            _compare_checksum(folder / name, manifest.files[name]["sha256"])
+            _compare_checksum(folder / name, manifest.files[name]["sha256"], on_bytes=on_bytes)
 
 
-def _compare_checksum(path: Path, expected: str, num_bytes: int | None = None) -> None:
+def _compare_checksum(
+    path: Path, expected: str, num_bytes: int | None = None, *, on_bytes: Callable[[int], None] = lambda count: None
+) -> None:
     try:
-        same = file_sha256(path, num_bytes) == expected
+        same = file_sha256(path, num_bytes, on_bytes=on_bytes) == expected
     except OSError as error:
         raise CheckpointError(
             str(path), "unreadable", f"be readable ({error.strerror})", "check its permissions and disk"

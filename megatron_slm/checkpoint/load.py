@@ -35,12 +35,13 @@ class CheckpointSource:
     of the parts that overlap it. A file is opened when something in it is read.
 
     Args:
-        manifest: the checkpoint's, for its tables; without it the headers of all files of weights are read.
+        manifest: the checkpoint's, for its tables; without it the headers of all files are read.
+        kind: prefix of the files: `weights` (and `optimizer`) are the model's.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
-        self.folder = folder
-        self._slices = slices_in_headers(folder) if manifest is None else slices_in(folder, manifest.files)
+    def __init__(self, folder: Path, manifest: Manifest | None = None, *, kind: str = "weights") -> None:
+        self.folder, self._kind = folder, kind
+        self._slices = slices_in_headers(folder, kind) if manifest is None else slices_in(folder, manifest.files, kind)
         self._open: dict[Path, Any] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -149,7 +150,7 @@ class CheckpointSource:
             return self._open[path].get_slice(f"{slice_.number}.{quantity}")[begin:end]
 
     def _path(self, slice_: Slice, quantity: Quantity) -> Path:
-        return self.folder / file_name("weights" if quantity == "weight" else "optimizer", slice_.file_number)
+        return self.folder / file_name(self._kind if quantity == "weight" else "optimizer", slice_.file_number)
 
 
 def load_state(folder: Path, manifest: Manifest) -> RunState:

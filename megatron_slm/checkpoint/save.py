@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ from megatron_slm.checkpoint.format import (
 )
 from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.checkpoint.retention import Retention, clear_leftovers, prune, record_evaluation
-from megatron_slm.checkpoint.slices import TABLE, file_name
+from megatron_slm.checkpoint.slices import TABLE
 from megatron_slm.checkpoint.snapshot import SnapshotMemory, TensorFile, rank_files
 from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.tensor_file import write_tensor_file
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import local_device
 from megatron_slm.errors import CheckpointError, os_errors_as
-from megatron_slm.files import sync_folder, write_durably
+from megatron_slm.files import check_writable, sync_folder, write_durably
 from megatron_slm.parallel.collectives import all_gather_objects, raise_on_all_ranks
 from megatron_slm.parallel.topology import Topology
 
@@ -76,33 +76,25 @@ class Writer:
     describe_data: Callable[[int], dict[str, Any]]
     """Describes the corpora's read positions after a number of samples, for the manifest; rank 0 calls it."""
 
-    def check(self, start: int, damaged: tuple[Path, ...] = ()) -> None:
-        """Check before the first step that the folder is writable and holds no other run's checkpoints.
+    def prepare(self, start: int, damaged: tuple[Path, ...] = ()) -> None:
+        """Prepare the folder before the first step: create it, and clear what killed saves and deletions left.
 
-        Clears what killed saves and deletions left. Renames checkpoints beyond `start` that are damaged or incomplete.
+        Renames checkpoints beyond `start` that are damaged or incomplete.
 
         Args:
             damaged: checkpoints that have a manifest and do not match it.
 
         Raises:
-            CheckpointError: the folder cannot be written, or holds sound checkpoints of steps beyond `start`.
+            CheckpointError: see `check_save_folder`.
         """
         with _write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".writable").touch()
             (self.folder / ".writable").unlink()
-        beyond = [path for path in checkpoint_folders(self.folder) if (step_of(path) or 0) > start]
-        sound = [p.name for p in complete_checkpoints(self.folder) if p in beyond and p not in damaged]
-        if sound:
-            raise CheckpointError(
-                "--save",
-                str(self.folder),
-                f"contain no checkpoint beyond the step that the run starts from ({start}), but has {sound[-1]}",
-                "resume from it with --load, choose another folder, or remove it",
-            )
+        check_save_folder(self.folder, start, damaged)
         with _write_errors():
             clear_leftovers(self.folder)
-            for path in beyond:
+            for path in _beyond(self.folder, start):
                 aside = next(p for n in count() if not (p := _renamed(path, n)).exists())
                 os.rename(path, aside)
                 logger.warning("%s is damaged or incomplete; renamed to %s", path, aside.name)
@@ -112,7 +104,7 @@ class Writer:
         entries: Entries = {}
         for file in files:
             entries[file.name] = write_tensor_file(folder / file.name, file.tensors, file.metadata)
-            if file.name == file_name("weights", rank):  # so that a resuming rank opens only the files it needs
+            if TABLE in file.metadata and not file.name.startswith("optimizer_"):  # whose table is that of the weights
                 entries[file.name][TABLE] = json.loads(file.metadata[TABLE])
         if rank == 0:
             entries |= self._write_shared(folder, state)
@@ -223,8 +215,11 @@ class Saver:
         self._saving: _Saving | None = None
         self._device = local_device()
 
-    def save(self, optimizer: Any, state: RunState) -> Saved | None:
+    def save(self, optimizer: Any, state: RunState, more: Sequence[TensorFile] = ()) -> Saved | None:
         """Save the state after a step. Collective.
+
+        Args:
+            more: files of this rank beside the model's and the optimizer's.
 
         Returns:
             the committed checkpoint: this one, or (asynchronous) the one before if it was still under way.
@@ -238,7 +233,8 @@ class Saver:
                 clear_leftovers(self.writer.folder)
                 temporary.mkdir(parents=True)
         tensor_rank = self.writer.topology.coordinate(rank).tensor
-        files = rank_files(fragments(optimizer), rank, tensor_rank=tensor_rank, with_moments=state.adam_step > 0)
+        with_moments = state.adam_step > 0
+        files = [*rank_files(fragments(optimizer), rank, tensor_rank=tensor_rank, with_moments=with_moments), *more]
         if self.asynchronous:
             files = self._memory.copy(files)
         state = deepcopy(state)
@@ -315,6 +311,33 @@ class Saver:
             logger.warning(
                 "cannot record the held-out losses of step %d beside the checkpoints (%s)", step, error.strerror
             )
+
+
+def check_save_folder(folder: Path, start: int, damaged: tuple[Path, ...] = ()) -> None:
+    """Check that a folder can be written, and holds no other run's checkpoints. Changes nothing.
+
+    Args:
+        start: step that the run starts from.
+        damaged: checkpoints that have a manifest and do not match it.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or holds sound checkpoints of steps beyond `start`.
+    """
+    with _write_errors():
+        check_writable(folder)
+    beyond = _beyond(folder, start)
+    sound = [path.name for path in complete_checkpoints(folder) if path in beyond and path not in damaged]
+    if sound:
+        raise CheckpointError(
+            "--save",
+            str(folder),
+            f"contain no checkpoint beyond the step that the run starts from ({start}), but has {sound[-1]}",
+            "resume from it with --load, choose another folder, or remove it",
+        )
+
+
+def _beyond(folder: Path, start: int) -> list[Path]:
+    return [path for path in checkpoint_folders(folder) if (step_of(path) or 0) > start]
 
 
 def _write_errors() -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -38,8 +38,8 @@ Slices = dict[str, list[Slice]]
 """By name of the logical tensor."""
 
 
-def file_name(kind: Literal["weights", "optimizer"], rank: int | str) -> str:
-    """Name of a rank's file of weights, or of moments."""
+def file_name(kind: str, rank: int | str) -> str:
+    """Name of a rank's file of `weights`, of the moments (`optimizer`), or of another kind."""
     return f"{kind}_{rank:0>5}.safetensors"
 
 
@@ -56,21 +56,21 @@ def describe_slice(part: Part, begin: int, end: int) -> dict[str, Any]:
     }
 
 
-def slices_in(folder: Path, files: Mapping[str, dict[str, Any]]) -> Slices:
-    """List the slices in a checkpoint's files of weights, from the entries of its manifest.
+def slices_in(folder: Path, files: Mapping[str, dict[str, Any]], kind: str = "weights") -> Slices:
+    """List the slices in a checkpoint's files of a kind, from the entries of its manifest.
 
     Files whose entry has no table (of format 2) are opened for it.
 
     Raises:
         CheckpointError: such a file is damaged.
     """
-    names = sorted(name for name in files if name.startswith("weights_"))
+    names = sorted(name for name in files if name.startswith(f"{kind}_"))
     return _by_name((name, files[name].get(TABLE) or _table_in_header(folder / name)) for name in names)
 
 
-def slices_in_headers(folder: Path) -> Slices:
-    """List the slices in a folder's files of weights, from their headers; there need be no manifest."""
-    paths = sorted(folder.glob("weights_*.safetensors"))
+def slices_in_headers(folder: Path, kind: str = "weights") -> Slices:
+    """List the slices in a folder's files of a kind, from their headers; there need be no manifest."""
+    paths = sorted(folder.glob(f"{kind}_*.safetensors"))
     return _by_name((path.name, _table_in_header(path)) for path in paths)
 
 

@@ -1,4 +1,4 @@
-"""Command lines of the tools: no abbreviations, unknown flags refused with the nearest known one."""
+"""Command lines of the tools: no abbreviations or repeated flags; unknown ones refused with the nearest known one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from megatron_slm.config.unknown_flags import repeated_flags
 from megatron_slm.errors import ConfigError, suggest_name
 
 _REASONS = {
@@ -20,11 +21,12 @@ _REASONS = {
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An argument parser without abbreviations that raises ConfigError for what it cannot use."""
+    """An argument parser without abbreviations and repeated flags that raises ConfigError for what it cannot use."""
 
     def __init__(self, description: str | None = None, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, allow_abbrev=False, **options)
+        self._seen: set[str] = set()
 
     def parse_flags(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line (or `arguments`).
@@ -56,6 +58,20 @@ class ToolParser(argparse.ArgumentParser):
             if found := re.fullmatch(pattern, reason, re.DOTALL):
                 raise ConfigError(flag, found["value"], rule.format(*found.groups()), f"see {flag} in --help")
         raise ConfigError(flag, reason, "follow the usage", f"see {flag} in --help")
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Parse what is known of a command line; see `argparse.ArgumentParser.parse_known_args`."""
+        self._seen.clear()
+        return super().parse_known_args(*args, **options)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Refuse a flag's second occurrence, of which argparse would drop the first without a word."""
+        if action.option_strings and action.nargs != 0:
+            flag = action.option_strings[-1]
+            if flag in self._seen:
+                raise repeated_flags([flag])
+            self._seen.add(flag)
+        return super()._get_values(action, arg_strings)
 
     def _is_unknown(self, word: str) -> bool:
         return word.startswith("--") and word.split("=", 1)[0] not in self._option_string_actions

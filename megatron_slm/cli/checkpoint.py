@@ -14,6 +14,7 @@ from megatron_slm.checkpoint.retention import read_evaluations
 from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import run_command
 from megatron_slm.errors import CheckpointError
+from megatron_slm.progress import show_progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +71,8 @@ def _verify(checkpoints: list[Path]) -> int:
     for path in checkpoints:
         try:
             manifest = Manifest.read(path)
-            verify_files(path, manifest, limit_bytes=float("inf"))
+            with show_progress(path.name, manifest.num_bytes, "B") as progress:
+                verify_files(path, manifest, limit_bytes=float("inf"), on_bytes=progress.advance)
         except CheckpointError as error:
             damaged += 1
             print(f"{path.name}: DAMAGED: {error}")

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.files import raise_open_file_limit
 from megatron_slm.log import claim_report, print_traceback, report_in, setup_logging
+from megatron_slm.parallel.launched import launched_rank
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -37,7 +38,7 @@ def run_command(
     """
     raise_open_file_limit()
     report_in(None)
-    setup_logging(int(os.environ.get("RANK", "0")))
+    setup_logging(launched_rank())
     completed = False
     try:
         code = run(sys.argv[1:] if argv is None else argv) or 0
@@ -67,8 +68,8 @@ def _report(error: SlmError) -> None:
         return
     if error.raised_by is not None or (in_group and not claim_report(line)):
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        line += f" (rank {os.environ.get('RANK', '0')}, host {socket.gethostname()})"
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        line += f" (rank {os.environ['RANK']}, host {socket.gethostname()})"
     sys.stderr.write(f"error: {line}\n")
     sys.stderr.flush()
 

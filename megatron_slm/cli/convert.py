@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = ToolParser("Convert between checkpoints and Hugging Face folders, and compare them.")
     commands = parser.add_subparsers(dest="command", required=True)
     imported = commands.add_parser("import", help="write a Hugging Face folder as a checkpoint")
-    imported.add_argument("--hf", required=True, help="the Hugging Face folder")
+    imported.add_argument("--hf", required=True, help="the Hugging Face folder, or its name on the hub")
     imported.add_argument("--output", required=True, help="the checkpoints folder to write")
     imported.add_argument(
         "--extend-vocabulary",
@@ -144,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     args = _arguments(words)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # folders only: nothing is ever looked up
     commands = {"import": _import, "export": _export, "verify": _verify, "inspect": _inspect}
     return commands[args.command](args)
 

@@ -30,7 +30,7 @@ def _run(words: Sequence[str]) -> None:
 
 def _parser() -> ToolParser:
     parser = ToolParser("Measure perplexity, few-shot accuracy and lm-eval tasks of a model.")
-    parser.add_argument("--model", required=True, help="a Hugging Face folder, a checkpoint or a run's folder")
+    parser.add_argument("--model", required=True, help="a Hugging Face folder or hub name, a checkpoint, or a run")
     parser.add_argument("--output", type=Path, help="JSON file of results; answers go to .TASK.jsonl files beside it")
     sets = parser.add_argument_group("perplexity")
     sets.add_argument(

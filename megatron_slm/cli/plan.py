@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -63,12 +64,12 @@ def _add_search(commands: argparse._SubParsersAction[ToolParser]) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--config", help="YAML file of the run (default: the run's flags alone)")
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default: %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default: %(default)s)")
     parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="GPU model")
     models = parser.add_argument_group("models whose folders are not on this machine")
-    what = "a config.json, a folder with one, or one of our checkpoints"
+    what = "a config.json, a folder with one, one of our checkpoints, or a name such as llama-2-7b"
     models.add_argument("--model-config", metavar="PATH", help=f"{what}; default: --init-from, or the model's flags")
     models.add_argument("--reference-config", metavar="PATH", help=f"{what}; default: --reference-load")
     assumed = parser.add_argument_group("assumptions (see docs/planning.md)")
@@ -94,7 +95,12 @@ def _open(args: argparse.Namespace) -> tuple[PlannedRun, Cluster]:
         link_efficiency=args.link_efficiency,
         memory_share=args.memory_share,
     )
-    config, _ = parse(["--config", args.config, *args.run_flags])
+    words = list(args.run_flags) if args.config is None else ["--config", args.config, *args.run_flags]
+    config, _ = parse(words)
+    selection = config.selection
+    if args.reference_config and selection.objective == "slm" and not selection.reference_scores:
+        loaded = selection.reference_load or args.reference_config  # a plan needs its shape only
+        config = replace(config, selection=replace(selection, reference_load=loaded))
     return plan_run(config, model_config=args.model_config, reference_config=args.reference_config), cluster
 
 

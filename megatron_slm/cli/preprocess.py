@@ -24,6 +24,7 @@ from megatron_slm.data.preprocessing.documents import DocumentKeys
 from megatron_slm.data.preprocessing.preprocess import PreprocessConfig, PreprocessReport, preprocess
 from megatron_slm.data.tokenizers.registry import TOKENIZER_TYPES, build_tokenizer
 from megatron_slm.data.tokenizers.tiktoken import NUM_SPECIAL_TOKENS, PATTERNS
+from megatron_slm.progress import show_progress, time_left
 
 _LOG_SECONDS = 10.0
 
@@ -81,7 +82,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     """Megatron's tokenizer flags."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", required=True, help=", ".join(TOKENIZER_TYPES))
-    group.add_argument("--tokenizer-model", help="local folder, tokenizer.json, SentencePiece .model, tiktoken file")
+    group.add_argument("--tokenizer-model", help="folder, tokenizer.json, name of the hub, .model or tiktoken file")
     group.add_argument("--vocab-size", type=positive_int, help="for NullTokenizer and TikTokenizer")
     group.add_argument("--vocab-file", help="for GPT2BPETokenizer: vocab.json")
     group.add_argument("--merge-file", help="for GPT2BPETokenizer: merges.txt")
@@ -98,14 +99,8 @@ def rates(report: PreprocessReport) -> str:
     if report.total_input_bytes and fresh:
         done = report.input_bytes / report.total_input_bytes
         left = report.num_bytes * (1 / max(done, 1e-9) - 1) / max(rate, 1e-9)
-        text += f", {100 * done:.0f} %, {_clock(left)} left"
+        text += f", {100 * done:.0f} %, {time_left(left)} left"
     return text
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def plain_progress(log_interval: int | None) -> Callable[[PreprocessReport], None]:
@@ -124,20 +119,12 @@ def plain_progress(log_interval: int | None) -> Callable[[PreprocessReport], Non
 
 @contextlib.contextmanager
 def progress(log_interval: int | None) -> Iterator[Callable[[PreprocessReport], None]]:
-    """Show a live line on a terminal, plain lines elsewhere."""
-    try:
-        from rich.console import Console
-        from rich.live import Live
-    except ImportError:
+    """Show a bar on a terminal, plain lines elsewhere."""
+    if not sys.stderr.isatty():
         yield plain_progress(log_interval)
         return
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield plain_progress(log_interval)
-        return
-    # Without the thread of `console.status`: see `_end_with_parent` in megatron_slm/data/preprocessing/shards.py.
-    with Live("Starting", console=console, auto_refresh=False, transient=True) as live:
-        yield lambda report: live.update(f"Processed {rates(report)}", refresh=True)
+    with show_progress("Processed", unit="B") as bar:
+        yield lambda report: bar.update(report.input_bytes, report.total_input_bytes, text=rates(report))
 
 
 def summary(config: PreprocessConfig, report: PreprocessReport) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import SlmError
 from megatron_slm.log import setup_logging
+from megatron_slm.parallel.launched import launched_rank
 
 if TYPE_CHECKING:
     from megatron_slm.training.build import Run
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal run, first_step
         config, dry_run = parse(words)
         if config.logging.quiet:
-            setup_logging(int(os.environ.get("RANK", "0")), logging.WARNING)
+            setup_logging(launched_rank(), logging.WARNING)
         choose_accelerator()
         if dry_run:
             _dry_run(config, dry_run)
@@ -56,7 +56,7 @@ def _dry_run(config: RunConfig, dry_run: DryRun) -> None:
     if dry_run is DryRun.WITHOUT_FILES:
         print_outline(config, world_size)
         return
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched_rank()
     plan = make_plan(config, world_size, rank=rank, resume=open_resume(config), dry=True)
     if rank == 0:
         print_dry_run(plan)

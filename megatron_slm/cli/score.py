@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import get_args
 
@@ -10,8 +9,9 @@ from megatron_slm.cli.arguments import ToolParser
 from megatron_slm.cli.command import choose_accelerator, run_command
 from megatron_slm.config.load import DryRun, parse
 from megatron_slm.config.run import RunConfig
-from megatron_slm.config.scoring import ScoreDtype, ScoringOptions
+from megatron_slm.config.scoring import LogprobDtype, ScoreDtype, ScoringOptions
 from megatron_slm.errors import ConfigError
+from megatron_slm.parallel.launched import launched_rank
 
 _DESCRIPTION = """Write a reference's per-token losses for the samples of a run, for --reference-scores.
 
@@ -36,6 +36,25 @@ def _parser() -> ToolParser:
     )
     parser.add_argument(
         "--with-entropy", action="store_true", help="also store the entropy of the reference's predictions"
+    )
+    parser.add_argument(
+        "--top-logprobs",
+        type=int,
+        metavar="K",
+        help="also store the K largest log-probabilities and the rest's a token, for --loss kl, reverse-kl and jsd",
+    )
+    parser.add_argument(
+        "--sampled-ids",
+        type=int,
+        metavar="N",
+        help="also store N ids a token drawn from the reference's distribution, an unbiased sample for --loss kl, and "
+        "its entropy",
+    )
+    parser.add_argument(
+        "--logprobs-dtype",
+        choices=get_args(LogprobDtype),
+        default="bfloat16",
+        help="data type of the stored log-probabilities (default: %(default)s)",
     )
     parser.add_argument(
         "--retokenize",
@@ -70,7 +89,10 @@ def parse_scoring(argv: Sequence[str]) -> tuple[RunConfig, ScoringOptions, DryRu
     options = ScoringOptions(
         output=own.output or stores[0],
         score_dtype=own.score_dtype,
-        with_entropy=own.with_entropy,
+        with_entropy=own.with_entropy or own.sampled_ids is not None,
+        top_logprobs=own.top_logprobs,
+        sampled_ids=own.sampled_ids,
+        logprobs_dtype=own.logprobs_dtype,
         retokenize=own.retokenize,
         reference_seq_length=own.reference_seq_length,
     )
@@ -99,7 +121,7 @@ def _dry_run(config: RunConfig, options: ScoringOptions) -> None:
     from megatron_slm.scoring.plan import make_scoring_plan
     from megatron_slm.scoring.run import print_plan
 
-    parallel, rank = config.parallel, int(os.environ.get("RANK", "0"))
+    parallel, rank = config.parallel, launched_rank()
     world_size = planned_world_size(parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     plan = make_scoring_plan(config, options, world_size, rank=rank, resume=open_resume(config), dry=True)
     if rank == 0:

@@ -7,11 +7,15 @@ An output that is a folder also gets the Hugging Face form, which `AutoTokenizer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 from megatron_slm.cli.arguments import ToolParser, positive_int
 from megatron_slm.cli.command import run_command
 from megatron_slm.data.tokenizers.training import texts_of_files, train_sentencepiece, write_tokenizer
+from megatron_slm.progress import track
+
+logger = logging.getLogger(__name__)
 
 
 def build_parser() -> ToolParser:
@@ -26,10 +30,15 @@ def build_parser() -> ToolParser:
     return parser
 
 
+def _read(inputs: Sequence[str], key: str) -> Iterator[str]:
+    yield from track(texts_of_files(inputs, key), "reading", "documents")
+    logger.info("training on all documents read; SentencePiece does not show how far it is")
+
+
 def run(words: Sequence[str]) -> None:
     """Parse, train, write."""
     flags = build_parser().parse_flags(words)
-    model = train_sentencepiece(texts_of_files(flags.input, flags.json_key), vocab_size=flags.vocab_size)
+    model = train_sentencepiece(_read(flags.input, flags.json_key), vocab_size=flags.vocab_size)
     print(f"wrote {write_tokenizer(model, flags.output)}")
 
 

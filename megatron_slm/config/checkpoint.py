@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_slm.config.rules import flag, require_given, require_positive
@@ -50,6 +50,10 @@ class CheckpointConfig:
         for name in ("exit_on_missing_checkpoint", "load_fallback"):
             if getattr(self, name):
                 require_given(self.load is not None, "load", flag(name), f"add it, or remove {flag(name)}")
+
+    def without_saving(self) -> CheckpointConfig:
+        """Return the configuration of a run that loads and writes no checkpoints."""
+        return replace(self, save=None, save_interval=None, keep_last=None, save_retain_interval=None, keep_best=None)
 
     @property
     def enabled(self) -> bool:

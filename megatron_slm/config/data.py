@@ -60,7 +60,7 @@ class DataConfig:
     """Tokenizer class: HuggingFaceTokenizer, SentencePieceTokenizer (or GPTSentencePieceTokenizer, Llama2Tokenizer),
     GPT2BPETokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: str | None = None
-    """Tokenizer folder or file. Default: the tokenizer in --init-from."""
+    """Tokenizer folder, file, or name of the Hugging Face hub. Default: the tokenizer in --init-from."""
     vocab_size: int | None = None
     """Vocabulary size for NullTokenizer, for TikTokenizer (truncates its table), and for plans without a tokenizer.
     With any other tokenizer it must equal the tokenizer's size."""

@@ -14,6 +14,7 @@ import inspect
 import re
 import textwrap
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -24,7 +25,8 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from megatron_slm.config.rules import flag
 from megatron_slm.config.run import RunConfig
-from megatron_slm.config.unknown_flags import unknown_flags
+from megatron_slm.config.unknown_flags import repeated_flags, unknown_flags
+from megatron_slm.deprecation import FLAGS, current_name
 from megatron_slm.errors import ConfigError
 
 SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
@@ -32,6 +34,7 @@ ALIASES = {
     "num_key_value_heads": "num_query_groups",  # Megatron-DeepSpeed's name
     "layernorm_epsilon": "norm_epsilon",
     "rope_theta": "rotary_base",
+    "skip_train": "eval_only",
 }
 _OWN_FLAGS = (
     "--config",
@@ -193,6 +196,8 @@ def _known_name(name: str) -> str | None:
     """Return the field of a name as typed, with dashes or underscores; None if there is none."""
     plain = name.lstrip("-").replace("-", "_")
     plain = ALIASES.get(plain, plain)
+    if plain in FLAGS:
+        plain = current_name(name, FLAGS[plain], kind="flag", show=flag)
     return plain if plain in _fields() else None
 
 
@@ -218,10 +223,12 @@ def _normalize_flags(argv: Sequence[str]) -> list[str]:
     """Replace underscores and aliases in flag names.
 
     Raises:
-        ConfigError: unknown names; lists all of them, each with its fix.
+        ConfigError: unknown names (lists all of them, each with its fix), or names used twice.
     """
     hints = _hints()
-    out, unknown = [], []
+    out: list[str] = []
+    unknown: list[str] = []
+    uses: Counter[str] = Counter()
     for word in argv:
         if not word.startswith("--"):
             out.append(_as_value(word))
@@ -231,12 +238,15 @@ def _normalize_flags(argv: Sequence[str]) -> list[str]:
         if name is None:
             unknown.append(typed)
             continue
+        uses[name if name in _OWN_FLAGS else "--" + name[2:].removeprefix("no-")] += 1
         if equals and _is_list(hints.get(name[2:].replace("-", "_"))):
             out += [name, _as_value(value)]  # argparse would take no further value after an equals sign
         else:
             out.append(name + equals + value)
     if unknown:
         raise unknown_flags("flag", unknown, map(flag, _fields()))
+    if repeated := [name for name, count in uses.items() if count > 1]:
+        raise repeated_flags(repeated)
     return out
 
 
@@ -275,7 +285,7 @@ def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[RunCo
         parser.set_defaults(_typed(parser, _read_yaml(path), path))
     values = vars(parser.parse_args(words))
     if values["train_iters"] is None:
-        values["train_iters"] = train_iters
+        values["train_iters"] = 1 if values["eval_only"] else train_iters
     if values["train_iters"] is None:
         fix = "set the number of steps, on the command line or in the YAML file"
         raise ConfigError.missing("--train-iters", "every run", fix)
@@ -291,15 +301,12 @@ def _dry_run(values: Mapping[str, Any]) -> DryRun:
 
 
 def _yaml_path(words: Sequence[str]) -> str | None:
-    paths = []
     for word, following in zip(words, [*words, None][1:], strict=True):
         if word == "--config":
-            paths.append(following)
-        elif word.startswith("--config="):
-            paths.append(word.partition("=")[2])
-    if len(paths) > 1:
-        raise ConfigError("--config", paths, "be used once", "put the flags into one file, or on the command line")
-    return paths[0] if paths else None
+            return following
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+    return None
 
 
 def _typed(parser: _Parser, values: dict[str, Any], path: str) -> dict[str, Any]:

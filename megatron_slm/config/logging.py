@@ -23,6 +23,11 @@ class LoggingConfig:
     pipeline instruction. The GPU is synchronized once per logged step, never during a step."""
     eval_interval: int | None = None
     """Evaluate every this many steps, and at the end. Default: only at the end."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too, as step 0."""
+    eval_only: bool = False
+    """Evaluate every held-out set and the texts of --probe-file with the weights of --load or --init-from, and exit:
+    nothing is trained or saved, and earlier records in RUN_DIR are kept."""
     eval_iters: int | None = None
     """Number of global batches evaluated per held-out set. Default: the whole set."""
     peak_tflops: float | None = None

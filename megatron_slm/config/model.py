@@ -45,8 +45,8 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """Pad the vocabulary to a multiple of this, independent of the layout. Padding is never saved."""
     init_from: str | None = None
-    """Initial weights: a Hugging Face folder, or a checkpoint of this package saved at any layout. Default: random
-    weights."""
+    """Initial weights: a Hugging Face folder, a name of the Hugging Face hub (org/name, org/name@revision), or a
+    checkpoint of this package saved at any layout. Default: random weights."""
 
     def __post_init__(self) -> None:
         require_positive(

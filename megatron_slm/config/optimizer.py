@@ -13,7 +13,7 @@ class OptimizerConfig:
     """AdamW and the learning-rate schedule."""
 
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate. 0 leaves the weights as they are."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
@@ -36,8 +36,8 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 disables clipping."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "lr", "lr_decay_iters", "lr_wsd_decay_iters", "adam_eps")
-        require_not_negative(self, "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
+        require_positive(self, "lr_decay_iters", "lr_wsd_decay_iters", "adam_eps")
+        require_not_negative(self, "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, self, name, "be in [0, 1)", "use e.g. 0.9")
         require(self.min_lr <= self.lr, self, "min_lr", f"not exceed --lr ({self.lr})", "lower it")

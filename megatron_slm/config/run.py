@@ -12,6 +12,7 @@ from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.config.checkpoint import CheckpointConfig
 from megatron_slm.config.data import DataConfig
+from megatron_slm.config.distillation import DistillationConfig
 from megatron_slm.config.health import HealthConfig
 from megatron_slm.config.logging import LoggingConfig
 from megatron_slm.config.loss_head import LossHeadConfig
@@ -19,9 +20,10 @@ from megatron_slm.config.model import ModelConfig
 from megatron_slm.config.optimizer import OptimizerConfig, TrainingConfig
 from megatron_slm.config.parallel import ParallelConfig
 from megatron_slm.config.preflight import PreflightConfig
+from megatron_slm.config.reference_update import ReferenceUpdateConfig
 from megatron_slm.config.resilience import ResilienceConfig
-from megatron_slm.config.rules import require
-from megatron_slm.config.selection import SelectionConfig
+from megatron_slm.config.rules import flag, require, require_given
+from megatron_slm.config.selection import START_MODEL, SelectionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class RunConfig:
     parallel: ParallelConfig
     data: DataConfig
     selection: SelectionConfig
+    reference_update: ReferenceUpdateConfig
+    distillation: DistillationConfig
     loss_head: LossHeadConfig
     backward: BackwardConfig
     backend: BackendConfig
@@ -44,6 +48,8 @@ class RunConfig:
     preflight: PreflightConfig
 
     def __post_init__(self) -> None:
+        self._check_distillation()
+        self._check_reference()
         if self.checkpoint.keep_best is not None:
             saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
             require(
@@ -53,6 +59,50 @@ class RunConfig:
                 "have an evaluation at every checkpoint",
                 f"make --save-interval ({saves}) a multiple of --eval-interval ({evaluates})",
             )
+
+    def _check_distillation(self) -> None:
+        selection, loss = self.selection, self.distillation
+        if not loss.distills:
+            return
+        rule = "be ce with --objective clm, which has no reference"
+        fix = f"use --objective slm (with --slm-keep-ratio 1 it keeps every token), or remove {flag('loss')}"
+        require(selection.objective == "slm", loss, "loss", rule, fix)
+        has_reference = selection.reference_load or selection.reference_scores or selection.reference_config
+        require_given(
+            bool(has_reference), "reference_load", f"--loss {loss.loss}", "set it to the folder of the reference"
+        )
+        if loss.tempers:
+            variant = self.loss_head.loss_head_variant
+            rule = "be recompute or auto with --distillation-temperature, at which a stash is of no use"
+            fits = variant in ("auto", "recompute")
+            require(fits, self.loss_head, "loss_head_variant", rule, f"remove {flag('loss_head_variant')}")
+        if selection.reference_scores:
+            rule = "be 1 with --reference-scores, which are the reference's probabilities at that temperature"
+            temperature = loss.distillation_temperature
+            require(temperature == 1, loss, "distillation_temperature", rule, "remove it, or use --reference-load")
+            rule = f"be one store with --loss {loss.loss}, which has one reference"
+            require(len(selection.reference_scores) == 1, selection, "reference_scores", rule, "name one of them")
+
+    def _check_reference(self) -> None:
+        selection, update = self.selection, self.reference_update
+        if selection.reference_load == START_MODEL:
+            fix = "set it to the folder of the model that training starts from"
+            require_given(self.model.init_from is not None, "init_from", f"--reference-load {START_MODEL}", fix)
+        if not update.updates:
+            return
+        required_by = f"--reference-update {update.reference_update}"
+        fix = f"set it to {START_MODEL}, the model of --init-from, or to a model of the same architecture"
+        require_given(selection.reference_load is not None, "reference_load", required_by, fix)
+        rule = f"not be used with {required_by}, whose reference runs beside the model"
+        require(not selection.reference_scores, selection, "reference_scores", rule, "remove it")
+        rule = f"not be used with {required_by}, whose losses of the texts would change with the reference"
+        require(self.logging.probe_file is None, self.logging, "probe_file", rule, "remove it")
+
+    @property
+    def reference_path(self) -> str | None:
+        """Folder of the reference; None without one."""
+        named = self.selection.reference_load
+        return self.model.init_from if named == START_MODEL else named
 
     @property
     def save_folder(self) -> str:

@@ -39,6 +39,11 @@ class ScoreDefinition:
         """True if the score cannot be computed without a reference model."""
         return bool(self.needs & {"reference-loss", "reference-entropy"})
 
+    @property
+    def is_excess(self) -> bool:
+        """True for the excess loss and functions of it."""
+        return self.name.endswith("excess")
+
 
 _LOSS: frozenset[ScoreInput] = frozenset({"reference-loss"})
 _DEFINITIONS = (

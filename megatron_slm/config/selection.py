@@ -10,6 +10,9 @@ from megatron_slm.config.rules import flag, require, require_given, require_not_
 from megatron_slm.config.scores import EXTERNAL, check_column_name, describe_scores, score_definition
 from megatron_slm.config.weights import WeightDefinition, describe_weights, weight_definition
 
+START_MODEL = "init"
+"""Value of --reference-load that names the model of --init-from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
@@ -88,15 +91,16 @@ class SelectionConfig:
     """Every this many steps, repeat the selection on the run's first batch and log how much of it changed; 0
     disables it."""
     reference_load: str | None = None
-    """Frozen reference: a Hugging Face folder, or a checkpoint of this package saved at any layout. With
-    --reference-scores it is not loaded, but the scores must come from it."""
+    """Frozen reference: a Hugging Face folder, a name of the hub, a checkpoint of this package saved at any layout, or
+    `init`, the model of --init-from. With --reference-scores it is not loaded, but the scores must come from it."""
     reference_config: str | None = None
     """Architecture of the reference, for plans and dry runs without --reference-load: a config.json, a folder with
     one, or the YAML configuration of the reference's run. A loaded reference must match it."""
     reference_scores: list[str] = field(default_factory=list)
     """Stores of reference losses (tools/score_corpus.py) to read instead of running a reference."""
-    reference_scores_combine: Literal["minimum", "mean"] | None = None
-    """Combination of several stores: the minimum or the mean of each token's losses."""
+    reference_scores_combine: Literal["minimum", "mean", "difference"] | None = None
+    """Combination of several stores: the minimum or the mean of each token's losses, or the first one's less the second
+    one's (with --slm-score reference-loss: tokens that the first reference predicts better than the second)."""
     reference_scores_verify: Literal["sampled", "whole"] = "sampled"
     """Checksums verified before the first step. sampled: a sample of evenly spaced shards for stores above 64 GiB,
     else all. whole: always all. Samples are also verified as they are read."""
@@ -306,12 +310,26 @@ class SelectionConfig:
                 require(not getattr(self, name), self, name, rule, "remove it, or use --objective slm")
         if len(self.reference_scores) > 1:
             given = self.reference_scores_combine is not None
-            require_given(given, "reference_scores_combine", "several --reference-scores", "choose minimum or mean")
+            require_given(
+                given, "reference_scores_combine", "several --reference-scores", "choose minimum, mean or difference"
+            )
             rule = "not be used with several --reference-scores, which come from several references"
             require(self.reference_load is None, self, "reference_load", rule, "remove it")
+            self._check_difference()
         else:
             rule = "be used with several --reference-scores"
             require(self.reference_scores_combine is None, self, "reference_scores_combine", rule, "remove it")
+
+    def _check_difference(self) -> None:
+        if self.reference_scores_combine != "difference":
+            return
+        rule = "be two stores with --reference-scores-combine difference"
+        require(len(self.reference_scores) == 2, self, "reference_scores", rule, "name two, or choose mean")
+        others = [
+            name for name in self.slm_score if name != "reference-loss" and score_definition(name).needs_reference
+        ]
+        rule = "be reference-loss, or a score without a reference, with --reference-scores-combine difference"
+        require(not others, self, "slm_score", rule, "use --slm-score reference-loss")
 
 
 def _is_share(value: float) -> bool:

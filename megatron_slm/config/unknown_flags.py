@@ -1,4 +1,4 @@
-"""One error for all unknown flags of a command line or a YAML file, each with its fix."""
+"""One error for all unknown flags of a command line or a YAML file, each with its fix; another for repeated ones."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def unknown_flags(source: str, names: Sequence[str], known: Iterable[str]) -> Co
         return ConfigError(source, names[0], "be a known flag", fixes[0])
     listed = "; ".join(f"{name}: {fix}" for name, fix in zip(names, fixes, strict=True))
     return ConfigError(f"{source}s", ", ".join(names), "be known flags", listed)
+
+
+def repeated_flags(names: Sequence[str]) -> ConfigError:
+    """Return the error for flags that were used more than once; at least one, as typed."""
+    one, fix = len(names) == 1, "keep one; a list's values follow each other after one flag"
+    return ConfigError("flag" if one else "flags", ", ".join(names), "be used once", fix)
 
 
 def _fix(name: str, known: Sequence[str]) -> str:

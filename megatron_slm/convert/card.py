@@ -53,9 +53,9 @@ def _read(path: Path, parse: Any) -> dict[str, Any]:
 
 def _front_matter(origin: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    base = (origin.get("base") or {}).get("path")
+    base = origin.get("base") or {}
     if base:
-        name = _hub_name(Path(base))
+        name = base.get("hub") or _hub_name(Path(base["path"]))
         front |= {} if name is None else {"base_model": name}
     front["tags"] = ["megatron_slm", *(["selective-language-modeling"] if config.get("objective") == "slm" else [])]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"

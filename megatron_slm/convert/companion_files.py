@@ -10,18 +10,6 @@ from pathlib import Path
 
 from megatron_slm.convert.hf_config import CONFIG
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files of a transformers tokenizer, for the supported families."""
 ORIGIN_FILES = (CONFIG, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER, ORIGIN = "tokenizer", "origin"
 """Folders of a checkpoint."""

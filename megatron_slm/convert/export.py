@@ -19,15 +19,17 @@ from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.tensor_file import Entry
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.card import model_card
-from megatron_slm.convert.companion_files import ORIGIN_FILES, TOKENIZER_FILES, copy_files
+from megatron_slm.convert.companion_files import ORIGIN_FILES, copy_files
 from megatron_slm.convert.defaults import SHARD_BYTES, TOLERANCE_NATS
 from megatron_slm.convert.hf_config import CONFIG, exported_config, is_hf_folder, read_config
 from megatron_slm.convert.source import Model, open_model
-from megatron_slm.convert.tensors import DTYPES, check_tensors, expected_tensors, row_blocks
+from megatron_slm.convert.tensors import DTYPES, check_tensors, counted, expected_tensors, row_blocks
 from megatron_slm.convert.verify import Report, memory_shortage, verify
 from megatron_slm.convert.writer import write_shards
 from megatron_slm.errors import CheckpointError, WeightsError
 from megatron_slm.files import sync_folder
+from megatron_slm.hub import TOKENIZER_FILES
+from megatron_slm.progress import show_progress
 
 VERIFIED_TOKENS = 256
 """Random tokens on which the export is compared with the checkpoint."""
@@ -167,7 +169,9 @@ def _write_folder(model: Model, source: CheckpointSource, folder: Path, dtype: s
     def blocks(entry: Entry) -> Iterator[Tensor]:
         return (source.rows(entry.name, *bounds).to(entry.dtype) for bounds in row_blocks(entry.shape, 4))
 
-    write_shards(folder, entries, blocks, shard_bytes=shard_bytes)
+    size = sum(entry.num_bytes for entry in entries)
+    with show_progress("writing weights", size, "B") as progress:
+        write_shards(folder, entries, counted(blocks, progress), shard_bytes=shard_bytes)
     (folder / "README.md").write_text(model_card(source.folder, manifest, raw), encoding="utf-8")
 
 

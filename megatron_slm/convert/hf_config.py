@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from megatron_slm.config.architecture import ROPE_FIELDS, Architecture
 from megatron_slm.convert.families import FAMILIES, Family, family_named, family_of
 from megatron_slm.errors import LayoutError, WeightsError
+from megatron_slm.hub import local_path
 
 CONFIG = "config.json"
 
@@ -21,35 +21,36 @@ def is_hf_folder(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def check_folder(path: str, *, field: str) -> None:
-    """Check that a model's folder exists; models are not downloaded.
+def model_folder(path: str, *, field: str) -> Path:
+    """Return the folder of a model: the path, or the cached folder of a name of the hub.
 
     Args:
-        field: the flag that names the folder.
+        field: the flag that names the model.
 
     Raises:
         WeightsError: no such folder.
+        ConfigError, ServiceError: no such model on the hub, or no way to it.
     """
-    if Path(path).is_dir():
-        return
-    fix = "check the path"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists():
-        fix += f", or download the model first: hf download {path} --local-dir models/{Path(path).name}"
-    raise WeightsError(field, path, "be a local folder", fix)
+    folder = local_path(path, field=field)
+    if not folder.is_dir():
+        raise WeightsError(field, path, "be a local folder or a model of the hub (org/name)", "check the path")
+    return folder
 
 
-def check_hf_folder(path: str, *, field: str) -> None:
-    """Check that a folder holds a Hugging Face model.
+def hf_folder(path: str, *, field: str) -> Path:
+    """Return the folder of a Hugging Face model: the path, or the cached folder of a name of the hub.
 
     Args:
-        field: the flag that names the folder.
+        field: the flag that names the model.
 
     Raises:
         WeightsError: no such folder, or no config.json in it.
+        ConfigError, ServiceError: no such model on the hub, or no way to it.
     """
-    check_folder(path, field=field)
-    if not is_hf_folder(Path(path)):
+    folder = model_folder(path, field=field)
+    if not is_hf_folder(folder):
         raise WeightsError(field, path, f"be a Hugging Face folder (with a {CONFIG})", "check the path")
+    return folder
 
 
 def read_architecture(folder: Path) -> Architecture:

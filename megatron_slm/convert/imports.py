@@ -25,18 +25,19 @@ from megatron_slm.convert.companion_files import (
     ORIGIN_FILES,
     ORIGIN_RECORD,
     TOKENIZER,
-    TOKENIZER_FILES,
     copy_files,
     tokenizer_folder,
 )
-from megatron_slm.convert.hf_config import check_hf_folder, read_architecture
+from megatron_slm.convert.hf_config import hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
-from megatron_slm.convert.tensors import TensorSource, check_tensors, expected_tensors, row_blocks
+from megatron_slm.convert.tensors import TensorSource, check_tensors, counted, expected_tensors, row_blocks
 from megatron_slm.convert.vocabulary import ExtendedVocabulary, ExtendInit, check_extends, new_tokens
 from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
 from megatron_slm.errors import VocabularyError, WeightsError, os_errors_as
 from megatron_slm.files import sync_folder, write_durably
+from megatron_slm.hub import TOKENIZER_FILES, local_path
 from megatron_slm.parallel.shards import Part
+from megatron_slm.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,7 @@ def import_folder(
     Raises:
         WeightsError, VocabularyError: the folder is incomplete or not supported, or `output` is not empty.
     """
-    folder, target = Path(hf), Path(output)
-    check_hf_folder(hf, field="--hf")
+    folder, target = hf_folder(hf, field="--hf"), Path(output)
     architecture = read_architecture(folder)
     source: TensorSource
     if allow_bin and not weight_files(folder, SAFETENSORS):
@@ -75,7 +75,8 @@ def import_folder(
     check_tensors(architecture, source, field="--hf")
     tokenizer, tokenizer_from = _tokenizer(folder), tokenizer_folder(folder)
     if extend_vocabulary is not None:
-        new = build_tokenizer("HuggingFaceTokenizer", extend_vocabulary)
+        extended = local_path(extend_vocabulary, field="--extend-vocabulary", part="tokenizer")
+        new = build_tokenizer("HuggingFaceTokenizer", extended)
         check_extends(tokenizer, new, extend_vocabulary)
         assert tokenizer is not None, "checked by check_extends"
         num_rows = architecture.vocab_size
@@ -95,7 +96,7 @@ def import_folder(
             vocab_size=architecture.vocab_size,
             replaced=within if extend_init == "mean" else (),
         )
-        tokenizer, tokenizer_from = new, Path(extend_vocabulary)
+        tokenizer, tokenizer_from = new, extended
     elif tokenizer is not None and tokenizer.vocab_size > architecture.vocab_size:
         raise VocabularyError(
             "--hf: number of tokens of the tokenizer",
@@ -136,17 +137,22 @@ def _write_weights(folder: Path, architecture: Architecture, source: TensorSourc
     for name in expected:
         names_by_file.setdefault(file_of[name], []).append(name)
     files: dict[str, dict[str, Any]] = {}
-    for number, (_, names) in enumerate(sorted(names_by_file.items())):
-        slices = [describe_slice(Part(name=name, shape=expected[name]), 0, prod(expected[name])) for name in names]
-        by_key = {f"{i}.weight": name for i, name in enumerate(names)}
-        entries = [Entry(name=key, shape=(prod(expected[name]),), dtype=dtypes[name]) for key, name in by_key.items()]
+    size = sum(prod(shape) * dtypes[name].itemsize for name, shape in expected.items())
+    with show_progress("writing weights", size, "B") as progress:
+        for number, (_, names) in enumerate(sorted(names_by_file.items())):
+            slices = [describe_slice(Part(name=name, shape=expected[name]), 0, prod(expected[name])) for name in names]
+            by_key = {f"{i}.weight": name for i, name in enumerate(names)}
+            entries = [
+                Entry(name=key, shape=(prod(expected[name]),), dtype=dtypes[name]) for key, name in by_key.items()
+            ]
 
-        def blocks(entry: Entry, by_key: dict[str, str] = by_key) -> Iterator[Tensor]:
-            name = by_key[entry.name]
-            return (source.rows(name, *bounds) for bounds in row_blocks(expected[name], entry.dtype.itemsize))
+            def blocks(entry: Entry, by_key: dict[str, str] = by_key) -> Iterator[Tensor]:
+                name = by_key[entry.name]
+                return (source.rows(name, *bounds) for bounds in row_blocks(expected[name], entry.dtype.itemsize))
 
-        path = folder / file_name("weights", number)
-        files[path.name] = {**write_entries(path, entries, blocks, {TABLE: json.dumps(slices)}), TABLE: slices}
+            path = folder / file_name("weights", number)
+            entry = write_entries(path, entries, counted(blocks, progress), {TABLE: json.dumps(slices)})
+            files[path.name] = {**entry, TABLE: slices}
     return files
 
 

@@ -1,4 +1,4 @@
-"""Models on disk, as named by `--init-from` and `--reference-load`: a Hugging Face folder or a checkpoint."""
+"""Models of `--init-from` and `--reference-load`: a Hugging Face folder, a name of the hub, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_slm.checkpoint.format import Manifest, find_checkpoint, verify_fil
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.companion_files import ORIGIN, TOKENIZER, tokenizer_folder
-from megatron_slm.convert.hf_config import check_folder, is_hf_folder, read_architecture
+from megatron_slm.convert.hf_config import is_hf_folder, model_folder, read_architecture
 from megatron_slm.convert.hf_source import HuggingFaceSource
 from megatron_slm.errors import CheckpointError, WeightsError
 
@@ -34,18 +34,18 @@ class Model:
 
 
 def open_model(path: str, *, field: str, checksums: bool = True, share: tuple[int, int] = (0, 1)) -> Model:
-    """Open a model folder of either kind.
+    """Open a model of either kind.
 
     Args:
-        field: the flag that names the folder, for errors.
+        path: a folder, or a name of the Hugging Face hub.
+        field: the flag that names it, for errors.
         checksums: verify a checkpoint's files by checksum, not by size alone.
         share: (i, n) verifies the i-th of n shares of a checkpoint's files.
 
     Raises:
         WeightsError, CheckpointError: the folder is neither, or incomplete.
     """
-    check_folder(path, field=field)
-    folder = Path(path)
+    folder = model_folder(path, field=field)
     if is_hf_folder(folder):
         return Model(
             architecture=read_architecture(folder),

@@ -9,12 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_slm.checkpoint.tensor_file import Blocks, Entry
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.defaults import DTYPE_NAMES
 from megatron_slm.errors import WeightsError
 from megatron_slm.model.llama import EMBEDDING_NAME, OUTPUT_NAME, layer_list
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import parts_of
+from megatron_slm.progress import Progress
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 """Supported storage dtypes; fp32 represents all of their values exactly."""
@@ -55,6 +57,17 @@ def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int
     step = max(1, BLOCK_BYTES // (itemsize * prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
+
+
+def counted(blocks: Blocks, progress: Progress) -> Blocks:
+    """Return `blocks` that also count the bytes they yield as done."""
+
+    def counting(entry: Entry) -> Iterator[Tensor]:
+        for block in blocks(entry):
+            yield block
+            progress.advance(block.nbytes)
+
+    return counting
 
 
 def check_tensors(arch: Architecture, source: TensorSource, *, field: str) -> None:

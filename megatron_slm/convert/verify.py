@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.weights import Quantity, WeightSource, fill_module
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.defaults import NUM_TOKENS
-from megatron_slm.convert.hf_config import check_hf_folder, read_architecture
+from megatron_slm.convert.hf_config import hf_folder, read_architecture
 from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
 from megatron_slm.convert.source import open_model
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.errors import WeightsError
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import Part
+from megatron_slm.progress import Progress, show_progress
 from megatron_slm.reference.frozen import FrozenStage
 
 _ROWS = 64
@@ -83,8 +84,7 @@ def verify(hf: str, load: str | None = None, text_file: str | None = None, *, nu
     Raises:
         WeightsError: a folder is unreadable, or the architectures differ.
     """
-    check_hf_folder(hf, field="--hf")
-    folder = Path(hf)
+    folder = hf_folder(hf, field="--hf")
     arch = read_architecture(folder)
     hf_source = HuggingFaceSource(folder) if load is None or weight_files(folder, SAFETENSORS) else None
     if hf_source is not None:  # else transformers reads .bin files, and there are no dtypes to round to
@@ -98,9 +98,11 @@ def verify(hf: str, load: str | None = None, text_file: str | None = None, *, nu
         if isinstance(loaded.source, CheckpointSource) and hf_source is not None:
             source, rounded_to = _rounded(loaded.source, hf_source)
     assert source is not None, "either from --hf or from --load"
-    tokens_bs = _tokens(arch, hf, text_file, num_tokens)
-    log_probs_NV = _our_log_probs(arch, source, tokens_bs)
-    return Report(delta_bs=_differences(log_probs_NV, hf, tokens_bs), rounded_to=rounded_to)
+    tokens_bs = _tokens(arch, str(folder), text_file, num_tokens)
+    with show_progress("comparing with transformers", 2 * arch.num_layers, "blocks") as progress:
+        log_probs_NV = _our_log_probs(arch, source, tokens_bs, progress)
+        delta_bs = _differences(log_probs_NV, str(folder), tokens_bs, progress)
+    return Report(delta_bs=delta_bs, rounded_to=rounded_to)
 
 
 def memory_shortage(arch: Architecture, num_tokens: int) -> str | None:
@@ -172,19 +174,20 @@ def _tokens(arch: Architecture, hf: str, text_file: str | None, num_tokens: int)
 
 
 @torch.no_grad()
-def _our_log_probs(arch: Architecture, source: WeightSource, tokens_bs: Tensor) -> Tensor:
+def _our_log_probs(arch: Architecture, source: WeightSource, tokens_bs: Tensor, progress: Progress) -> Tensor:
     """Return this package's log-probabilities, fp32 [b * s, V]."""
     stage = FrozenStage(arch, ParallelLayers(), stage=0, num_stages=1)
     fill_module(stage, source)
+    _count_blocks(stage.layers[1:-1], progress)  # between the embedding and the head
     hidden_Nd = stage(tokens_bs).transpose(0, 1).flatten(0, 1)
     weight_Vd = stage.output_weight().weight_Vd
     return torch.cat([(rows @ weight_Vd.t()).log_softmax(-1) for rows in hidden_Nd.split(_ROWS)])
 
 
 @torch.no_grad()
-def _differences(log_probs_NV: Tensor, hf: str, tokens_bs: Tensor) -> Tensor:
+def _differences(log_probs_NV: Tensor, hf: str, tokens_bs: Tensor, progress: Progress) -> Tensor:
     """Return the largest difference from transformers' log-probabilities at every position, fp32 [b, s]."""
-    hidden_Nd, head = _their_hidden_states(hf, tokens_bs)
+    hidden_Nd, head = _their_hidden_states(hf, tokens_bs, progress)
     deltas = [
         (ours - head(rows).float().log_softmax(-1)).abs().amax(-1)
         for ours, rows in zip(log_probs_NV.split(_ROWS), hidden_Nd.split(_ROWS), strict=True)
@@ -192,7 +195,13 @@ def _differences(log_probs_NV: Tensor, hf: str, tokens_bs: Tensor) -> Tensor:
     return torch.cat(deltas).view(tokens_bs.shape)
 
 
-def _their_hidden_states(hf: str, tokens_bs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _count_blocks(blocks: Iterable[nn.Module], progress: Progress) -> None:
+    """Count each block as done when it has run."""
+    for block in blocks:
+        block.register_forward_hook(lambda *_: progress.advance())
+
+
+def _their_hidden_states(hf: str, tokens_bs: Tensor, progress: Progress) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     from transformers import AutoModelForCausalLM
 
     loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -204,4 +213,5 @@ def _their_hidden_states(hf: str, tokens_bs: Tensor) -> tuple[Tensor, Callable[[
                 f"--hf: {kind} of transformers", sorted(map(str, info[kind])), "be empty", "report a bug with the model"
             )
     model = loaded.eval()
+    _count_blocks(model.model.layers, progress)
     return model.model(tokens_bs).last_hidden_state.flatten(0, 1), model.lm_head

@@ -99,7 +99,7 @@ class FlatTrainer:
     def reference_statistics(self, source: BatchSource, num_micro_batches: int) -> list[TokenStatistics | None]:
         """Run the reference, if there is one, on micro-batches outside of training."""
         batches = [source(i) for i in range(num_micro_batches)]
-        return [self._reference_statistics(batch, self._on_device(batch)) for batch in batches]
+        return [self._reference_statistics(batch, self._on_device(batch), trains=False) for batch in batches]
 
     @torch.no_grad()
     def scored_tokens(
@@ -130,12 +130,16 @@ class FlatTrainer:
         with self.step_timers.timing("loss-head"):
             return self.objective.loss(x_sbd, weight, batch, reference, settings)
 
-    def _reference_statistics(self, read: MicroBatch, batch: MicroBatch) -> TokenStatistics | None:
+    def _reference_statistics(
+        self, read: MicroBatch, batch: MicroBatch, *, trains: bool = True
+    ) -> TokenStatistics | None:
         if self.scores is not None:
-            return self.scores(read).to(self.engine.device)
+            with_distribution = trains and self.objective.distillation is not None
+            return self.scores(read, with_distribution=with_distribution).to(self.engine.device)
         if self.reference is None:
             return None
-        return self.reference.statistics(self.reference(batch.tokens_bs, batch.documents), self.objective, batch)
+        x_sbd = self.reference(batch.tokens_bs, batch.documents)
+        return self.reference.statistics(x_sbd, self.objective, batch, trains=trains)
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
         return batch.to(self.engine.device)

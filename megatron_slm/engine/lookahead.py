@@ -10,9 +10,13 @@ class Lookahead:
 
     Number `m`, the count of micro-batches of a step, and those after it are the next step's; `advance` moves the
     origin, and what was read ahead is found under its new number.
+
+    Args:
+        trains: they are of training steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, trains: bool = True) -> None:
+        self.trains = trains
         self._origin = 0
         self._batches: dict[int, MicroBatch] = {}
         self._statistics: dict[int, TokenStatistics] = {}

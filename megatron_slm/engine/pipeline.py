@@ -179,7 +179,7 @@ class SelectiveEngine(PipelineEngine):
     @contextmanager
     def _beside_training(self) -> Iterator[None]:
         """Number micro-batches anew inside, and put back afterwards what training has done ahead."""
-        ahead, self._lookahead = self._lookahead, Lookahead()
+        ahead, self._lookahead = self._lookahead, Lookahead(trains=False)
         try:
             with self.step_timers.paused():
                 yield
@@ -224,7 +224,8 @@ class SelectiveEngine(PipelineEngine):
         self._lookahead.add(i, read.to(self.device))
         scores = self.context.scores
         if scores is not None and self.is_last_stage() and torch.is_grad_enabled():
-            self._lookahead.add_reference(i, scores(read).to(self.device))
+            distills = self.context.objective.distillation is not None
+            self._lookahead.add_reference(i, scores(read, with_distribution=distills).to(self.device))
 
     def _documents(self, i: int) -> Documents | None:
         """The documents of a micro-batch, which stages between the first and the last read for these alone."""
@@ -307,7 +308,8 @@ class SelectiveEngine(PipelineEngine):
         with self._timing(Work.REFERENCE):
             out = reference(x, documents)
             if self.is_last_stage():
-                statistics = reference.statistics(out, self.context.objective, self._lookahead.batch(i))
+                batch, trains = self._lookahead.batch(i), self._lookahead.trains
+                statistics = reference.statistics(out, self.context.objective, batch, trains=trains)
                 self._lookahead.add_reference(i, statistics)
             else:
                 self._outgoing[Lane.REFERENCE, i] = out

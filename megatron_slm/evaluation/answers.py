@@ -36,8 +36,16 @@ _EQUALS = re.compile(r"=|\\approx|≈")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 
 
-def extract(text: str, kind: AnswerKind) -> str | None:
-    """Return the answer in a text, None if it holds no readable one."""
+def extract(text: str, kind: AnswerKind, *, is_complete: bool = True) -> str | None:
+    """Return the answer in a text, None if it holds no readable one.
+
+    Args:
+        is_complete: False for a text that was cut off: only an answer that it announces before its last line counts.
+    """
+    if not is_complete:
+        text = text.rpartition("\n")[0]
+        if last_boxed(text) is None and not _MARK.search(text):
+            return None
     if kind == "choice":
         return _choice(text)
     found = last_boxed(text)

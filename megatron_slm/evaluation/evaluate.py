@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from megatron_slm.errors import ConfigError
 from megatron_slm.evaluation.answers import Rules, equal, extract
 from megatron_slm.evaluation.generation import Generator
 from megatron_slm.evaluation.prompts import STOPS, Prompt, prompt_named
-from megatron_slm.evaluation.statistics import bootstrap
+from megatron_slm.evaluation.statistics import bootstrap, share
 from megatron_slm.evaluation.tasks import Task
+from megatron_slm.hub import local_path
 
 
 @contextmanager
@@ -32,12 +32,13 @@ def hugging_face_folder(path: str) -> Iterator[str]:
     Raises:
         CheckpointError, WeightsError: the path is neither.
     """
-    if is_hf_folder(Path(path)):
-        yield path
+    here = local_path(path, field="--model")
+    if is_hf_folder(here):
+        yield str(here)
         return
     with tempfile.TemporaryDirectory(prefix="megatron_slm_") as folder:
-        inside = Path(path) / "checkpoints"
-        load = str(inside if inside.is_dir() else path)
+        inside = here / "checkpoints"
+        load = str(inside if inside.is_dir() else here)
         yield str(export_checkpoint(load, f"{folder}/hf", verifies=False).folder)
 
 
@@ -113,7 +114,8 @@ def evaluate_task(
         num_shots: number of the prompt's shots to use; None for all.
 
     Returns:
-        The accuracy with its interval and the number of unreadable answers; and one record per question.
+        The accuracy with its interval, and the numbers of unreadable answers and of texts that were cut off at
+        `max_new_tokens`; and one record per question.
     """
     prompt = prompt or prompt_named(task.prompt)
     if num_shots is not None:
@@ -127,26 +129,29 @@ def evaluate_task(
         progress=progress,
     )
     records: list[dict[str, Any]] = []
-    for number, (question, text) in enumerate(zip(task.questions, texts, strict=True), 1):
-        answer = extract(text, question.kind)
+    for number, (question, written) in enumerate(zip(task.questions, texts, strict=True), 1):
+        answer = extract(written.text, question.kind, is_complete=written.is_complete)
         records.append(
             {
                 "number": number,
                 "question": question.text,
                 "truth": question.answer,
-                "written": text,
+                "written": written.text,
+                "cut_off": not written.is_complete,
                 "answer": answer,
                 "correct": equal(answer, question.answer, question.kind, rules=rules),
             }
         )
-    interval = bootstrap([float(record["correct"]) for record in records])
+    num_correct = sum(record["correct"] for record in records)
+    interval = share(num_correct, len(records))
     unread = [record["number"] for record in records if record["answer"] is None]
     summary = {
         "accuracy": interval.mean,
         "interval": [interval.low, interval.high],
         "questions": len(records),
-        "correct": sum(record["correct"] for record in records),
+        "correct": num_correct,
         "unread": len(unread),
+        "cut_off": sum(record["cut_off"] for record in records),
         "unread_questions": unread,
         "shots": len(prompt.shots),
         "rules": rules,

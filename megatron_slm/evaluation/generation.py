@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,14 @@ from megatron_slm.device import local_device
 from megatron_slm.errors import TaskError, WeightsError
 
 logger = logging.getLogger(__name__)
+
+
+class Written(NamedTuple):
+    """A generated text."""
+
+    text: str
+    is_complete: bool
+    """The model ended it, or wrote a stop string; False where it was cut off at its longest length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,7 @@ class Generator:
         stops: Sequence[str],
         batch_size: int,
         progress: Callable[[int], None] = lambda done: None,
-    ) -> list[str]:
+    ) -> list[Written]:
         """Generate a continuation of each prompt, greedily, up to the first stop string.
 
         Prompts of similar length share a batch; the result has the order of the prompts.
@@ -49,26 +57,26 @@ class Generator:
                     f"be less than {self.context} tokens, the model's context length",
                     "use fewer --shots, or a model with a longer context",
                 )
-        texts = [""] * len(prompts)
+        texts: dict[int, Written] = {}
         order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             for i, text in zip(rows, self._batch([ids[i] for i in rows], max_new_tokens, stops), strict=True):
                 texts[i] = text
             progress(start + len(rows))
-        return texts
+        return [texts[i] for i in range(len(prompts))]
 
     @torch.no_grad()
-    def _batch(self, ids: Sequence[list[int]], max_new_tokens: int, stops: Sequence[str]) -> list[str]:
+    def _batch(self, ids: Sequence[list[int]], max_new_tokens: int, stops: Sequence[str]) -> list[Written]:
         length = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
         tokens_bs = torch.tensor([[pad] * (length - len(row)) + row for row in ids])
         mask_bs = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
-        device = self.model.device
+        device, limit = self.model.device, min(max_new_tokens, self.context - length)
         out = self.model.generate(
             tokens_bs.to(device),
             attention_mask=mask_bs.to(device),
-            max_new_tokens=min(max_new_tokens, self.context - length),
+            max_new_tokens=limit,
             do_sample=False,
             num_beams=1,
             stop_strings=list(stops),
@@ -76,7 +84,12 @@ class Generator:
             pad_token_id=pad,
         )
         written = self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        return [cut(text, stops) for text in written]
+        ends = self.model.generation_config.eos_token_id
+        end_ids = set(ends if isinstance(ends, list) else [ends])
+        return [
+            Written(cut(text, stops), len(row) < limit or cut(text, stops) != text or not end_ids.isdisjoint(row))
+            for text, row in zip(written, out[:, length:].tolist(), strict=True)
+        ]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,7 @@ from megatron_slm.evaluation.generation import load_generator
 from megatron_slm.evaluation.prompts import read_prompt
 from megatron_slm.evaluation.tasks import read_task
 from megatron_slm.files import write_durably
-
-logger = logging.getLogger(__name__)
+from megatron_slm.progress import show_progress
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,16 +48,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         generator = load_generator(folder, dtype=args.dtype) if tasks else None
         for task in tasks:
             assert generator is not None, "loaded if there are tasks"
-            results["tasks"][task.name], records = evaluate_task(
-                generator,
-                task,
-                prompt=prompt,
-                num_shots=args.shots,
-                max_new_tokens=args.max_new_tokens,
-                batch_size=args.batch_size,
-                rules=args.rules,
-                progress=_Progress(task.name, len(task.questions)),
-            )
+            with show_progress(task.name, len(task.questions), "questions") as progress:
+                results["tasks"][task.name], records = evaluate_task(
+                    generator,
+                    task,
+                    prompt=prompt,
+                    num_shots=args.shots,
+                    max_new_tokens=args.max_new_tokens,
+                    batch_size=args.batch_size,
+                    rules=args.rules,
+                    progress=progress.update,
+                )
             if args.output is not None:
                 lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
                 write_durably(args.output.with_suffix(f".{task.name}.jsonl"), lines.encode())
@@ -118,18 +116,6 @@ def _write(output: Path | None, results: dict[str, Any]) -> None:
         write_durably(output, (json.dumps(results, indent=1) + "\n").encode())
 
 
-class _Progress:
-    """Logs the progress of a task every ten seconds."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.logged_at = name, total, time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        if time.monotonic() - self.logged_at > 10 or done == self.total:
-            self.logged_at = time.monotonic()
-            logger.info("%s: %d of %d questions", self.name, done, self.total)
-
-
 def print_results(results: dict[str, Any]) -> None:
     """Print perplexities and accuracies as tables."""
     console = Console()
@@ -145,20 +131,21 @@ def print_results(results: dict[str, Any]) -> None:
         console.print(table)
     if results["tasks"]:
         table = Table(title="Accuracy")
-        for column in ("task", "accuracy", "95 % interval", "questions", "unreadable answers"):
+        for column in ("task", "accuracy", "95 % interval", "questions", "no readable answer", "cut off"):
             table.add_column(column, justify="left" if column == "task" else "right")
         for name, row in results["tasks"].items():
             low, high = row["interval"]
-            cells = (
+            figures = (
                 f"{row['accuracy']:.1%}",
                 f"{low:.1%} to {high:.1%}",
                 f"{row['questions']:,}",
                 f"{row['unread']:,}",
+                f"{row['cut_off']:,}",
             )
-            table.add_row(name, *cells)
+            table.add_row(name, *figures)
         mean = sum(row["accuracy"] for row in results["tasks"].values()) / len(results["tasks"])
         if len(results["tasks"]) > 1:
-            table.add_row("mean", f"{mean:.1%}", "", "", "")
+            table.add_row("mean", f"{mean:.1%}", "", "", "", "")
         console.print(table)
     for name, row in results.get("lm_eval", {}).items():
         console.print(f"lm-eval {name}: {row}", highlight=False)

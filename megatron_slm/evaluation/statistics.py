@@ -1,8 +1,10 @@
-"""Bootstrap confidence intervals of means."""
+"""Confidence intervals: Wilson's of shares, bootstrap ones of means."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +17,22 @@ _BLOCK = 1 << 22
 
 
 class Interval(NamedTuple):
-    """A mean and its percentile interval."""
+    """A mean and its 95 % interval."""
 
     mean: float
     low: float
     high: float
+
+
+def share(successes: int, total: int) -> Interval:
+    """Return the share of successes with its Wilson interval (JASA 22, 1927), which holds for small samples too.
+
+    A bootstrap of 3 wrong answers would give 0 % to 0 %; this one gives 0 % to 56 %.
+    """
+    mean, z = successes / total, NormalDist().inv_cdf((1 + LEVEL) / 2)
+    center = (mean + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(mean * (1 - mean) / total + (z / (2 * total)) ** 2)
+    return Interval(mean, max(0.0, center - half), min(1.0, center + half))
 
 
 def bootstrap(

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_slm.loss.distillation import Distillation, distilled_sum
 from megatron_slm.loss.prediction import ThresholdPredictor
-from megatron_slm.loss.selective_ce import row_losses, token_statistics
+from megatron_slm.loss.selective_ce import RowLosses, row_losses, row_statistics
 from megatron_slm.loss.sums import EVALUATION, SumLayout, evaluation_sums, loss_sums
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.loss.vocab_parallel import VocabularyPart, loss_rows
@@ -19,7 +20,7 @@ from megatron_slm.parallel.collectives import all_gather_dim0
 from megatron_slm.parallel.groups import DataParallel, TensorParallel
 from megatron_slm.selection.ranking import Choice
 from megatron_slm.selection.selector import Selector
-from megatron_slm.types import MicroBatch, Selection, TokenStatistics
+from megatron_slm.types import DenseDistribution, MicroBatch, Selection, TokenStatistics
 
 
 class OutputWeight(NamedTuple):
@@ -80,6 +81,8 @@ class Objective:
     dp: DataParallel = field(default_factory=DataParallel)
     """The ranks whose tokens are ranked together in the scope `data-parallel`; one rank in the others."""
     head: LossHead = field(default_factory=LossHead)
+    distillation: Distillation | None = None
+    """The kept tokens' loss; None for cross-entropy."""
     predictor: ThresholdPredictor = field(default_factory=ThresholdPredictor)
     """Predicts which rows will be kept."""
     observer: Observer | None = None
@@ -105,7 +108,8 @@ class Objective:
 
         Args:
             x_sbd: the decoder's last hidden states, [s, b, d], or [s / size, b, d] under sequence parallelism.
-            reference: the reference's statistics of the same tokens; None where there is none.
+            reference: the reference's statistics of the same tokens, with its distribution where that is distilled;
+                None where there is none.
         """
         losses = row_losses(
             loss_rows(x_sbd, self.tp),
@@ -122,7 +126,7 @@ class Objective:
         choice = self.choose(losses.tokens, batch, reference, settings)
         kept_K = choice.kept_N.nonzero().squeeze(1)
         selection = Selection(kept_K, None if choice.weight_N is None else choice.weight_N[kept_K])
-        loss_sum = losses.kept_sum(selection)
+        loss_sum, trained_loss_K, divergence_K = self._kept_sum(losses, selection, reference)
         if losses.predicted:
             self._learn(losses.tokens, batch, reference, choice, num_kept=len(kept_K))
         reference_loss_N = None if reference is None else reference.loss_N
@@ -133,12 +137,26 @@ class Objective:
             reference_loss_N=reference_loss_N,
             choice=choice,
             kept_K=kept_K,
+            trained_loss_K=trained_loss_K,
+            divergence_K=divergence_K,
             valid_N=batch.valid_bs.flatten(),
             measured_threshold=self.selector.measure(choice, settings.step),
             source_b=batch.source_b,
             num_sources=self.num_sources,
         )
         return loss_sum, self.sum_layout.pack(sums)
+
+    def _kept_sum(
+        self, losses: RowLosses, selection: Selection, reference: TokenStatistics | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the loss sum with its gradient, the kept tokens' losses [K], and their divergences [K] if any."""
+        loss_K = losses.tokens.loss_N[selection.kept_K]
+        if self.distillation is None:
+            return losses.kept_sum(selection), loss_K, None
+        assert reference is not None, "a run that distills has a reference"
+        assert reference.distribution is not None, "the reference of a run that distills has a distribution"
+        loss_sum, divergence_K = distilled_sum(losses, selection, self.distillation, reference.distribution)
+        return loss_sum, self.distillation.mixed(loss_K, divergence_K), divergence_K
 
     def _predict(
         self, batch: MicroBatch, reference: TokenStatistics | None, rows: slice, tokens: TokenStatistics
@@ -217,15 +235,24 @@ class Objective:
         *,
         with_entropy: bool = False,
         with_top_entropy: bool = False,
+        with_distribution: bool = False,
     ) -> TokenStatistics:
-        """Compute the statistics of every token without a gradient: for the reference and for evaluation."""
-        return token_statistics(
+        """Compute the statistics of every token without a gradient: for the reference and for evaluation.
+
+        Args:
+            with_distribution: keep what the distribution is computed from, `x_sbd` above all.
+        """
+        rows = row_statistics(
             loss_rows(x_sbd, self.tp),
             output.weight_Vd,
             batch.labels_bs.flatten(),
-            batch.valid_bs.flatten(),
             part=output.part(self.tp),
             with_entropy=with_entropy,
             with_top_entropy=with_top_entropy,
             head=self.head,
         )
+        statistics = rows.token_statistics(batch.valid_bs.flatten())
+        if not with_distribution:
+            return statistics
+        distribution = DenseDistribution(x_sbd, output.weight_Vd, rows.max_N, rows.sum_N)
+        return statistics._replace(distribution=distribution)

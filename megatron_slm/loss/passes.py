@@ -32,6 +32,7 @@ def forward_pass(
     with_top_entropy: bool = False,
     stash: Stash | None = None,
     predict: Callable[[slice, RowStatistics], Tensor | None] | None = None,
+    temperature: float = 1.0,
 ) -> RowStatistics:
     """Compute every row's statistics over the whole vocabulary: one product of [N, d] and [d, V], block by block.
 
@@ -41,6 +42,7 @@ def forward_pass(
         chunk_rows: rows that pass over the vocabulary at once.
         stash: keeps exponentials for the backward pass.
         predict: rows of a chunk to stash; None stashes all, as far as there is space.
+        temperature: divides the logits.
     """
     held = RowStatistics.of_no_logits(hidden_Nd, with_entropy=with_entropy, with_top_entropy=with_top_entropy)
     memory = BlockMemory(min(chunk_rows, hidden_Nd.shape[0]), weight_Vd.shape[0], hidden_Nd)
@@ -51,6 +53,8 @@ def forward_pass(
         stashed = None if stash is None else stash.open(chunk.stop - chunk.start)
         for block in vocabulary_blocks(weight_Vd):
             logits_RB = memory.logits(hidden_Nd[chunk], block)
+            if temperature != 1.0:
+                logits_RB.div_(temperature)
             exponentials_RB = None if stashed is None else stashed[block.index]
             rows.fold_top(logits_RB)
             kernels.fold(logits_RB, rows, block.columns(local_label_N[chunk]), exponentials_RB)
@@ -78,10 +82,45 @@ class KeptRows:
     """Gradient of the label's logit: the row's weight times (probability - 1)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SparseTarget:
+    """Distillation's part of the kept rows' gradients: a factor of all probabilities, and numbers of k ids a row."""
+
+    weight: float
+    """Of the divergence in the loss; the cross-entropy has the rest."""
+    divergence_K: Tensor
+    """Each row's divergence, nats."""
+    slope_K: Tensor
+    """The divergence's gradient for the logits of all ids but the k, divided by their probabilities."""
+    local_id_Kk: Tensor
+    """The ids' rows in the output weight held here, int64; outside of it where another rank holds them."""
+    extra_Kk: Tensor
+    """The divergence's gradient for the logits of the k ids, less slope times probability."""
+
+    def add_to(self, gradient_KB: Tensor, block: VocabularyBlock, scale_K: Tensor) -> None:
+        """Add the k ids' numbers to the gradients of a block's logits, in place.
+
+        Args:
+            scale_K: factor of each row's loss.
+        """
+        column_Kk = block.columns(self.local_id_Kk)
+        inside_Kk = (column_Kk >= 0) & (column_Kk < block.size)
+        extra_Kk = torch.where(inside_Kk, self.weight * scale_K[:, None] * self.extra_Kk, 0.0)
+        gradient_KB.scatter_add_(1, torch.where(inside_Kk, column_Kk, 0), extra_Kk.to(gradient_KB.dtype))
+
+
 def backward_pass(
-    rows: KeptRows, weight_Vd: Tensor, *, kernels: Kernels, stash: Stash | None = None
+    rows: KeptRows,
+    weight_Vd: Tensor,
+    *,
+    kernels: Kernels,
+    stash: Stash | None = None,
+    add: Callable[[Tensor, VocabularyBlock], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of the kept rows' weighted loss sum.
+
+    Args:
+        add: adds to the gradients of a block's logits [K, B], in place.
 
     Returns:
         gradient of the rows through the vocabulary rows held here [K, d] in fp32 (or fp64), and of the weight
@@ -92,7 +131,7 @@ def backward_pass(
     grad_hidden_Kd = torch.zeros_like(hidden_Kd, dtype=accumulation_dtype(hidden_Kd))
     shape = hidden_Kd.shape[0], weight_Vd.shape[0]
     memory, out_memory = BlockMemory(*shape, hidden_Kd), BlockMemory(*shape, hidden_Kd, weight_Vd.dtype)
-    stashed = None if stash is None else _StashedRows(rows, stash)
+    stashed = None if stash is None else StashedRows(rows, stash)
     for block in vocabulary_blocks(weight_Vd):
         if stashed is None:
             x_KB, factor_K, max_K = memory.logits(hidden_Kd, block), rows.factor_K, rows.max_K
@@ -102,12 +141,14 @@ def backward_pass(
         out_KB = x_KB if x_KB.dtype == weight_Vd.dtype else out_memory.empty(*x_KB.shape)
         column_K = block.columns(rows.local_label_K)
         kernels.gradient(x_KB, factor_K, column_K, rows.target_K, max_K=max_K, out_KB=out_KB)
+        if add is not None:
+            add(out_KB, block)
         torch.mm(out_KB.t(), hidden_Kd, out=grad_weight_Vd[block.start : block.start + block.size])
         add_product(grad_hidden_Kd, out_KB, block)
     return grad_hidden_Kd, grad_weight_Vd
 
 
-class _StashedRows:
+class StashedRows:
     """The kept rows' exponentials, block by block: from the stash, or recomputed for the rows it does not have.
 
     Recomputed rows are rounded as the stash rounds, and in the same order, so that the result does not depend on
@@ -122,10 +163,14 @@ class _StashedRows:
         self.hidden_Md = rows.hidden_Kd[self.missing_M]
         self.has_all = self.missing_M.numel() == 0 and self.slot_K.numel() == stash.used
 
-    def exponentials(self, block: VocabularyBlock) -> tuple[Tensor, Tensor]:
-        """Return exp(logit - maximum so far) [K, B], and the factors that turn it into the logits' gradients [K]."""
+    def exponentials(self, block: VocabularyBlock, *, release: bool = True) -> tuple[Tensor, Tensor]:
+        """Return exp(logit - maximum so far) [K, B], and the factors that turn it into the logits' gradients [K].
+
+        Args:
+            release: free the stash's block, so that the result may be overwritten.
+        """
         max_K = self.stash.max_LN[block.index, self.rows.kept_K]
-        x_KB = self.stash.take(block.index)
+        x_KB = self.stash.take(block.index, release=release)
         # where it has just these rows, they are in order already, since slots ascend as rows do
         x_KB = x_KB[: self.stash.used] if self.has_all else x_KB.index_select(0, self.slot_K.clamp(min=0))
         if self.missing_M.numel():

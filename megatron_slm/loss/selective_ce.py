@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_slm.loss.kernels import Kernels, choose_kernels
-from megatron_slm.loss.passes import KeptRows, backward_pass, forward_pass
+from megatron_slm.loss.passes import KeptRows, SparseTarget, backward_pass, forward_pass
 from megatron_slm.loss.row_statistics import RowStatistics
 from megatron_slm.loss.stash import Stash
 from megatron_slm.loss.variants import LossHead
@@ -49,39 +50,59 @@ class RowLosses:
     predicted: bool
     """The stash holds the rows that were predicted to be kept."""
 
-    def kept_sum(self, selection: Selection) -> Tensor:
-        """Sum the kept rows' losses, each times its weight. The sum carries their gradient; differentiate it once."""
-        return _KeptSum.apply(self.hidden_Nd, self.weight_Vd, self, selection)
+    def kept_sum(self, selection: Selection, target: SparseTarget | None = None) -> Tensor:
+        """Sum the kept rows' losses, each times its weight. The sum carries their gradient; differentiate it once.
+
+        Args:
+            target: of distillation from stored probabilities, mixed into the losses.
+        """
+        return _KeptSum.apply(self.hidden_Nd, self.weight_Vd, self, selection, target)
 
 
 class _KeptSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_Nd: Tensor, weight_Vd: Tensor, losses: RowLosses, selection: Selection) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_Nd: Tensor,
+        weight_Vd: Tensor,
+        losses: RowLosses,
+        selection: Selection,
+        target: SparseTarget | None,
+    ) -> Tensor:
         kept_K, weight_K = selection
         loss_K, max_K, sum_K = (x[kept_K] for x in (losses.tokens.loss_N, losses.rows.max_N, losses.rows.sum_N))
-        ctx.part, ctx.kernels, ctx.stash = losses.part, losses.kernels, losses.stash
+        ctx.part, ctx.kernels, ctx.stash, ctx.target = losses.part, losses.kernels, losses.stash, target
         ctx.save_for_backward(
             hidden_Nd, weight_Vd, losses.local_label_N[kept_K], kept_K, weight_K, loss_K, max_K, sum_K
         )
+        if target is not None:
+            loss_K = (1 - target.weight) * loss_K + target.weight * target.divergence_K
         return loss_K.sum() if weight_K is None else (loss_K * weight_K).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_Nd, weight_Vd, local_label_K, kept_K, weight_K, loss_K, max_K, sum_K = ctx.saved_tensors
         scale_K = grad.expand_as(loss_K) if weight_K is None else weight_K * grad
+        factor_K, target_K = scale_K, scale_K * torch.expm1(-loss_K)  # probability - 1, with all its digits near 0
+        add = None
+        if (target := ctx.target) is not None:
+            slope_K = target.weight * target.slope_K
+            factor_K = scale_K * (1 - target.weight + slope_K)
+            target_K = (1 - target.weight) * target_K + scale_K * slope_K * torch.exp(-loss_K)
+            add = partial(target.add_to, scale_K=scale_K)
         rows = KeptRows(
             hidden_Kd=hidden_Nd[kept_K],
             local_label_K=local_label_K,
             kept_K=kept_K,
             max_K=max_K,
-            factor_K=scale_K / sum_K,
-            target_K=scale_K * torch.expm1(-loss_K),  # probability - 1, with all its digits where it is nearly 0
+            factor_K=factor_K / sum_K,
+            target_K=target_K,
         )
-        grad_Kd, grad_weight_Vd = backward_pass(rows, weight_Vd, kernels=ctx.kernels, stash=ctx.stash)
+        grad_Kd, grad_weight_Vd = backward_pass(rows, weight_Vd, kernels=ctx.kernels, stash=ctx.stash, add=add)
         grad_hidden_Nd = torch.zeros_like(hidden_Nd)
         grad_hidden_Nd[kept_K] = ctx.part.sum_rows(grad_Kd).to(hidden_Nd.dtype)
-        return grad_hidden_Nd, grad_weight_Vd, None, None
+        return grad_hidden_Nd, grad_weight_Vd, None, None, None
 
 
 def row_losses(
@@ -213,7 +234,31 @@ def token_statistics(
     head: LossHead = LossHead(),  # noqa: B008 (frozen)
 ) -> TokenStatistics:
     """Every row's loss (and entropy) in nats, fp32 [N], 0 where not valid: for the reference and for evaluation."""
-    rows = forward_pass(
+    rows = row_statistics(
+        hidden_Nd,
+        weight_Vd,
+        label_N,
+        part=part,
+        with_entropy=with_entropy,
+        with_top_entropy=with_top_entropy,
+        head=head,
+    )
+    return rows.token_statistics(valid_N)
+
+
+@torch.no_grad()
+def row_statistics(
+    hidden_Nd: Tensor,
+    weight_Vd: Tensor,
+    label_N: Tensor,
+    *,
+    part: VocabularyPart = WHOLE_VOCABULARY,
+    with_entropy: bool = False,
+    with_top_entropy: bool = False,
+    head: LossHead = LossHead(),  # noqa: B008 (frozen)
+) -> RowStatistics:
+    """Every row's statistics over the whole vocabulary, which its loss and entropy are computed from."""
+    return forward_pass(
         hidden_Nd,
         weight_Vd,
         label_N - part.start,
@@ -223,4 +268,3 @@ def token_statistics(
         with_top_entropy=with_top_entropy,
         chunk_rows=hidden_Nd.shape[0],
     )
-    return rows.token_statistics(valid_N)

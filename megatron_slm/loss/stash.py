@@ -74,15 +74,18 @@ class Stash:
         """Return each kept row's slot, int64 [K]; -1 for rows without one."""
         return self._slot_N[kept_K]
 
-    def take(self, index: int) -> Tensor:
+    def take(self, index: int, *, release: bool = True) -> Tensor:
         """Return a block's exponentials, [capacity, B], of which `used` rows are filled.
 
-        Once for each block: the caller may overwrite it.
+        Args:
+            release: it is for the last time, and the caller may overwrite it.
 
         Raises:
-            RuntimeError: it was taken before.
+            RuntimeError: it was released before.
         """
-        block, self._blocks[index] = self._blocks[index], None
+        block = self._blocks[index]
         if block is None:
             raise RuntimeError("the selective loss can be differentiated once: its stash is consumed on the way")
+        if release:
+            self._blocks[index] = None
         return block

@@ -44,6 +44,10 @@ class LossSums:
     valid_tokens: float = 0.0
     reference_loss: float = 0.0
     kept_excess: float = 0.0
+    excess_squares: float = 0.0
+    """Squares of the valid tokens' excess losses, in nats squared."""
+    divergence: float = 0.0
+    """Kept tokens' divergences from the reference's distribution; 0 without distillation."""
     weighted_loss: float = 0.0
     """Kept losses, each times its weight: the gradient's loss, before its division."""
     divisor: float = 0.0
@@ -136,6 +140,8 @@ def loss_sums(
     reference_loss_N: Tensor | None,
     choice: Choice,
     kept_K: Tensor,
+    trained_loss_K: Tensor,
+    divergence_K: Tensor | None,
     valid_N: Tensor,
     measured_threshold: tuple[Tensor, Tensor],
     source_b: Tensor | None,
@@ -144,6 +150,8 @@ def loss_sums(
     """Sum a micro-batch's losses and counts, by field of `LossSums`.
 
     Args:
+        trained_loss_K: losses of the kept tokens, before their weights.
+        divergence_K: their divergences from the reference's distribution; None without distillation.
         measured_threshold: `threshold` and `threshold_tokens`, from `Selector.measure`.
         source_b: corpus of each sample.
     """
@@ -152,6 +160,8 @@ def loss_sums(
     reference_N = torch.zeros_like(loss_N)
     if reference_loss_N is not None:
         reference_N = torch.where(finite_N, reference_loss_N.double(), 0.0)
+    excess_N = loss_N - reference_N
+    trained_K = trained_loss_K.double()
     kept_N, num_ranked = choice.kept_N, choice.ranked_N.sum()
     quantiles = score_quantiles(choice.score_N, choice.ranked_N) * num_ranked
     threshold, threshold_tokens = measured_threshold
@@ -161,8 +171,10 @@ def loss_sums(
         "valid_loss": loss_N.sum(),
         "valid_tokens": finite_N.sum(),
         "reference_loss": reference_N.sum(),
-        "kept_excess": (loss_N - reference_N)[kept_K].sum(),
-        "weighted_loss": (loss_N if choice.weight_N is None else loss_N * choice.weight_N)[kept_K].sum(),
+        "kept_excess": excess_N[kept_K].sum(),
+        "excess_squares": excess_N.square().sum(),
+        "divergence": loss_N.new_zeros(()) if divergence_K is None else divergence_K.double().sum(),
+        "weighted_loss": (trained_K if choice.weight_N is None else trained_K * choice.weight_N[kept_K]).sum(),
         "divisor": choice.divisor(),
         "nonfinite_tokens": (valid_N & ~finite_N).sum(),
         "nonfinite_losses": (valid_N & ~token_loss_N.isfinite()).sum(),

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_slm.config.distillation import DistillationConfig
 from megatron_slm.config.loss_head import LossHeadConfig
 from megatron_slm.loss.kernels import BackendName
 from megatron_slm.loss.stash import Stash
@@ -47,11 +48,14 @@ class LossHead:
     bf16 anyway."""
 
     @classmethod
-    def from_config(cls, config: LossHeadConfig) -> LossHead:
-        """Build it from a run's flags."""
+    def from_config(cls, config: LossHeadConfig, distillation: DistillationConfig) -> LossHead:
+        """Build it from a run's flags.
+
+        With a temperature nothing is stashed: exponentials at one lose digits at another.
+        """
         return cls(
             backend=config.loss_head_backend,
-            variant=config.loss_head_variant,
+            variant="recompute" if distillation.tempers else config.loss_head_variant,
             stash_bytes=config.loss_head_stash_mib * 2**20,
             stash_dtype=config.loss_head_stash_dtype,
         )

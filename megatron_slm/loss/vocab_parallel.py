@@ -32,6 +32,10 @@ class VocabularyPart:
             return local
         return local.combined(all_gather_dim0(local.stacked()[None], self.tp))
 
+    def sum_in_rank_order(self, x: Tensor) -> Tensor:
+        """Sum a tensor over the vocabulary's parts, to the same bits on all ranks."""
+        return x if self.tp.size == 1 else all_gather_dim0(x[None], self.tp).sum(0)
+
     def sum_rows(self, grad_hidden_Kd: Tensor) -> Tensor:
         """Sum the kept rows' gradient over the vocabulary's parts."""
         return grad_hidden_Kd if self.tp.size == 1 else all_reduce_sum(grad_hidden_Kd, self.tp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
@@ -9,6 +10,7 @@ from megatron_slm.model.attention import Attention
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.mlp import MLP
 from megatron_slm.model.norm import RMSNorm
+from megatron_slm.model.rope import rotation
 from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.model.sampled_block import SampledBlock
 from megatron_slm.types import Documents
@@ -49,6 +51,7 @@ def compile_blocks(model: nn.Module) -> None:
 
     Blocks are compiled separately: equal blocks share compiled code, and a whole stage would take far longer.
     """
+    torch.compiler.assume_constant_result(rotation)
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(backend=COMPILER, dynamic=False)

@@ -37,13 +37,13 @@ def _llama3(speeds: Tensor, scaling: dict[str, Any]) -> Tensor:
     return torch.where(between, mixed, out)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def rotation(
     length: int, width: int, base: float, scaling: tuple[tuple[str, Any], ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the angles of positions 0 to length - 1, fp32 [s, 1, 1, width / 2] each.
 
-    Cached outside the modules, because a buffer would be cast to the run's dtype with the weights.
+    Cached outside the modules, because a buffer would be cast to the run's dtype with the weights. A constant of
+    compiled blocks (`compile_blocks`).
 
     Args:
         scaling: items of the fields of `inverse_frequencies`, as a hashable tuple.

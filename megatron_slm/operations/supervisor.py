@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -61,6 +61,18 @@ class RestartPolicy:
         return min(self.backoff_seconds * 2.0**attempts_without_progress, self.max_backoff_seconds)
 
 
+def _without_load(words: Sequence[str]) -> Iterator[str]:
+    """Leave --load and its value out of a command."""
+    is_value = False
+    for word in words:
+        if not is_value and not word.startswith("--load="):
+            is_value = word == "--load"
+            if not is_value:
+                yield word
+        else:
+            is_value = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """A training command, and the folders its run writes to."""
@@ -99,9 +111,10 @@ class Command:
         return step_of(found[-1]) if found else None
 
     def resuming(self) -> list[str]:
-        """Return the command's words, with a --load of the newest checkpoint if there is one (the last --load wins)."""
-        load = [] if self.saved_step() is None else ["--load", str(self.save_folder)]
-        return [*self.words, *load]
+        """Return the command's words, with a --load of the newest checkpoint in place of its own if there is one."""
+        if self.saved_step() is None:
+            return list(self.words)
+        return [*_without_load(self.words), "--load", str(self.save_folder)]
 
     def step_reached(self) -> int | None:
         """Return the last step in the run's metrics, or None."""

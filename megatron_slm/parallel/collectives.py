@@ -97,20 +97,30 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather_dim0(grads[0], ctx.tp), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_compiled_blocks(communicate: Callable[..., Tensor], x: Tensor, tp: TensorParallel) -> Tensor:
-    """Keep communication out of the blocks that --compile-blocks compiles."""
+def _call(communicate: Callable[..., Tensor], x: Tensor, tp: TensorParallel) -> Tensor:
     return communicate(x, tp)
+
+
+_communicate = _call
+
+
+def keep_out_of_compiled_blocks() -> None:
+    """Keep communication out of the blocks that --compile-blocks compiles; call it before they are compiled.
+
+    torch's compiler takes seconds to import, so a process that compiles nothing does not import it.
+    """
+    global _communicate
+    _communicate = torch.compiler.disable(_call)
 
 
 def copy_to_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
     """Pass a replicated tensor to sharded layers; its gradient is summed over the ranks."""
-    return x if tp.size == 1 else _outside_compiled_blocks(_Copy.apply, x, tp)
+    return x if tp.size == 1 else _communicate(_Copy.apply, x, tp)
 
 
 def reduce_from_tensor_parallel(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sum the ranks' partial results into a replicated tensor."""
-    return x if tp.size == 1 else _outside_compiled_blocks(_Reduce.apply, x, tp)
+    return x if tp.size == 1 else _communicate(_Reduce.apply, x, tp)
 
 
 def gather_sequence(x_sbd: Tensor, tp: TensorParallel) -> Tensor:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from megatron_slm.device import communication_backend, select_device
+from megatron_slm.errors import PeerError
 from megatron_slm.parallel.launched import complete_environment
 from megatron_slm.parallel.topology import Topology
 
@@ -28,6 +29,7 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
 
     Raises:
         ConfigError: the environment is incomplete (`complete_environment`).
+        PeerError: another process listens on the port.
     """
     import deepspeed
     import deepspeed.ops
@@ -40,10 +42,16 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
         setattr(distributed_c10d, default, timeout)
     complete_environment()
     select_device()
-    if not dist.is_initialized():
-        # DeepSpeed would bind the process group to the GPU, and torch split each further group off the whole world
-        dist.init_process_group(communication_backend(), timeout=timeout)
-    deepspeed.init_distributed(dist_backend=communication_backend(), timeout=timeout, verbose=False)
+    try:
+        if not dist.is_initialized():
+            # DeepSpeed would bind the process group to the GPU, and torch split each further group off the whole world
+            dist.init_process_group(communication_backend(), timeout=timeout)
+        deepspeed.init_distributed(dist_backend=communication_backend(), timeout=timeout, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        fix = "end the run that holds it, or start with another --master_port"
+        raise PeerError("--master_port", os.environ["MASTER_PORT"], "be a free port of rank 0's node", fix) from error
 
 
 OWN_LIMIT_FIRST = timedelta(minutes=2)

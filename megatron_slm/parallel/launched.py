@@ -20,6 +20,16 @@ _LAUNCHERS = {
 _UNKNOWN = ("SLURM_NTASKS", "PMI_SIZE")
 
 
+def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the rank of this process by its launcher's variables, 0 for a single process; for logs at start."""
+    if "RANK" in environment:
+        return int(environment["RANK"])
+    for size, (rank, _) in _LAUNCHERS.items():
+        if int(environment.get(size, "1")) > 1 and rank in environment:
+            return int(environment[rank])
+    return 0
+
+
 def complete_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, from which torch creates its process group.
 
@@ -45,6 +55,8 @@ def complete_environment(environment: MutableMapping[str, str] = os.environ) -> 
             environment.setdefault("MASTER_PORT", DEFAULT_PORT)
             return
     for name in _UNKNOWN:
+        if name == "SLURM_NTASKS" and "SLURM_STEP_NUM_TASKS" in environment:
+            continue  # this step has one task, whatever the allocation has (srun --pty -n1)
         if int(environment.get(name, "1")) > 1:
             raise ConfigError(
                 name,

@@ -23,6 +23,7 @@ from megatron_slm.parallel.collectives import (
     broadcast,
     copy_to_tensor_parallel,
     enter_parallel_region,
+    keep_out_of_compiled_blocks,
     leave_parallel_region,
 )
 from megatron_slm.parallel.groups import TensorParallel
@@ -175,6 +176,8 @@ class ParallelLayers:
         self.tp = tp or TensorParallel()
         self.vocabulary_divisible_by = vocabulary_divisible_by
         self.backends = backends or Backends()
+        if self.backends.compile_blocks:
+            keep_out_of_compiled_blocks()
 
     def share(self, count: int, *, field: str) -> int:
         """Return this rank's number of `count` heads or groups."""

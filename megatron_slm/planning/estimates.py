@@ -15,6 +15,7 @@ from megatron_slm.planning.layouts import Layout, candidate_layouts
 from megatron_slm.planning.memory import OneForwardOneBackward, StageMemory, stage_memory
 from megatron_slm.planning.planned_run import PlannedRun
 from megatron_slm.planning.throughput import Durations, StepTime, stage_durations, step_time
+from megatron_slm.progress import track
 
 SEARCHED_COMPUTATIONS = 60_000
 """Budget of the schedule search for each layout of `search`; a run has a larger one and finds no worse schedule."""
@@ -133,7 +134,8 @@ def search(run: PlannedRun, cluster: Cluster, *, num_results: int) -> list[Estim
     """
     bounds: list[tuple[float, int, Layout]] = []
     found = smallest = 0
-    for layout in candidate_layouts(run, cluster.num_gpus, max_tensor=cluster.gpus_per_node):
+    candidates = list(candidate_layouts(run, cluster.num_gpus, max_tensor=cluster.gpus_per_node))
+    for layout in track(candidates, "memory of layouts", "layouts"):
         found += 1
         saved = OneForwardOneBackward(layout.pipeline, layout.num_micro_batches)
         peak = max(stage.total for stage in stage_memory(run, layout, saved))
@@ -144,7 +146,7 @@ def search(run: PlannedRun, cluster: Cluster, *, num_results: int) -> list[Estim
     if not bounds:
         raise _nothing_fits(run, cluster, found, smallest)
     best: dict[tuple[int, int, int], Estimate] = {}
-    for bound, _, layout in sorted(bounds):
+    for bound, _, layout in track(sorted(bounds), "step time of layouts", "layouts"):
         ranked = sorted(best.values(), key=lambda e: e.time.total)[:num_results]
         if len(ranked) == num_results and bound > ranked[-1].time.total * (1 + EQUAL):
             break

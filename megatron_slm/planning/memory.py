@@ -18,6 +18,7 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.channels import Channel
 from megatron_slm.engine.schedule.simulate import Sizes
 from megatron_slm.loss.blocks import block_size, block_sizes
+from megatron_slm.loss.dense_distillation import CHUNK_ROWS
 from megatron_slm.loss.variants import StashPlan
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.parameters import StageParameters, stage_parameters
@@ -116,6 +117,8 @@ def stage_memory(run: PlannedRun, layout: Layout, saved: SavedActivations) -> li
         states = zero_states(parameters, layout, e=run.dtype_bytes, deepspeed=run.deepspeed)
         reference = references[stage] if references else None
         frozen = reference.total * run.dtype_bytes if reference else 0  # never partitioned, at any ZeRO stage
+        if reference and run.config.reference_update.updates:
+            frozen += 4 * reference.total  # the average in fp32
         stages.append(
             StageMemory(
                 **states,
@@ -279,6 +282,9 @@ def loss_head_bytes(run: PlannedRun, layout: Layout) -> int:
         forward += plan.chunk_rows * columns * plan.dtype.itemsize
     gradients = e * columns * arch.hidden_size + e * rows * arch.hidden_size
     backward = gradients + (4 + e) * kept * (arch.hidden_size + block)
+    if run.reference is not None and run.distills_live:  # its kept rows, and a chunk's logits and element-wise work
+        backward += e * (kept + rows * (layout.sequence_shards > 1)) * run.reference.hidden_size
+        backward += 4 * 4 * min(kept, CHUNK_ROWS) * block
     return stash_bytes(run, layout) + max(forward, backward) + 20 * kept
 
 
@@ -286,7 +292,8 @@ def schedule_sizes(run: PlannedRun, layout: Layout) -> Sizes:
     """Return the sizes, in bytes on one rank, of what a schedule keeps."""
     width = run.reference.hidden_size if run.reference else 0
     message = _tokens(run, layout) // layout.sequence_shards * width * run.dtype_bytes
-    return Sizes.of_micro_batch(layout.micro_batch_size, run.config.data.seq_length, reference_message=message)
+    length, distills = run.config.data.seq_length, run.distills_live
+    return Sizes.of_micro_batch(layout.micro_batch_size, length, reference_message=message, distills=distills)
 
 
 def _message_bytes(run: PlannedRun, layout: Layout, stage: int) -> int:

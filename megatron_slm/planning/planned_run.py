@@ -16,7 +16,9 @@ from megatron_slm.config.run import RunConfig
 from megatron_slm.convert.hf_config import read_architecture
 from megatron_slm.data.tokenizers.registry import build_tokenizer
 from megatron_slm.errors import CheckpointError, ConfigError, WeightsError
+from megatron_slm.hub import cached_folder, local_path
 from megatron_slm.loss.variants import LossHead
+from megatron_slm.planning.known_models import KNOWN_MODELS
 from megatron_slm.selection.configure import build_selector
 from megatron_slm.selection.selector import Selector
 
@@ -45,7 +47,12 @@ class PlannedRun:
     @property
     def loss_head(self) -> LossHead:
         """Variant of the loss head."""
-        return LossHead.from_config(self.config.loss_head)
+        return LossHead.from_config(self.config.loss_head, self.config.distillation)
+
+    @property
+    def distills_live(self) -> bool:
+        """True if the loss has the distribution of a reference that runs."""
+        return self.reference is not None and self.config.distillation.distills
 
     def padded_vocabulary(self, architecture: Architecture) -> int:
         """Return the number of rows of a model's embedding, over all tensor-parallel ranks."""
@@ -78,8 +85,8 @@ def plan_run(config: RunConfig, *, model_config: str | None = None, reference_co
     if not config.selection.reference_scores:
         if reference_config is not None and config.selection.objective == "slm":
             reference = architecture_at(reference_config, "--reference-config")
-        elif config.selection.reference_load is not None:
-            path, shape = config.selection.reference_load, config.selection.reference_config
+        elif (path := config.reference_path) is not None:
+            shape = config.selection.reference_config
             if shape is not None and not _is_there(path, shape):
                 reference = architecture_at(shape, "--reference-config")
             else:
@@ -90,12 +97,13 @@ def plan_run(config: RunConfig, *, model_config: str | None = None, reference_co
 
 
 def _is_there(path: str, otherwise: object) -> bool:
-    """Return True if the path exists or there is no other source of the shape."""
-    return otherwise is None or Path(path).exists()
+    """Return True if the path exists, is cached from the hub, or there is no other source of the shape."""
+    return otherwise is None or Path(path).exists() or cached_folder(path, part="config") is not None
 
 
 def architecture_at(path: str, field: str, *, instead: str | None = None) -> Architecture:
-    """Return the architecture in a config.json, a folder with one, a run's YAML file, or one of our checkpoints.
+    """Return the architecture in a config.json, a folder with one, a run's YAML file, or one of our checkpoints, or
+    that of a known model's name.
 
     Args:
         field: flag that names the path, for the error.
@@ -104,17 +112,23 @@ def architecture_at(path: str, field: str, *, instead: str | None = None) -> Arc
     Raises:
         WeightsError: the path is none of these.
     """
+    if (known := KNOWN_MODELS.get(path.lower())) is not None and not Path(path).exists():
+        return known
     if Path(path).suffix in (".yaml", ".yml"):
         described, _ = parse(["--config", path])
         return resolve_architecture(described, None, _vocabulary(described))
-    folder = Path(path).parent if Path(path).name == "config.json" else Path(path)
+    local = local_path(path, field=field, part="config")
+    folder = local.parent if local.name == "config.json" else local
     if (folder / "config.json").is_file():
         return read_architecture(folder)
     try:
         return Manifest.read(find_checkpoint(folder)).architecture
     except CheckpointError as error:
         fix = f"check the path, or use {instead}" if instead else "check the path"
-        rule = "be a config.json, a folder with one, a run's YAML file, or one of our checkpoints (weights not needed)"
+        rule = (
+            "be a config.json, a folder with one, a run's YAML file, one of our checkpoints (weights not needed), or "
+            f"one of {', '.join(KNOWN_MODELS)}"
+        )
         raise WeightsError(field, path, rule, fix) from error
 
 
@@ -123,7 +137,8 @@ def _vocabulary(config: RunConfig) -> int:
     if data.tokenizer_type != "NullTokenizer":
         if data.vocab_size is not None:
             return data.vocab_size
-        if data.tokenizer_model is None or not Path(data.tokenizer_model).exists():
+        named = data.tokenizer_model
+        if named is None or not (Path(named).exists() or cached_folder(named, part="tokenizer")):
             purpose = "a plan without --init-from and without the tokenizer's files"
             raise ConfigError.missing("--vocab-size", purpose, "give the size of the tokenizer's vocabulary")
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size).vocab_size

@@ -83,8 +83,9 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     """Return the duration of each stage's passes (`roofline.py`).
 
     The loss head computes one matrix product over all rows forward, and over the kept rows two backward, or three if it
-    recomputes their logits. Tensor parallelism adds two all-reduces (or their halves) per block and direction, which do
-    not overlap with computation.
+    recomputes their logits. Distillation from a reference that runs does the latter forward, and a product with the
+    reference's output weight more. Tensor parallelism adds two all-reduces (or their halves) per block and direction,
+    which do not overlap with computation.
     """
     roofline = Roofline(cluster=cluster, bf16=run.config.training.bf16)
     length = run.config.data.seq_length
@@ -123,12 +124,20 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
         block = tokens * roofline.seconds(work) + (1 + layout.recomputes) * (1 + share) / 2 * model.communication
         backward = [block * count + added for count, added in zip(model.blocks, sums, strict=True)]
         backward[0] += 2 * model.embedding
-        backward[-1] += run.keep_ratio * tokens * roofline.seconds(kept_head)
+        if not run.distills_live:
+            backward[-1] += run.keep_ratio * tokens * roofline.seconds(kept_head)
         return tuple(backward)
 
-    reference = [0.0] * layout.pipeline if run.reference is None else forward_pass(run.reference).stages
+    reference, forward = [0.0] * layout.pipeline, list(model.stages)
+    if run.reference is not None:
+        frozen = forward_pass(run.reference)
+        reference = frozen.stages
+        if run.distills_live:  # the kept rows' whole second pass is done with the loss, over both models
+            passes = run.config.distillation.num_passes
+            kept = tokens * roofline.seconds(kept_head) + (passes - 1) * model.head + passes * frozen.head
+            forward[-1] += run.keep_ratio * kept
     return Durations(
-        forward=tuple(model.stages),
+        forward=tuple(forward),
         backward=backward_pass(run.config.backward),
         reference=tuple(reference),
         exact_backward=backward_pass(BackwardConfig()),

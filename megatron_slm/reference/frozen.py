@@ -4,22 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_slm.checkpoint.weights import WeightSource, fill_module
+from megatron_slm.checkpoint.weights import Quantity, WeightSource, fill_module
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import local_device
 from megatron_slm.loss.objective import Objective, OutputWeight
 from megatron_slm.model.block import Block, compile_blocks
-from megatron_slm.model.llama import Embedding, Head, layer_list
+from megatron_slm.model.llama import EMBEDDING_NAME, OUTPUT_NAME, Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.parallel.shards import Part
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents, MicroBatch, TokenStatistics
+
+
+class FirstTokens:
+    """The weights of a model without the last rows of its vocabulary's: padding that another model has less of.
+
+    Args:
+        num_rows: rows that the source has.
+    """
+
+    def __init__(self, source: WeightSource, num_rows: int) -> None:
+        self._source, self._num_rows = source, num_rows
+
+    def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
+        """Read elements [begin, end) of a flattened part (see `WeightSource.read`)."""
+        if part.name in (f"{EMBEDDING_NAME}.weight", f"{OUTPUT_NAME}.weight"):
+            part = replace(part, shape=(self._num_rows, *part.shape[1:]))
+        return self._source.read(quantity, part, begin, end)
 
 
 class FrozenStage(nn.Module):
@@ -62,10 +81,21 @@ class FrozenStage(nn.Module):
             x = layer(x, documents) if documents is not None and isinstance(layer, Block) else layer(x)
         return x
 
-    def statistics(self, x_sbd: Tensor, objective: Objective, batch: MicroBatch) -> TokenStatistics:
-        """Compute the reference's statistics of every token; on the last stage only."""
-        with_entropy = objective.selector.needs("reference-entropy")
-        return objective.statistics(x_sbd, self.output_weight(), batch, with_entropy=with_entropy)
+    def statistics(
+        self, x_sbd: Tensor, objective: Objective, batch: MicroBatch, *, trains: bool = True
+    ) -> TokenStatistics:
+        """Compute the reference's statistics of every token; on the last stage only.
+
+        Args:
+            trains: of a micro-batch of a training step, whose distribution is distilled if the objective does.
+        """
+        return objective.statistics(
+            x_sbd,
+            self.output_weight(),
+            batch,
+            with_entropy=objective.selector.needs("reference-entropy"),
+            with_distribution=trains and objective.distillation is not None,
+        )
 
 
 def build_reference(

@@ -14,11 +14,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.format import versions
-from megatron_slm.config.scoring import ScoreDtype
+from megatron_slm.config.scoring import LogprobDtype, ScoreDtype
 from megatron_slm.errors import ScoreStoreError
 from megatron_slm.files import write_durably
 
@@ -56,6 +56,39 @@ class ScoredData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredDistribution:
+    """The part of each token's distribution that a store has."""
+
+    kind: Literal["top", "sample"]
+    """The most probable ids, or a sample."""
+    count: int
+    """Ids a token."""
+    dtype: LogprobDtype
+    """Of the log-probabilities of `top`."""
+    vocabulary_size: int
+    """Of the reference."""
+
+    @property
+    def has_rest(self) -> bool:
+        """True if there are other ids than the most probable ones."""
+        return self.kind == "top" and self.count < self.vocabulary_size
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that it takes of a store."""
+        if self.kind == "sample":
+            return 4 * self.count
+        itemsize = 2 if self.dtype == "bfloat16" else 4
+        return (4 + itemsize) * self.count + itemsize * self.has_rest
+
+    def describe(self) -> str:
+        """Return a short description for tables."""
+        if self.kind == "sample":
+            return f"{self.count} sampled ids"
+        return f"the {self.count} largest log-probabilities in {self.dtype}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreManifest:
     """A store's settings and its finished shards; files that it does not list are no part of the store."""
 
@@ -67,9 +100,11 @@ class StoreManifest:
     computed_in: str
     """Dtype that the reference computed in: float32 or bfloat16."""
     dtype: ScoreDtype
-    """Dtype of the stored scores."""
+    """Dtype of the stored losses and entropies."""
     with_entropy: bool
     samples_per_shard: int
+    distribution: StoredDistribution | None = None
+    """None in stores of losses (and entropies) alone."""
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Size in bytes and sha256 of every finished shard."""
     versions: dict[str, str] = field(default_factory=lambda: dict(versions()))
@@ -88,8 +123,15 @@ class StoreManifest:
     @property
     def store_id(self) -> str:
         """SHA-256 of the settings. Every shard repeats it, so that no other store's shard is taken for this one's."""
-        settings = {name: value for name, value in asdict(self).items() if name not in ("shards", "versions")}
+        settings = {name: value for name, value in self._content().items() if name not in ("shards", "versions")}
         return hashlib.sha256(_canonical(settings)).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        """The fields as JSON-compatible values; stores without distributions are as they were before there were any."""
+        content = asdict(self)
+        if self.distribution is None:
+            del content["distribution"]
+        return content
 
     def with_shards(self, shards: dict[str, dict[str, Any]]) -> StoreManifest:
         """Return the manifest of the same store with these shards."""
@@ -97,7 +139,7 @@ class StoreManifest:
 
     def write(self, folder: Path) -> None:
         """Replace the manifest in `folder` atomically; it is on the disk when this returns."""
-        content = asdict(self)
+        content = self._content()
         content["checksum"] = hashlib.sha256(_canonical(content)).hexdigest()
         write_durably(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
@@ -130,9 +172,11 @@ class StoreManifest:
             )
         if checksum != hashlib.sha256(_canonical(content)).hexdigest():
             raise _damaged(path, "have the checksum that it was written with")
-        data = content.pop("data")
+        data, stored = content.pop("data"), content.pop("distribution", None)
         try:
-            return cls(data=ScoredData(**{**data, "sequences": tuple(data["sequences"])}), **content)
+            distribution = None if stored is None else StoredDistribution(**stored)
+            data = ScoredData(**{**data, "sequences": tuple(data["sequences"])})
+            return cls(data=data, distribution=distribution, **content)
         except (KeyError, TypeError) as error:
             raise _damaged(path, f"have the fields of this version ({error})") from error
 
@@ -150,9 +194,12 @@ def shard_name(shard: int) -> str:
     return f"scores_{shard:08d}.safetensors"
 
 
-def samples_per_shard(num_samples: int, sequence_length: int, micro_batch_size: int) -> int:
+def samples_per_shard(
+    num_samples: int, sequence_length: int, micro_batch_size: int, *, distribution: StoredDistribution | None = None
+) -> int:
     """Return the samples of a shard: many shards, none too large, each a whole number of micro-batches."""
-    most = max(1, SHARD_TOKENS // sequence_length)
+    losses_per_token = 1 if distribution is None else 1 + distribution.bytes_per_token // 4
+    most = max(1, SHARD_TOKENS // losses_per_token // sequence_length)
     wanted = min(most, ceil_div(num_samples, LEAST_SHARDS))
     return ceil_div(wanted, micro_batch_size) * micro_batch_size
 
@@ -197,6 +244,7 @@ def check_same_settings(folder: Path, found: StoreManifest, wanted: StoreManifes
         "computed_in": "--bf16 (dtype that the reference computes in)",
         "dtype": "--score-dtype",
         "with_entropy": "--with-entropy",
+        "distribution": "--top-logprobs, --sampled-ids and --logprobs-dtype",
     }
     if found.data.num_samples != wanted.data.num_samples:
         pairs.append(("samples (--train-iters x --global-batch-size)", found.data.num_samples, wanted.data.num_samples))

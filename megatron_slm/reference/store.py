@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.errors import ScoreStoreError, os_errors_as
-from megatron_slm.files import file_sha256, write_durably
+from megatron_slm.files import check_writable, file_sha256, write_durably
 from megatron_slm.reference.manifest import MANIFEST, StoreManifest, check_same_settings, shard_name
+from megatron_slm.reference.probabilities import Probabilities
 from megatron_slm.types import MicroBatch
 
 CHECKSUM_LIMIT_BYTES = 64 << 30
@@ -36,6 +38,8 @@ class Scores(NamedTuple):
     """-log P(label) in nats [b, s], of every position, masked or not."""
     entropy_bs: Tensor | None
     """Entropy of the predicted distribution in nats [b, s]; None in stores without entropies."""
+    probabilities: Probabilities | None = None
+    """A few ids of the predicted distribution; None in stores without them."""
 
 
 def token_digests(batch: MicroBatch) -> list[int]:
@@ -63,30 +67,44 @@ def _identity(manifest: StoreManifest, shard: int) -> str:
 # ---- writing ------------------------------------------------------------------------------------------------
 
 
-def begin(folder: Path, wanted: StoreManifest) -> StoreManifest:
-    """Create a store's folder, or resume one that was begun; return its settings and the shards that are whole.
+def begun(folder: Path, wanted: StoreManifest) -> StoreManifest | None:
+    """Return the manifest of the store that was begun in a folder; None for a new or empty one. Changes nothing.
 
     Raises:
-        ScoreStoreError: the folder holds something else, or a store of other settings.
+        ScoreStoreError: the folder cannot be written, or holds something else, or a store of other settings.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        inside = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-        if not inside:
-            wanted.write(folder)
-            return wanted
-    except OSError as error:
-        raise ScoreStoreError(
-            "--output", str(folder), f"be a folder that can be written ({error.strerror})", "choose another"
-        ) from error
+    with _output_errors(folder):
+        check_writable(folder)
+        inside = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    if not inside:
+        return None
     if MANIFEST not in inside:
         raise ScoreStoreError(
             "--output", str(folder), f"be empty or hold a store's {MANIFEST}, not {inside[0]}", "choose another folder"
         )
     found = StoreManifest.read(folder)
     check_same_settings(folder, found, wanted)
-    for leftover in folder.glob(".*.tmp"):  # of passes that were killed
-        leftover.unlink()
+    return found
+
+
+def _output_errors(folder: Path) -> AbstractContextManager[None]:
+    return os_errors_as(ScoreStoreError, "--output", str(folder), "be a folder that can be written", "choose another")
+
+
+def begin(folder: Path, wanted: StoreManifest) -> StoreManifest:
+    """Create a store's folder, or resume one that was begun; return its settings and the shards that are whole.
+
+    Raises:
+        ScoreStoreError: see `begun`.
+    """
+    found = begun(folder, wanted)
+    with _output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if found is None:
+            wanted.write(folder)
+            return wanted
+        for leftover in folder.glob(".*.tmp"):  # of passes that were killed
+            leftover.unlink()
     damage = _compare(folder, list(found.shards.items()), checksums=True)
     return found.with_shards({name: entry for name, entry in found.shards.items() if name not in damage})
 
@@ -97,7 +115,7 @@ def write_shard(
     """Write one shard atomically; it is on the disk when this returns.
 
     Args:
-        scores: of `manifest.samples_of(shard)`, one row a sample, fp32 on the CPU.
+        scores: of `manifest.samples_of(shard)`, one row a sample, on the CPU; losses and entropies in fp32.
         digests: of the same samples' tokens (`token_digests`).
 
     Returns:
@@ -124,6 +142,10 @@ def write_shard(
                 f"be a number that {manifest.dtype} can hold",
                 "check the reference's weights, or choose another --score-dtype",
             )
+    if manifest.distribution is not None:
+        assert scores.probabilities is not None, "a pass computes the distributions of its manifest"
+        names = Probabilities.names(manifest.distribution)
+        tensors |= zip(names, [x for x in scores.probabilities if x is not None], strict=True)
     kept = list(tensors.values())
     row_digests = [_score_digest(number, [rows[i] for rows in kept]) for i, number in enumerate(samples)]
     tensors["token_digest"] = torch.tensor(digests, dtype=torch.int64)
@@ -193,7 +215,7 @@ def _compare(
 @dataclass(frozen=True)
 class _OpenShard:
     scores: list[Any]
-    """Slices in the mapped file, losses first."""
+    """Slices in the mapped file: losses, entropies and probabilities, those that there are."""
     token_digests: list[int]
     score_digests: list[int]
 
@@ -206,7 +228,7 @@ class ScoreReader:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def read(self, batch: MicroBatch) -> Scores:
-        """Read the scores of a micro-batch's samples, fp32 on the CPU; the batch is on the CPU too.
+        """Read the scores of a micro-batch's samples on the CPU, losses in fp32; the batch is on the CPU too.
 
         Raises:
             ScoreStoreError: the store has no such sample, its tokens differ from the scored ones, or the scores differ
@@ -216,8 +238,11 @@ class ScoreReader:
             self._row(number, digest)
             for number, digest in zip(batch.sample_b.tolist(), token_digests(batch), strict=True)
         ]
-        loss_bs, *entropy = (torch.cat(column).float() for column in zip(*rows, strict=True))
-        return Scores(loss_bs, entropy[0] if entropy else None)
+        columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+        num_scores = 1 + self.manifest.with_entropy
+        loss_bs, *entropy = (column.float() for column in columns[:num_scores])
+        probabilities = Probabilities(*columns[num_scores:]) if self.manifest.distribution is not None else None
+        return Scores(loss_bs, entropy[0] if entropy else None, probabilities)
 
     def _row(self, sample: int, token_digest: int) -> list[Tensor]:
         if not 0 <= sample < self.manifest.data.num_samples:
@@ -261,6 +286,10 @@ class ScoreReader:
         path = self.folder / shard_name(shard)
         names = ["loss", "entropy"] if self.manifest.with_entropy else ["loss"]
         expected = [len(self.manifest.samples_of(shard)), self.manifest.data.sequence_length]
+        wanted = [expected] * len(names)
+        if (distribution := self.manifest.distribution) is not None:
+            names += (more := Probabilities.names(distribution))
+            wanted += [expected if name.endswith("rest") else [*expected, distribution.count] for name in more]
         try:
             file = safe_open(path, framework="pt")
             identity = (file.metadata() or {}).get("place")
@@ -271,6 +300,6 @@ class ScoreReader:
         if identity != _identity(self.manifest, shard):
             raise ScoreStoreError(str(path), identity, f"be {_identity(self.manifest, shard)}", _DAMAGED)
         shapes = [part.get_shape() for part in parts] + [[len(column)] for column in digests]
-        if shapes != [expected] * len(parts) + [expected[:1]] * 2:
+        if shapes != wanted + [expected[:1]] * 2:
             raise ScoreStoreError(str(path), f"shapes {shapes}", f"hold {expected} scores", _DAMAGED)
         return _OpenShard(parts, *digests)

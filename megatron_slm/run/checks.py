@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Backends
 from megatron_slm.config.blends import parse_phases
 from megatron_slm.config.run import RunConfig
@@ -21,6 +23,7 @@ from megatron_slm.loss.kernels import choose_kernels
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.planned_run import architecture_at
+from megatron_slm.reference.following import FILE_KIND
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.corpora import RunData, boundaries
 from megatron_slm.run.layout import check_layout
@@ -28,7 +31,7 @@ from megatron_slm.run.models import Models
 from megatron_slm.run.opened_corpora import eod_id
 from megatron_slm.run.resume import Resume
 from megatron_slm.selection.selector import Selector
-from megatron_slm.telemetry.monitors import check_monitors
+from megatron_slm.telemetry.monitors import accepted_by_deepspeed, check_monitors
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,8 @@ def check_models(config: RunConfig, topology: Topology, models: Models, resume: 
             "use --init-from alone to start a new run from other weights",
         )
     check_layout(arch, config, topology, what="model")
+    if reference is not None and config.distillation.distills:
+        _check_distilled_vocabulary(config, arch.vocab_size, reference.architecture.vocab_size)
     check_stages(arch.num_layers, topology.pipeline)
     _check_vocabularies(config, models, resume)
     if reference is not None:
@@ -93,20 +98,85 @@ def check_documents(config: RunConfig, tokenizer: Tokenizer, backends: Backends)
         )
 
 
-def check_ranks_and_sets(config: RunConfig, topology: Topology, held_out: dict[str, SequentialSamples]) -> None:
-    """Check that the profiled ranks and the set of --keep-best exist.
+def resolve_deepspeed(
+    user_deepspeed: dict[str, Any], config: RunConfig, topology: Topology, num_micro_batches: int
+) -> dict[str, Any]:
+    """Complete the DeepSpeed JSON of a run (see `config.deepspeed.resolve`).
+
+    Raises:
+        ConfigError: it contradicts a flag, or DeepSpeed rejects a field of its ZeRO section.
+    """
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    resolved = ds_config.resolve(
+        user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
+    )
+    with accepted_by_deepspeed("ZeRO", "zero_optimization."):
+        get_zero_config(resolved)
+    return resolved
+
+
+def check_ranks(config: RunConfig, topology: Topology) -> None:
+    """Check that the profiled ranks exist.
 
     Raises:
         ConfigError: one does not.
     """
-    ranks, best = config.logging.profile_ranks, config.checkpoint.keep_best
+    ranks = config.logging.profile_ranks
     if config.logging.profile_step_start is not None and max(ranks) >= topology.world_size:
         rule = f"be ranks of the world, 0 to {topology.world_size - 1}"
         raise ConfigError("--profile-ranks", ranks, rule, "correct them")
-    if best is not None and best not in held_out:
-        known = ", ".join(held_out) or "there is none"
+
+
+def check_sets(config: RunConfig, valid: Collection[str], test: Collection[str]) -> None:
+    """Check that the held-out set of --keep-best exists, and some set with --eval-only.
+
+    Args:
+        valid, test: names of the held-out sets.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.logging.eval_only and not valid and not test and config.logging.probe_file is None:
+        fix = "name held-out corpora, with --split or --test-data-path too, or texts with --probe-file"
+        raise ConfigError.missing("--valid-data-path", "--eval-only", fix)
+    best = config.checkpoint.keep_best
+    if best is not None and best not in valid:
+        known = ", ".join(valid) or "there is none"
         rule = f"be the name of a held-out set ({known})"
         raise ConfigError("--keep-best", best, rule, "name one, or add --valid-data-path")
+
+
+def check_reference_update(config: RunConfig, models: Models, resume: Resume | None, zero_stage: int) -> None:
+    """Validate --reference-update against the models, the engine and the checkpoint.
+
+    Raises:
+        SlmError: they do not match.
+    """
+    kind = config.reference_update.reference_update
+    if models.reference is None or not config.reference_update.updates:
+        return
+    if models.reference.architecture != models.architecture:
+        raise ConfigError(
+            "--reference-load",
+            config.selection.reference_load,
+            f"be of the model's architecture with --reference-update {kind}, which averages their weights",
+            "use --reference-load init, or a checkpoint of this model",
+        )
+    if zero_stage == 3:
+        raise ConfigError(
+            "--reference-update",
+            kind,
+            "be none with ZeRO-3, whose ranks hold no whole weights",
+            "use ZeRO-1 or ZeRO-2",
+        )
+    if resume is not None and not any(name.startswith(f"{FILE_KIND}_") for name in resume.manifest.files):
+        raise CheckpointError(
+            "--load",
+            str(resume.folder),
+            f"contain the reference of a run with --reference-update {kind}",
+            "load a checkpoint that was saved with it, or start a new run with --init-from",
+        )
 
 
 def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores | None) -> None:
@@ -121,6 +191,42 @@ def check_entropies(config: RunConfig, selector: Selector, scores: StoredScores 
             config.selection.reference_scores,
             "hold entropies, required by --slm-score reference-entropy",
             "write them with tools/score_corpus.py --with-entropy, or choose another score",
+        )
+
+
+def check_distributions(config: RunConfig, scores: StoredScores | None, vocabulary_size: int) -> None:
+    """Check that stored scores hold the distributions that the loss needs.
+
+    Args:
+        vocabulary_size: of the model.
+
+    Raises:
+        ScoreStoreError: they do not.
+    """
+    loss, folder = config.distillation.loss, config.selection.reference_scores
+    if scores is None or not config.distillation.distills:
+        return
+    stored = scores.distribution
+    if stored is None:
+        raise ScoreStoreError(
+            "--reference-scores",
+            folder,
+            f"hold log-probabilities, required by --loss {loss}",
+            "write them with tools/score_corpus.py --top-logprobs 64, or use --reference-load",
+        )
+    if stored.kind == "sample" and loss != "kl":
+        raise ScoreStoreError(
+            f"--loss {loss}: --reference-scores",
+            folder,
+            "hold the largest log-probabilities; sampled ids are an unbiased sample for --loss kl alone",
+            "write them with tools/score_corpus.py --top-logprobs 64, or use --loss kl",
+        )
+    if stored.kind == "top" and not stored.has_rest and stored.vocabulary_size != vocabulary_size:
+        raise ScoreStoreError(
+            "--reference-scores: vocabulary size",
+            stored.vocabulary_size,
+            f"be the model's, {vocabulary_size}, where all log-probabilities are stored",
+            "store fewer with tools/score_corpus.py --top-logprobs",
         )
 
 
@@ -143,13 +249,38 @@ def check_selection_columns(config: RunConfig, data: RunData) -> None:
 
 def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:
     """Warn of evaluations and data phases that this run never reaches."""
-    if config.logging.eval_interval is not None and not held_out and config.logging.probe_file is None:
-        logger.warning("--eval-interval has no effect: --split and --valid-data-path hold out no set")
+    logging_config = config.logging
+    for flag, value in (
+        ("--eval-interval", logging_config.eval_interval),
+        ("--eval-at-start", logging_config.eval_at_start),
+    ):
+        if value and not held_out and logging_config.probe_file is None:
+            logger.warning("%s has no effect: --split and --valid-data-path hold out no set", flag)
     for phase in parse_phases(config.data.data_phases):
         if phase.first_step >= num_steps:
             logger.warning(
                 "--data-phases: the phase at step %d has no effect in a run of %d steps", phase.first_step, num_steps
             )
+
+
+def warn_of_long_sequences(config: RunConfig, model: Architecture, reference: Architecture | None) -> None:
+    """Warn of samples that are longer than the positions a model was trained for, which may be intended."""
+    for what, arch in (("model", model), ("reference", reference)):
+        if arch is not None and config.data.seq_length > arch.max_position_embeddings:
+            logger.warning(
+                "--seq-length is %d: longer than the %d positions of the %s (max_position_embeddings)",
+                config.data.seq_length, arch.max_position_embeddings, what,
+            )  # fmt: skip
+
+
+def _check_distilled_vocabulary(config: RunConfig, model: int, reference: int) -> None:
+    if model > reference:
+        raise VocabularyError(
+            "--reference-load: vocabulary size",
+            reference,
+            f"be at least the model's, {model}, with --loss {config.distillation.loss}, which compares distributions",
+            "use a reference with as many rows in its output weight or more, or --loss ce",
+        )
 
 
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
@@ -183,7 +314,7 @@ def _check_vocabularies(config: RunConfig, models: Models, resume: Resume | None
     if models.init is not None:
         check_model_vocabulary(models.init, config, tokenizer, field="--init-from", path=config.model.init_from)
     if models.reference is not None:
-        path = config.selection.reference_load
+        path = config.reference_path
         check_model_vocabulary(models.reference, config, tokenizer, field="--reference-load", path=path)
     fingerprint = resume.manifest.tokenizer_fingerprint if resume else None
     if fingerprint is not None and fingerprint != tokenizer.fingerprint():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.resolve import resolve_architecture
 from megatron_slm.config.run import RunConfig
+from megatron_slm.config.selection import START_MODEL
 from megatron_slm.convert.source import Model
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.run.resume import Resume
@@ -54,7 +55,9 @@ def open_models(config: RunConfig, resume: Resume | None, *, share: tuple[int, i
     tokenizer = open_tokenizer(config, init)
     reference = None
     if not config.selection.reference_scores:
-        reference = open_if_named(config.selection.reference_load, "--reference-load", checksums=True, share=share)
+        reference = init
+        if config.selection.reference_load != START_MODEL:
+            reference = open_if_named(config.selection.reference_load, "--reference-load", checksums=True, share=share)
     architecture = resolve_architecture(config, _stored_architecture(init, resume), tokenizer.vocab_size)
     return Models(tokenizer=tokenizer, architecture=architecture, init=init, reference=reference)
 

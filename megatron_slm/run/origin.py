@@ -14,6 +14,7 @@ from megatron_slm.convert.card import read_origin
 from megatron_slm.convert.companion_files import ORIGIN, ORIGIN_FILES, ORIGIN_RECORD, copy_files
 from megatron_slm.convert.source import Model
 from megatron_slm.data.corpus.content import content_sha256
+from megatron_slm.hub import is_hub_name
 from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.run.plan import Plan
 
@@ -39,7 +40,12 @@ def write_origin(plan: Plan, folder: Path) -> None:
 
 
 def _model(path: str | None, model: Model | None) -> dict[str, Any] | None:
-    return None if path is None or model is None else {"path": path, "sha256": model.content_sha256()}
+    if path is None or model is None:
+        return None
+    record = {"path": path, "sha256": model.content_sha256()}
+    if is_hub_name(path) and model.origin_folder is not None:
+        record |= {"hub": path.partition("@")[0], "revision": model.origin_folder.name}
+    return record
 
 
 def _references(plan: Plan) -> list[dict[str, Any]]:
@@ -47,7 +53,7 @@ def _references(plan: Plan) -> list[dict[str, Any]]:
     if plan.scores is not None:
         manifests = [StoreManifest.read(Path(store)) for store in selection.reference_scores]
         return [{"path": manifest.reference, "sha256": manifest.reference_sha256} for manifest in manifests]
-    reference = _model(selection.reference_load, plan.models.reference)
+    reference = _model(plan.config.reference_path, plan.models.reference)
     return [] if reference is None else [reference]
 
 

@@ -12,6 +12,7 @@ from megatron_slm.planning.memory import stage_memory
 from megatron_slm.planning.planned_run import PlannedRun, plan_run
 from megatron_slm.planning.tables import stage_memory_table
 from megatron_slm.run.backward_checks import check_backward_rows
+from megatron_slm.run.checks import check_ranks, warn_of_long_sequences
 from megatron_slm.run.dry_run import batch_rows, layout_table, rows_table
 from megatron_slm.run.layout import check_layout
 from megatron_slm.run.schedule import counted_schedule
@@ -30,7 +31,9 @@ def print_outline(config: RunConfig, world_size: int) -> None:
     if run.reference is not None:
         check_layout(run.reference, config, topology, what="reference")
     check_backward_rows(config, run.selector)
+    check_ranks(config, topology)
     ds_config.resolve(run.deepspeed, config, data_parallel_size=layout.data, num_micro_batches=layout.num_micro_batches)
+    warn_of_long_sequences(config, run.architecture, run.reference)
     schedule = counted_schedule(
         config, run.architecture, run.reference, layout.pipeline, layout.num_micro_batches, keep_ratio=run.keep_ratio
     )
@@ -60,7 +63,7 @@ def _not_checked(run: PlannedRun) -> dict[str, str]:
     named: dict[str, list[str | None] | list[str]] = {
         "--init-from": [config.model.init_from],
         "--tokenizer-model": [data.tokenizer_model],
-        "--reference-load": [selection.reference_load],
+        "--reference-load": [config.reference_path],
         "--reference-scores": selection.reference_scores,
         "--data-path": data.data_path or data.train_data_path,
         "--data-args-path": [data.data_args_path or data.per_split_data_args_path],

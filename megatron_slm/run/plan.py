@@ -5,7 +5,7 @@ A dry run and a real run make the same plan, so that both raise the same errors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,15 +24,21 @@ from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.backends import run_backends
 from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.run.checks import (
+    check_distributions,
     check_documents,
     check_entropies,
     check_environment,
     check_models,
-    check_ranks_and_sets,
+    check_ranks,
+    check_reference_update,
     check_selection_columns,
+    check_sets,
+    resolve_deepspeed,
+    warn_of_long_sequences,
     warn_of_unused_flags,
 )
 from megatron_slm.run.corpora import RunData, open_run_data, read_probe_texts
+from megatron_slm.run.folders import check_folders
 from megatron_slm.run.layout import run_topology
 from megatron_slm.run.models import Models, open_models
 from megatron_slm.run.resume import Resume
@@ -86,7 +92,7 @@ class Plan:
     @property
     def loss_head(self) -> LossHead:
         """Settings of the loss head."""
-        return LossHead.from_config(self.config.loss_head)
+        return LossHead.from_config(self.config.loss_head, self.config.distillation)
 
     @property
     def utilization(self) -> Utilization:
@@ -135,16 +141,21 @@ def make_plan(
     """Validate a configuration against the world, the files and itself.
 
     Args:
-        rank: ranks share the checksums of checkpoints and the token ids of corpora; stores are rank 0's to check.
+        rank: ranks share the checksums of checkpoints and the token ids of corpora; rank 0 checks stores and the
+            folders that the run writes.
         dry: nothing will be trained (see `open_run_data`).
 
     Raises:
         SlmError: something does not fit.
     """
+    if config.logging.eval_only:
+        config = replace(config, checkpoint=config.checkpoint.without_saving())
     topology = run_topology(config, world_size)
     user_deepspeed = ds_config.read_json(config.parallel.deepspeed_config)
     check_environment(config, user_deepspeed)
+    check_ranks(config, topology)
     batch_size, num_micro_batches = batch_arithmetic(config, topology)
+    resolved = resolve_deepspeed(user_deepspeed, config, topology, num_micro_batches)
     share = (0, 1) if dry else (rank, world_size)
     models = open_models(config, resume, share=share)
     check_models(config, topology, models, resume)
@@ -153,15 +164,16 @@ def make_plan(
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=models.num_tokens)
     check_backward_rows(config, selector)
     data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry, share=share)
-    check_ranks_and_sets(config, topology, data.valid)
+    check_sets(config, data.valid, data.test)
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
+    warn_of_long_sequences(config, models.architecture, models.reference_architecture)
     if rank == 0:
         check_selection_columns(config, data)
+        check_folders(config, models.tokenizer, ds_config.monitors(user_deepspeed), resume)
     scores = open_scores(config, models.tokenizer, data.train, thorough=rank == 0)
     check_entropies(config, selector, scores)
-    resolved = ds_config.resolve(
-        user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
-    )
+    check_distributions(config, scores, models.architecture.vocab_size)
+    check_reference_update(config, models, resume, ds_config.zero_stage(resolved))
     return Plan(
         config=config,
         topology=topology,

@@ -62,7 +62,8 @@ def open_resume(config: RunConfig) -> Resume | None:
                 raise _damaged(error, before) from error
             logger.warning("%s; --load-fallback: trying %s instead", error, before.name)
         else:
-            _check_length(config, manifest)
+            if not config.logging.eval_only:
+                _check_length(config, manifest)
             return Resume(folder=folder, manifest=manifest, damaged=tuple(candidates[:number]))
     return None
 
@@ -70,7 +71,7 @@ def open_resume(config: RunConfig) -> Resume | None:
 def num_run_samples(config: RunConfig, resume: Resume | None, global_batch_size: int) -> int:
     """Count the samples that a run draws until its end, those before its checkpoint included."""
     step, consumed = (resume.manifest.step, resume.manifest.state.consumed_samples) if resume else (0, 0)
-    return consumed + (config.training.train_iters - step) * global_batch_size
+    return consumed + max(0, config.training.train_iters - step) * global_batch_size
 
 
 def saves_where_it_loads(config: RunConfig) -> bool:
@@ -94,7 +95,8 @@ def _candidates(config: RunConfig) -> list[Path]:
             logger.warning("skipping %s: incomplete, without %s", other, MANIFEST)
     if found:
         return found
-    if not saves_where_it_loads(config) or config.checkpoint.exit_on_missing_checkpoint:
+    must_load = config.checkpoint.exit_on_missing_checkpoint or config.logging.eval_only
+    if must_load or not saves_where_it_loads(config):
         fix = "check the path; to start a new run leave --load out, or set it to the folder that the run saves to"
         if config.checkpoint.exit_on_missing_checkpoint:
             fix += " without --exit-on-missing-checkpoint"

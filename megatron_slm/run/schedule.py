@@ -17,7 +17,8 @@ def message_sizes(plan: Plan, *, message_length: int) -> Sizes:
     num_samples, length = plan.config.training.micro_batch_size, plan.config.data.seq_length
     width = plan.models.reference.architecture.hidden_size if plan.models.reference else 0
     message = num_samples * message_length * width * plan.dtype.itemsize
-    return Sizes.of_micro_batch(num_samples, length, reference_message=message)
+    distills = plan.models.reference is not None and plan.config.distillation.distills
+    return Sizes.of_micro_batch(num_samples, length, reference_message=message, distills=distills)
 
 
 def plan_schedule(plan: Plan) -> Schedule:
@@ -52,6 +53,7 @@ def counted_schedule(
         keep_ratio=keep_ratio,
         recomputes=config.parallel.recompute_granularity == "full",
         rows=config.backward,
+        distillation=config.distillation,
     )
     flag = config.parallel.reference_schedule
     mode = Mode.of_run(flag, num_stages=num_stages, has_reference=reference is not None)

@@ -67,8 +67,8 @@ def open_scores(
         _check_references_differ(folder, manifest, readers)
         check_shards(folder, manifest, checksums=thorough, whole=selection.reference_scores_verify == "whole")
         readers.append(ScoreReader(folder, manifest))
-    if thorough and selection.reference_load is not None:
-        _check_reference(selection.reference_load, readers[0])
+    if thorough and config.reference_path is not None:
+        _check_reference(config.reference_path, readers[0])
     return StoredScores(readers, selection.reference_scores_combine or "mean")
 
 

@@ -17,7 +17,7 @@ from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.tokenizers.registry import NullTokenizer, Tokenizer, build_tokenizer
 from megatron_slm.errors import ConfigError, VocabularyError
 from megatron_slm.parallel.topology import Topology
-from megatron_slm.reference.manifest import StoreManifest, samples_per_shard
+from megatron_slm.reference.manifest import StoredDistribution, StoreManifest, samples_per_shard
 from megatron_slm.run.backends import choose_backends
 from megatron_slm.run.checks import check_model_vocabulary
 from megatron_slm.run.corpora import open_run_data
@@ -83,17 +83,34 @@ class ScoringPlan:
         """Folder of the store."""
         return Path(self.options.output)
 
+    @property
+    def distribution(self) -> StoredDistribution | None:
+        """The stored part of each token's distribution; None for losses (and entropies) alone."""
+        options = self.options
+        count = options.top_logprobs or options.sampled_ids
+        if count is None:
+            return None
+        return StoredDistribution(
+            kind="top" if options.top_logprobs else "sample",
+            count=count,
+            dtype=options.logprobs_dtype,
+            vocabulary_size=self.reference.architecture.vocab_size,
+        )
+
     def manifest(self) -> StoreManifest:
         """Build a new store's manifest. Reads the corpora and the reference's weights for their checksums."""
         training, sequence_length = self.config.training, self.config.data.seq_length
         return StoreManifest(
             data=scored_data(self.config, self.tokenizer, self.samples, with_content=True),
-            reference=str(self.config.selection.reference_load),
+            reference=str(self.config.reference_path),
             reference_sha256=self.reference_id,
             computed_in=str(self.dtype).removeprefix("torch."),
             dtype=self.options.score_dtype,
             with_entropy=self.options.with_entropy,
-            samples_per_shard=samples_per_shard(self.num_samples, sequence_length, training.micro_batch_size),
+            samples_per_shard=samples_per_shard(
+                self.num_samples, sequence_length, training.micro_batch_size, distribution=self.distribution
+            ),
+            distribution=self.distribution,
         )
 
 
@@ -116,7 +133,7 @@ def make_scoring_plan(
     Raises:
         SlmError: something does not fit.
     """
-    training, path = config.training, config.selection.reference_load
+    training, path = config.training, config.reference_path
     topology = run_topology(config, world_size)
     if path is None:
         raise ConfigError.missing("--reference-load", "scoring", "name the folder of the reference")
@@ -134,6 +151,9 @@ def make_scoring_plan(
         check_model_vocabulary(reference, config, tokenizer, field="--reference-load", path=path)
     check_layout(reference.architecture, config, topology, what="reference")
     check_tensors(reference.architecture, reference.source, field="--reference-load")
+    if options.top_logprobs is not None and options.top_logprobs > tokenizer.vocab_size:
+        rule = f"be at most the tokenizer's {tokenizer.vocab_size} ids"
+        raise ConfigError("--top-logprobs", options.top_logprobs, rule, "use e.g. 64")
     num_tokens = reference.architecture.vocab_size if reference_tokenizer is None else tokenizer.vocab_size
     data = open_run_data(config, tokenizer, num_tokens, resume, training.global_batch_size, dry=dry, share=share)
     retokenized = None

@@ -17,6 +17,7 @@ from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.parallel.reporting import report_together
 from megatron_slm.reference.manifest import StoreManifest
+from megatron_slm.reference.store import begun
 from megatron_slm.run.resume import open_resume
 from megatron_slm.scoring.plan import ScoringPlan, make_scoring_plan
 from megatron_slm.scoring.score import score_corpus
@@ -50,13 +51,21 @@ def _size(manifest: StoreManifest) -> str:
 
 
 def print_plan(plan: ScoringPlan) -> None:
-    """Print the pass as a table."""
+    """Print the pass as a table.
+
+    Raises:
+        ScoreStoreError: the store's folder cannot be used for it.
+    """
     manifest, topology = plan.manifest(), plan.topology
+    begun(plan.output, manifest)
     tokens = plan.num_samples * plan.config.data.seq_length
     bytes_per_token = {"float32": 4, "bfloat16": 2, "float16": 2}[manifest.dtype]
     stored: str = manifest.dtype
     if manifest.with_entropy:
         bytes_per_token, stored = 2 * bytes_per_token, f"{manifest.dtype} with entropies"
+    if manifest.distribution is not None:
+        bytes_per_token += manifest.distribution.bytes_per_token
+        stored += f", {manifest.distribution.describe()}"
     rows = {
         "layout": f"{topology.pipeline} stages x {topology.data} data parallel x {topology.tensor} tensor parallel",
         "reference": f"{manifest.reference}, {plan.reference.architecture.num_parameters:,} parameters",

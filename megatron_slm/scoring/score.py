@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,23 +16,27 @@ from megatron_slm.data.loader import Boundaries, MicroBatchSource
 from megatron_slm.data.samples import Samples
 from megatron_slm.device import local_device
 from megatron_slm.engine.channels import Channel, Channels, Lane
+from megatron_slm.loss.class_probabilities import most_probable, sampled
 from megatron_slm.loss.objective import Objective
+from megatron_slm.loss.row_statistics import RowStatistics
 from megatron_slm.loss.variants import LossHead
+from megatron_slm.loss.vocab_parallel import loss_rows
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.collectives import all_gather_objects, broadcast_from_rank_0, raise_on_all_ranks
 from megatron_slm.parallel.groups import create_tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.progress import Progress, show_progress
 from megatron_slm.reference.frozen import build_reference
 from megatron_slm.reference.manifest import StoreManifest, shard_name
+from megatron_slm.reference.probabilities import Probabilities
 from megatron_slm.reference.store import Scores, begin, token_digests, write_shard
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.scoring.plan import ScoringPlan
+from megatron_slm.selection import noise
 from megatron_slm.selection.selector import Selector
-from megatron_slm.types import MicroBatch
+from megatron_slm.types import DenseDistribution, MicroBatch, SparseDistribution
 
 logger = logging.getLogger(__name__)
-
-_LOG_INTERVAL_SECONDS = 10.0
 
 
 def score_corpus(plan: ScoringPlan) -> StoreManifest:
@@ -54,18 +57,22 @@ def score_corpus(plan: ScoringPlan) -> StoreManifest:
         logger.info("%d of %d shards exist already", manifest.num_shards - len(missing), manifest.num_shards)
     if not missing:
         return manifest
-    scorer = _Scorer(plan, sum(len(manifest.samples_of(shard)) for shard in missing))
-    num_pipelines = plan.topology.data
-    for first in range(0, len(missing), num_pipelines):
-        shards = missing[first : first + num_pipelines]
-        mine = shards[scorer.rank.data] if scorer.rank.data < len(shards) else None
-        scores = scorer.score(manifest, mine)
-        written: dict[str, dict[str, Any]] = {}
-        with raise_on_all_ranks():
-            if mine is not None and scores is not None:
-                written[shard_name(mine)] = write_shard(plan.output, manifest, mine, *scores)
-        manifest = _commit(plan, manifest, written)
-        scorer.progress.add(sum(len(manifest.samples_of(shard)) for shard in shards))
+    num_samples = sum(len(manifest.samples_of(shard)) for shard in missing)
+    length, num_pipelines = plan.config.data.seq_length, plan.topology.data
+    with show_progress("scoring", num_samples * length, "tokens", shown=dist.get_rank() == 0) as progress:
+        scorer = _Scorer(plan, progress)
+        for first in range(0, len(missing), num_pipelines):
+            shards = missing[first : first + num_pipelines]
+            mine = shards[scorer.rank.data] if scorer.rank.data < len(shards) else None
+            done = progress.done
+            scores = scorer.score(manifest, mine)
+            written: dict[str, dict[str, Any]] = {}
+            with raise_on_all_ranks():
+                if mine is not None and scores is not None:
+                    written[shard_name(mine)] = write_shard(plan.output, manifest, mine, *scores)
+            manifest = _commit(plan, manifest, written)
+            progress.update(done + length * sum(len(manifest.samples_of(shard)) for shard in shards))
+    logger.info("scored %s of %s samples", f"{num_samples:,}", f"{num_samples:,}")
     return manifest
 
 
@@ -93,7 +100,7 @@ def _commit(plan: ScoringPlan, manifest: StoreManifest, written: dict[str, dict[
 class _Scorer:
     """This rank's stage of the reference and its channels."""
 
-    def __init__(self, plan: ScoringPlan, num_samples: int) -> None:
+    def __init__(self, plan: ScoringPlan, progress: Progress) -> None:
         parallel = plan.config.parallel
         self.rank = plan.topology.coordinate(dist.get_rank())
         self.is_first, self.is_last = self.rank.pipeline == 0, self.rank.pipeline == plan.topology.pipeline - 1
@@ -102,7 +109,8 @@ class _Scorer:
         layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
         head = LossHead(backend=plan.config.loss_head.loss_head_backend)
         self.objective = Objective(selector=Selector(), tp=tp, head=head)
-        self.with_entropy = plan.options.with_entropy
+        self.with_entropy, self.distribution = plan.options.with_entropy, plan.distribution
+        self.num_ids, self.seed = plan.tokenizer.vocab_size, plan.config.training.seed
         model = plan.reference
         self.reference = build_reference(model.architecture, model.source, plan.topology, layers, plan.dtype)
         self.device, self.dtype = local_device(), plan.dtype
@@ -119,7 +127,9 @@ class _Scorer:
         if plan.retokenized is not None and plan.reference_tokenizer is not None:
             ends = replace(ends, eod_id=plan.reference_tokenizer.eod_id)
             self.source = self._source(plan.retokenized, plan.num_tokens, ends)
-        self.progress = _Progress(num_samples, plan.config.data.seq_length, plan.topology.data)
+        self.progress = progress
+        # as if all pipelines were as far as this one
+        self.tokens_per_micro_batch = self.b * plan.config.data.seq_length * plan.topology.data
 
     def _source(self, samples: Samples, num_tokens: int, ends: Boundaries) -> MicroBatchSource:
         return MicroBatchSource(
@@ -149,22 +159,26 @@ class _Scorer:
             return None
         if self.retokenized is not None:
             batches = [self.run_source.micro_batch(start, 0) for start in samples[:: self.b]]
-            parts = [[self._spread(part[0], batch)] for part, batch in zip(parts, batches, strict=True)]
+            parts = [[self._spread(part[0], batch), None] for part, batch in zip(parts, batches, strict=True)]
         digests = [digest for batch in batches for digest in token_digests(batch)][: len(samples)]
-        loss_bs, *entropy = (torch.cat(column)[: len(samples)].cpu() for column in zip(*parts, strict=True))
-        return Scores(loss_bs, entropy[0] if entropy else None), digests
+        scores = [
+            None if column[0] is None else torch.cat(column)[: len(samples)] for column in zip(*parts, strict=True)
+        ]
+        probabilities = None if self.distribution is None else Probabilities(*scores[2:])  # type: ignore[arg-type]
+        return Scores(scores[0], scores[1], probabilities), digests  # type: ignore[arg-type]
 
-    def _spread(self, loss_bL: Tensor, batch: MicroBatch) -> Tensor:
+    def _spread(self, loss_bL: Tensor | None, batch: MicroBatch) -> Tensor:
         """Spread the reference's losses over the run's tokens, [b, s]; 0 where the run has no label."""
         assert self.retokenized is not None, "the reference has another tokenizer"
+        assert loss_bL is not None, "the last stage has the losses"
         rows = torch.zeros(batch.labels_bs.shape)
         for row, loss_L, sample in zip(rows, loss_bL.float().cpu().numpy(), batch.sample_b.tolist(), strict=True):
             if sample < len(self.retokenized):
                 row.copy_(torch.from_numpy(self.retokenized.spread(sample, loss_L)))
         return rows.masked_fill_(~batch.valid_bs, 0.0)
 
-    def _forward(self, num_micro_batches: int, batches: Sequence[MicroBatch]) -> list[list[Tensor]]:
-        """Run all micro-batches through this stage; on the last one return their statistics, each [b, s]."""
+    def _forward(self, num_micro_batches: int, batches: Sequence[MicroBatch]) -> list[list[Tensor | None]]:
+        """Run all micro-batches through this stage; on the last one return what is stored of each, by sample."""
         previous, following = self.channels.previous.get(Lane.REFERENCE), self.channels.next.get(Lane.REFERENCE)
         parts = []
         self._post_receive(previous, posted=0, of=num_micro_batches)
@@ -181,46 +195,34 @@ class _Scorer:
                 following.send(x)
             else:
                 assert read is not None, "the last stage reads its micro-batches"
-                statistics = self.objective.statistics(
-                    x, self.reference.output_weight(), read, with_entropy=self.with_entropy
-                )
-                parts.append([part_N.view_as(read.valid_bs) for part_N in statistics if part_N is not None])
-            self.progress.show(i * self.b)
+                parts.append(self._scores(x, read))
+            self.progress.advance(self.tokens_per_micro_batch)
         self.channels.flush()
         return parts
+
+    def _scores(self, x_sbd: Tensor, batch: MicroBatch) -> list[Tensor | None]:
+        """Compute a micro-batch's losses, entropies (or None) and probabilities, each [b, s, ...] on the CPU."""
+        output, stored = self.reference.output_weight(), self.distribution
+        statistics = self.objective.statistics(
+            x_sbd, output, batch, with_entropy=self.with_entropy, with_distribution=stored is not None
+        )
+        scores = [None if x_N is None else x_N.view_as(batch.valid_bs).cpu() for x_N in statistics[:2]]
+        if stored is None:
+            return scores
+        hidden = statistics.distribution
+        assert isinstance(hidden, DenseDistribution), "an objective keeps what was asked for"
+        rows = RowStatistics(hidden.max_N, hidden.sum_N, torch.zeros_like(hidden.max_N), None)
+        inputs = loss_rows(x_sbd, self.objective.tp), output.weight_Vd, rows, output.part(self.objective.tp)
+        if stored.kind == "top":
+            distribution = most_probable(*inputs, count=stored.count, limit=self.num_ids)
+        else:
+            sample_N = batch.sample_b[:, None].expand_as(batch.labels_bs).flatten()
+            position_N = torch.arange(batch.labels_bs.shape[1], device=sample_N.device).repeat(len(batch.sample_b))
+            uniform_N = noise.uniform(self.seed, noise.STORED_SAMPLE, sample_N, position_N)
+            id_Nk = sampled(*inputs, uniform_N, count=stored.count, limit=self.num_ids)
+            distribution = SparseDistribution(id_Nk, torch.zeros(0))
+        return [*scores, *Probabilities.of(distribution, stored, batch.valid_bs.shape)]
 
     def _post_receive(self, channel: Channel | None, *, posted: int, of: int) -> None:
         if channel is not None and posted < of:
             channel.post_receive(self.message_shape, self.dtype, self.device)
-
-
-class _Progress:
-    """Logs the rate and the time left; only rank 0's lines are shown."""
-
-    def __init__(self, num_samples: int, sequence_length: int, num_pipelines: int) -> None:
-        self.total, self.sequence_length, self.num_pipelines = num_samples, sequence_length, num_pipelines
-        self.done = 0
-        self.started = self.logged_at = time.monotonic()
-
-    def add(self, num_samples: int) -> None:
-        """Count the samples of a finished round."""
-        self.done += num_samples
-        if self.done == self.total:
-            self._log(self.done, time.monotonic())
-
-    def show(self, in_this_shard: int) -> None:
-        """Log the progress every 10 s, as if all pipelines were as far as this one."""
-        now = time.monotonic()
-        if now - self.logged_at >= _LOG_INTERVAL_SECONDS:
-            self._log(min(self.total, self.done + in_this_shard * self.num_pipelines), now)
-
-    def _log(self, done: int, now: float) -> None:
-        self.logged_at, seconds = now, max(now - self.started, 1e-9)
-        left = (self.total - done) * seconds / max(done, 1)
-        logger.info(
-            "scored %s of %s samples, %s tokens/s, %s left",
-            f"{done:,}",
-            f"{self.total:,}",
-            f"{done * self.sequence_length / seconds:,.0f}",
-            time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days",
-        )

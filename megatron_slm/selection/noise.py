@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RANDOM_SCORE, GUMBEL = 1, 2
+RANDOM_SCORE, GUMBEL, STORED_SAMPLE = 1, 2, 3
 """Streams of mutually independent numbers."""
 
 _MASK = 0xFFFFFFFF

@@ -10,6 +10,9 @@ from typing import Any
 
 from megatron_slm.errors import RunFolderError, os_errors_as
 
+KEEP_ALL = 2**62
+"""A step to resume from, beyond all steps: earlier records are all kept."""
+
 
 class History:
     """A JSONL file, opened and closed for each line.

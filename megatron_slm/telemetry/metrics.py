@@ -11,20 +11,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_slm.engine.rows import RowSums
 from megatron_slm.engine.trainer import StepResult
 from megatron_slm.loss.sums import SCORE_QUANTILES, LossSums, SourceSums
-from megatron_slm.telemetry.history import History
+from megatron_slm.telemetry.history import KEEP_ALL, History
 from megatron_slm.telemetry.monitors import Monitors, board_folder
 
 BAD_BATCHES = "bad_batches.jsonl"
 """File in the run's folder with one JSON object for each bad step."""
+ROUNDING_NOISE_EPSILONS = 10.0
+"""Standard deviation of the rounding errors of excess losses, in nats per epsilon of the models' dtype: 0.08 nats in
+bf16, as in a model of 30 blocks and 135M parameters."""
 _BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit")
 
 
-def training_metrics(result: StepResult, *, has_reference: bool, has_scores: bool = True) -> dict[str, Any]:
+def training_metrics(
+    result: StepResult, *, has_reference: bool, has_scores: bool = True, distills: bool = False
+) -> dict[str, Any]:
     """Return a step's losses in nats per token, token counts and gradient norm.
 
     `loss` is the weighted mean over kept tokens, `loss_all` the mean over valid tokens, `loss_unselected` over valid
@@ -42,9 +48,11 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         "loss_all": _mean(sums.valid_loss, sums.valid_tokens),
         "loss_unselected": _mean(sums.valid_loss - sums.kept_loss, unselected),
         "reference_loss": with_reference(sums.reference_loss, sums.valid_tokens),
+        "divergence": _mean(sums.divergence, sums.kept_tokens) if distills else None,
         "excess_selected": with_reference(sums.kept_excess, sums.kept_tokens),
         "excess_unselected": with_reference(excess - sums.kept_excess, unselected),
         "excess_all": with_reference(excess, sums.valid_tokens),
+        "excess_spread": _spread(excess, sums.excess_squares, sums.valid_tokens) if has_reference else None,
         "keep_fraction": _mean(sums.kept_tokens, sums.valid_tokens),
         "kept_tokens": sums.kept_tokens,
         "valid_tokens": sums.valid_tokens,
@@ -54,6 +62,24 @@ def training_metrics(result: StepResult, *, has_reference: bool, has_scores: boo
         **row_metrics(result.rows),
         "skip_reason": result.skip_reason,
     }
+
+
+def describe_weak_reference(spread: float | None, dtype: torch.dtype) -> str | None:
+    """Describe excess losses that differ by no more than rounding; None where they differ by more, or are unknown.
+
+    Args:
+        spread: standard deviation of the excess losses in nats.
+        dtype: dtype of the models' computations.
+    """
+    noise = ROUNDING_NOISE_EPSILONS * torch.finfo(dtype).eps
+    if spread is None or spread > noise:
+        return None
+    precision, way_out = ("bf16", ", or train in fp32") if dtype == torch.bfloat16 else ("fp32", "")
+    return (
+        f"excess losses have a spread of {spread:.2g} nats, within the rounding noise of {precision} (about "
+        f"{noise:.2g}): the reference hardly differs from the model, and the selection is close to random; use a "
+        f"reference that was trained longer or on other data{way_out}"
+    )
 
 
 def row_metrics(rows: RowSums | None) -> dict[str, float | None]:
@@ -93,6 +119,12 @@ def _mean(total: float, count: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
+def _spread(total: float, squares: float, count: float) -> float | None:
+    """Return the standard deviation of `count` numbers from their sum and the sum of their squares."""
+    mean, mean_square = _mean(total, count), _mean(squares, count)
+    return None if mean is None or mean_square is None else math.sqrt(max(0.0, mean_square - mean**2))
+
+
 def scalars(line: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a line of metrics under their names in TensorBoard and monitors.
 
@@ -118,7 +150,7 @@ class MetricsWriter:
     """Writes metrics on rank 0: to metrics.jsonl, TensorBoard and monitors.
 
     Args:
-        resume_step: step of the checkpoint that the run resumes from; 0 for a new run.
+        resume_step: step of the checkpoint that the run resumes from; 0 for a new run, KEEP_ALL for an evaluation.
         monitors: monitor sections of the DeepSpeed JSON.
     """
 
@@ -128,7 +160,7 @@ class MetricsWriter:
         self._bad_batches = History(run_dir / BAD_BATCHES, resume_step=resume_step)
         self.resumed_lines = self._metrics.resumed_lines
         self._monitors = Monitors(monitors, run_dir, resume_step=resume_step)
-        purge = resume_step + 1 if resume_step else None
+        purge = resume_step + 1 if 0 < resume_step < KEEP_ALL else None
         self.board = SummaryWriter(str(board_folder(monitors, run_dir)), purge_step=purge)
 
     def write(self, line: dict[str, Any]) -> None:

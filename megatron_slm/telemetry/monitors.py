@@ -11,16 +11,18 @@ import importlib.util
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deepspeed.monitor.config import DeepSpeedMonitorConfig
-from deepspeed.monitor.monitor import MonitorMaster
 from pydantic import ValidationError
 
 from megatron_slm.errors import ConfigError, ServiceError
+
+if TYPE_CHECKING:
+    from deepspeed.monitor.monitor import MonitorMaster
 
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 WANDB_RUN_ID = "wandb_run_id"
@@ -33,18 +35,37 @@ def check_monitors(sections: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: DeepSpeed rejects a field, or a required package is not installed.
     """
+    if not sections:
+        return
+    from deepspeed.monitor.config import DeepSpeedMonitorConfig
+
     for name, section in sections.items():
-        try:
+        with accepted_by_deepspeed("monitors"):
             parsed = getattr(DeepSpeedMonitorConfig(**{name: section}), name)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            rule = f"be accepted by DeepSpeed's monitors ({first['msg']})"
-            raise ConfigError(f"DeepSpeed JSON: {field}", first["input"], rule, "correct or remove it") from error
         package = _PACKAGES.get(name)
         if parsed.enabled and package is not None and importlib.util.find_spec(package) is None:
             fix = f"pip install {package}, or set enabled to false in {name}"
             raise ConfigError.missing(f"package {package}", f"section {name} of the DeepSpeed JSON", fix)
+
+
+@contextmanager
+def accepted_by_deepspeed(part: str, prefix: str = "") -> Iterator[None]:
+    """Translate the error of a section that DeepSpeed rejects.
+
+    Args:
+        part: of DeepSpeed, for the error.
+        prefix: of the names of fields in the JSON.
+
+    Raises:
+        ConfigError: names the first field that DeepSpeed rejects.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = prefix + ".".join(map(str, first["loc"]))
+        rule = f"be accepted by DeepSpeed's {part} ({first['msg']})"
+        raise ConfigError(f"DeepSpeed JSON: {field}", first["input"], rule, "correct or remove it") from error
 
 
 def board_folder(sections: Mapping[str, Any], run_dir: Path) -> Path:
@@ -73,6 +94,9 @@ class Monitors:
         self._enabled = [name for name, section in wanted.items() if section.get("enabled")]
         if not self._enabled:
             return
+        from deepspeed.monitor.config import DeepSpeedMonitorConfig
+        from deepspeed.monitor.monitor import MonitorMaster
+
         if wanted.get("csv_monitor", {}).get("enabled"):
             wanted["csv_monitor"] = {"output_path": str(run_dir), "job_name": "csv", **wanted["csv_monitor"]}
         if wanted.get("wandb", {}).get("enabled"):

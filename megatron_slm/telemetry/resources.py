@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from megatron_slm.device import local_device
+from megatron_slm.device import local_device, on_gpu
 
 
 def resources(seconds: Mapping[str, float], names: Sequence[str], num_steps: int) -> dict[str, Any]:
@@ -26,15 +28,22 @@ def resources(seconds: Mapping[str, float], names: Sequence[str], num_steps: int
         fields of a line of metrics; `timers_ms` only if `names` is not empty.
     """
     accelerator = get_accelerator()
+    peak_mib = accelerator.max_memory_allocated() / 2**20
     memory = {
         "memory_allocated_mib": accelerator.memory_allocated() / 2**20,
-        "memory_peak_mib": accelerator.max_memory_allocated() / 2**20,
+        "memory_peak_mib": peak_mib if on_gpu() else max(peak_mib, host_peak_mib()),
         "memory_host_mib": psutil.Process().memory_info().rss / 2**20,
+        "memory_host_peak_mib": host_peak_mib(),
     }
     found: dict[str, Any] = dict(zip(memory, _reduce(list(memory.values()), dist.ReduceOp.MAX), strict=True))
     if names:
         found["timers_ms"] = _timer_range({name: 1e3 * x / num_steps for name, x in seconds.items()}, names)
     return found
+
+
+def host_peak_mib() -> float:
+    """Largest resident memory of this process so far; DeepSpeed samples that of the CPU, and misses peaks."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _timer_range(times: Mapping[str, float], names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from megatron_slm.engine.schedule.simulate import describe
 from megatron_slm.engine.timers import WORK, Timers
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.errors import ConfigError, os_errors_as
+from megatron_slm.loss.distillation import Distillation
 from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.parallel.collectives import raise_on_all_ranks
@@ -45,11 +46,13 @@ from megatron_slm.parallel.groups import (
     create_tensor_parallel_group,
 )
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.reference.frozen import FrozenStage, build_reference
+from megatron_slm.reference.following import FILE_KIND, FollowingReference
+from megatron_slm.reference.frozen import FirstTokens, FrozenStage, build_reference
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.origin import write_origin
 from megatron_slm.run.plan import Plan
 from megatron_slm.run.schedule import message_sizes, plan_schedule
+from megatron_slm.telemetry.history import KEEP_ALL
 from megatron_slm.training.fixed_batch import FixedBatch
 from megatron_slm.training.optimizer import build_optimizer
 from megatron_slm.training.selection_probe import SelectionProbe
@@ -71,6 +74,13 @@ class Run:
     text_probe: TextProbe | None
     saver: Saver
     state: RunState
+    following: FollowingReference | None = None
+    """Updates the reference; None where it is frozen."""
+
+    @property
+    def resume_step(self) -> int:
+        """Last step whose earlier records are kept; 0 for a new run, whose records are its own."""
+        return KEEP_ALL if self.plan.config.logging.eval_only else self.state.step
 
 
 def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
@@ -87,12 +97,11 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         tp=tp,
         dp=dp if plan.selector.scope == "data-parallel" else DataParallel(),
         head=plan.loss_head,
+        distillation=Distillation.from_config(plan.config.distillation),
         observer=observer,
         num_sources=len(plan.data.train.sources),
     )
-    reference = None
-    if (frozen := plan.models.reference) is not None:
-        reference = build_reference(frozen.architecture, frozen.source, plan.topology, layers, plan.dtype)
+    reference = _reference(plan, layers)
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
@@ -110,7 +119,34 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         text_probe=_text_probe(plan, trainer),
         saver=saver,
         state=state,
+        following=None if reference is None else _following(plan, reference),
     )
+
+
+def _reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
+    """Build this rank's stage of the reference; None where none runs."""
+    frozen = plan.models.reference
+    if frozen is None:
+        return None
+    arch = frozen.architecture
+    source: WeightSource = frozen.source
+    if plan.config.distillation.distills:  # both models' distributions are over the same rows, cut alike
+        source = FirstTokens(source, arch.vocab_size)
+        arch = replace(arch, vocab_size=plan.models.architecture.vocab_size)
+    return build_reference(arch, source, plan.topology, layers, plan.dtype)
+
+
+def _following(plan: Plan, reference: FrozenStage) -> FollowingReference | None:
+    """Build what updates the reference, continued from a checkpoint on a resume; None where it is frozen."""
+    frozen = plan.models.reference
+    if frozen is None or not plan.config.reference_update.updates:
+        return None
+    source: WeightSource = frozen.source
+    if plan.resume is not None:
+        source = CheckpointSource(plan.resume.folder, plan.resume.manifest, kind=FILE_KIND)
+    place = plan.topology.coordinate(dist.get_rank())
+    with raise_on_all_ranks():
+        return FollowingReference(reference, source, decay=plan.config.reference_update.decay, place=place)
 
 
 def _pipeline_trainer(
@@ -240,7 +276,13 @@ def _selection_probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> 
     interval = plan.config.selection.slm_probe_interval
     if interval == 0 or not plan.selector.scores:
         return None
-    batch = FixedBatch(trainer=trainer, source=source, topology=plan.topology, num_micro_batches=plan.num_micro_batches)
+    batch = FixedBatch(
+        trainer=trainer,
+        source=source,
+        topology=plan.topology,
+        num_micro_batches=plan.num_micro_batches,
+        reference_changes=plan.config.reference_update.updates,
+    )
     return SelectionProbe(batch=batch, interval=interval)
 
 
@@ -262,13 +304,14 @@ def _saver(plan: Plan) -> Saver:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             _prepare_run_dir(run_dir)
-            if tokenizer is not None:  # before training, since it may have no Hugging Face form
-                plan.models.tokenizer.save_pretrained(tokenizer)
-            write_origin(plan, run_dir / ORIGIN)
+            if not plan.config.logging.eval_only:
+                if tokenizer is not None:
+                    plan.models.tokenizer.save_pretrained(tokenizer)
+                write_origin(plan, run_dir / ORIGIN)
             if config.enabled and plan.resume is not None:
-                writer.check(plan.resume.manifest.step, plan.resume.damaged)
+                writer.prepare(plan.resume.manifest.step, plan.resume.damaged)
             elif config.enabled:
-                writer.check(0)
+                writer.prepare(0)
     retention = Retention(
         keep_last=config.keep_last, retain_interval=config.save_retain_interval, keep_best=config.keep_best
     )

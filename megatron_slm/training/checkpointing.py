@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from megatron_slm.checkpoint.save import Saved
 from megatron_slm.operations.watchdog import Watchdog
 from megatron_slm.parallel.activity import LoopState
@@ -25,7 +27,8 @@ class Checkpointer:
         if not run.plan.config.checkpoint.enabled or step == self._saved_step:
             return
         self._watchdog.enter(LoopState.SAVING, step)
-        self._log(run.saver.save(run.trainer.engine.optimizer, run.state))
+        more = [] if run.following is None else run.following.files(dist.get_rank())
+        self._log(run.saver.save(run.trainer.engine.optimizer, run.state, more))
         self._saved_step = step
 
     def poll(self) -> None:

@@ -35,12 +35,12 @@ class Evaluator:
         run, step = self._run, self._run.state.step
         if run.text_probe is not None:
             self._watchdog.enter(LoopState.PROBE, step)
-            run.text_probe.prepare(resume_step=step)
+            run.text_probe.prepare(resume_step=run.resume_step)
             return
         run_dir = run.plan.config.logging.run_dir
         with raise_on_all_ranks(), disk_errors(run_dir):
             if dist.get_rank() == 0:
-                ProbeFolder(run_dir).discard_after(step)
+                ProbeFolder(run_dir).discard_after(run.resume_step)
 
     def catch_up(self) -> str | None:
         """Evaluate what is due at the step resumed from and has no record, because the run was killed before.
@@ -73,9 +73,9 @@ class Evaluator:
         return reason
 
     def _due(self) -> list[HeldOutSet]:
-        """The held-out sets to evaluate after this step: test sets after the last one only."""
-        run = self._run
-        is_end = run.state.step == run.plan.config.training.train_iters
+        """The held-out sets to evaluate after this step: test sets after the last one, or alone, only."""
+        run, config = self._run, self._run.plan.config
+        is_end = config.logging.eval_only or run.state.step == config.training.train_iters
         return [held_out for held_out in run.held_out if is_end or not held_out.only_at_end]
 
     def _without_record(self) -> list[HeldOutSet]:

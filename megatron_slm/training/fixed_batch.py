@@ -23,7 +23,7 @@ from megatron_slm.types import TokenStatistics
 class FixedBatch:
     """Token losses and selections of B fixed samples with the current weights; no gradient, no effect on training.
 
-    The reference is frozen, so its forward passes run once, in `run_reference`. All methods are collective.
+    A frozen reference's forward passes run once, in `run_reference`. All methods are collective.
     """
 
     trainer: Trainer
@@ -32,6 +32,8 @@ class FixedBatch:
     topology: Topology
     num_micro_batches: int
     """On each data-parallel rank."""
+    reference_changes: bool = False
+    """Run the reference at every measurement, before which nothing of a next step may have been done ahead."""
     _references: list[TokenStatistics | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +51,8 @@ class FixedBatch:
         Args:
             selects: also rank and select the tokens, as the next training step would.
         """
+        if selects and self.reference_changes:
+            self.run_reference()
         settings = None
         if selects:
             settings = StepSettings(step=state.step, score_threshold=state.score_threshold, keep_ratio=state.keep_ratio)

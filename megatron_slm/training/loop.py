@@ -63,8 +63,13 @@ class _Loop:
         self._evaluator = Evaluator(run, recorder, watchdog, stop)
 
     def run(self) -> None:
-        """Train, step by step."""
+        """Train, step by step; with --eval-only evaluate alone."""
         stopping = self._prepare()
+        if self._config.logging.eval_only:
+            self._finish(stopping or self._evaluator.evaluate())
+            return
+        if stopping is None and self._state.step < self._last:
+            self._recorder.log(f"training steps {self._state.step + 1} to {self._last}; the first takes longest")
         while self._state.step < self._last and stopping is None:
             self._train_step()
             self._end_profile()
@@ -88,6 +93,11 @@ class _Loop:
         if self._run.selection_probe is not None:
             self._run.selection_probe.prepare(self._state.step, self._last)
         self._evaluator.prepare()
+        logging = self._config.logging
+        if logging.eval_only:
+            return self._stop.agreed()
+        if logging.eval_at_start and self._state.step == 0:
+            return self._stop.agreed() or self._evaluator.evaluate()
         return self._stop.agreed() or self._evaluator.catch_up()
 
     def _train_step(self) -> None:
@@ -96,12 +106,21 @@ class _Loop:
         self._profiler.begin_step(step + 1)
         rate = learning_rate(step, self._config.optimizer, self._last)
         source = partial(run.train_source.micro_batch, self._state.consumed_samples)
-        is_last = step + 1 == self._last
+        is_last = step + 1 == self._last or self._reference_is_used_after(step + 1)
         result = train_step(run.trainer, source, self._health.settings(), learning_rate=rate, is_last=is_last)
         bad = self._health.examine(result)
         self._advance(result)
+        if run.following is not None and self._config.reference_update.is_due(step + 1):
+            run.following.update(run.trainer.engine.module.parameters())
         self._recorder.step(result, rate)
         self._recorder.bad_batch(bad)
+
+    def _reference_is_used_after(self, step: int) -> bool:
+        """True if the reference changes or is probed after a step, so that it must not run ahead in the step."""
+        if self._run.following is None:
+            return False
+        probe = self._run.selection_probe
+        return self._config.reference_update.is_due(step) or (probe is not None and probe.is_due(step))
 
     def _advance(self, result: StepResult) -> None:
         """Move the run's state past a step; a skipped one consumes its samples, and may change row shares."""

@@ -16,7 +16,7 @@ from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import RunFolderError, ServiceError
 from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.telemetry.history import disk_errors
-from megatron_slm.telemetry.metrics import MetricsWriter, source_metrics, training_metrics
+from megatron_slm.telemetry.metrics import MetricsWriter, describe_weak_reference, source_metrics, training_metrics
 from megatron_slm.telemetry.probe_board import show_record
 from megatron_slm.telemetry.progress import ProgressLine
 from megatron_slm.telemetry.resources import resources
@@ -48,11 +48,13 @@ class Recorder:
         self._clipped: list[bool] = []
         """True for each clipped step since the last logged line."""
         self._is_noisy = False
+        self._watches_spread = any(score.is_excess for score in run.plan.selector.scores)
         with raise_on_all_ranks(), disk_errors(config.logging.run_dir):  # a monitor may not open
             if dist.get_rank() == 0:
                 run_dir = Path(config.logging.run_dir)
-                self._writer = MetricsWriter(run_dir, resume_step=run.state.step, monitors=run.plan.monitors)
-                write_yaml(config, run_dir / "config.yaml")
+                self._writer = MetricsWriter(run_dir, resume_step=run.resume_step, monitors=run.plan.monitors)
+                if not config.logging.eval_only:
+                    write_yaml(config, run_dir / "config.yaml")
                 title = f"{config.selection.objective} {run_dir.name}"
                 self._line = ProgressLine(
                     title, config.training.train_iters, start=run.state.step, quiet=config.logging.quiet
@@ -79,6 +81,7 @@ class Recorder:
             self.log(f"warning: step {state.step}: all tokens of the batch are masked, nothing updated", always=True)
         values = self._training_line(result, learning_rate)
         self._warn_of_variance(values["backward_added_variance"])
+        self._warn_of_weak_reference(values["excess_spread"])
         if used is not None:
             self._write({**values, **used})
             self._clipped.clear()
@@ -92,7 +95,12 @@ class Recorder:
             "samples": state.consumed_samples,
             "tokens": self._tokens,
             "lr": learning_rate,
-            **training_metrics(result, has_reference=plan.has_reference, has_scores=bool(plan.selector.scores)),
+            **training_metrics(
+                result,
+                has_reference=plan.has_reference,
+                has_scores=bool(plan.selector.scores),
+                distills=plan.config.distillation.distills,
+            ),
             "step_time_seconds": result.seconds,
             "tokens_per_second": tokens_per_second,
             **self._utilization.metrics(tokens_per_second),
@@ -114,6 +122,13 @@ class Recorder:
                 f"norm as variance (recommended: below {MOST_ADDED_VARIANCE}); raise --backward-row-share, or use "
                 "--backward-row-variance 0.02"
             )
+
+    def _warn_of_weak_reference(self, spread: float | None) -> None:
+        """Warn once of excess losses that differ by no more than rounding."""
+        text = describe_weak_reference(spread, self._run.plan.dtype) if self._watches_spread else None
+        if text is not None:
+            self._watches_spread = False
+            self.log(f"warning: step {self._run.state.step}: {text}", always=True)
 
     def _take_resources(self) -> dict[str, Any]:
         """Memory and times since the last logged step. Collective."""
@@ -167,6 +182,9 @@ class Recorder:
         """Print what a complete run made, and the commands that continue from it."""
         state, config = self._run.state, self._run.plan.config
         run_dir = config.logging.run_dir
+        if config.logging.eval_only:
+            self.log(f"evaluated step {state.step}; nothing was trained or saved")
+            return
         kept = "" if state.tokens_kept is None else f", trained on {state.tokens_kept:,} tokens"
         self.log(f"finished step {state.step}{kept}; made {run_dir}: metrics.jsonl, tensorboard/, config.yaml")
         self.log(f"  compare runs:  slm-report {run_dir}")

@@ -204,9 +204,7 @@ def _quiet(config: RunConfig, scratch: Path) -> RunConfig:
     scope = config.selection.slm_scope
     return replace(
         config,
-        checkpoint=replace(
-            config.checkpoint, save=None, save_interval=None, keep_last=None, save_retain_interval=None, keep_best=None
-        ),
+        checkpoint=config.checkpoint.without_saving(),
         logging=replace(config.logging, run_dir=str(scratch), timing_log_level=0, probe_file=None),
         parallel=replace(config.parallel, reference_schedule_warmup_steps=0),
         backward=BackwardConfig(),  # all rows: a bad gradient is looked for, not estimated

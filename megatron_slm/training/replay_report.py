@@ -19,6 +19,7 @@ from megatron_slm.files import write_json
 from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.progress import track
 from megatron_slm.training.health import BadBatch
 from megatron_slm.training.replay import (
     MicroBatchReplay,
@@ -50,7 +51,7 @@ def replay(
         replayed = Replay(config, resume, Path(scratch))
         step = resume.manifest.step if resume else 0
         logger.info("weights after step %d%s", step, f" ({resume.folder})" if resume else " (where the run starts)")
-        for record in records:
+        for record in track(records, "replaying", "batches", shown=dist.get_rank() == 0):
             micro_batches = replayed.batch(record)
             found.append(as_json(record, micro_batches))
             with raise_on_all_ranks():

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_slm.analysis.run_report import panels, summary, tokens_to_reach
 from megatron_slm.analysis.runs import MAX_POINTS, Series, read_run, read_runs
+from megatron_slm.analysis.verdict import verdict
 from megatron_slm.cli.report import main
 from megatron_slm.errors import AnalysisError
 
@@ -114,6 +115,59 @@ def test_the_command(tmp_path: Path, axis: str, capsys: pytest.CaptureFixture[st
     assert [run["name"] for run in numbers["runs"]] == ["clm", "mine<b>"]
     assert numbers["runs"][0]["million_trained_tokens"] == pytest.approx(0.04)
     assert not [path for path in clm.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_the_page_opens_with_what_the_comparison_comes_to(tmp_path: Path) -> None:
+    """clm ends at 1.125 nats and slm at 0.625, which passes 1.125 between its second and third evaluation."""
+    clm, slm = write_run(tmp_path / "clm"), write_run(tmp_path / "slm", final=0.5, keep=0.6)
+    (sentence,) = verdict(read_runs([str(clm), str(slm)]))
+    reached = 16 + 8 * (1.5 - 1.125) / (1.5 - 1.0)
+    assert sentence == (
+        f"slm predicts held-out target text better than clm: the right token is {math.exp(0.5):.2f} times as likely "
+        f"(0.625 against 1.125 nats per token), and reached its loss with {reached / 40:.0%} of the tokens."
+    )
+    (worse,) = verdict(read_runs([str(slm), str(clm)]))
+    assert "target text worse than slm: the right token is 0.61 times as likely" in worse
+    (same,) = verdict(read_runs([str(clm), f"again={clm}"]))
+    assert same == "again predicts held-out target text as well as clm does (1.125 against 1.125 nats per token)."
+    (alone,) = verdict(read_runs([str(slm)]))
+    assert alone == (
+        "slm has read 40,000 tokens and trained on 60% of them; its loss on held-out target text went from 2.500 to "
+        "0.625 nats per token (lower is better)."
+    )
+    assert main([str(clm), str(slm)]) == 0
+    text = (clm / "report.html").read_text()
+    assert text.index("slm predicts held-out") < text.index("These are single runs") < text.index("<table>")
+
+
+def test_runs_without_a_common_set_are_not_compared(tmp_path: Path) -> None:
+    clm, slm = write_run(tmp_path / "clm"), write_run(tmp_path / "slm", steps=1)
+    assert list(verdict(read_runs([str(clm), str(slm)]))) == [
+        "slm and clm cannot be compared: they have no held-out text in common."
+    ]
+
+
+def test_exact_and_sampled_rows_are_compared(tmp_path: Path) -> None:
+    exact, sampled = write_run(tmp_path / "exact"), write_run(tmp_path / "sampled", final=1.01)
+    assert main([str(exact), str(sampled)]) == 0
+    assert "sampled backward pass" not in (exact / "report.html").read_text()
+    lines = [json.loads(line) for line in (sampled / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "event" not in line:
+            line |= {"backward_row_share": 0.5 if line["step"] % 2 else 0.7, "backward_added_variance": 0.02}
+            line |= {"tokens_per_second": 600.0, "clipped_share": 0.25}
+    (sampled / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (sampled / "config.yaml").open("a") as file:
+        file.write("backward-rows: sampled\n")
+    assert main([str(exact), str(sampled)]) == 0
+    text = (exact / "report.html").read_text()
+    section = text[text.index("Exact and sampled backward pass") : text.index("Tokens to reach")]
+    cells = re.findall(r"<td>(.*?)</td>", section)
+    assert "Training report: exact and sampled" in text
+    assert cells[:8] == ["exact", "exact", "100%", "–", "–", "–", "500", "1.1250"]
+    assert cells[8:] == ["sampled", "sampled", "60%", "0.02", "–", "25%", "600 (1.20x)", "1.1350 (+0.0100)"]
+    numbers = json.loads((exact / "report.json").read_text())["runs"]
+    assert (numbers[0]["backward_rows"], numbers[1]["backward_row_share"]) == ("exact", pytest.approx(0.6))
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

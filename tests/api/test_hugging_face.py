@@ -80,6 +80,7 @@ def _run(folder: Path, output: Path, processes: int, batch: int, accumulation: i
     return load_file(output / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_and_accumulation_end_with_the_weights_of_one(folder: Path, tmp_path: Path) -> None:
     one = _run(folder, tmp_path / "one", 1, 4, 1)
     for name, layout in {"two": (2, 2, 1), "accumulated": (1, 2, 2)}.items():

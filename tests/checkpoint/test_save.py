@@ -170,9 +170,9 @@ def test_checkpoints_in_the_way(tmp_path: Path, tensor: torch.Tensor) -> None:
         ours.save(OPTIMIZER, after(step))
     (folder / folder_name(4)).mkdir()
     with pytest.raises(CheckpointError, match="but has step_00000003"):
-        ours.writer.check(1, (folder / folder_name(2),))
+        ours.writer.prepare(1, (folder / folder_name(2),))
     (folder / f"{folder_name(3)}.damaged").mkdir()
-    ours.writer.check(1, (folder / folder_name(2), folder / folder_name(3)))
+    ours.writer.prepare(1, (folder / folder_name(2), folder / folder_name(3)))
     assert sorted(path.name for path in folder.iterdir()) == [
         "latest", folder_name(1), f"{folder_name(2)}.damaged", f"{folder_name(3)}.damaged",
         f"{folder_name(3)}.damaged.1", f"{folder_name(4)}.damaged",

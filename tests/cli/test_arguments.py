@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 
 import pytest
@@ -36,6 +37,10 @@ def test_flags(parser: ToolParser) -> None:
             ["--output_prefix=a"],
             "command line is '--output_prefix': must be a flag of tool. Fix: did you mean --output-prefix?",
         ),
+        (
+            ["--output-prefix", "a", "--workers=2", "--workers", "3"],
+            "flag is '--workers': must be used once. Fix: keep one; a list's values follow each other after one flag",
+        ),
         (["--zzz"], "command line is '--zzz': must be a flag of tool. Fix: see --help for the flags"),
         (["--workers", "2"], "--output-prefix is missing: required by tool. Fix: add it; see --help"),
         (
@@ -58,6 +63,28 @@ def test_bad_command_lines(parser: ToolParser, arguments: list[str], message: st
     with pytest.raises(ConfigError) as raised:
         parser.parse_flags(arguments)
     assert str(raised.value).replace("'x', 'y'", "x, y") == message
+
+
+LISTS = {
+    "analyze_tokens": ["selection", "--output", "a.html", "--load", "A", "--load", "B"],
+    "evaluate": ["--model", "m", "--task", "gsm8k=a", "--task", "math=b"],
+    "plan": ["layout", "--gpu", "h100", "--nodes", "1", "--nodes", "2"],
+    "convert": ["export", "--output", "a", "--load", "A", "--load", "B"],
+    "score": ["--output", "a", "--output", "b"],
+    "inspect_data": ["--documents", "1", "--documents", "2"],
+    "report": ["run", "--output", "a.html", "--output", "b.html"],
+    "preprocess": ["--input", "a", "--input", "b"],
+    "supervise": ["--max-restarts", "1", "--max-restarts", "2", "--", "pretrain_slm.py"],
+}
+
+
+@pytest.mark.parametrize("command", LISTS)
+def test_every_command_refuses_repeated_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = LISTS[command]
+    repeated = next(word for word in words if words.count(word) == 2)
+    code = importlib.import_module(f"megatron_slm.cli.{command}").main(words)
+    assert code != 0
+    assert f"error: flag is '{repeated}': must be used once." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "²", ""])

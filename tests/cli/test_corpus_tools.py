@@ -11,18 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.data.corpus.indexed import IndexedCorpus
+from tests.support.commands import run_here
 
 ROOT = Path(__file__).parents[2]
 NULL = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "100")
-
-
-def run(tool: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a tool with these arguments."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, input=stdin, timeout=100, check=False
-    )
 
 
 @pytest.fixture
@@ -31,21 +23,21 @@ def corpora(tmp_path: Path) -> Path:
     for name, first in (("a", 0), ("b", 50)):
         lines = "\n".join(json.dumps({"p": str(at), "r": f"{at} 1"}) for at in range(first, first + 20))
         options = ("--prompt-key", "p", "--response-key", "r", "--append-eod")
-        done = run("preprocess_data", "--input", "-", "--output-prefix", tmp_path / name, *options, *NULL, stdin=lines)
+        done = run_here("preprocess", "--input", "-", "--output-prefix", tmp_path / name, *options, *NULL, stdin=lines)
         assert done.returncode == 0, done.stderr
         assert "60 tokens" in done.stdout
     return tmp_path
 
 
 def test_merge_inspect_verify(corpora: Path) -> None:
-    done = run("merge_corpora", "--input", corpora, "--output-prefix", corpora / "out" / "both")
+    done = run_here("merge_corpora", "--input", corpora, "--output-prefix", corpora / "out" / "both")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{corpora}/out/both: 2 corpora, 40 documents, 160 tokens\n"
     corpus = IndexedCorpus(corpora / "out" / "both")
     assert (corpus.get(0).tolist(), corpus.get(39).tolist()) == ([0, 0, 1, 100], [69, 69, 1, 100])
 
     show = ("--data-path", corpora / "out" / "both", "--seq-length", 6)
-    shown = run("inspect_data", *show, "--verify", "--documents", 39, "--samples", 2, *NULL)
+    shown = run_here("inspect_data", *show, "--verify", "--documents", 39, "--samples", 2, *NULL)
     assert shown.returncode == 0, shown.stderr
     assert (
         "verified: both.bin, both.idx, both_loss_mask.bin, both_loss_mask.idx match their recorded hashes"
@@ -57,7 +49,7 @@ def test_merge_inspect_verify(corpora: Path) -> None:
 
     path = corpora / "out" / "both_loss_mask.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    broken = run("inspect_data", *show, "--verify")
+    broken = run_here("inspect_data", *show, "--verify")
     assert broken.returncode == 1
     assert broken.stderr.startswith(f"error: {path}: SHA-256 is ")
 
@@ -77,7 +69,7 @@ def test_merge_inspect_verify(corpora: Path) -> None:
     ],
 )
 def test_inspecting_what_cannot_be(corpora: Path, options: tuple, message: str) -> None:
-    done = run("inspect_data", "--data-path", corpora / "a_sft_document", "--seq-length", 6, *options)
+    done = run_here("inspect_data", "--data-path", corpora / "a_sft_document", "--seq-length", 6, *options)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -85,7 +77,7 @@ def test_inspecting_what_cannot_be(corpora: Path, options: tuple, message: str) 
 
 @pytest.mark.parametrize("options", [(), ("--verify",), ("--documents", 1)])
 def test_inspecting_nothing(options: tuple) -> None:
-    done = run("inspect_data", *options)
+    done = run_here("inspect_data", *options)
     assert done.returncode == 1
     assert done.stderr.startswith("error: --data-path is missing: must name a corpus.")
     assert done.stderr.count("\n") == 1
@@ -98,8 +90,8 @@ from megatron_slm.data.corpus.joined_corpus import JoinedCorpus
 
 add = JoinedCorpus.add
 
-def add_and_be_stopped(self, part):
-    add(self, part)
+def add_and_be_stopped(self, part, **options):
+    add(self, part, **options)
     assert self._temporary_bin.exists()
     os.kill(os.getpid(), signal.{signal})
 
@@ -119,6 +111,6 @@ def test_a_merge_that_is_stopped_leaves_nothing(corpora: Path, signal: str, code
 
 
 def test_merging_a_folder_without_corpora(tmp_path: Path) -> None:
-    done = run("merge_corpora", "--input", tmp_path, "--output-prefix", tmp_path / "c")
+    done = run_here("merge_corpora", "--input", tmp_path, "--output-prefix", tmp_path / "c")
     assert done.returncode == 1
     assert "must hold a corpus" in done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.cli.plan import main
+from megatron_slm.planning.known_models import KNOWN_MODELS
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -154,7 +155,10 @@ def test_a_layout_that_does_not_fit(argv: list[str], capsys: pytest.CaptureFixtu
 def test_what_is_wrong_is_named(
     argv: list[str], capsys: pytest.CaptureFixture[str], changes: list[str], message: str
 ) -> None:
-    assert main(["layout", *argv, *changes]) == 1
+    for flag, value in zip(changes[::2], changes[1::2], strict=True):
+        at = argv.index(flag) if flag in argv else len(argv)
+        argv[at : at + 2] = [flag, value]
+    assert main(["layout", *argv]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -179,3 +183,22 @@ def test_stored_scores_take_the_place_of_the_reference(argv: list[str], capsys: 
     plan = planned(capsys, "layout", "--nodes", "4", *argv, "--reference-scores", "nowhere")
     assert [stage["reference"] for stage in plan["stages"]] == [0, 0]
     assert plan["step_over_clm"] == 1.0
+
+
+def test_names_and_flags_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--gpu", "h100", "--seq-length", "2048", "--global-batch-size", "64", "--train-iters", "10", "--json", "-"]
+    plan = planned(capsys, "layout", *run, "--model-config", "Llama-3.2-1B", "--reference-config", "llama-3.2-1b")
+    assert plan["stages"][0]["reference"] > 2 * KNOWN_MODELS["llama-3.2-1b"].num_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("smollm2-135m", 134_515_008), ("smollm2-360m", 361_821_120), ("tinyllama-1.1b", 1_100_048_384),
+        ("llama-2-7b", 6_738_415_616), ("llama-2-13b", 13_015_864_320), ("llama-2-70b", 68_976_648_192),
+        ("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496),
+        ("mistral-7b-v0.1", 7_241_732_096), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512),
+    ],
+)  # fmt: skip
+def test_known_models_have_their_published_sizes(name: str, published: int) -> None:
+    assert KNOWN_MODELS[name].num_parameters == published

@@ -7,16 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.config.load import known_flags, parse
-from megatron_slm.config.megatron_flags import MEGATRON_FLAGS, way_over
+from megatron_slm.config.load import ALIASES, known_flags, parse
+from megatron_slm.config.megatron_flags import MEGATRON_FLAGS, MEGATRON_PREFIXES, way_over
+from megatron_slm.config.rules import flag
 from megatron_slm.errors import ConfigError
 
 
 def test_no_flag_of_ours_is_in_the_table_and_those_it_names_exist() -> None:
     known = set(known_flags())
     assert not {f"--{name}" for name in MEGATRON_FLAGS} & known
-    named = {word for one in MEGATRON_FLAGS.values() for word in re.findall(r"--[a-z][a-z0-9-]+", one.text)}
+    tables = [*MEGATRON_FLAGS.values(), *MEGATRON_PREFIXES.values()]
+    named = {word for one in tables for word in re.findall(r"--[a-z][a-z0-9-]+", one.text)}
     assert named - known <= {"--perplexity", "--output"}  # of slm-evaluate and slm-convert
+
+
+def test_every_training_argument_of_megatron_is_a_flag_or_has_a_way_over() -> None:
+    lines = (Path(__file__).parent / "megatron_arguments.txt").read_text().splitlines()
+    names = [name for line in lines if not line.startswith("#") for name in line.split()]
+    assert len(names) > 550
+    known = {*known_flags(), *map(flag, ALIASES)}
+    assert [name for name in names if f"--{name}" not in known and way_over(name) is None] == []
+
+
+def test_no_family_of_flags_hides_one_of_ours() -> None:
+    assert [name for name in known_flags() if name.removeprefix("--").startswith(tuple(MEGATRON_PREFIXES))] == []
 
 
 @pytest.mark.parametrize(
@@ -31,7 +45,6 @@ def test_no_flag_of_ours_is_in_the_table_and_those_it_names_exist() -> None:
         ("--num-layers-per-virtual-pipeline-stage", "not supported"),
         ("--context-parallel-size", "not supported"),
         ("--fp16", r"not supported \(fp16 training \(use --bf16"),
-        ("--skip-train", "slm-evaluate"),
         ("--wandb-project", "DeepSpeed JSON"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from megatron_slm.convert.inspect import inspect_model
 from megatron_slm.convert.verify import verify
 from megatron_slm.errors import CheckpointError, WeightsError
 from tests.convert.tokenizers import save_tokenizer
+from tests.support.commands import run_here
 from tests.support.families import save_family
 from tests.support.runs import run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report
@@ -31,9 +31,7 @@ FROM_SCRATCH = dict.fromkeys(
 
 
 def tool(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/convert_checkpoint.py", *map(str, words)], capture_output=True, text=True
-    )
+    return run_here("convert", *words)
 
 
 def test_a_trained_run_exports_what_it_trained_and_says_where_it_comes_from(tmp_path: Path) -> None:

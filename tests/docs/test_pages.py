@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +13,14 @@ import pytest
 import torch
 
 from tests.support.models import random_hf_model
+from tests.support.pages import ROOT, SUBCOMMANDS, WITH_RUN_FLAGS, blocks, help_text, modules, tool_commands
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("README.md")]
     if not path.name.endswith(".head.md")
 )
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
-SCRIPTS = {  # tool: module of its command
-    "slm-pretrain": "pretrain", "pretrain_slm.py": "pretrain", "slm-preprocess": "preprocess",
-    "preprocess_data.py": "preprocess", "slm-convert": "convert", "convert_checkpoint.py": "convert",
-    "slm-report": "report", "report.py": "report", "slm-plan": "plan", "plan.py": "plan",
-    "slm-analyze": "analyze_tokens", "analyze_tokens.py": "analyze_tokens", "slm-evaluate": "evaluate",
-    "evaluate.py": "evaluate", "slm-inspect-data": "inspect_data", "inspect_data.py": "inspect_data",
-    "slm-score": "score", "score_corpus.py": "score", "slm-checkpoint": "checkpoint", "checkpoint.py": "checkpoint",
-}  # fmt: skip
-SUBCOMMANDS = {"convert", "plan", "analyze_tokens", "checkpoint"}
-
-
-def _blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M)
 
 
 def _anchors(path: Path) -> set[str]:
@@ -57,31 +41,16 @@ def test_links_lead_somewhere(name: str) -> None:
     assert not broken
 
 
-@functools.cache
-def _help(module: str, subcommand: str | None) -> str:
-    words = [subcommand, "--help"] if subcommand else ["--help"]
-    code = f"import sys; from megatron_slm.cli import {module}; sys.argv = ['tool', *sys.argv[1:]]; {module}.main()"
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
-
-
-def _commands(path: Path) -> Iterator[list[str]]:
-    for block in _blocks(path, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            starts = [i for i, word in enumerate(words) if Path(word).name in SCRIPTS]
-            if starts and not any(word in ("$(", "|", ";") for word in words):
-                yield words[starts[0] :]
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if list(_commands(ROOT / name))])
+@pytest.mark.parametrize("name", [name for name in NAMES if list(tool_commands(ROOT / name))])
 def test_flags_in_commands_exist(name: str) -> None:
     wrong = []
-    for tool, *words in _commands(ROOT / name):
-        module = SCRIPTS[Path(tool).name]
+    for tool, *words in tool_commands(ROOT / name):
+        module = modules()[Path(tool).name]
         subcommand = words[0] if module in SUBCOMMANDS and words and not words[0].startswith("-") else None
-        text = _help(module, subcommand)
-        for word in words:
+        text = help_text(module, subcommand)
+        if module in WITH_RUN_FLAGS:
+            text += help_text("pretrain", None)
+        for word in words[: words.index("--") if "--" in words else None]:
             flag = word.partition("=")[0]
             positive = flag.replace("--no-", "--", 1)
             if flag.startswith("--") and not any(re.search(rf"{one}\b", text) for one in (flag, positive)):
@@ -91,9 +60,9 @@ def test_flags_in_commands_exist(name: str) -> None:
 
 def test_python_of_extending_runs() -> None:
     scope: dict[str, Any] = {"__name__": "extending"}
-    blocks = _blocks(ROOT / "docs/extending.md", "python")
-    assert len(blocks) >= 6
-    for block in blocks:
+    found = blocks(ROOT / "docs/extending.md", "python")
+    assert len(found) >= 6
+    for block in found:
         exec(compile(block, "docs/extending.md", "exec"), scope)
 
 
@@ -107,7 +76,7 @@ def test_python_of_the_readme_trains() -> None:
         "batches": [torch.randint(53, (2, 17)) for _ in range(2)],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
     }
-    (block,) = _blocks(ROOT / "README.md", "python")
+    (block,) = blocks(ROOT / "README.md", "python")
     exec(compile(block, "README.md", "exec"), scope)
     assert not torch.equal(before, model.lm_head.weight)
 

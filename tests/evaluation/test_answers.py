@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_slm.evaluation.answers import equal, extract, last_boxed, number_of
+from megatron_slm.evaluation.answers import AnswerKind, equal, extract, last_boxed, number_of
 
 NUMBERS = [
     ("The answer is 8.", "8"),
@@ -144,3 +144,18 @@ def test_signs_count() -> None:
 
 def test_division_by_zero_is_no_number() -> None:
     assert number_of("1/0") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "answer"),
+    [
+        ("so she sold 48/2 = 24, and then - 400000", "number", None),
+        ("The answer is 5.\nThen 6 + 7 = 1", "number", "5"),
+        ("The answer is 12", "number", None),
+        ("\\boxed{x}\nand so on", "math", "x"),
+        ("Of (A) and (B) it is\n(B) or (C", "choice", None),
+        ("The answer is (B)\nQuestion", "choice", "B"),
+    ],
+)
+def test_an_answer_that_is_cut_off_is_none(text: str, kind: AnswerKind, answer: str | None) -> None:
+    assert extract(text, kind, is_complete=False) == answer

@@ -17,7 +17,7 @@ from megatron_slm.convert.imports import import_folder
 from megatron_slm.errors import TaskError, WeightsError
 from megatron_slm.evaluation.generation import cut, load_generator
 from megatron_slm.evaluation.prompts import STOPS, prompt_named, read_prompt
-from megatron_slm.evaluation.statistics import bootstrap
+from megatron_slm.evaluation.statistics import bootstrap, share
 from megatron_slm.evaluation.tasks import FORMS, read_task
 from tests.analysis.conftest import TEXTS
 from tests.support.runs import write_corpus
@@ -129,15 +129,18 @@ def test_batches_write_what_single_prompts_do(folders: list[Path]) -> None:
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] == tokenizer.eos_token_id:
                 break
-        assert text == cut(tokenizer.decode(ids[start:], skip_special_tokens=True), STOPS)
+        plain = tokenizer.decode(ids[start:], skip_special_tokens=True)
+        ended = ids[-1] == tokenizer.eos_token_id or cut(plain, STOPS) != plain
+        assert text == (cut(plain, STOPS), ended)
 
 
 def test_a_stop_ends_the_text(folders: list[Path]) -> None:
     generator = load_generator(str(folders[0]))
     (whole,) = generator.write(["Question"], max_new_tokens=12, stops=STOPS, batch_size=1)
-    stop = whole[4:6]
+    assert not whole.is_complete
+    stop = whole.text[4:6]
     (stopped,) = generator.write(["Question"], max_new_tokens=12, stops=[stop], batch_size=1)
-    assert stopped == whole[: whole.index(stop)]
+    assert stopped == (whole.text[: whole.text.index(stop)], True)
     assert cut("abcabc", ["c", "b"]) == "a"
 
 
@@ -150,6 +153,19 @@ def test_prompts_that_do_not_fit_and_models_that_do_not_load(folders: list[Path]
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_intervals_of_shares(successes: int, total: int, low: float, high: float) -> None:
+    """Against Newcombe (Statistics in Medicine 17, 1998), table I, method 3."""
+    interval = share(successes, total)
+    assert interval.mean == successes / total
+    assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
+    other = share(total - successes, total)
+    assert (other.low, other.high) == pytest.approx((1 - interval.high, 1 - interval.low))
 
 
 def test_intervals_are_the_normal_ones() -> None:
@@ -191,6 +207,9 @@ def test_the_command(folders: list[Path], text_file: Path, tmp_path: Path, capsy
     assert held["loss_interval"][0] < held["loss"] < held["loss_interval"][1]
     assert held["bits_per_byte"] > 0
     row = results[0]["tasks"]["sums"]
+    assert row["cut_off"] == sum(record["cut_off"] for record in records)
+    assert 0 <= row["interval"][0] <= row["accuracy"] <= row["interval"][1] <= 1
+    assert row["interval"][1] > row["interval"][0]
     assert row["unread"] == len(row["unread_questions"]) == sum(record["answer"] is None for record in records)
 
 

@@ -65,6 +65,7 @@ def test_soft_weights_and_their_gradient(temperature: float, floor: float) -> No
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, [p[0], p[1]]), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
     assert sums.divisor == sums.kept_tokens == 14
+    assert sums.excess_squares == pytest.approx(score.double().square().sum().item(), rel=1e-6)
     assert sums.weighted_loss == pytest.approx(expected.item(), rel=1e-5)
     assert sums.kept_loss == pytest.approx(losses[valid].sum().item(), rel=1e-5)
 

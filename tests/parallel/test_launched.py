@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_slm.errors import ConfigError
-from megatron_slm.parallel.launched import complete_environment, planned_world_size
+from megatron_slm.parallel.launched import complete_environment, launched_rank, planned_world_size
 
 MPI = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 SRUN = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
@@ -37,7 +37,21 @@ def test_what_torchs_variables_say_is_left_alone() -> None:
     assert environment == {**SRUN, "RANK": "2", "WORLD_SIZE": "4"}
 
 
-@pytest.mark.parametrize("variables", [{}, {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}])
+@pytest.mark.parametrize(
+    ("variables", "rank"), [(MPI, 5), (SRUN, 5), ({**SRUN, "RANK": "2"}, 2), ({}, 0), ({"SLURM_PROCID": "3"}, 0)]
+)
+def test_logs_know_their_rank_before_a_process_group(variables: dict[str, str], rank: int) -> None:
+    assert launched_rank(variables) == rank
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    ],
+)
 def test_without_a_launcher_it_is_a_world_of_one(variables: dict[str, str]) -> None:
     environment = dict(variables)
     complete_environment(environment)

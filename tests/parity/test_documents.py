@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
+from tests.support.cases import some_by_default
 from tests.support.documents import token_losses
 from tests.support.runs import VOCAB_SIZE, run_flags, save_hf_llama
 from tests.support.scoring import score_here
@@ -124,7 +125,10 @@ def test_without_the_flags_documents_do_see_each_other(folder: Path, tmp_path: P
     assert crossed
 
 
-@pytest.mark.parametrize("layout", ["two stages, tensor parallel", "three stages, recomputed, bubble"])
+@pytest.mark.parametrize(
+    "layout",
+    some_by_default(["two stages, tensor parallel", "three stages, recomputed, bubble"], "two stages, tensor parallel"),
+)
 def test_layouts_agree(folder: Path, tmp_path: Path, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     plain = losses(folder, "plain", tmp_path / "plain", 1, **APART)
@@ -135,7 +139,9 @@ def test_layouts_agree(folder: Path, tmp_path: Path, layout: str) -> None:
             np.testing.assert_allclose(cut[sample][name], columns[name], rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("flags", [APART, {"reset_attention_mask": True}, {"reset_position_ids": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags", some_by_default([APART, {"reset_attention_mask": True}, {"reset_position_ids": True}], APART), ids=str
+)
 def test_the_references_losses_are_transformers_with_a_mask(
     folder: Path, tmp_path: Path, flags: dict[str, Any]
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.parallel.layers import ParallelLayers
+from tests.support.cases import some_by_default
 from tests.support.families import save_family
 from tests.support.runs import run_flags, write_corpus
 from tests.support.training import train_and_report
@@ -58,7 +59,7 @@ def read(run_dir: Path, reports: list[dict[str, Any]]) -> tuple[dict[str, list[f
     return {column: [line[column] for line in lines] for column in COLUMNS}, kept
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_by_default(NAMES, "qwen2.5 with a window", "qwen3 with everything"))
 def test_two_tensor_parallel_ranks_and_two_stages(name: str, folder: Path) -> None:
     single, kept = train(name, folder, "single")
     first_step = list(kept)[:4]

@@ -85,12 +85,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("kills"))
 
 
-def test_thirty_kills_one_after_another(runs: Runs) -> None:
+def test_ten_kills_one_after_another(runs: Runs) -> None:
     generator, kills, number = random.Random(30), 0, 0
-    while kills < 30:
+    while kills < 10:
         was_killed = runs.killed(f"chain{number}", generator)
         kills += was_killed
-        if not was_killed or kills == 30:
+        if not was_killed or kills == 10:
             runs.resumed_to_the_end(f"chain{number}")
             number += 1
 

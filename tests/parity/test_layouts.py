@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.cases import some_by_default
 from tests.support.runs import run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.training import train_and_report
 from tests.support.world import run_world
@@ -91,7 +92,7 @@ def test_layout(train: Train, layout: str, tied: bool) -> None:
     assert_same(train(layout, **changes), train("111", **changes))
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", some_by_default([False, True], True), ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", SEQUENCE_PARALLEL)
 def test_sequence_parallel(train: Train, layout: str, tied: bool) -> None:
     changes = {"no_untie_embeddings_and_output_weights": True} if tied else {}
@@ -151,7 +152,10 @@ def test_selection_is_a_choice(train: Train) -> None:
         assert other.column("loss")[1:] != pytest.approx(base.column("loss")[1:], rel=1e-4)
 
 
-@pytest.mark.parametrize(("layout", "stage"), [("111", 1), ("221", 1), ("122", 1), ("112", 2), ("112", 3)])
+@pytest.mark.parametrize(
+    ("layout", "stage"),
+    some_by_default([("111", 1), ("221", 1), ("122", 1), ("112", 2), ("112", 3)], ("221", 1), ("112", 2), ("112", 3)),
+)
 def test_bf16_accumulates_in_fp32(train: Train, layout: str, stage: int) -> None:
     outcome = train(layout, bf16=True, deepspeed_config=zero_config(stage))
     assert outcome.reports[0]["accumulates_in"] == "torch.float32"

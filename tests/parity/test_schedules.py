@@ -15,6 +15,7 @@ from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.types import MicroBatch
 from tests.faults.test_stopping import train_until_killed
 from tests.parity.test_resume import metrics
+from tests.support.cases import some_by_default
 from tests.support.runs import run_flags, save_hf_llama, write_corpus
 from tests.support.training import train_and_report
 from tests.support.world import run_world
@@ -83,7 +84,9 @@ def test_every_mode_with_two_stages(train: Train, mode: str) -> None:
     assert_same_bits(train("pp2", mode), train("pp2", PLAINEST))
 
 
-@pytest.mark.parametrize("layout", ["pp4", "pp2 tp2 sp", "pp2 dp2 bf16 recompute"])
+@pytest.mark.parametrize(
+    "layout", some_by_default(["pp4", "pp2 tp2 sp", "pp2 dp2 bf16 recompute"], "pp2 tp2 sp", "pp2 dp2 bf16 recompute")
+)
 def test_the_default_mode_at_every_layout(train: Train, layout: str) -> None:
     skewed = train(layout, "skewed")
     leads = skewed["reports"][0]["schedule"].leads
@@ -93,7 +96,11 @@ def test_the_default_mode_at_every_layout(train: Train, layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "reference"),
-    [("pp4", ONE_LAYER), ("pp2", HALF_THE_LAYERS), ("pp2", HALF_THE_WIDTH)],
+    [
+        ("pp4", ONE_LAYER),
+        pytest.param("pp2", HALF_THE_LAYERS, marks=pytest.mark.slow),
+        pytest.param("pp2", HALF_THE_WIDTH, marks=pytest.mark.slow),
+    ],
     ids=["fewer layers than stages", "half the layers", "half the width"],
 )
 def test_another_size_of_reference(train: Train, layout: str, reference: dict[str, Any]) -> None:
@@ -122,7 +129,9 @@ def test_every_mode_layout_and_reference(train: Train, layout: str, reference: d
 
 
 @pytest.mark.parametrize("layout", ["pp2", pytest.param("pp2 dp2 bf16 recompute", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("before", "after"), [("skewed", "skewed"), ("bubble", "skewed")])
+@pytest.mark.parametrize(
+    ("before", "after"), [pytest.param("skewed", "skewed", marks=pytest.mark.slow), ("bubble", "skewed")]
+)
 def test_a_resume_in_the_middle(train: Train, before: str, after: str, layout: str, tmp_path: Path) -> None:
     """From a checkpoint written while the reference was ahead: what is stored is what was trained on."""
     stopped = train(layout, before, save=tmp_path / "saved", save_interval=2)

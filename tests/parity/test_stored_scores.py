@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.cases import some_by_default
 from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.scoring import online_losses, online_then_stored, score_here, stored
 from tests.support.training import train_and_report
@@ -22,7 +23,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", some_by_default(LAYOUTS, "pp2 tp2 sp", "dp2 zero3"))
 def test_the_same_bits_as_online(name: str, tmp_path: Path) -> None:
     """Scored and trained at the layout of the online run: metrics, kept tokens and weights are equal bit for bit."""
     world_size, layout = LAYOUTS[name]
@@ -139,7 +140,7 @@ def test_a_resumed_run_reads_the_same_scores(folder: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(one["owned"], other["owned"], strict=True))
 
 
-@pytest.mark.parametrize("name", ["one corpus", "blend"])
+@pytest.mark.parametrize("name", some_by_default(["one corpus", "blend"], "blend"))
 def test_an_extended_run_reads_scores_of_the_very_samples_that_it_goes_on_with(name: str, tmp_path: Path) -> None:
     """What --load says of the order holds for the scores too: losses and kept tokens as with the reference itself."""
     web, books = write_corpus(tmp_path / "web"), write_corpus(tmp_path / "books", seed=1, num_documents=15)

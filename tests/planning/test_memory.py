@@ -13,6 +13,7 @@ from megatron_slm.planning.gpus import GPUS, Cluster
 from megatron_slm.planning.layouts import configured_layout
 from megatron_slm.planning.memory import StageMemory, stash_bytes
 from megatron_slm.planning.planned_run import PlannedRun, plan_run
+from tests.support.cases import some_by_default
 from tests.support.memory import measure
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import run_world
@@ -67,7 +68,16 @@ def layout_values(folder: Path, layout: str, **changes: Any) -> tuple[dict[str, 
     return run_flags(corpus, folder / "run", **{**SIZES, **sizes, **changes}), pipeline * tensor * data
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+QUICK = (
+    "zero1-fp32-tied-odd",
+    "zero1-bf16-sequence-parallel",
+    "zero2-fp32-recompute",
+    "zero1-bf16-dp2-pp2",
+    "zero3-offload",
+)
+
+
+@pytest.mark.parametrize("name", some_by_default(LAYOUTS, *QUICK))
 def test_predicted_bytes_are_there(name: str, tmp_path: Path) -> None:
     layout, changes = LAYOUTS[name]
     values, world = layout_values(tmp_path, layout, **changes)
@@ -103,3 +113,10 @@ def test_the_reference_is_held_whole_and_its_work_ahead_counts(tmp_path: Path) -
     assert [stage.reference for stage in alone] == [0, 0]
     assert stages[1].window > alone[1].window
     assert all(with_it.total > without.total for with_it, without in zip(stages, alone, strict=True))
+    distilled = plan(layout_values(tmp_path, "211", **slm, loss="kl")[0], "211")[1]
+    kept = (24 * 4 + 8) * 64 * 2  # its last hidden states and two numbers a token, of a micro-batch
+    assert distilled[0].window == stages[0].window
+    more = distilled[1].window - stages[1].window
+    assert more >= kept
+    assert more % kept == 0
+    assert distilled[1].loss_head > stages[1].loss_head

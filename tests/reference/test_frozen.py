@@ -79,9 +79,9 @@ def losses_of(values: dict[str, Any]) -> list[np.ndarray]:
     "options",
     [
         {"num_hidden_layers": 1},  # fewer layers than stages
-        {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24},
+        pytest.param({"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24}, marks=pytest.mark.slow),
         {"num_hidden_layers": 5, "hidden_size": 48, "num_key_value_heads": 4},
-        {"num_hidden_layers": 3, "tie_word_embeddings": True},
+        pytest.param({"num_hidden_layers": 3, "tie_word_embeddings": True}, marks=pytest.mark.slow),
     ],
     ids=["one layer", "half the width", "deeper and wider", "tied"],
 )

@@ -105,6 +105,9 @@ def test_statistics_are_masked_and_combined(tmp_path: Path) -> None:
     expected = torch.minimum(losses(seed=100)[[2, 7]], losses(seed=101)[[2, 7]]) * batch.valid_bs
     assert entropy_N is not None
     assert torch.equal(entropy_N, expected.flatten())
+    difference = StoredScores(readers[:2], "difference")(batch)
+    first, second = (StoredScores([reader], "mean")(batch) for reader in readers[:2])
+    assert torch.equal(difference.loss_N, first.loss_N - second.loss_N)
     one = StoredScores(readers[:1], "mean")(batch)
     assert torch.equal(one.loss_N, (losses()[[2, 7]] * batch.valid_bs).flatten()), "one store's losses keep their bits"
 

@@ -75,6 +75,18 @@ def test_a_reference_of_the_same_size_and_another_table_is_refused(folder: Path)
         plan(folder, reference_load=other)
 
 
+def test_a_reference_with_fewer_rows_is_refused_where_it_is_distilled(folder: Path) -> None:
+    padded = save_hf_llama(folder / "padded", vocab_size=len(TOKENS) + 2)
+    save_tokenizer(padded)
+    plan(folder, reference_load=padded, loss="kl")
+    architecture = dict.fromkeys(
+        ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "init_method_std"]
+    )
+    plan(folder, init_from=padded, **architecture)
+    with pytest.raises(VocabularyError, match=rf"vocabulary size is {len(TOKENS)}: must be at least the model's"):
+        plan(folder, init_from=padded, loss="kl", **architecture)
+
+
 def test_a_reference_without_a_tokenizer_is_refused(folder: Path) -> None:
     bare = save_hf_llama(folder / "bare", vocab_size=len(TOKENS))
     with pytest.raises(VocabularyError, match="token by token"):

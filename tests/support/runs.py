@@ -87,6 +87,7 @@ MEASURED = (
     "memory_allocated_mib",
     "memory_peak_mib",
     "memory_host_mib",
+    "memory_host_peak_mib",
 )
 """Metrics that differ between two runs of the same losses."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
 
@@ -18,16 +18,17 @@ from megatron_slm.telemetry.metrics import MetricsWriter, training_metrics
 from megatron_slm.training.lr_schedule import learning_rate
 from megatron_slm.training.optimizer import build_optimizer, parameter_groups
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
-from tests.support.training import command, train_and_report
-from tests.support.world import WorldError, run_world
+from tests.support.training import train_and_report
+from tests.support.world import run_world
 
 ROW_METRICS = dict.fromkeys(("backward_row_share", "backward_added_variance", "backward_added_variance_max"))
 """Not set where backward passes run on all rows."""
 METRIC_NAMES = (
-    "step samples tokens lr loss loss_all loss_unselected reference_loss excess_selected excess_unselected excess_all "
-    "keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm "
+    "step samples tokens lr loss loss_all loss_unselected reference_loss divergence excess_selected "
+    "excess_unselected excess_all "
+    "excess_spread keep_fraction kept_tokens valid_tokens nonfinite_tokens score_p05 score_p25 score_p50 score_p75 score_p95 grad_norm "
     "backward_row_share backward_added_variance backward_added_variance_max skip_reason step_time_seconds tokens_per_second tflops_per_device mfu mfu_with_reference skipped_steps clipped_share "
-    "memory_allocated_mib memory_peak_mib memory_host_mib ranks"
+    "memory_allocated_mib memory_peak_mib memory_host_mib memory_host_peak_mib ranks"
 ).split()
 
 
@@ -45,23 +46,28 @@ def test_learning_rates() -> None:
 
 def test_metrics_are_quotients_of_sums() -> None:
     sums = LossSums(
-        kept_loss=12.0, kept_tokens=6, valid_loss=20.0, valid_tokens=10, reference_loss=15.0, kept_excess=3.0,
+        kept_loss=12.0, kept_tokens=6, valid_loss=20.0, valid_tokens=10, reference_loss=15.0, kept_excess=3.0, excess_squares=12.5,
         weighted_loss=12.0, nonfinite_tokens=2, ranked_tokens=10, score_p05=-10.0, score_p95=40.0,
     )  # fmt: skip
     result = StepResult(sums=sums, grad_norm=2.0, skip_reason=None, seconds=1.0)
     values = training_metrics(result, has_reference=True)
     assert values == {
-        "loss": 2.0, "loss_all": 2.0, "loss_unselected": 2.0, "reference_loss": 1.5, "excess_selected": 0.5,
-        "excess_unselected": 0.5, "excess_all": 0.5, "keep_fraction": 0.6, "kept_tokens": 6, "valid_tokens": 10,
+        "loss": 2.0, "loss_all": 2.0, "loss_unselected": 2.0, "reference_loss": 1.5, "divergence": None,
+        "excess_selected": 0.5,
+        "excess_unselected": 0.5, "excess_all": 0.5, "excess_spread": 1.0, "keep_fraction": 0.6, "kept_tokens": 6, "valid_tokens": 10,
         "nonfinite_tokens": 2, "score_p05": -1.0, "score_p25": 0.0, "score_p50": 0.0, "score_p75": 0.0,
         "score_p95": 4.0, "grad_norm": 2.0, "skip_reason": None, **ROW_METRICS,
     }  # fmt: skip
+    distilled = replace(result, sums=replace(sums, divergence=3.0))
+    assert training_metrics(distilled, has_reference=True, distills=True)["divergence"] == 0.5
     alone = training_metrics(result, has_reference=False)
     assert {name for name, value in alone.items() if value is None} - ROW_METRICS.keys() == {
         "reference_loss",
+        "divergence",
         "excess_selected",
         "excess_unselected",
         "excess_all",
+        "excess_spread",
         "skip_reason",
     }
     plain = training_metrics(result, has_reference=False, has_scores=False)
@@ -170,11 +176,3 @@ def test_a_dry_run_prints_the_layout_and_trains_nothing(tmp_path: Path) -> None:
     ):
         assert expected in text, text
     assert not (tmp_path / "run").exists()
-
-
-def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
-    values = run_flags(
-        write_corpus(tmp_path / "corpus"), tmp_path / "run", num_layers=1, pipeline_model_parallel_size=2
-    )
-    with pytest.raises(WorldError, match="must not exceed the number of layers"):
-        run_world(command, 2, [*flags(values), "--dry-run"])

@@ -1,7 +1,8 @@
 """Ways of making the same step: a loss of every token, the top share by excess loss, gradients of that share.
 
 Each entry is a function of a `Problem` that leaves gradients on it; the first one, full logits, is what the others are
-compared with. `composed` means: score under no_grad, then the library's loss on the gathered rows.
+compared with. `composed` means: score under no_grad, then the library's loss on the gathered rows. `kl`: half of the
+loss is the divergence from a reference as wide as the model, whose statistics are there.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_slm.loss import LossHead, selective_cross_entropy
+from megatron_slm.loss import LossHead
+from megatron_slm.loss.distillation import Distillation, distilled_sum
 from megatron_slm.loss.prediction import ThresholdPredictor
+from megatron_slm.loss.selective_ce import row_losses, row_statistics
 from megatron_slm.selection.select import top_share
-from megatron_slm.types import Selection, TokenStatistics
+from megatron_slm.types import DenseDistribution, Selection
 
 BASELINE = "full logits + mask"
 CHUNK = 512
@@ -48,6 +52,16 @@ class Problem:
         hidden += boost * weight[label] / weight[label].square().sum(1, keepdim=True)
         reference = torch.rand(num_rows, generator=g) * 6 + 2
         return cls(hidden.requires_grad_(), weight.requires_grad_(), label, reference, keep, ThresholdPredictor())
+
+    @cached_property
+    def distribution(self) -> DenseDistribution:
+        """A reference as wide as the model, with the statistics that its own scoring pass leaves."""
+        num_rows, width = self.hidden_Nd.shape
+        g = torch.Generator().manual_seed(7)
+        hidden_Nd = torch.randn(num_rows, width, generator=g)
+        weight_Vd = torch.randn(self.weight_Vd.shape, generator=g) * (1.5 / width**0.5)
+        rows = row_statistics(hidden_Nd, weight_Vd, self.label_N)
+        return DenseDistribution(hidden_Nd[:, None], weight_Vd, rows.max_N, rows.sum_N)
 
     def select(self, loss_N: Tensor) -> Tensor:
         """The rows to keep, ascending."""
@@ -147,31 +161,31 @@ def _liger(p: Problem) -> None:
     )
 
 
-def _ours(head: LossHead) -> Step:
+def _ours(head: LossHead, distillation: Distillation | None = None) -> Step:
     def step(p: Problem) -> None:
         valid_N = torch.ones_like(p.label_N, dtype=torch.bool)
-
-        def select(tokens: TokenStatistics) -> Selection:
-            kept_K = p.select(tokens.loss_N)
-            p.predictor.learn(tokens.loss_N - p.reference_N, valid_N, len(kept_K))
-            return Selection(kept_K)
-
-        loss = selective_cross_entropy(
+        losses = row_losses(
             p.hidden_Nd,
             p.weight_Vd,
             p.label_N,
             valid_N,
-            select=select,
             predict=lambda rows, tokens: p.predictor.predict(tokens.loss_N - p.reference_N[rows]),
             keep_ratio=p.keep,
             head=head,
         )
-        (loss.loss_sum / len(loss.selection.kept_K)).backward()
+        kept_K = p.select(losses.tokens.loss_N)
+        p.predictor.learn(losses.tokens.loss_N - p.reference_N, valid_N, len(kept_K))
+        if distillation is None:
+            loss_sum = losses.kept_sum(Selection(kept_K))
+        else:
+            loss_sum, _ = distilled_sum(losses, Selection(kept_K), distillation, p.distribution)
+        (loss_sum / len(kept_K)).backward()
 
     return step
 
 
 UNLIMITED = 2**40
+_KL = Distillation(divergence="kl", weight=0.5)
 STEPS: dict[str, Step] = {
     BASELINE: _full_logits,
     "torch linear_cross_entropy": _torch_linear,
@@ -187,4 +201,7 @@ STEPS: dict[str, Step] = {
     "ours: predictive fp32": _ours(LossHead(variant="predictive", stash_dtype="fp32", stash_bytes=UNLIMITED)),
     "ours: predictive bf16": _ours(LossHead(variant="predictive", stash_dtype="bf16", stash_bytes=UNLIMITED)),
     "ours: auto": _ours(LossHead()),
+    "kl: recompute": _ours(LossHead(variant="recompute"), _KL),
+    "kl: stash fp32": _ours(LossHead(variant="stash", stash_dtype="fp32", stash_bytes=UNLIMITED), _KL),
+    "kl: stash bf16": _ours(LossHead(variant="stash", stash_dtype="bf16", stash_bytes=UNLIMITED), _KL),
 }

@@ -66,8 +66,11 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
             self._temporary_bin.parent.mkdir(parents=True, exist_ok=True)
             self._bin: BinaryIO = open(self._temporary_bin, "wb")
 
-    def add(self, corpus: CorpusIndex) -> None:
+    def add(self, corpus: CorpusIndex, *, on_bytes: Callable[[int], None] = lambda count: None) -> None:
         """Append the tokens of another corpus; its files must stay until `finish`.
+
+        Args:
+            on_bytes: called with the size of each block written, to show progress.
 
         Raises:
             CorpusError: its token dtype differs from the first corpus's, or its `.bin` was truncated meanwhile.
@@ -78,6 +81,7 @@ class JoinedCorpus(contextlib.AbstractContextManager["JoinedCorpus"]):
             self._digest.update(block)
             with self._writable():
                 self._bin.write(block)
+            on_bytes(len(block))
         self._members.append(_Member(corpus.prefix, corpus.num_sequences, corpus.num_documents, corpus.num_tokens))
 
     def finish(self, sidecar_of: Callable[[Merged], Sidecar | None] = lambda _: None) -> Merged:

@@ -13,6 +13,7 @@ from megatron_slm.data.corpus.indexed import CorpusIndex, bin_path, idx_path, si
 from megatron_slm.data.corpus.joined_corpus import JoinedCorpus, Merged, require_dtype
 from megatron_slm.data.corpus.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar_of
 from megatron_slm.errors import CorpusError, VocabularyError
+from megatron_slm.progress import show_progress
 
 
 def concatenate(
@@ -43,11 +44,12 @@ def concatenate(
                 "--output-prefix", str(output_prefix), "not be one of the inputs", "choose another prefix"
             )
         require_dtype(CorpusIndex(prefix), dtype)  # check all before copying the first
+    size = sum(bin_path(prefix).stat().st_size for prefix in prefixes)
     for prefix in (output_prefix, loss_mask_prefix(output_prefix)):
         _remove_orphans(prefix)
-    with JoinedCorpus(output_prefix) as joined:
+    with JoinedCorpus(output_prefix) as joined, show_progress(f"writing {output_prefix}", size, "B") as progress:
         for prefix in prefixes:
-            joined.add(CorpusIndex(prefix))
+            joined.add(CorpusIndex(prefix), on_bytes=progress.advance)
         merged = joined.finish(sidecar_of)
         joined.put_in_place()
     return merged

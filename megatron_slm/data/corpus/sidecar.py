@@ -13,6 +13,7 @@ from typing import Any
 from megatron_slm.data.corpus.indexed import CorpusIndex, bin_path, idx_path, sidecar_path
 from megatron_slm.errors import CorpusError, os_errors_as
 from megatron_slm.files import file_sha256
+from megatron_slm.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -177,14 +178,16 @@ def verify_hashes(prefix: str | Path) -> list[Path]:
     if sidecar.loss_mask is not None:
         mask = Path(prefix).parent / sidecar.loss_mask
         expected |= {bin_path(mask): sidecar.loss_mask_bin_sha256, idx_path(mask): sidecar.loss_mask_idx_sha256}
-    for path, wanted in expected.items():
-        with os_errors_as(CorpusError, "corpus file", str(path), "be readable", "copy it again"):
-            found = file_sha256(path)
-        if found != wanted:
-            raise CorpusError(
-                f"{path}: SHA-256",
-                found,
-                f"be {wanted}, as recorded when it was written",
-                "copy the file again from its source, or preprocess again",
-            )
+    size = sum(path.stat().st_size for path in expected if path.is_file())
+    with show_progress(f"verifying {prefix}", size, "B") as progress:
+        for path, wanted in expected.items():
+            with os_errors_as(CorpusError, "corpus file", str(path), "be readable", "copy it again"):
+                found = file_sha256(path, on_bytes=progress.advance)
+            if found != wanted:
+                raise CorpusError(
+                    f"{path}: SHA-256",
+                    found,
+                    f"be {wanted}, as recorded when it was written",
+                    "copy the file again from its source, or preprocess again",
+                )
     return list(expected)

@@ -246,6 +246,6 @@ def _load_transformers_tokenizer(path: Path) -> Any:
     raise ConfigError(
         "--tokenizer-model",
         str(path),
-        "be a local folder with tokenizer.json or tokenizer_config.json, or a tokenizer.json file",
-        "download the tokenizer first, then pass the folder",
+        "be a folder with tokenizer.json or tokenizer_config.json, a tokenizer.json file, or a name of the hub",
+        "check the path",
     )

@@ -14,6 +14,7 @@ from megatron_slm.data.tokenizers.hugging_face import Gpt2BpeTokenizer, HuggingF
 from megatron_slm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_slm.data.tokenizers.tiktoken import NUM_SPECIAL_TOKENS, TikTokenizer
 from megatron_slm.errors import ConfigError, VocabularyError
+from megatron_slm.hub import local_path
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES, "GPT2BPETokenizer", "TikTokenizer", "NullTokenizer")
@@ -129,8 +130,8 @@ def build_tokenizer(
 
     Args:
         tokenizer_type: one of `TOKENIZER_TYPES`; the three SentencePiece names are synonyms.
-        tokenizer_model: a local folder or tokenizer.json; a SentencePiece .model file; a folder with GPT-2's vocab.json
-            and merges.txt; tiktoken's ranks. None for NullTokenizer.
+        tokenizer_model: a folder, a tokenizer.json or a name of the Hugging Face hub; a SentencePiece .model file; a
+            folder with GPT-2's vocab.json and merges.txt; tiktoken's ranks. None for NullTokenizer.
         vocab_size: size of NullTokenizer, which has no file; for TikTokenizer, the size to cut its file to.
         vocab_file, merge_file: files of GPT2BPETokenizer, instead of the folder.
         tiktoken_pattern, tiktoken_num_special_tokens, tiktoken_special_tokens: see `TikTokenizer`.
@@ -153,7 +154,7 @@ def build_tokenizer(
             fix += ", or --vocab-file and --merge-file"
         raise ConfigError.missing("--tokenizer-model", f"--tokenizer-type {tokenizer_type}", fix)
     if tokenizer_type == "HuggingFaceTokenizer":
-        return HuggingFaceTokenizer(tokenizer_model)
+        return HuggingFaceTokenizer(local_path(str(tokenizer_model), field="--tokenizer-model", part="tokenizer"))
     if tokenizer_type == "GPT2BPETokenizer":
         return Gpt2BpeTokenizer(Path(tokenizer_model) / "vocab.json", Path(tokenizer_model) / "merges.txt")
     if tokenizer_type == "TikTokenizer":

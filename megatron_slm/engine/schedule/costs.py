@@ -9,6 +9,7 @@ from enum import Enum
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import BackwardConfig, planned_share
+from megatron_slm.config.distillation import DistillationConfig
 from megatron_slm.model.partition import stage_blocks
 
 
@@ -180,11 +181,13 @@ def arithmetic_costs(
     keep_ratio: float,
     recomputes: bool,
     rows: BackwardConfig | None = None,
+    distillation: DistillationConfig | None = None,
 ) -> Costs:
     """Count the costs of operations; a backward pass is two forwards, or three where activations are recomputed.
 
     Sampled rows shorten it. The loss head computes all rows forwards, and recomputes and differentiates the kept ones:
-    1 and 3 * keep ratio (see `loss/variants.py`). The reference's head computes all rows forwards.
+    1 and 3 * keep ratio (see `loss/variants.py`). The reference's head computes all rows forwards. Distillation from
+    it does the head's work on the kept rows forwards, and the reference's products with them.
     """
     stages, head = forward_flops(model, num_stages, seq_length)
     lengths = [backward_passes(model, seq_length, recomputes=recomputes)]
@@ -192,12 +195,16 @@ def arithmetic_costs(
         lengths.append(planned_passes(model, seq_length, rows, keep_ratio, recomputes=recomputes))
     forward, (exact, *sampled) = list(stages), [[length * cost for cost in stages] for length in lengths]
     forward[-1] += head
-    for backward in (exact, *sampled):
-        backward[-1] += 3.0 * keep_ratio * head
-    frozen = [1.0] * num_stages
+    frozen, distills = [1.0] * num_stages, False
     if reference is not None:
         frozen, frozen_head = forward_flops(reference, num_stages, seq_length)
         frozen[-1] += frozen_head
+        if distillation is not None and distillation.distills:
+            distills = True
+            forward[-1] += keep_ratio * (distillation.num_passes * (head + frozen_head) + 2 * head)
+    if not distills:
+        for backward in (exact, *sampled):
+            backward[-1] += 3.0 * keep_ratio * head
     return Costs.scaled(forward, sampled[0] if sampled else exact, frozen, exact if sampled else None)
 
 

@@ -21,17 +21,24 @@ class Sizes:
     micro_batch: int
     """Tokens, labels and masks of a micro-batch."""
     statistics: int
-    """The reference's statistics of a micro-batch."""
+    """The reference's statistics of a micro-batch, with its last hidden states where they are distilled."""
     stage_activations: int = 0
     """Activations of a micro-batch on a stage, kept from the model's forward to its backward pass."""
 
     @classmethod
-    def of_micro_batch(cls, num_samples: int, seq_length: int, *, reference_message: int) -> Sizes:
-        """Build the sizes that do not depend on the model."""
+    def of_micro_batch(
+        cls, num_samples: int, seq_length: int, *, reference_message: int, distills: bool = False
+    ) -> Sizes:
+        """Build the sizes that do not depend on the model.
+
+        Args:
+            distills: the reference's last hidden states and two numbers a token are kept until the model's loss.
+        """
+        kept = reference_message + num_samples * seq_length * 8 if distills else 0
         return cls(
             reference_message=reference_message,
             micro_batch=num_samples * (17 * seq_length + 16),  # two int64 and one bool a token; two int64 a sample
-            statistics=num_samples * seq_length * 4,
+            statistics=num_samples * seq_length * 4 + kept,
         )
 
 

@@ -10,6 +10,7 @@ import megatron_slm
 from megatron_slm.checkpoint.format import find_checkpoint
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError, ConfigError
+from megatron_slm.hub import Part, cached_folder, is_hub_name
 from megatron_slm.run.data_paths import named_corpora
 
 _CORPUS = (".idx", ".bin", ".meta.json", "_loss_mask.idx", "_loss_mask.bin")
@@ -20,7 +21,10 @@ _MAX_FILES = 1000
 
 
 def read_files(config: RunConfig) -> dict[str, list[Path]]:
-    """Return the local files and folders that a run reads, by flag; URLs (s3://...) are left out."""
+    """Return the local files and folders that a run reads, by flag; URLs (s3://...) are left out.
+
+    A name of the hub is its folder in this node's cache, or a path that does not exist.
+    """
     data, model, selection = config.data, config.model, config.selection
     prefixes: list[str] = []
     with suppress(ConfigError):  # the file that lists them is missing, which its own fingerprint shows
@@ -31,13 +35,18 @@ def read_files(config: RunConfig) -> dict[str, list[Path]]:
         "--per-split-data-args-path": [data.per_split_data_args_path],
         "--tokenizer-model": [data.tokenizer_model],
         "--init-from": [model.init_from],
-        "--reference-load": [selection.reference_load],
+        "--reference-load": [config.reference_path],
         "--reference-scores": [*selection.reference_scores],
         "--load": [config.checkpoint.load],
     }
-    found = {flag: [Path(path) for path in paths if path] for flag, paths in named.items()}
+    found = {flag: [_local(path, flag) for path in paths if path] for flag, paths in named.items()}
     found["corpus"] = [Path(prefix + end) for prefix in prefixes for end in _CORPUS]
     return {flag: paths for flag, paths in found.items() if paths}
+
+
+def _local(path: str, flag: str) -> Path:
+    part: Part = "tokenizer" if flag == "--tokenizer-model" else "model"
+    return cached_folder(path, part=part) or Path(path) if is_hub_name(path) else Path(path)
 
 
 def fingerprints(config: RunConfig) -> dict[str, str | None]:

@@ -106,7 +106,7 @@ def test_hugging_face_is_saved_and_loaded_again(tokenizer_folder: Path, tmp_path
 
 def test_paths_that_are_no_hugging_face_tokenizer(tmp_path: Path, model_file: Path) -> None:
     for path in (tmp_path / "missing", tmp_path, "meta-llama/Llama-2-7b"):
-        with pytest.raises(ConfigError, match=r"--tokenizer-model is .*must be a local folder with tokenizer.json"):
+        with pytest.raises(ConfigError, match=r"--tokenizer-model is .*must be a folder with tokenizer.json"):
             HuggingFaceTokenizer(path)
     with pytest.raises(VocabularyError, match=r"must load as a Hugging Face tokenizer \("):
         HuggingFaceTokenizer(model_file)

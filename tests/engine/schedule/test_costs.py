@@ -8,6 +8,7 @@ import pytest
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import BackwardConfig
+from megatron_slm.config.distillation import DistillationConfig
 from megatron_slm.engine.schedule.costs import Costs, arithmetic_costs, backward_passes, block_flops, forward_flops
 from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.search import choose_schedule
@@ -49,6 +50,17 @@ def test_costs_of_model_and_reference() -> None:
     assert costs.backward[3] - costs.backward[1] == pytest.approx(1.5 * head, abs=2)
     assert costs.reference[3] - costs.reference[1] == pytest.approx(head, abs=2)
     assert costs.forward[0] > costs.forward[1] == costs.forward[2]
+
+
+def test_costs_of_distillation() -> None:
+    """The kept rows' passes over both output weights are the last stage's, and forwards."""
+    options = {"seq_length": 32, "keep_ratio": 0.5, "recomputes": False}
+    costs = arithmetic_costs(ARCH, ARCH, 4, **options, distillation=DistillationConfig(loss="jsd"))
+    head = costs.reference[3] - costs.reference[1]
+    assert costs.forward[3] - costs.forward[1] == pytest.approx(head * (1 + 0.5 * (2 * 2 + 2)), abs=3)
+    assert costs.backward[3] == costs.backward[1]
+    plain = arithmetic_costs(ARCH, ARCH, 4, **options)
+    assert arithmetic_costs(ARCH, ARCH, 4, **options, distillation=DistillationConfig()) == plain
 
 
 def test_a_reference_with_fewer_layers_than_stages() -> None:

@@ -28,7 +28,9 @@ CANNOT = {(2, 2, 1.0, 0.5)}
 reference forwards do not fit around its model's work (lower_bound says so, and is reached)."""
 
 
-@pytest.mark.parametrize(("num_stages", "heads"), [(2, HEADS), (4, HEADS), (8, (0.0, 0.3)), (16, (0.3,))])
+@pytest.mark.parametrize(
+    ("num_stages", "heads"), [(2, HEADS), (4, HEADS), (8, (0.3,)), pytest.param(16, (0.3,), marks=pytest.mark.slow)]
+)
 def test_within_three_percent_of_the_bound(num_stages: int, heads: tuple[float, ...]) -> None:
     assert_close_to_the_bound(num_stages, heads)
 
@@ -74,7 +76,7 @@ def ratios(count: int) -> list[float]:
 
 
 def test_random_costs_come_close() -> None:
-    found = ratios(40)
+    found = ratios(12)
     assert mean(found) <= 1.005
     assert max(found) <= 1.05
 

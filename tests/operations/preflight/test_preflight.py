@@ -41,7 +41,8 @@ def on_a_node(folder: str, argv: list[str], faults: list[str], trains: bool = Fa
     if node == 1:
         for fault in faults:
             _PLANT[fault]()
-        argv = [*argv, "--lr", "0.5"] if "flags" in faults else argv
+        if "flags" in faults:
+            argv[argv.index("--lr") + 1] = "0.5"
     code = (train if trains else command.main)(argv)
     sys.stdout.flush()
     return code, Path(f"/proc/self/fd/{sys.stdout.fileno()}").resolve().read_text()

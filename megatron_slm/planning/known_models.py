@@ -1,0 +1,40 @@
+"""Shapes of well-known models by name, for plans without their files; from their config.json on the hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_slm.config.architecture import Architecture
+
+
+def _shape(
+    layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab: int, positions: int, **others: Any
+) -> Architecture:
+    return Architecture(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=hidden // heads,
+        vocab_size=vocab,
+        max_position_embeddings=positions,
+        **others,
+    )
+
+
+KNOWN_MODELS = {
+    "smollm2-135m": _shape(30, 576, 1536, 9, 3, 49152, 8192, tied=True),
+    "smollm2-360m": _shape(32, 960, 2560, 15, 5, 49152, 8192, tied=True),
+    "tinyllama-1.1b": _shape(22, 2048, 5632, 32, 4, 32000, 2048),
+    "llama-2-7b": _shape(32, 4096, 11008, 32, 32, 32000, 4096),
+    "llama-2-13b": _shape(40, 5120, 13824, 40, 40, 32000, 4096),
+    "llama-2-70b": _shape(80, 8192, 28672, 64, 8, 32000, 4096),
+    "llama-3.2-1b": _shape(16, 2048, 8192, 32, 8, 128256, 131072, tied=True),
+    "llama-3.1-8b": _shape(32, 4096, 14336, 32, 8, 128256, 131072),
+    "llama-3.1-70b": _shape(80, 8192, 28672, 64, 8, 128256, 131072),
+    "mistral-7b-v0.1": _shape(32, 4096, 14336, 32, 8, 32000, 32768, sliding_window=4096),
+    "qwen2.5-1.5b": _shape(28, 1536, 8960, 12, 2, 151936, 131072, tied=True, qkv_bias=True),
+    "qwen2.5-7b": _shape(28, 3584, 18944, 28, 4, 152064, 131072, qkv_bias=True),
+}
+"""Architectures by name in lower case."""
