@@ -36,6 +36,8 @@ class SlmError(Exception):
     def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
         found = "missing" if value is None or value == [] else repr(value)
+        self.raised_by: int | None = None
+        """Rank that has the error and prints it, where it ends all ranks; None on this rank itself."""
         must = rule if rule.startswith("required ") else f"must {rule.removeprefix('must ')}"
         super().__init__(f"{field} is {found}: {must}. Fix: {fix}")
 
@@ -47,6 +49,12 @@ class SlmError(Exception):
             required_by: the flags or the purpose that require it, as in "--objective slm".
         """
         return cls(field, None, f"required by {required_by}", fix)
+
+    def with_fix(self, fix: str) -> Self:
+        """Return the same error with another remedy."""
+        error = type(self)(self.field, self.value, self.rule, fix)
+        error.raised_by = self.raised_by
+        return error
 
     def __reduce__(self) -> tuple[type[SlmError], tuple[str, object, str, str]]:
         return type(self), (self.field, self.value, self.rule, self.fix)

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "data-loading": ("data_loading", "indices, blends' orders and micro-batches of large corpora"),
     "gpu-model": ("gpu_model", "a step's speed on given GPUs, modelled without one"),
     "loss-head": ("loss_head", "the loss against full logits and other libraries' losses"),
+    "scale": ("scale", "one rank of up to 1,024, simulated: process groups, memory, files, collectives"),
     "pipeline": ("pipeline", "the reference's schedules against plain training"),
 }
 

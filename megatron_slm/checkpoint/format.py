@@ -3,15 +3,17 @@
     SAVE/step_00000100/
         manifest.json              size and sha256 of every file, the run's state, architecture, layout, versions
         config.yaml                the run's resolved configuration
-        weights_00003.safetensors  the fp32 weights owned by rank 3, by logical tensor
+        weights_00003.safetensors  the fp32 weights owned by rank 3, by logical tensor, and its random states
         optimizer_00003.safetensors  Adam's moments of the same
-        rng_00003.safetensors      the rank's random state
         probe.safetensors          tokens kept by the last probe of the selection, where there was one
         tokenizer/                 the tokenizer, as transformers loads it
         origin/                    the model's original config.json and license, and origin.json: the run's initial
                                    weights, corpora and references
     SAVE/latest                    name of the newest checkpoint
     SAVE/evaluations.json          held-out losses at the steps of the checkpoints
+
+Format 2 had the random states in files of their own, rng_00003.safetensors, and its manifest does not list what is in a
+file of weights; it is still read.
 
 A folder is written under a temporary name and renamed once its manifest is there, so a folder with its final
 name is complete, whatever `latest` holds. It is deleted under a temporary name too.
@@ -32,7 +34,8 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.files import file_sha256, write_durably
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
 MANIFEST = "manifest.json"
 PROBE = "probe.safetensors"
 CHECKSUM_LIMIT_BYTES = 256 * 2**20
@@ -52,7 +55,8 @@ class Manifest:
     sample_order: str | None
     """Fingerprint of the order of the training samples; None in imported models."""
     files: dict[str, dict[str, Any]]
-    """`size` in bytes and `sha256` of every other file; for safetensors files also those of the `header`."""
+    """`size` in bytes and `sha256` of every other file; for safetensors files also those of the `header`, for files of
+    weights also the `pieces` in them (`snapshot.describe`)."""
     data: dict[str, Any] = field(default_factory=dict)
     """Read positions in the corpora (`BlendedSamples.state`); empty in imported models."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -77,7 +81,7 @@ class Manifest:
             raw = json.loads(path.read_bytes())
             written, version = raw.pop("manifest_sha256", None), raw["format_version"]
             damaged = written is not None and written != _content_sha256(raw)
-            if version == FORMAT_VERSION and written is not None and not damaged:
+            if version in READABLE_VERSIONS and written is not None and not damaged:
                 state, arch = RunState.take_from(raw), Architecture(**raw.pop("architecture"))
                 return cls(state=state, architecture=arch, **raw)
         except FileNotFoundError as error:
@@ -93,12 +97,12 @@ class Manifest:
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError("checkpoint", str(path), f"be valid JSON ({error})", "load another one") from error
-        if damaged or version == FORMAT_VERSION:
+        if damaged or version in READABLE_VERSIONS:
             raise CheckpointError("checkpoint", str(path), "match its own checksum", "load another one")
         raise CheckpointError(
             "checkpoint format",
             version,
-            f"be {FORMAT_VERSION} for this version of megatron_slm",
+            f"be one of {READABLE_VERSIONS} for this version of megatron_slm",
             "load it with the version that saved it",
         )
 
@@ -147,14 +151,15 @@ def verify_files(
 
     Args:
         checksums: also compare contents, of files up to `limit_bytes`.
-        share: (i, n) compares the i-th of n shares of the contents, so that n ranks together compare all of them.
-            Names, sizes and headers are always compared.
+        share: (i, n) compares the i-th of n shares of the files, so that n ranks together compare all of them and each
+            opens no more for there being many.
         on_bytes: called with the size of each block of content, to show progress.
 
     Raises:
         CheckpointError: a file is missing or has another size or checksum, or a safetensors file is not listed.
     """
-    for name, entry in manifest.files.items():
+    number, num_shares = share
+    for name, entry in list(manifest.files.items())[number::num_shares]:
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1
         if size != entry["size"]:
@@ -166,13 +171,13 @@ def verify_files(
             )
         if "header" in entry:
             _compare_checksum(path, entry["header"]["sha256"], entry["header"]["size"])
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")) if number == 0 else ():
         if path.name not in manifest.files:
             raise CheckpointError(str(path), "not listed", f"be listed in {MANIFEST}", "remove it if you put it there")
     if checksums:
         largest_first = sorted(manifest.files, key=lambda name: (-manifest.files[name]["size"], name))
         small = [name for name in largest_first if manifest.files[name]["size"] <= limit_bytes]
-        for name in small[share[0] :: share[1]]:
+        for name in small[number::num_shares]:
             _compare_checksum(folder / name, manifest.files[name]["sha256"], on_bytes=on_bytes)
 
 

@@ -79,13 +79,12 @@ def _stage_3(optimizer: Any) -> Iterator[Fragment]:
 
 
 def fill_optimizer(optimizer: Any, source: WeightSource, *, adam_step: int | None) -> None:
-    """Set the trained parameters, the fp32 master weights behind them and, on a resume, Adam's moments.
+    """Set this rank's fp32 master weights and, on a resume, Adam's moments; `share_weights` comes next.
 
     Args:
         adam_step: number of optimizer steps in the moments; None starts with fresh moments.
     """
-    owned = list(fragments(optimizer))
-    for fragment in owned:
+    for fragment in fragments(optimizer):
         if adam_step is not None:
             _prepare_state(fragment, optimizer, adam_step)
             for quantity in ("exp_avg", "exp_avg_sq"):
@@ -96,18 +95,15 @@ def fill_optimizer(optimizer: Any, source: WeightSource, *, adam_step: int | Non
         if hasattr(fragment.parameter, "ds_tensor"):
             held = fragment.parameter.ds_tensor.data
             held[: fragment.end - fragment.begin].copy_(fragment.view("weight"))
-    for parameter in trained_parameters(optimizer):
-        if not hasattr(parameter, "ds_tensor"):
-            whole = read_range(parameter, source, "weight", 0, parameter.numel())
-            parameter.data.copy_(whole.view(parameter.shape))
 
 
-def trained_parameters(optimizer: Any) -> list[nn.Parameter]:
-    """List the parameters that the optimizer trains, whole or partitioned."""
-    for name in ("fp16_groups", "bf16_groups", "bit16_groups"):
-        if hasattr(optimizer, name):
-            return [parameter for group in getattr(optimizer, name) for parameter in group]
-    raise TypeError(f"{type(optimizer).__name__} is not one of DeepSpeed's ZeRO optimizers")
+def share_weights(optimizer: Any) -> None:
+    """Set the trained parameters to the master weights, each read by one rank. Collective over data-parallel ranks.
+
+    As at the end of an optimizer step. Under ZeRO-3 parameters are gathered where they are used.
+    """
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
 
 
 def _read(fragment: Fragment, source: WeightSource, quantity: Quantity) -> Tensor:

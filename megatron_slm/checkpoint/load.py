@@ -4,66 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.format import PROBE, Manifest
+from megatron_slm.checkpoint.slices import Slice, file_name, readable, slices_in, slices_in_headers
+from megatron_slm.checkpoint.snapshot import RNG_CPU, RNG_DEVICE
 from megatron_slm.checkpoint.state import RunState
-from megatron_slm.checkpoint.weights import Quantity, cut_range
+from megatron_slm.checkpoint.weights import Quantity
 from megatron_slm.device import set_device_rng_state
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.shards import Part
 
-
-@dataclass(frozen=True)
-class _Slice:
-    """Elements [begin, end) of a tensor-parallel rank's part of a logical tensor, `number` in a rank's files."""
-
-    file_number: str
-    number: int
-    part: Part
-    begin: int
-    end: int
+BLOCK_ELEMENTS = 2**22
+"""Number of elements that are in memory beside the result while a part is cut from another layout's slices."""
 
 
 class CheckpointSource:
     """The logical tensors of a checkpoint (a `WeightSource`).
 
-    A part that was saved with the same bounds is read directly; any other is cut from the whole tensor, one tensor at
-    a time.
+    A part that was saved with the same bounds is read directly; any other is put together from the rows and columns
+    of the parts that overlap it. A file is opened when something in it is read.
 
     Args:
+        manifest: the checkpoint's, for its tables; without it the headers of all files are read.
         kind: prefix of the files: `weights` (and `optimizer`) are the model's.
     """
 
-    def __init__(self, folder: Path, *, kind: str = "weights") -> None:
+    def __init__(self, folder: Path, manifest: Manifest | None = None, *, kind: str = "weights") -> None:
         self.folder, self._kind = folder, kind
-        self._slices: dict[str, list[_Slice]] = defaultdict(list)
+        self._slices = slices_in_headers(folder, kind) if manifest is None else slices_in(folder, manifest.files, kind)
         self._open: dict[Path, Any] = {}
-        self._last: tuple[str, Quantity, Tensor] | None = None
-        for path in sorted(folder.glob(f"{kind}_*.safetensors")):
-            file_number = path.stem.partition("_")[2]
-            with _readable(path), safe_open(path, framework="pt") as file:
-                for number, entry in enumerate(json.loads(file.metadata()["pieces"])):
-                    part = Part(
-                        name=entry["name"],
-                        shape=tuple(entry["shape"]),
-                        dim=entry["dim"],
-                        start=entry["start"],
-                        length=entry["length"],
-                    )
-                    self._slices[part.name].append(_Slice(file_number, number, part, entry["begin"], entry["end"]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every logical tensor."""
@@ -71,7 +50,7 @@ class CheckpointSource:
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Name and stored dtype of every logical tensor: fp32, or an imported model's own dtype."""
-        return {name: self._tensor(slices[0], "weight").dtype for name, slices in self._slices.items()}
+        return {name: self._tensor(slices[0], "weight", 0, 0).dtype for name, slices in self._slices.items()}
 
     def files(self) -> dict[str, str]:
         """Name of every logical tensor and the path of the first file with a slice of it."""
@@ -98,9 +77,12 @@ class CheckpointSource:
         alike = [slice_ for slice_ in slices if slice_.part == part]
         if alike:
             return self._gather(quantity, alike, begin, end)
-        if self._last is None or self._last[:2] != (part.name, quantity):
-            self._last = (part.name, quantity, self.whole(part.name, quantity))
-        return cut_range(self._last[2], part, begin, end)
+        width = prod(part.local_shape[1:])
+        first, last = begin // width, ceil_div(end, width)
+        row = part.start if part.dim == 0 else 0
+        columns = (part.start, part.length) if part.dim == 1 else (0, width)
+        rows = self._region(part.name, quantity, row + first, row + last, *columns)
+        return rows.view(-1)[begin - first * width : end - first * width]
 
     def whole(self, name: str, quantity: Quantity = "weight") -> Tensor:
         """Read a whole logical tensor, fp32."""
@@ -114,33 +96,43 @@ class CheckpointSource:
             self._open.clear()
 
     def _rows(self, name: str, quantity: Quantity, start: int, stop: int) -> Tensor:
-        slices = self._slices[name]
-        out = torch.empty((stop - start, *slices[0].part.shape[1:]))
+        shape = self._slices[name][0].part.shape[1:]
+        return self._region(name, quantity, start, stop, 0, prod(shape)).view(stop - start, *shape)
+
+    def _region(self, name: str, quantity: Quantity, start: int, stop: int, column: int, width: int) -> Tensor:
+        """Read rows [start, stop) and `width` columns from `column` of a tensor, taken as a matrix: [rows, width]."""
+        by_part: dict[Part, list[Slice]] = {}
+        for slice_ in self._slices[name]:
+            by_part.setdefault(slice_.part, []).append(slice_)
+        out = torch.empty(stop - start, width)
         missing = out.numel()
-        for part in {slice_.part for slice_ in slices}:
-            alike = [slice_ for slice_ in slices if slice_.part == part]
-            width = prod(part.local_shape[1:])
-            first = part.start if part.dim == 0 else 0  # a slice along dim 0 begins at that row, any other at row 0
-            low, high = max(start, first), min(stop, first + part.local_shape[0])
-            if low < high:
-                held = self._gather(quantity, alike, (low - first) * width, (high - first) * width)
-                target = out[low - start : high - start]
-                if part.dim == 1:
-                    target = target.narrow(1, part.start, part.length)
-                target.copy_(held.view(target.shape))
+        for part, alike in by_part.items():
+            held_width = prod(part.local_shape[1:])
+            first_row = part.start if part.dim == 0 else 0
+            first_column = part.start if part.dim == 1 else 0
+            left, right = max(column, first_column), min(column + width, first_column + held_width)
+            low, high = max(start, first_row), min(stop, first_row + part.local_shape[0])
+            if left >= right:
+                continue
+            step = max(1, BLOCK_ELEMENTS // held_width)
+            for row in range(low, high, step):
+                end = min(row + step, high)
+                held = self._gather(quantity, alike, (row - first_row) * held_width, (end - first_row) * held_width)
+                target = out[row - start : end - start, left - column : right - column]
+                target.copy_(held.view(end - row, held_width)[:, left - first_column : right - first_column])
                 missing -= target.numel()
         if missing:
             raise self._incomplete(name)
         return out
 
-    def _gather(self, quantity: Quantity, slices: list[_Slice], begin: int, end: int) -> Tensor:
+    def _gather(self, quantity: Quantity, slices: list[Slice], begin: int, end: int) -> Tensor:
         out = torch.empty(end - begin)
         missing = end - begin
         for slice_ in slices:
             low, high = max(begin, slice_.begin), min(end, slice_.end)
             if low < high:
-                held = self._tensor(slice_, quantity)
-                out[low - begin : high - begin] = held[low - slice_.begin : high - slice_.begin]
+                held = self._tensor(slice_, quantity, low - slice_.begin, high - slice_.begin)
+                out[low - begin : high - begin] = held
                 missing -= high - low
         if missing:
             raise self._incomplete(slices[0].part.name)
@@ -149,17 +141,16 @@ class CheckpointSource:
     def _incomplete(self, name: str) -> CheckpointError:
         return CheckpointError("checkpoint", str(self.folder), f"contain all of {name}", "load another checkpoint")
 
-    def _tensor(self, slice_: _Slice, quantity: Quantity) -> Tensor:
+    def _tensor(self, slice_: Slice, quantity: Quantity, begin: int, end: int) -> Tensor:
         path = self._path(slice_, quantity)
         if path not in self._open:
-            with _readable(path):
+            with readable(path):
                 self._open[path] = safe_open(path, framework="pt")
-        with _readable(path):
-            return self._open[path].get_tensor(f"{slice_.number}.{quantity}")
+        with readable(path):
+            return self._open[path].get_slice(f"{slice_.number}.{quantity}")[begin:end]
 
-    def _path(self, slice_: _Slice, quantity: Quantity) -> Path:
-        kind = self._kind if quantity == "weight" else "optimizer"
-        return self.folder / f"{kind}_{slice_.file_number}.safetensors"
+    def _path(self, slice_: Slice, quantity: Quantity) -> Path:
+        return self.folder / file_name(self._kind if quantity == "weight" else "optimizer", slice_.file_number)
 
 
 def load_state(folder: Path, manifest: Manifest) -> RunState:
@@ -170,28 +161,22 @@ def load_state(folder: Path, manifest: Manifest) -> RunState:
     """
     state = deepcopy(manifest.state)
     if PROBE in manifest.files:
-        with _readable(folder / PROBE):
+        with readable(folder / PROBE):
             state.probe_kept = load_file(folder / PROBE)["kept"]
     return state
 
 
 def restore_rng(folder: Path, manifest: Manifest, rank: int) -> None:
-    """Restore a rank's random state. A rank that the checkpoint's layout did not have keeps its own."""
-    path = folder / f"rng_{rank:05d}.safetensors"
-    if path.name in manifest.files:
-        with _readable(path):
-            states = load_file(path)
+    """Restore a rank's random states. A rank that the checkpoint's layout did not have keeps its own."""
+    path = folder / file_name("weights", rank)
+    names = {"cpu": RNG_CPU, "device": RNG_DEVICE}
+    if manifest.format_version == 2:
+        path, names = folder / f"rng_{rank:05d}.safetensors", {name: name for name in names}
+    if path.name not in manifest.files:
+        return
+    with readable(path), safe_open(path, framework="pt") as file:
+        states = {name: file.get_tensor(key) for name, key in names.items() if key in file.keys()}  # noqa: SIM118
+        if "cpu" in states:
             torch.set_rng_state(states["cpu"])
-            if "device" in states:
-                set_device_rng_state(states["device"])
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Translate the errors of a damaged file, whose checksum need not have been compared."""
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            str(path), "damaged", f"be as it was saved ({error})", "load another checkpoint"
-        ) from error
+        if "device" in states:
+            set_device_rng_state(states["device"])

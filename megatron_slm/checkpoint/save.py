@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -28,7 +29,9 @@ from megatron_slm.checkpoint.format import (
     step_of,
     versions,
 )
+from megatron_slm.checkpoint.fragments import fragments
 from megatron_slm.checkpoint.retention import Retention, clear_leftovers, prune, record_evaluation
+from megatron_slm.checkpoint.slices import TABLE
 from megatron_slm.checkpoint.snapshot import SnapshotMemory, TensorFile, rank_files
 from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.tensor_file import write_tensor_file
@@ -98,7 +101,11 @@ class Writer:
 
     def write(self, folder: Path, files: list[TensorFile], state: RunState, rank: int) -> Entries:
         """Write this rank's files, and on rank 0 also the files of the whole run."""
-        entries = {file.name: write_tensor_file(folder / file.name, file.tensors, file.metadata) for file in files}
+        entries: Entries = {}
+        for file in files:
+            entries[file.name] = write_tensor_file(folder / file.name, file.tensors, file.metadata)
+            if TABLE in file.metadata and not file.name.startswith("optimizer_"):  # whose table is that of the weights
+                entries[file.name][TABLE] = json.loads(file.metadata[TABLE])
         if rank == 0:
             entries |= self._write_shared(folder, state)
         return entries
@@ -226,7 +233,8 @@ class Saver:
                 clear_leftovers(self.writer.folder)
                 temporary.mkdir(parents=True)
         tensor_rank = self.writer.topology.coordinate(rank).tensor
-        files = [*rank_files(optimizer, rank, tensor_rank=tensor_rank, with_moments=state.adam_step > 0), *more]
+        with_moments = state.adam_step > 0
+        files = [*rank_files(fragments(optimizer), rank, tensor_rank=tensor_rank, with_moments=with_moments), *more]
         if self.asynchronous:
             files = self._memory.copy(files)
         state = deepcopy(state)

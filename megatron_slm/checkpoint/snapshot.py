@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_slm.checkpoint.fragments import Fragment, fragments
+from megatron_slm.checkpoint.fragments import Fragment
+from megatron_slm.checkpoint.slices import TABLE, describe_slice, file_name
 from megatron_slm.checkpoint.weights import Quantity
 from megatron_slm.device import device_rng_state, synchronize
-from megatron_slm.parallel.shards import Part, parts_with_offsets
+from megatron_slm.parallel.shards import parts_with_offsets
+
+RNG_CPU, RNG_DEVICE = "rng.cpu", "rng.device"
+"""Random states of a rank, in its file of weights."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +29,24 @@ class TensorFile:
     metadata: dict[str, str]
 
 
-def rank_files(optimizer: Any, rank: int, *, tensor_rank: int, with_moments: bool) -> list[TensorFile]:
-    """List this rank's files: the slices of logical tensors that it writes, and its random state.
+def rank_files(fragments: Iterable[Fragment], rank: int, *, tensor_rank: int, with_moments: bool) -> list[TensorFile]:
+    """List this rank's files: the slices of logical tensors that it writes, and its random states.
 
     The tensors of weights and moments are views: they change with the next optimizer step.
 
     Args:
+        fragments: the fragments that this rank owns.
         with_moments: Adam has moments, which it creates at its first step.
     """
-    owned = [fragment for fragment in fragments(optimizer) if _is_ours_to_write(fragment, tensor_rank)]
-    files = [_fragment_file(f"weights_{rank:05d}.safetensors", owned, ("weight",))]
-    if with_moments:
-        files.append(_fragment_file(f"optimizer_{rank:05d}.safetensors", owned, ("exp_avg", "exp_avg_sq")))
-    states = {"cpu": torch.get_rng_state()}
+    owned = [fragment for fragment in fragments if _is_ours_to_write(fragment, tensor_rank)]
+    weights = _fragment_file(file_name("weights", rank), owned, ("weight",))
+    weights.tensors[RNG_CPU] = torch.get_rng_state()
     device_state = device_rng_state()
     if device_state is not None:
-        states["device"] = device_state
-    return [*files, TensorFile(f"rng_{rank:05d}.safetensors", states, {})]
+        weights.tensors[RNG_DEVICE] = device_state
+    if not with_moments:
+        return [weights]
+    return [weights, _fragment_file(file_name("optimizer", rank), owned, ("exp_avg", "exp_avg_sq"))]
 
 
 class SnapshotMemory:
@@ -89,17 +95,5 @@ def _fragment_file(name: str, owned: list[Fragment], quantities: tuple[Quantity,
             for quantity in quantities:
                 held = fragment.view(quantity)[low - fragment.begin : high - fragment.begin]
                 tensors[f"{len(slices)}.{quantity}"] = held
-            slices.append(_describe(part, low - offset, high - offset))
-    return TensorFile(name, tensors, {"pieces": json.dumps(slices)})
-
-
-def _describe(part: Part, begin: int, end: int) -> dict[str, Any]:
-    return {
-        "name": part.name,
-        "shape": part.shape,
-        "dim": part.dim,
-        "start": part.start,
-        "length": part.length,
-        "begin": begin,
-        "end": end,
-    }
+            slices.append(describe_slice(part, low - offset, high - offset))
+    return TensorFile(name, tensors, {TABLE: json.dumps(slices)})

@@ -10,13 +10,14 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from megatron_slm.errors import SlmError
+from megatron_slm.errors import ConfigError, SlmError
 from megatron_slm.files import raise_open_file_limit
-from megatron_slm.log import print_traceback, setup_logging
+from megatron_slm.log import claim_report, print_traceback, report_in, setup_logging
 from megatron_slm.parallel.launched import launched_rank
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -33,9 +34,10 @@ def run_command(
     Args:
         run: takes the command line without the program's name; returns an exit code, or None for success.
         argv: the command line; by default this process's.
-        exit_code: of an error the user can fix, which is printed as one line on standard error.
+        exit_code: of an error the user can fix, which is printed as one line on standard error, by one rank.
     """
     raise_open_file_limit()
+    report_in(None)
     setup_logging(launched_rank())
     completed = False
     try:
@@ -43,9 +45,7 @@ def run_command(
         completed = True
         return code
     except SlmError as error:
-        line = " ".join(str(error).split("\n"))
-        sys.stderr.write(f"error: {line}\n")
-        sys.stderr.flush()
+        _report(error)
         return exit_code(error)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -57,9 +57,32 @@ def run_command(
         _leave_process_group(completed=completed)
 
 
+def _report(error: SlmError) -> None:
+    """Print an error as one line, unless another rank prints the same.
+
+    Before there is a process group every rank of a node reads the same flags and files, and its first one prints.
+    """
+    line = " ".join(str(error).split("\n"))
+    in_group = _process_group() is not None
+    if not in_group and isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if error.raised_by is not None or (in_group and not claim_report(line)):
+        return
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        line += f" (rank {os.environ['RANK']}, host {socket.gethostname()})"
+    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+
+
+def _process_group() -> Any | None:
+    """Return torch.distributed if this process is in a process group."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() else None
+
+
 def _leave_process_group(*, completed: bool) -> None:
     """Destroy the process groups; after an error on NCCL abort them, since destroying waits for every kernel."""
-    if (dist := sys.modules.get("torch.distributed")) is None or not dist.is_initialized():
+    if (dist := _process_group()) is None:
         return
     if completed or dist.get_backend() != "nccl":
         dist.destroy_process_group()

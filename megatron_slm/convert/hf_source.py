@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.weights import Quantity
 from megatron_slm.errors import WeightsError
 from megatron_slm.files import file_sha256
@@ -154,14 +156,15 @@ class HuggingFaceSource:
                 f"be {part.shape}, by config.json",
                 "use a folder whose config.json and weights belong together",
             )
-        stop = part.start + part.length
+        width = prod(part.local_shape[1:])
+        first, last = begin // width, ceil_div(end, width)  # the rows of the part that hold these elements
+        row = part.start if part.dim == 0 else 0
 
         def take(tensor: Any) -> Any:
-            if part.dim is None:
-                return tensor[:]
-            return tensor[part.start : stop] if part.dim == 0 else tensor[:, part.start : stop]
+            rows = slice(row + first, row + last)
+            return tensor[rows, part.start : part.start + part.length] if part.dim == 1 else tensor[rows]
 
-        return self._slice(part.name, take).reshape(-1)[begin:end].float()
+        return self._slice(part.name, take).reshape(-1)[begin - first * width : end - first * width].float()
 
     def _slice(self, name: str, take: Any) -> Tensor:
         with safe_open(self._paths[name], framework="pt") as file:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_slm.checkpoint.format import Manifest, file_entry, find_checkpoint, folder_name, versions
+from megatron_slm.checkpoint.slices import TABLE, describe_slice, file_name
 from megatron_slm.checkpoint.state import RunState
 from megatron_slm.checkpoint.tensor_file import Entry, write_entries
 from megatron_slm.config.architecture import Architecture
@@ -35,6 +36,7 @@ from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
 from megatron_slm.errors import VocabularyError, WeightsError, os_errors_as
 from megatron_slm.files import sync_folder, write_durably
 from megatron_slm.hub import TOKENIZER_FILES, local_path
+from megatron_slm.parallel.shards import Part
 from megatron_slm.progress import show_progress
 
 logger = logging.getLogger(__name__)
@@ -138,7 +140,7 @@ def _write_weights(folder: Path, architecture: Architecture, source: TensorSourc
     size = sum(prod(shape) * dtypes[name].itemsize for name, shape in expected.items())
     with show_progress("writing weights", size, "B") as progress:
         for number, (_, names) in enumerate(sorted(names_by_file.items())):
-            pieces = [_whole_tensor(name, expected[name]) for name in names]
+            slices = [describe_slice(Part(name=name, shape=expected[name]), 0, prod(expected[name])) for name in names]
             by_key = {f"{i}.weight": name for i, name in enumerate(names)}
             entries = [
                 Entry(name=key, shape=(prod(expected[name]),), dtype=dtypes[name]) for key, name in by_key.items()
@@ -148,14 +150,10 @@ def _write_weights(folder: Path, architecture: Architecture, source: TensorSourc
                 name = by_key[entry.name]
                 return (source.rows(name, *bounds) for bounds in row_blocks(expected[name], entry.dtype.itemsize))
 
-            path = folder / f"weights_{number:05d}.safetensors"
-            files[path.name] = write_entries(path, entries, counted(blocks, progress), {"pieces": json.dumps(pieces)})
+            path = folder / file_name("weights", number)
+            entry = write_entries(path, entries, counted(blocks, progress), {TABLE: json.dumps(slices)})
+            files[path.name] = {**entry, TABLE: slices}
     return files
-
-
-def _whole_tensor(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return a checkpoint's description of an undivided tensor (see `checkpoint.save`)."""
-    return {"name": name, "shape": shape, "dim": None, "start": 0, "length": 0, "begin": 0, "end": prod(shape)}
 
 
 def _copy_companions(temporary: Path, folder: Path, tokenizer_from: Path | None) -> None:

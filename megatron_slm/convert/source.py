@@ -33,13 +33,14 @@ class Model:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def open_model(path: str, *, field: str, checksums: bool = True) -> Model:
+def open_model(path: str, *, field: str, checksums: bool = True, share: tuple[int, int] = (0, 1)) -> Model:
     """Open a model of either kind.
 
     Args:
         path: a folder, or a name of the Hugging Face hub.
         field: the flag that names it, for errors.
         checksums: verify a checkpoint's files by checksum, not by size alone.
+        share: (i, n) verifies the i-th of n shares of a checkpoint's files.
 
     Raises:
         WeightsError, CheckpointError: the folder is neither, or incomplete.
@@ -62,10 +63,10 @@ def open_model(path: str, *, field: str, checksums: bool = True) -> Model:
             "check the path",
         ) from error
     manifest = Manifest.read(checkpoint)
-    verify_files(checkpoint, manifest, checksums=checksums)
+    verify_files(checkpoint, manifest, checksums=checksums, share=share)
     return Model(
         architecture=manifest.architecture,
-        source=CheckpointSource(checkpoint),
+        source=CheckpointSource(checkpoint, manifest),
         tokenizer_folder=tokenizer_folder(checkpoint / TOKENIZER),
         origin_folder=checkpoint / ORIGIN if (checkpoint / ORIGIN).is_dir() else None,
     )

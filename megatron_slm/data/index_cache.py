@@ -4,7 +4,7 @@
 
 A folder is written under a temporary name and renamed when whole; its name is a checksum of everything the content is
 made from. So ranks and nodes need not agree on who builds: equal keys mean equal content, on a shared file system or
-not. A lock avoids building twice; waiting for it times out.
+not. One process of each file system builds (`build_once`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
+from megatron_slm.data.build_once import build_once
 from megatron_slm.data.corpus.indexed import IndexedCorpus, bin_path
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _DESCRIPTION = "description.json"
-_LOCK_SECONDS = 300.0
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -63,8 +62,11 @@ class IndexCache:
             return found
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / f".{place.name}.lock"):
-                return _load(place) or self._store(place, build(), {"kind": kind, "made_from": made_from})
+            return build_once(
+                self.folder / f".{place.name}.lock",
+                lambda: _load(place),
+                lambda: self._store(place, build(), {"kind": kind, "made_from": made_from}),
+            )
         except OSError as error:
             logger.warning(
                 "cannot write the index cache %s (%s): every rank keeps the index in memory",
@@ -111,17 +113,3 @@ def _load(place: Path) -> Arrays | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("rebuilding the damaged index in %s (%s)", place, error)
         return None
-
-
-class _locked:
-    """Holds a file lock, or proceeds without it after a timeout or an error, at the cost of building twice."""
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(path, timeout=_LOCK_SECONDS)
-
-    def __enter__(self) -> None:
-        with suppress(Timeout, OSError, NotImplementedError):
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()

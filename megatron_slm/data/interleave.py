@@ -1,9 +1,9 @@
 """Assigns a corpus to each sample of a blend: Megatron's greedy rule, for many samples at once.
 
-Sample k is from the corpus with the largest `weight * max(k, 1) - drawn`, the first of equals, in fp64. Each choice
-depends on the previous ones, so the chain is cut into blocks that are computed side by side from guessed starts; a
-block whose start differs from the end of the previous block is computed again, until none is left. The result equals
-that of the plain loop, to the last tie.
+Sample k is from the corpus with the largest `weight * max(k, 1) - drawn`, the first of equals, in fp64. Many samples
+are left to `greedy_order.c`. For few, and without a compiler: each choice depends on the previous ones, so the chain is
+cut into blocks that are computed side by side from guessed starts; a block whose start differs from the end of the
+previous block is computed again, until none is left. Either result equals that of the plain loop, to the last tie.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slm.data.greedy_order import compiled_order
 from megatron_slm.data.index_cache import Arrays, IndexCache
 
 _BLOCK = 1024
+COUNTED_EVERY = 64 * _BLOCK
+"""Samples between two counts that an index holds, so that it stays small with thousands of corpora."""
+_COMPILED_FROM = 2 * 10**7
+"""Number of comparisons of the plain loop that are worth a compilation."""
 
 
 def normalized(weights: Sequence[float]) -> tuple[float, ...]:
@@ -41,9 +46,9 @@ class Interleave:
     def __getitem__(self, index: int, /) -> tuple[int, int]:
         """Return the corpus of sample `index`, and the number of earlier samples from that corpus."""
         choice, counts = self._indices
-        block = index // _BLOCK
+        block = index // COUNTED_EVERY
         source = int(choice[index])
-        before = int(np.count_nonzero(choice[block * _BLOCK : index] == source))
+        before = int(np.count_nonzero(choice[block * COUNTED_EVERY : index] == source))
         return source, int(counts[block, source]) + before
 
     def drawn(self, num_samples: int) -> list[int]:
@@ -51,8 +56,8 @@ class Interleave:
         if len(self.weights) == 1:
             return [num_samples]
         choice, counts = self._indices
-        block = num_samples // _BLOCK
-        inside = np.bincount(choice[block * _BLOCK : num_samples], minlength=len(self.weights))
+        block = num_samples // COUNTED_EVERY
+        inside = np.bincount(choice[block * COUNTED_EVERY : num_samples], minlength=len(self.weights))
         return (counts[block] + inside).tolist()
 
     @cached_property
@@ -61,7 +66,7 @@ class Interleave:
             choice, counts = greedy_choices(np.array(self.weights), self.size)
             return {"choice": choice, "counts": counts}
 
-        arrays = self._cache.arrays("blend", f"{self.weights!r} {self.size}", None, build)
+        arrays = self._cache.arrays("blend", f"{self.weights!r} {self.size} {COUNTED_EVERY}", None, build)
         return arrays["choice"], arrays["counts"]
 
 
@@ -74,8 +79,18 @@ def greedy_choices(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDA
 
     Returns:
         the corpus of every sample, uint8 or uint16 [size], and the number of samples of each corpus before every block
-        of `_BLOCK` samples, int64 [blocks + 1, m].
+        of `COUNTED_EVERY` samples, int64 [size / COUNTED_EVERY + 1, m].
     """
+    if len(weights) * size >= _COMPILED_FROM and (weights > 0).all():
+        found = compiled_order(weights, size, counted_every=COUNTED_EVERY)
+        if found is not None:
+            choice, counts = found
+            return choice.astype(np.uint8) if len(weights) <= 256 else choice, counts
+    return _side_by_side(weights, size)
+
+
+def _side_by_side(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Compute blocks side by side (see `greedy_choices`)."""
     num_sources, num_blocks = len(weights), size // _BLOCK + 1
     starts = np.arange(num_blocks + 1, dtype=np.int64) * _BLOCK
     counts_mB = _guess(weights, starts)
@@ -87,7 +102,7 @@ def greedy_choices(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDA
         counts_mB[:, todo + 1] = ends_mB
         todo = todo[changed] + 1
         todo = todo[todo < num_blocks]
-    return choice_Bk.reshape(-1)[:size], np.ascontiguousarray(counts_mB.T)
+    return choice_Bk.reshape(-1)[:size], np.ascontiguousarray(counts_mB[:, : -1 : COUNTED_EVERY // _BLOCK].T)
 
 
 def _guess(weights: npt.NDArray[np.float64], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.pipe import module as pipe_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.engine.grid import Grid
 from megatron_slm.loss.objective import OutputWeight
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.model.row_sampling import BackwardRows
+from megatron_slm.parallel.groups import create_group
 from megatron_slm.parallel.layers import ParallelLayers, VocabularyWeight
-from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents
 
 _TIED = "embedding"
 
 GradientHook = Callable[[Tensor], None]
 """Is called with a gradient in the backward pass."""
-
-
-def deepspeed_topology(topology: Topology) -> Any:
-    """Return the same axes for DeepSpeed, which numbers ranks in the same order."""
-    return PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
 
 
 class StageModule(PipelineModule):
@@ -41,20 +37,36 @@ class StageModule(PipelineModule):
     first stage's. Parameters start at zero; `checkpoint/fragments.py` fills them.
     """
 
-    def __init__(self, arch: Architecture, layers: ParallelLayers, topology: Topology) -> None:
+    def __init__(self, arch: Architecture, layers: ParallelLayers, grid: Grid) -> None:
         specs: list[LayerSpec] = [LayerSpec(maker.kind, *maker.args) for maker in layer_list(arch, layers)]
-        self._bounds = stage_bounds(arch.num_layers, topology.pipeline)
+        self._bounds = stage_bounds(arch.num_layers, grid.ours.pipeline)
         if arch.tied:
             weight = "embed_tokens.weight"
             specs[0] = TiedLayerSpec(_TIED, Embedding, arch, layers, tied_weight_attr=weight)
             specs.append(TiedLayerSpec(_TIED, Embedding, arch, layers, forward_fn=_pass_on, tied_weight_attr=weight))
             self._bounds[-1] += 1
-        with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints its partition
-            super().__init__(specs, topology=deepspeed_topology(topology), partition_method="given")
+        with contextlib.redirect_stdout(io.StringIO()), _given(grid):  # its constructor prints its partition
+            super().__init__(specs, topology=grid.topology(), partition_method="given")
 
     def _partition_layers(self, method: str = "given") -> None:
         self.parts = self._bounds
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def _index_tied_modules(self) -> dict[str, dict[str, Any]]:
+        """Create the group of this rank's tied weight; DeepSpeed's way creates those of all pipelines, one by one."""
+        topology = self._grid.ours
+        if topology.pipeline == 1 or not any(isinstance(spec, TiedLayerSpec) for spec in self._layer_specs):
+            return {}
+        family = [[pipeline[0], pipeline[-1]] for pipeline in topology.pipeline_groups()]
+        group = create_group(family)
+        ranks = next((ranks for ranks in family if self.global_rank in ranks), None)
+        if ranks is None:
+            return {}
+        module = self.tied_modules[_TIED]
+        if self.global_rank != ranks[0]:
+            for parameter in module.parameters():
+                parameter.ds_pipe_replicated = True  # its norm is counted once
+        return {_TIED: {"ranks": ranks, "group": group, "weight_attr": self.tied_weight_attrs[_TIED], "module": module}}
 
     def forward(
         self,
@@ -74,6 +86,17 @@ class StageModule(PipelineModule):
         """Return the output weight's token rows held here; on the last stage only."""
         head = next(layer for layer in self.forward_funcs if isinstance(layer, Head))
         return output_rows(head.output or self.tied_modules[_TIED].embed_tokens)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _given(grid: Grid) -> Iterator[None]:
+    """Have DeepSpeed's module take this grid inside the context, where it would create one of its own."""
+    real = pipe_module.PipelineParallelGrid
+    pipe_module.PipelineParallelGrid = lambda **_: grid
+    try:
+        yield
+    finally:
+        pipe_module.PipelineParallelGrid = real
 
 
 def run_layers(

@@ -71,6 +71,9 @@ class SelectiveEngine(PipelineEngine):
             name: {} for name in ("inputs", "outputs", "output_tensors", "labels")
         }
 
+    def _broadcast_model(self) -> None:
+        """Leave out DeepSpeed's broadcast: weights are zero on all ranks until `fill_optimizer` reads them."""
+
     @property
     def engine(self) -> SelectiveEngine:
         """DeepSpeed's engine: this object itself."""

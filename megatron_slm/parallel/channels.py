@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from megatron_slm.device import SideStream
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.collectives import translate_peer_errors
-from megatron_slm.parallel.groups import message_group
+from megatron_slm.parallel.groups import create_message_group
 from megatron_slm.parallel.topology import Topology
 
 
@@ -88,8 +87,9 @@ class Channel:
 class Channels:
     """This stage's channels to and from the next and the previous stage, on each lane.
 
-    Collective over the world: every rank takes part in creating every group, in one order. Each lane is used once at
-    start, in its own direction, because the first use opens its transport and blocks meanwhile.
+    Each lane is used once at start, in its own direction, because the first use opens its transport and blocks
+    meanwhile. Pairs of stages begin side by side, (0, 1), (2, 3), ... and then (1, 2), (3, 4), ...: the start takes as
+    long as two of them, however long the pipeline.
 
     On a GPU NCCL starts a message's kernel only after everything computed so far on the stream that issues it. A
     receive is therefore issued from a stream of its own, which waits for what came before the computation that is
@@ -102,20 +102,28 @@ class Channels:
         self.next: dict[Lane, Channel] = {}
         self.previous: dict[Lane, Channel] = {}
         self._beside = SideStream()
-        for pipeline in topology.pipeline_groups():
-            for low, high in pairwise(pipeline):
-                for lane in lanes:
-                    group = message_group(low, high)
-                    if rank == low:
-                        self.next[lane] = Channel(lane, group, high, activity, self._beside)
-                    elif rank == high:
-                        self.previous[lane] = Channel(lane, group, low, activity, self._beside)
-        for lane in lanes:
-            sources, targets = (self.next, self.previous) if lane is Lane.BACKWARD else (self.previous, self.next)
-            if lane in sources:
-                dist.recv(torch.zeros(1, device=device), sources[lane].peer, group=sources[lane].group)
-            if lane in targets:
-                dist.send(torch.zeros(1, device=device), targets[lane].peer, group=targets[lane].group)
+        for first_stage in (0, 1):
+            pairs = topology.neighbors(first_stage)
+            if not pairs:
+                continue
+            pair = next((pair for pair in pairs if rank in pair), None)
+            for lane in lanes:
+                group = create_message_group(pairs)
+                if pair is not None:
+                    self._open(lane, group, pair, rank, device, activity)
+
+    def _open(
+        self, lane: Lane, group: Any, pair: Sequence[int], rank: int, device: torch.device, activity: Activity
+    ) -> None:
+        """Make this rank's end of a channel and pass a first message through it."""
+        low, high = pair
+        is_low = rank == low
+        channel = Channel(lane, group, high if is_low else low, activity, self._beside)
+        (self.next if is_low else self.previous)[lane] = channel
+        if is_low == (lane is Lane.BACKWARD):
+            dist.recv(torch.zeros(1, device=device), channel.peer, group=group)
+        else:
+            dist.send(torch.zeros(1, device=device), channel.peer, group=group)
 
     def before_computation(self) -> None:
         """Note that a computation starts: receives that are posted from now on may run beside it."""

@@ -172,10 +172,11 @@ def translate_peer_errors(doing: str) -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise on every rank an `SlmError` that any rank raises inside the context, so that no rank waits for a dead one.
+    """Raise on every rank the `SlmError` of the first rank that raises one inside the context.
 
-    Collective over the world on exit; nothing inside may communicate. A rank without an error of its own raises
-    the first one of the others. Without a process group (a dry run) only the own error is raised.
+    So no rank waits for a dead one, all end with one exit code, and one of them prints the error (`raised_by`).
+    Collective over the world on exit; nothing inside may communicate. Without a process group (a dry run) only the own
+    error is raised.
     """
     if not dist.is_initialized():
         yield
@@ -185,9 +186,14 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except SlmError as error:
         own = error
-    for error_of_rank in [own, *all_gather_objects(own)]:
-        if error_of_rank is not None:
-            raise error_of_rank
+    for rank, raised in enumerate(all_gather_objects(own)):
+        if raised is None:
+            continue
+        if rank == dist.get_rank():
+            assert own is not None, "it was just gathered"
+            raise own
+        raised.raised_by = rank
+        raise raised from own
 
 
 def all_gather_objects(value: _T, group: dist.ProcessGroup | None = None) -> list[_T]:

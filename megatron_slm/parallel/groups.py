@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -42,6 +43,9 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     complete_environment()
     select_device()
     try:
+        if not dist.is_initialized():
+            # DeepSpeed would bind the process group to the GPU, and torch split each further group off the whole world
+            dist.init_process_group(communication_backend(), timeout=timeout)
         deepspeed.init_distributed(dist_backend=communication_backend(), timeout=timeout, verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
@@ -81,40 +85,51 @@ class DataParallel:
 
 
 def create_tensor_parallel_group(topology: Topology, *, sequence_parallel: bool) -> TensorParallel:
-    """Create the tensor-parallel groups and return this rank's. Collective over the world."""
+    """Create this rank's tensor-parallel group. Collective over its members (see `create_group`)."""
     rank = dist.get_rank()
-    group = _create_groups(topology.tensor_groups(), rank) if topology.tensor > 1 else None
     return TensorParallel(
         size=topology.tensor,
         rank=topology.coordinate(rank).tensor,
         sequence_parallel=sequence_parallel and topology.tensor > 1,
-        group=group,
+        group=create_group(topology.tensor_groups()) if topology.tensor > 1 else None,
     )
 
 
 def create_data_parallel_group(topology: Topology) -> DataParallel:
-    """Create the data-parallel groups and return this rank's. Collective over the world."""
+    """Create this rank's data-parallel group. Collective over its members (see `create_group`)."""
+    group = create_group(topology.data_groups()) if topology.data > 1 else None
+    return DataParallel(size=topology.data, rank=topology.coordinate(dist.get_rank()).data, group=group)
+
+
+def create_group(family: Sequence[Sequence[int]], *, options: Any | None = None) -> ProcessGroup | None:
+    """Create the one group, of a family of disjoint ones, that this rank belongs to; None if it belongs to none.
+
+    Every rank asks for the same families in the same order. The groups of a family are created side by side, each by
+    its members alone: a group that all ranks of the world had to create would cost as many collectives over the world
+    as there are groups. On NCCL the communicator is made by the first message. torch names such a group by its ranks
+    and the number of groups that its creator has, so a rank outside of a family creates one too, of itself.
+
+    Where a caller bound the process group to a GPU, torch makes each group by a split of the world's communicator:
+    then one split, in which every rank takes part, makes the whole family.
+
+    Args:
+        family: the ranks of each group, ascending.
+        options: the backend's options.
+    """
+    if dist.distributed_c10d._get_default_group().bound_device_id is not None:
+        return dist.split_group(split_ranks=[list(ranks) for ranks in family], pg_options=options)
     rank = dist.get_rank()
-    group = _create_groups(topology.data_groups(), rank) if topology.data > 1 else None
-    return DataParallel(size=topology.data, rank=topology.coordinate(rank).data, group=group)
+    own = next((list(ranks) for ranks in family if rank in ranks), None)
+    group = dist.new_group(own or [rank], pg_options=options, use_local_synchronization=True)
+    return None if own is None else group
 
 
-def _create_groups(all_ranks: list[list[int]], rank: int) -> ProcessGroup | None:
-    """Create every group, in order, on every rank of the world; return the one that contains `rank`."""
-    own_group: ProcessGroup | None = None
-    for ranks in all_ranks:
-        group = dist.new_group(ranks)
-        if rank in ranks:
-            own_group = group
-    return own_group
-
-
-def message_group(low: int, high: int) -> ProcessGroup:
-    """Make the group of two ranks that send each other hidden states. Collective over the world."""
+def create_message_group(pairs: Sequence[Sequence[int]]) -> ProcessGroup | None:
+    """Create the group of two ranks that send each other hidden states, of disjoint pairs (see `create_group`)."""
     options: Any | None = None
     if dist.get_backend() == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = MESSAGE_BLOCKS
         timeout = distributed_c10d._get_default_timeout(dist.Backend("nccl"))
         options._timeout = timeout
-    return dist.new_group([low, high], pg_options=options)
+    return create_group(pairs, options=options)

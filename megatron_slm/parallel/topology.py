@@ -93,3 +93,21 @@ class Topology:
             for p in range(self.pipeline)
             for t in range(self.tensor)
         ]
+
+    def model_groups(self) -> list[list[int]]:
+        """Return the ranks of every copy of the model, all stages and slices, in the same order on all ranks."""
+        return [
+            [self.rank(pipeline=p, data=d, tensor=t) for p in range(self.pipeline) for t in range(self.tensor)]
+            for d in range(self.data)
+        ]
+
+    def neighbors(self, first_stage: int) -> list[list[int]]:
+        """Return the disjoint pairs of neighbors: each pipeline's ranks of stages (i, i + 1), i = `first_stage` + 2 k.
+
+        Those from stage 0 and those from stage 1 are together all neighbors.
+        """
+        return [
+            [pipeline[i], pipeline[i + 1]]
+            for i in range(first_stage, self.pipeline - 1, 2)
+            for pipeline in self.pipeline_groups()
+        ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron_slm.checkpoint.slices import TABLE, describe_slice, file_name
 from megatron_slm.checkpoint.snapshot import TensorFile
 from megatron_slm.checkpoint.weights import WeightSource, read_range
 from megatron_slm.parallel.shards import parts_of, parts_with_offsets
@@ -73,5 +73,5 @@ class FollowingReference:
                 if name.startswith("tied_output.") or (part.dim is None and self.place.tensor > 0):
                     continue
                 tensors[f"{len(slices)}.weight"] = average.flatten()[offset : offset + part.numel]
-                slices.append({**asdict(part), "begin": 0, "end": part.numel})
-        return [TensorFile(f"{FILE_KIND}_{rank:05d}.safetensors", tensors, {"pieces": json.dumps(slices)})]
+                slices.append(describe_slice(part, 0, part.numel))
+        return [TensorFile(file_name(FILE_KIND, rank), tensors, {TABLE: json.dumps(slices)})]

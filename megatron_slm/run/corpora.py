@@ -65,6 +65,7 @@ def open_run_data(
     global_batch_size: int,
     *,
     dry: bool,
+    share: tuple[int, int] = (0, 1),
 ) -> RunData:
     """Open the data of a whole run, up to --train-iters, resumed or not (see `open_data`)."""
     return open_data(
@@ -75,6 +76,7 @@ def open_run_data(
         global_batch_size=global_batch_size,
         manifest=resume.manifest if resume else None,
         dry=dry,
+        share=share,
     )
 
 
@@ -87,6 +89,7 @@ def open_data(
     global_batch_size: int,
     manifest: Manifest | None = None,
     dry: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> RunData:
     """Open the run's corpora and lay out its samples.
 
@@ -97,6 +100,7 @@ def open_data(
         manifest: of the checkpoint that the run resumes from; the orders that it has begun are continued.
         dry: make indices in memory, unless --data-cache-path names a folder for them. (Remote corpora are copied all
             the same: they cannot be opened otherwise.)
+        share: (i, n) reads the token ids of the i-th of n shares of the corpora, to check them.
 
     Raises:
         SlmError: a corpus cannot be used, two held-out sets have one name, or the samples are not the checkpoint's.
@@ -117,6 +121,7 @@ def open_data(
         eod_id=eod if ends_matter else None,
         cache=cache,
         columns=dict.fromkeys(named, config.selection.columns),
+        share=share,
     )
     opened = {prefix: opener.open(prefix) for prefix in named}
     valid = _held_out(_VALID, paths, list(named.values()), opener, config.data.seq_length)

@@ -42,22 +42,22 @@ class Models:
         return min(arch.vocab_size for arch in self.architectures)
 
 
-def open_models(config: RunConfig, resume: Resume | None, *, checksums: bool) -> Models:
+def open_models(config: RunConfig, resume: Resume | None, *, share: tuple[int, int]) -> Models:
     """Open the models that a configuration names.
 
     Args:
-        checksums: compare the contents of checkpoints with their manifests; one rank of a run is enough.
+        share: (i, n) compares the i-th of n shares of the checkpoints' files with their manifests.
 
     Raises:
         SlmError: a model or the tokenizer is missing or unreadable, or the architecture contradicts a flag.
     """
-    init = open_if_named(config.model.init_from, "--init-from", checksums=checksums)
+    init = open_if_named(config.model.init_from, "--init-from", checksums=True, share=share)
     tokenizer = open_tokenizer(config, init)
     reference = None
     if not config.selection.reference_scores:
         reference = init
         if config.selection.reference_load != START_MODEL:
-            reference = open_if_named(config.selection.reference_load, "--reference-load", checksums=checksums)
+            reference = open_if_named(config.selection.reference_load, "--reference-load", checksums=True, share=share)
     architecture = resolve_architecture(config, _stored_architecture(init, resume), tokenizer.vocab_size)
     return Models(tokenizer=tokenizer, architecture=architecture, init=init, reference=reference)
 

@@ -69,6 +69,8 @@ class CorpusOpener:
     """End-of-document token that samples are cut at; None where it does not matter."""
     cache: Path
     """Folder for copies of remote corpora."""
+    share: tuple[int, int] = (0, 1)
+    """(i, n) reads the token ids of the i-th of n shares of the corpora, so that n ranks together read each once."""
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Columns that are read, by prefix of the corpus."""
     opened: dict[str, OpenedCorpus] = field(default_factory=dict)
@@ -83,6 +85,8 @@ class CorpusOpener:
             names = self.columns.get(prefix, ())
             local = staged(prefix, self.cache, names)
             tokens, mask = open_corpus(local, self.tokenizer, self.num_tokens), find_loss_mask(local)
+            if len(self.opened) % self.share[1] == self.share[0]:
+                tokens.check_vocabulary(self.num_tokens)
             self._check_ends(tokens)
             opened = OpenedCorpus(tokens=tokens, loss_mask=None if mask is None else IndexedCorpus(mask))
             self.opened[prefix] = opened.with_columns(names)
@@ -103,10 +107,10 @@ class CorpusOpener:
 
 
 def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCorpus:
-    """Open a corpus and validate its token ids against the run's tokenizer and vocabulary.
+    """Open a corpus and validate what its .meta.json records against the run's tokenizer and vocabulary.
 
     Raises:
-        CorpusError, VocabularyError: it is damaged, empty, of another tokenizer, or holds ids beyond the vocabulary.
+        CorpusError, VocabularyError: it is damaged, empty, of another tokenizer, or records ids beyond the vocabulary.
     """
     corpus = IndexedCorpus(prefix)
     sidecar = read_sidecar_of(corpus)
@@ -126,7 +130,6 @@ def open_corpus(prefix: str, tokenizer: Tokenizer, num_tokens: int) -> IndexedCo
             f"be below the models' vocabulary size, {num_tokens}",
             "use models of the corpus' vocabulary",
         )
-    corpus.check_vocabulary(num_tokens)
     return corpus
 
 

@@ -141,7 +141,8 @@ def make_plan(
     """Validate a configuration against the world, the files and itself.
 
     Args:
-        rank: rank 0 also compares checksums and checks the folders that the run writes.
+        rank: ranks share the checksums of checkpoints and the token ids of corpora; rank 0 checks stores and the
+            folders that the run writes.
         dry: nothing will be trained (see `open_run_data`).
 
     Raises:
@@ -155,13 +156,14 @@ def make_plan(
     check_ranks(config, topology)
     batch_size, num_micro_batches = batch_arithmetic(config, topology)
     resolved = resolve_deepspeed(user_deepspeed, config, topology, num_micro_batches)
-    models = open_models(config, resume, checksums=rank == 0)
+    share = (0, 1) if dry else (rank, world_size)
+    models = open_models(config, resume, share=share)
     check_models(config, topology, models, resume)
     backends = run_backends(config, user_deepspeed, models.architectures)
     check_documents(config, models.tokenizer, backends)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=models.num_tokens)
     check_backward_rows(config, selector)
-    data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry)
+    data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry, share=share)
     check_sets(config, data.valid, data.test)
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
     warn_of_long_sequences(config, models.architecture, models.reference_architecture)

@@ -37,7 +37,7 @@ class Resume:
 def open_resume(config: RunConfig) -> Resume | None:
     """Find and verify the checkpoint of `--load`. Collective over the world, where there is one.
 
-    Every rank compares the checksums of its share of the files.
+    One rank reads the manifest for all; every rank verifies its share of the files.
 
     Returns:
         None without `--load`, and where it is the folder that the run saves to and has no checkpoint yet.
@@ -56,8 +56,7 @@ def open_resume(config: RunConfig) -> Resume | None:
     for number, folder in enumerate(candidates):
         before = candidates[number + 1] if number + 1 < len(candidates) else None
         try:
-            with raise_on_all_ranks():
-                manifest = _verified(folder, config.checkpoint.load_checksums, (rank, num_ranks))
+            manifest = _verified(folder, config.checkpoint.load_checksums, (rank, num_ranks))
         except CheckpointError as error:
             if before is None or not config.checkpoint.load_fallback:
                 raise _damaged(error, before) from error
@@ -108,9 +107,16 @@ def _candidates(config: RunConfig) -> list[Path]:
 
 
 def _verified(folder: Path, checksums: str, share: tuple[int, int]) -> Manifest:
-    manifest = Manifest.read(folder)
+    """Read a manifest on rank 0 and verify every rank's share of its files. Collective over the world."""
+    read: Manifest | None = None
+    with raise_on_all_ranks():
+        if share[0] == 0:
+            read = Manifest.read(folder)
+    manifest = broadcast_from_rank_0(read)
+    assert manifest is not None, "rank 0 read it"
     limit = float("inf") if checksums == "all" else CHECKSUM_LIMIT_BYTES
-    verify_files(folder, manifest, checksums=checksums != "none", limit_bytes=limit, share=share)
+    with raise_on_all_ranks():
+        verify_files(folder, manifest, checksums=checksums != "none", limit_bytes=limit, share=share)
     return manifest
 
 
@@ -119,7 +125,7 @@ def _damaged(error: CheckpointError, before: Path | None) -> CheckpointError:
     if before is None:
         return error
     fix = f"name another one with --load, or add --load-fallback (the one before is {before.name})"
-    return CheckpointError(error.field, error.value, error.rule, fix)
+    return error.with_fix(fix)
 
 
 def _check_length(config: RunConfig, manifest: Manifest) -> None:

@@ -8,9 +8,9 @@ from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
 from megatron_slm.errors import ConfigError
 
 
-def open_if_named(path: str | None, field: str, *, checksums: bool) -> Model | None:
-    """Open the model at `path`; None without a path."""
-    return None if path is None else open_model(path, field=field, checksums=checksums)
+def open_if_named(path: str | None, field: str, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> Model | None:
+    """Open the model at `path` (see `open_model`); None without a path."""
+    return None if path is None else open_model(path, field=field, checksums=checksums, share=share)
 
 
 def open_run_tokenizer(config: RunConfig) -> Tokenizer:

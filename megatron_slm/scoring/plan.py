@@ -126,7 +126,7 @@ def make_scoring_plan(
     """Validate a run's configuration for scoring its samples, at a layout which need not be the run's.
 
     Args:
-        rank: rank 0 also compares checksums of checkpoints.
+        rank: ranks share the checksums of the reference and the token ids of corpora.
         resume: of the run; the sample orders that its checkpoint has begun are continued, as in the run.
         dry: nothing will be scored (see `open_run_data`).
 
@@ -143,7 +143,8 @@ def make_scoring_plan(
             "scoring (its default depends on the layout, and the number of samples with it)",
             "pass the run's, as to tools/pretrain_slm.py",
         )
-    reference = open_model(path, field="--reference-load", checksums=rank == 0)
+    share = (0, 1) if dry else (rank, world_size)
+    reference = open_model(path, field="--reference-load", share=share)
     tokenizer = open_run_tokenizer(config)
     reference_tokenizer = _reference_tokenizer(reference, config, path) if options.retokenize else None
     if reference_tokenizer is None:
@@ -154,7 +155,7 @@ def make_scoring_plan(
         rule = f"be at most the tokenizer's {tokenizer.vocab_size} ids"
         raise ConfigError("--top-logprobs", options.top_logprobs, rule, "use e.g. 64")
     num_tokens = reference.architecture.vocab_size if reference_tokenizer is None else tokenizer.vocab_size
-    data = open_run_data(config, tokenizer, num_tokens, resume, training.global_batch_size, dry=dry)
+    data = open_run_data(config, tokenizer, num_tokens, resume, training.global_batch_size, dry=dry, share=share)
     retokenized = None
     if reference_tokenizer is not None:
         retokenized = RetokenizedSamples(

@@ -15,6 +15,7 @@ from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.preflight.run import preflight
+from megatron_slm.parallel.reporting import report_together
 from megatron_slm.reference.manifest import StoreManifest
 from megatron_slm.reference.store import begun
 from megatron_slm.run.resume import open_resume
@@ -33,6 +34,7 @@ def score(config: RunConfig, options: ScoringOptions) -> StoreManifest:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    report_together(config.logging.run_dir)
     with name_silent_nodes(), translate_peer_errors("the scoring pass"):
         resume = open_resume(config)
         with raise_on_all_ranks():

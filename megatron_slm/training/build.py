@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +10,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import set_z3_leaf_modules
 
 from megatron_slm.analysis.probe_records import ProbeFolder
-from megatron_slm.checkpoint.fragments import fill_optimizer
+from megatron_slm.checkpoint.fragments import fill_optimizer, share_weights
 from megatron_slm.checkpoint.load import CheckpointSource, load_state, restore_rng
 from megatron_slm.checkpoint.retention import Retention
 from megatron_slm.checkpoint.save import Saver, Writer
@@ -29,7 +26,8 @@ from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.device import local_device
 from megatron_slm.engine.context import StageContext
 from megatron_slm.engine.flat import FlatModule, FlatTrainer
-from megatron_slm.engine.module import StageModule, deepspeed_topology
+from megatron_slm.engine.grid import Grid
+from megatron_slm.engine.module import StageModule
 from megatron_slm.engine.pipeline import pipeline_engine
 from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.simulate import describe
@@ -92,11 +90,12 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     tp = create_tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
     divisible = plan.config.model.make_vocab_size_divisible_by
     layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
-    dp = create_data_parallel_group(plan.topology) if plan.selector.scope == "data-parallel" else DataParallel()
+    dp = create_data_parallel_group(plan.topology)
+    grid = Grid(plan.topology, tp, dp)
     objective = Objective(
         selector=plan.selector,
         tp=tp,
-        dp=dp,
+        dp=dp if plan.selector.scope == "data-parallel" else DataParallel(),
         head=plan.loss_head,
         distillation=Distillation.from_config(plan.config.distillation),
         observer=observer,
@@ -106,7 +105,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
-    trainer = make(plan, layers, objective, reference)
+    trainer = make(plan, layers, grid, objective, reference)
     state = _load(plan, trainer.engine.optimizer)
     if trainer.rows is not None:
         state.row_shares = trainer.rows.first_shares(state.row_shares)
@@ -144,16 +143,16 @@ def _following(plan: Plan, reference: FrozenStage) -> FollowingReference | None:
         return None
     source: WeightSource = frozen.source
     if plan.resume is not None:
-        source = CheckpointSource(plan.resume.folder, kind=FILE_KIND)
+        source = CheckpointSource(plan.resume.folder, plan.resume.manifest, kind=FILE_KIND)
     place = plan.topology.coordinate(dist.get_rank())
     with raise_on_all_ranks():
         return FollowingReference(reference, source, decay=plan.config.reference_update.decay, place=place)
 
 
 def _pipeline_trainer(
-    plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None
+    plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | None
 ) -> Trainer:
-    module = StageModule(plan.models.architecture, layers, plan.topology)
+    module = StageModule(plan.models.architecture, layers, grid)
     if plan.backends.compile_blocks:
         compile_blocks(module)
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
@@ -180,7 +179,9 @@ def _pipeline_trainer(
     return pipeline_engine(module, optimizer, plan.deepspeed, context)
 
 
-def _flat_trainer(plan: Plan, layers: ParallelLayers, objective: Objective, reference: FrozenStage | None) -> Trainer:
+def _flat_trainer(
+    plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | None
+) -> Trainer:
     recompute = plan.config.parallel.recompute_granularity == "full"
     # backward passes reduce gradients: they wait for other ranks
     timers = Timers(plan.config.logging.timing_log_level, work=[name for name in WORK if name != "backward-compute"])
@@ -191,8 +192,6 @@ def _flat_trainer(plan: Plan, layers: ParallelLayers, objective: Objective, refe
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, updates_on)
     if plan.zero_stage == 3 and not plan.config.backward.is_exact:
         set_z3_leaf_modules(module, [Block])  # its backward pass is one function, which needs all of its weights
-    with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints the topology
-        grid = PipelineParallelGrid(topology=deepspeed_topology(plan.topology))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
     return FlatTrainer(
         engine,
@@ -231,7 +230,7 @@ def _load(plan: Plan, optimizer: Any) -> RunState:
     state = RunState()
     if plan.resume is not None:
         manifest = plan.resume.manifest
-        source = CheckpointSource(plan.resume.folder)
+        source = CheckpointSource(plan.resume.folder, manifest)
         state = load_state(plan.resume.folder, manifest)
         if not plan.data.keeps_order:
             state.probe_kept = None  # it is of another first batch
@@ -243,6 +242,7 @@ def _load(plan: Plan, optimizer: Any) -> RunState:
         fill_optimizer(optimizer, source, adam_step=adam_step)
         if plan.resume is not None:
             restore_rng(plan.resume.folder, plan.resume.manifest, dist.get_rank())
+    share_weights(optimizer)
     return state
 
 

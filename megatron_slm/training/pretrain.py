@@ -14,6 +14,7 @@ from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
 from megatron_slm.preflight.run import preflight
+from megatron_slm.parallel.reporting import report_together
 from megatron_slm.run.plan import make_plan
 from megatron_slm.run.resume import open_resume
 from megatron_slm.run.sample_order import describe_sources
@@ -39,6 +40,7 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
     if config.preflight.preflight:
         preflight(config, to_stderr=True)
     init_distributed(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    report_together(config.logging.run_dir)
     with name_silent_nodes(), translate_peer_errors("outside of the pipeline's schedule"):
         resume = open_resume(config)
         with raise_on_all_ranks():

@@ -22,7 +22,7 @@ from megatron_slm.flags.load import parse
 from megatron_slm.run.resume import Resume, open_resume
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, train_and_report
-from tests.support.world import WorldError, run_world
+from tests.support.world import WorldError, reported_error, run_world
 
 SAVED = "run/checkpoints"
 
@@ -154,11 +154,9 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken_only_on_request(run:
     again = {**values(run, **{k: v for k, v in common.items() if k != "run_dir"}), "run-dir": tmp_path / "run"}
     with pytest.raises(WorldError) as failed:
         run_world(command, 2, flags(again))
-    for output in failed.value.outputs:
-        errors = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
-        assert "step_00000004/weights_00001.safetensors" in errors[0]
-        assert "--load-fallback (the one before is step_00000002)" in errors[0]
+    error = reported_error(failed.value)
+    assert "step_00000004/weights_00001.safetensors" in error
+    assert "--load-fallback (the one before is step_00000002)" in error
 
     whole = run_world(
         train_and_report, 2, {**values(run), "run-dir": tmp_path / "straight", "save": tmp_path / "other"}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_slm.checkpoint import load
 from megatron_slm.checkpoint.load import CheckpointSource
-from megatron_slm.checkpoint.weights import RandomWeights, cut_range, read_range
+from megatron_slm.checkpoint.slices import TABLE, Slice, slices_in, slices_in_headers
+from megatron_slm.checkpoint.weights import Quantity, RandomWeights, cut_range, read_range
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.groups import TensorParallel
@@ -59,6 +63,41 @@ def test_any_cut_reads_any_other(tmp_path_factory, wrote, reads, data_ranks, ran
     end = random.randrange(begin, wanted.numel) + 1
     assert torch.equal(source.read("weight", wanted, begin, end), cut_range(WHOLE, wanted, begin, end))
     assert torch.equal(source.read("exp_avg", wanted, begin, end), -cut_range(WHOLE, wanted, begin, end))
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads"), [((1, 4), (1, 2)), ((0, 4), (0, 2)), ((None, 1), (1, 4)), ((1, 4), (0, 2))]
+)
+def test_another_layout_reads_no_more_than_overlaps(
+    wrote: tuple[int | None, int], reads: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice by columns lies in whole rows of a file, and is read by blocks of them."""
+    write(tmp_path, *wrote, data_ranks=1)
+    source = CheckpointSource(tmp_path)
+    monkeypatch.setattr(load, "BLOCK_ELEMENTS", 16)
+    read: list[int] = []
+    real = CheckpointSource._tensor
+
+    def counting(self: CheckpointSource, slice_: Slice, quantity: Quantity, begin: int, end: int) -> torch.Tensor:
+        read.append(end - begin)
+        return real(self, slice_, quantity, begin, end)
+
+    monkeypatch.setattr(CheckpointSource, "_tensor", counting)
+    wanted = part(*reads, 0)
+    assert torch.equal(source.read("weight", wanted, 0, wanted.numel), cut_range(WHOLE, wanted, 0, wanted.numel))
+    assert sum(read) == (WHOLE.numel() if wrote[0] is None else wanted.numel)
+    assert max(read) <= 16
+
+
+def test_tables_of_the_manifest_are_those_of_the_headers(tmp_path: Path) -> None:
+    write(tmp_path, 0, 2, 3)
+    headers = slices_in_headers(tmp_path)
+    files: dict[str, dict[str, Any]] = {}
+    for path in tmp_path.glob("weights_*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            files[path.name] = {TABLE: json.loads(file.metadata()[TABLE])}
+        path.unlink()
+    assert slices_in(tmp_path, files) == headers
 
 
 def test_a_missing_piece_is_never_filled_in(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_slm.data import build_once
 from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.packing import PackedSamples
 from tests.data.corpora import make_corpus
@@ -43,8 +46,8 @@ def test_ranks_that_start_together_build_once(tmp_path: Path) -> None:
 
 
 def test_nodes_whose_locks_do_not_meet_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without file locks every node builds, the first rename wins, and all read the same."""
-    monkeypatch.setattr("megatron_slm.data.index_cache.FileLock.acquire", lambda self: (_ for _ in ()).throw(OSError()))
+    """Where every node builds the first rename wins, and all read the same."""
+    monkeypatch.setattr("megatron_slm.data.build_once._take", lambda lock: True)
 
     def build() -> dict[str, Any]:
         other = IndexCache(tmp_path).arrays("k", "x", None, lambda: {"a": np.arange(5)})  # meanwhile
@@ -110,3 +113,63 @@ def test_a_rewritten_corpus_has_another_index(tmp_path: Path) -> None:
     assert order([5, 9, 3, 20]) != order([20, 9, 3, 5])
     assert order([5, 9, 3, 20]) == order([5, 9, 3, 20])
     assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 2
+
+
+def build_for_ever(folder: Path, started: Any) -> None:
+    def build() -> dict[str, Any]:
+        started.set()
+        time.sleep(600)
+        return {}
+
+    IndexCache(folder).arrays("k", "x", None, build)
+
+
+def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    builder = context.Process(target=build_for_ever, args=(tmp_path, started))
+    builder.start()
+    assert started.wait(20)
+    builder.kill()
+    builder.join()
+    assert [path.name for path in tmp_path.iterdir()], "its lock is still there"
+    assert IndexCache(tmp_path).arrays("k", "x", None, lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+    assert not list(tmp_path.glob(".*")), "and so is nothing else of it"
+
+
+def test_a_builder_on_another_host_is_waited_for_while_its_heart_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_once, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(build_once, "LONGEST_POLL_SECONDS", 0.05)
+    lock, built = tmp_path / "lock", threading.Event()
+    lock.write_text("another.host 1")
+
+    def other() -> None:
+        for beat in range(8):
+            time.sleep(0.2)
+            os.utime(lock, (beat, beat))
+        built.set()
+        lock.unlink()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    found = build_once.build_once(lock, lambda: "theirs" if built.is_set() else None, lambda: "ours")
+    thread.join()
+    assert found == "theirs"
+    lock.write_text("another.host 1")  # and no heart
+    assert build_once.build_once(lock, lambda: None, lambda: "ours") == "ours"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_heart_beats_while_the_interpreter_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_once, "HEARTBEAT_SECONDS", 0.05)
+    lock, touched = tmp_path / "lock", []
+
+    def build() -> str:
+        os.utime(lock, (1, 1))
+        while not touched or touched[-1] == 1:  # holds the interpreter's lock most of the time
+            touched.append(lock.stat().st_mtime)
+        return "built"
+
+    assert build_once.build_once(lock, lambda: None, build) == "built"

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_slm.data.interleave import Interleave, greedy_choices, normalized
+from megatron_slm.data import interleave as interleave_module
+from megatron_slm.data.greedy_order import compiled_order
+from megatron_slm.data.interleave import COUNTED_EVERY, Interleave, greedy_choices, normalized
 from tests.data import megatron_oracle  # noqa: F401  (silences its imports)
 
 
@@ -28,11 +30,15 @@ CASES = {
     "a hundred, most of them rare": ([1.0, *[1e-4] * 99], 120_000),
     "below one block": ([0.3, 0.7], 100),
     "exactly two blocks": ([0.3, 0.7], 2048),
+    "exactly the samples between two counts": ([0.3, 0.5, 0.2], COUNTED_EVERY),
+    "beyond them": ([0.3, 0.5, 0.2], 2 * COUNTED_EVERY + 1),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_megatrons_helper(case: str) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "side by side"])
+def test_equals_megatrons_helper(case: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interleave_module, "_COMPILED_FROM", 0 if compiled else 10**18)
     raw, size = CASES[case]
     weights = normalized(raw)
     source, number = megatron(list(weights), size)
@@ -44,6 +50,32 @@ def test_equals_megatrons_helper(case: str) -> None:
         assert interleave.drawn(index) == np.bincount(source[:index], minlength=len(weights)).tolist()
     assert interleave.drawn(size) == np.bincount(source, minlength=len(weights)).tolist()
     assert counts[0].tolist() == [0] * len(weights)
+
+
+def test_a_thousand_corpora_of_very_different_weights_equal_megatrons_helper() -> None:
+    raw = np.random.default_rng(0).pareto(1.1, 1000) + 1e-3
+    raw[100:200] = raw[100]
+    weights, size = normalized(raw.tolist()), 200_000
+    source, _ = megatron(list(weights), size)
+    found = compiled_order(np.array(weights), size, counted_every=50_000)
+    assert found is not None
+    choice, counts = found
+    np.testing.assert_array_equal(choice, source)
+    np.testing.assert_array_equal(counts[3], np.bincount(source[:150_000], minlength=1000))
+    np.testing.assert_array_equal(counts[4], np.bincount(source, minlength=1000))
+
+
+def test_without_a_compiler_the_order_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = np.array(normalized([6, 3, 1]))
+    monkeypatch.setattr(interleave_module, "_COMPILED_FROM", 0)
+    with_one = greedy_choices(weights, 70_000)
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    without = greedy_choices(weights, 70_000)
+    assert "no C compiler" in caplog.text
+    for one, other in zip(with_one, without, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,13 +40,12 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     subprocess.run(["umount", folder], check=True)
 
 
-def errors(failed: WorldError) -> list[str]:
-    """The one error line of every rank; there is no traceback but the one that TensorBoard's own thread leaves."""
+def error(failed: WorldError) -> str:
+    """The one error line of all ranks; there is no traceback but the one that TensorBoard's own thread leaves."""
     for output in failed.outputs:
         assert output.count("Traceback") == output.count("Exception in thread") <= output.count("event_file_writer.py")
-    lines = [[line for line in out.splitlines() if line.startswith("error: ")] for out in failed.outputs]
-    assert all(len(of_rank) == 1 for of_rank in lines), lines
-    return [line for [line] in lines]
+    [line] = [line for out in failed.outputs for line in out.splitlines() if line.startswith("error: ")]
+    return line
 
 
 @pytest.mark.parametrize("small_disk", [MIB], indirect=True)
@@ -59,7 +59,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     with pytest.raises(WorldError) as failed:
         run_world(command, 2, flags(values))
     assert failed.value.codes == [1, 1]
-    assert all("No space left on device" in line for line in errors(failed.value))
+    assert "No space left on device" in error(failed.value)
     found = complete_checkpoints(saved)
     assert found
     for folder in found:
@@ -71,7 +71,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("small_disk", [64 * 2**10], indirect=True)
 def test_no_room_for_the_metrics(small_disk: Path, tmp_path: Path) -> None:
-    """The step is saved elsewhere, every rank prints the error, and the run can be resumed."""
+    """The step is saved elsewhere, one rank prints the error, and the run can be resumed."""
     saved = tmp_path / "checkpoints"
     values = run_flags(
         write_corpus(tmp_path / "corpus"), small_disk / "run", train_iters=100, save_interval=100, save=saved,
@@ -80,7 +80,7 @@ def test_no_room_for_the_metrics(small_disk: Path, tmp_path: Path) -> None:
     with pytest.raises(WorldError) as failed:
         run_world(command, 2, flags(values))
     assert failed.value.codes == [1, 1]
-    assert all("--run-dir is " in line and "No space left on device" in line for line in errors(failed.value))
+    assert re.search("--run-dir is .*No space left on device", error(failed.value))
     [folder] = complete_checkpoints(saved)
     step = Manifest.read(folder).step
     assert 1 < step < 100
@@ -124,10 +124,10 @@ def test_what_rank_0_alone_writes(where: str, tmp_path: Path) -> None:
     assert failed.value.codes == [1, 1]
     fix = "free disk space or choose another folder, then resume"
     folder = str(tmp_path / "run")
-    assert (
-        errors(failed.value)
-        == [f"error: --run-dir is {folder!r}: must be writable (No space left on device: {where}). Fix: {fix}"] * 2
+    expected = (
+        f"error: --run-dir is {folder!r}: must be writable (No space left on device: {where}). Fix: {fix} (rank 0, "
     )
+    assert error(failed.value).startswith(expected)
     [saved] = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert Manifest.read(saved).step == {"metrics": 3, "TensorBoard": 1, "texts": 3}.get(where, 4)
 
@@ -179,6 +179,6 @@ def test_no_room_for_the_record_of_a_bad_batch(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(WorldError) as failed:
         run_world(spike_on_a_full_disk, 2, flags(values))
-    assert all("--run-dir is " in line and "No space left on device" in line for line in errors(failed.value))
+    assert re.search("--run-dir is .*No space left on device", error(failed.value))
     [saved] = complete_checkpoints(tmp_path / "checkpoints")
     assert Manifest.read(saved).step == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed.ops
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_slm.errors import ConfigError
@@ -61,17 +62,56 @@ def test_no_error_raises_nothing() -> None:
     assert run_world(fail_on, 2, 5) == ["no error"] * 2
 
 
-def test_messages_between_stages_take_few_blocks_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def default_group(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for the world's process group, on rank 2 of 6."""
+    group = SimpleNamespace(bound_device_id=None)
+    monkeypatch.setattr(groups.dist.distributed_c10d, "_get_default_group", lambda: group)
+    monkeypatch.setattr(groups.dist, "get_rank", lambda: 2)
+    return group
+
+
+def test_messages_between_stages_take_few_blocks_on_nccl(
+    monkeypatch: pytest.MonkeyPatch, default_group: SimpleNamespace
+) -> None:
     made: list[Any] = []
     options = SimpleNamespace(config=SimpleNamespace(max_ctas=32))
     monkeypatch.setattr(groups.dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(groups.distributed_c10d, "default_pg_nccl_timeout", timedelta(minutes=7))
     monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), raising=False)
-    monkeypatch.setattr(groups.dist, "new_group", lambda ranks, pg_options: made.append((ranks, pg_options)))
-    groups.message_group(2, 4)
+    monkeypatch.setattr(groups.dist, "new_group", lambda ranks, pg_options, **_: made.append((ranks, pg_options)))
+    groups.create_message_group([[0, 1], [2, 4]])
     assert made == [([2, 4], options)]
     assert options.config.max_ctas == groups.MESSAGE_BLOCKS <= 4
     assert options._timeout == timedelta(minutes=7)
     monkeypatch.setattr(groups.dist, "get_backend", lambda: "gloo")
-    groups.message_group(0, 1)
-    assert made[1] == ([0, 1], None)
+    groups.create_message_group([[2, 3]])
+    assert made[1] == ([2, 3], None)
+
+
+def sums_in_groups_of_neighbors() -> list[float]:
+    init_distributed(timedelta(seconds=20))
+    rank, sums = dist.get_rank(), []
+    for family in ([[0, 1]], [[0, 1]], [[1, 2]], [[0, 1, 2]]):
+        group = groups.create_group(family)
+        if group is not None:
+            x = torch.tensor(2.0**rank)
+            dist.all_reduce(x, group=group)
+            sums.append(x.item())
+    return sums
+
+
+def test_groups_overlap_though_some_ranks_are_in_more_of_them() -> None:
+    """torch names a group by how many its creator has; members with different numbers would wait for each other."""
+    assert run_world(sums_in_groups_of_neighbors, 3) == [[3, 3, 7], [3, 3, 6, 7], [6, 7]]
+
+
+def test_a_group_bound_to_a_gpu_is_split_once_for_a_whole_family(
+    monkeypatch: pytest.MonkeyPatch, default_group: SimpleNamespace
+) -> None:
+    calls: list[Any] = []
+    default_group.bound_device_id = "cuda:0"
+    monkeypatch.setattr(groups.dist, "new_group", lambda *_, **__: pytest.fail("would wait for all other ranks"))
+    monkeypatch.setattr(groups.dist, "split_group", lambda **kwargs: calls.append(kwargs))
+    groups.create_group([[0, 1], [3, 4]])
+    assert calls == [{"split_ranks": [[0, 1], [3, 4]], "pg_options": None}]

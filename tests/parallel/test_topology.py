@@ -30,3 +30,22 @@ def test_what_is_left_of_the_world_is_data_parallelism() -> None:
         Topology.from_world(6, tensor=4, pipeline=1)
     with pytest.raises(LayoutError, match="--tensor-model-parallel-size is 0: must be at least 1"):
         Topology(tensor=0)
+
+
+def test_neighbors_are_all_pairs_of_adjacent_stages_in_two_disjoint_families() -> None:
+    topology = Topology(pipeline=5, data=2, tensor=3)
+    families = [topology.neighbors(first_stage) for first_stage in (0, 1)]
+    for pairs in families:
+        ranks = [rank for pair in pairs for rank in pair]
+        assert len(ranks) == len(set(ranks))
+    expected = [list(pair) for pipeline in topology.pipeline_groups() for pair in itertools.pairwise(pipeline)]
+    assert sorted(families[0] + families[1]) == sorted(expected)
+
+
+def test_model_groups_hold_every_rank_once_and_one_data_index_each() -> None:
+    topology = Topology(pipeline=2, data=3, tensor=2)
+    model_groups = topology.model_groups()
+    assert sorted(rank for ranks in model_groups for rank in ranks) == list(range(12))
+    for data, ranks in enumerate(model_groups):
+        assert {topology.coordinate(rank).data for rank in ranks} == {data}
+        assert ranks == sorted(ranks)

@@ -18,7 +18,7 @@ from tests.support.training import (
     train_drawing_random_numbers,
     train_with_a_full_disk,
 )
-from tests.support.world import WorldError, run_world
+from tests.support.world import WorldError, reported_error, run_world
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2 tp2": (4, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}),
@@ -138,7 +138,7 @@ def test_a_save_that_is_killed_after_its_rename_is_complete(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("rank", "asynchronous"), [(0, False), (1, False), (1, True)])
-def test_a_full_disk_on_one_rank_is_one_error_on_all(rank: int, asynchronous: bool, tmp_path: Path) -> None:
+def test_a_full_disk_on_one_rank_is_one_error_of_all(rank: int, asynchronous: bool, tmp_path: Path) -> None:
     """The run stops; the checkpoint before is whole, nothing is left of the one that failed, and the run goes on
     from there with the bits of one that never stopped, though only one checkpoint is kept."""
     values = run_flags(
@@ -148,10 +148,11 @@ def test_a_full_disk_on_one_rank_is_one_error_on_all(rank: int, asynchronous: bo
     with pytest.raises(WorldError) as failed:
         run_world(train_with_a_full_disk, 2, values, rank, 4)
     assert failed.value.codes == [1, 1]
-    errors = [[line for line in out.splitlines() if line.startswith("error: ")] for out in failed.value.outputs]
-    assert all(len(lines) == 1 and "error: --save" in lines[0] and "File too large" in lines[0] for lines in errors)
-    assert all(f"_{rank:05d}.safetensors" in lines[0] for lines in errors), "the file is named"
-    assert not any("Traceback" in output for output in failed.value.outputs)
+    error = reported_error(failed.value)
+    assert error.startswith("error: --save")
+    assert "File too large" in error
+    assert f"_{rank:05d}.safetensors" in error, "the file is named"
+    assert f"(rank {rank}, host " in error, "by the rank that has it"
     saved = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in saved.iterdir()) == ["latest", "step_00000002"]
     assert metrics(tmp_path / "run")[-1]["step"] <= 5, "a failure surfaces at the next step"

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slm.checkpoint.fragments import trained_parameters
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.convert.export import export_checkpoint
 from megatron_slm.flags.load import parse
@@ -21,6 +20,11 @@ from megatron_slm.training.loop import train
 from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.world import run_world
+
+
+def trained_parameters(optimizer: Any) -> list[torch.nn.Parameter]:
+    groups = next(getattr(optimizer, name) for name in ("bf16_groups", "bit16_groups") if hasattr(optimizer, name))
+    return [parameter for group in groups for parameter in group]
 
 
 def inspect(values: dict[str, Any]) -> dict[str, Any]:

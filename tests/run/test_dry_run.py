@@ -24,16 +24,16 @@ SHAPE: dict[str, Any] = {
 
 def held_on_this_rank(arch: Architecture, frozen: Architecture, topology: Topology, divisible: int) -> tuple[int, int]:
     """Parameters of the stages of model and reference that training would build here."""
+    from megatron_slm.engine.grid import Grid
     from megatron_slm.engine.module import StageModule
-    from megatron_slm.parallel.groups import create_tensor_parallel_group, init_distributed
+    from megatron_slm.parallel.groups import DataParallel, create_tensor_parallel_group, init_distributed
     from megatron_slm.parallel.layers import ParallelLayers
     from megatron_slm.reference.frozen import FrozenStage
 
     init_distributed()
-    layers = ParallelLayers(
-        create_tensor_parallel_group(topology, sequence_parallel=False), vocabulary_divisible_by=divisible
-    )
-    model = StageModule(arch, layers, topology)
+    tp = create_tensor_parallel_group(topology, sequence_parallel=False)
+    layers = ParallelLayers(tp, vocabulary_divisible_by=divisible)
+    model = StageModule(arch, layers, Grid(topology, tp, DataParallel()))
     stage = topology.coordinate(torch.distributed.get_rank()).pipeline
     reference = FrozenStage(frozen, layers, stage=stage, num_stages=topology.pipeline)
     counts = [sum(p.numel() for p in module.parameters()) for module in (model, reference)]

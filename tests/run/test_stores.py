@@ -19,7 +19,7 @@ from megatron_slm.run.plan import make_plan
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.scoring import score_here
 from tests.support.training import command
-from tests.support.world import WorldError, run_world
+from tests.support.world import WorldError, reported_error, run_world
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,8 @@ def test_a_damaged_store_ends_every_rank_before_the_first_step(
     with pytest.raises(WorldError) as failed:
         run_world(command, 2, flags({**run, "pipeline-model-parallel-size": 2}))
     assert failed.value.codes == [2, 2]
-    for output in failed.value.outputs:
-        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert re.search(f"{shard_name(1)}.*{pattern}", error), error
+    error = reported_error(failed.value)
+    assert re.search(f"{shard_name(1)}.*{pattern}", error), error
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

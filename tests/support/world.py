@@ -27,6 +27,13 @@ class WorldError(AssertionError):
         self.codes, self.outputs = codes, outputs
 
 
+def reported_error(failed: WorldError) -> str:
+    """The one error line that the ranks of a world print together; none of them prints a traceback."""
+    assert not any("Traceback" in output for output in failed.outputs)
+    [line] = [line for output in failed.outputs for line in output.splitlines() if line.startswith("error: ")]
+    return line
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -66,7 +73,7 @@ def run_world(
     world_size: int,
     *args: Any,
     timeout_seconds: float = 120.0,
-    grace_seconds: float = 5.0,
+    grace_seconds: float = 20.0,
 ) -> list[Any]:
     """`target(*args)` on every rank; the ranks' results. `target` is a module-level function.
 

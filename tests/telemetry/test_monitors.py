@@ -21,7 +21,7 @@ from megatron_slm.telemetry.monitors import Monitors, board_folder, check_monito
 from tests.support.planting import train_clean, train_planted
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command
-from tests.support.world import WorldError, run_world
+from tests.support.world import WorldError, reported_error, run_world
 
 DOCS = Path("docs/metrics.md")
 WANDB = """
@@ -220,9 +220,8 @@ def test_what_cannot_be_opened_ends_all_ranks_before_the_first_step(folder: Path
     with pytest.raises(WorldError) as failed:
         run_world(command_with_wandb, 2, given, folder)
     assert failed.value.codes == [1, 1]
-    for output in failed.value.outputs:
-        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert "DeepSpeed JSON: wandb is 'enabled': must start (RuntimeError: no route to host)" in error
+    error = reported_error(failed.value)
+    assert "DeepSpeed JSON: wandb is 'enabled': must start (RuntimeError: no route to host)" in error
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -19,7 +19,7 @@ from megatron_slm.run.plan import make_plan
 from tests.support.documents import token_losses
 from tests.support.runs import recorded, run_flags, save_hf_llama, write_corpus
 from tests.support.training import command, flags, train_and_report
-from tests.support.world import WorldError, run_world
+from tests.support.world import WorldError, reported_error, run_world
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +163,8 @@ def test_an_unreadable_shard_stops_all_ranks_with_the_state_saved(folder: Path, 
     with pytest.raises(WorldError) as failed:
         run_world(train_on_a_failing_disk, 4, values("stopped", save_interval=100), rank, 45)
     assert failed.value.codes == [1] * 4
-    for output in failed.value.outputs:
-        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert re.search(r"web\.bin': must be readable in sequence \d+ from token \d+.*Input/output error", error)
+    error = reported_error(failed.value)
+    assert re.search(r"web\.bin': must be readable in sequence \d+ from token \d+.*Input/output error", error)
     saved = tmp_path / "stopped" / "checkpoints"
     step = int((saved / "latest").read_text().removeprefix("step_"))
     assert 1 <= step < 10
@@ -210,9 +209,8 @@ def test_an_unreadable_held_out_shard_stops_all_ranks_with_the_state_saved(
     with pytest.raises(WorldError) as failed:  # the first evaluation makes about 40 reads
         run_world(train_with_a_file_that_fails, 4, values("stopped", **saves), rank, "books.bin", 60)
     assert failed.value.codes == [1] * 4
-    for output in failed.value.outputs:
-        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert re.search(r"books\.bin': must be readable in sequence \d+ from token \d+.*Input/output error", error)
+    error = reported_error(failed.value)
+    assert re.search(r"books\.bin': must be readable in sequence \d+ from token \d+.*Input/output error", error)
     saved = tmp_path / "stopped" / "checkpoints"
     assert (saved / "latest").read_text() == "step_00000004"
     resumed = run_world(train_and_report, 4, values("stopped", load=saved, **saves))

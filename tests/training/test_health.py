@@ -21,7 +21,7 @@ from megatron_slm.training.health import Health, spike_limit, with_loss
 from tests.support.cases import some_by_default
 from tests.support.planting import Kind, command_planted, train_clean, train_planted
 from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus, zero_config
-from tests.support.world import WorldError, run_world
+from tests.support.world import WorldError, reported_error, run_world
 
 PLANTED = 13
 """In the second step's samples, 8 to 15."""
@@ -250,11 +250,10 @@ def test_a_run_stops_with_a_checkpoint_behind_the_bad_batches(folder: Path, tmp_
     with pytest.raises(WorldError) as failed:
         run_world(command_planted, 2, given, "loss", bad)
     assert failed.value.codes == [EXIT_UNUSABLE] * 2
-    for output in failed.value.outputs:
-        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert "2 up to step 4 (2 x nonfinite-loss)" in error
-        assert "the checkpoint just saved has the weights before them" in error
-        assert f"tools/replay.py {tmp_path}/run/bad_batches.jsonl" in error
+    error = reported_error(failed.value)
+    assert "2 up to step 4 (2 x nonfinite-loss)" in error
+    assert "the checkpoint just saved has the weights before them" in error
+    assert f"tools/replay.py {tmp_path}/run/bad_batches.jsonl" in error
     saved = find_checkpoint(tmp_path / "run" / "checkpoints")
     manifest = Manifest.read(saved)
     assert (manifest.step, manifest.state.consumed_samples, manifest.state.adam_step) == (4, 32, 2)
