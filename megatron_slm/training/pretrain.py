@@ -13,8 +13,8 @@ from megatron_slm.loss.objective import Observer
 from megatron_slm.operations.reach import name_silent_nodes
 from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
-from megatron_slm.preflight.run import preflight
 from megatron_slm.parallel.reporting import report_together
+from megatron_slm.preflight.run import preflight
 from megatron_slm.run.plan import make_plan
 from megatron_slm.run.resume import open_resume
 from megatron_slm.run.sample_order import describe_sources

@@ -117,7 +117,7 @@ def simulate(case: Case, folder: Path, heard: list[Any] | None = None) -> tuple[
     torch.set_num_threads(1)
     rank = case.rank % case.world_size
     simulated = SimulatedRank(rank, case.world_size, heard)
-    from megatron_slm.config.load import parse
+    from megatron_slm.flags.load import parse
     from megatron_slm.training import loop
     from megatron_slm.training.pretrain import prepare
 
