@@ -26,7 +26,9 @@ def test_quick(tmp_path: Path) -> None:
     assert predicted["stored scores + rows"][0] == pytest.approx((1 + 2 * 0.68) / 3, abs=1e-3)
     ratios = {r["mode"]: r["ratio"] for r in records}
     assert ratios["clm"] == 1.0
-    assert all(ratio > 0.0 for ratio in ratios.values()), "measured, but not compared: a busy machine decides their order"
+    assert all(ratio > 0.0 for ratio in ratios.values()), (
+        "measured, but not compared: a busy machine decides their order"
+    )
     order = ("stored scores + rows", "skewed-rows", "skewed", "ride-along")
     assert [predicted[mode][0] for mode in order] == sorted(predicted[mode][0] for mode in order)
     assert "| skewed | 2 | 4 |" in done.stdout
