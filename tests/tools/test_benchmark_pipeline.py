@@ -13,7 +13,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 
 
 def test_quick(tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), "pipeline", "--quick", "--rounds", "2", "--unit-ms", "15"]
+    command = [sys.executable, str(TOOL), "pipeline", "--quick", "--rounds", "7", "--unit-ms", "15"]
     done = subprocess.run([*command, "--json", str(tmp_path / "found.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "found.json").read_text())
@@ -26,9 +26,6 @@ def test_quick(tmp_path: Path) -> None:
     assert predicted["stored scores + rows"][0] == pytest.approx((1 + 2 * 0.68) / 3, abs=1e-3)
     ratios = {r["mode"]: r["ratio"] for r in records}
     assert ratios["clm"] == 1.0
-    assert all(ratio > 0.0 for ratio in ratios.values()), (
-        "measured, but not compared: a busy machine decides their order"
-    )
-    order = ("stored scores + rows", "skewed-rows", "skewed", "ride-along")
-    assert [predicted[mode][0] for mode in order] == sorted(predicted[mode][0] for mode in order)
+    assert ratios["skewed"] < ratios["ride-along"]
+    assert ratios["stored scores + rows"] < ratios["skewed-rows"] < ratios["skewed"]
     assert "| skewed | 2 | 4 |" in done.stdout
