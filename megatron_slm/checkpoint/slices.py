@@ -65,7 +65,9 @@ def slices_in(folder: Path, files: Mapping[str, dict[str, Any]], kind: str = "we
         CheckpointError: such a file is damaged.
     """
     names = sorted(name for name in files if name.startswith(f"{kind}_"))
-    return _by_name((name, files[name].get(TABLE) or _table_in_header(folder / name)) for name in names)
+    return _by_name(
+        (name, files[name][TABLE] if TABLE in files[name] else _table_in_header(folder / name)) for name in names
+    )
 
 
 def slices_in_headers(folder: Path, kind: str = "weights") -> Slices:

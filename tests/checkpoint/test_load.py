@@ -100,6 +100,10 @@ def test_tables_of_the_manifest_are_those_of_the_headers(tmp_path: Path) -> None
     assert slices_in(tmp_path, files) == headers
 
 
+def test_a_file_without_slices_is_not_opened_for_its_table(tmp_path: Path) -> None:
+    assert slices_in(tmp_path, {"weights_00000.safetensors": {TABLE: []}}) == {}  # the file does not even exist
+
+
 def test_a_missing_piece_is_never_filled_in(tmp_path: Path) -> None:
     write(tmp_path, 0, 2, 2)
     (tmp_path / "weights_00001.safetensors").unlink()

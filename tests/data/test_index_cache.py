@@ -124,7 +124,9 @@ def build_for_ever(folder: Path, started: Any) -> None:
     IndexCache(folder).arrays("k", "x", None, build)
 
 
-def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.timeout(60)
+def test_a_killed_builder_of_this_host_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_once, "STALE_SECONDS", 3600.0)
     context = multiprocessing.get_context("fork")
     started = context.Event()
     builder = context.Process(target=build_for_ever, args=(tmp_path, started))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,6 +106,27 @@ def sums_in_groups_of_neighbors() -> list[float]:
 def test_groups_overlap_though_some_ranks_are_in_more_of_them() -> None:
     """torch names a group by how many its creator has; members with different numbers would wait for each other."""
     assert run_world(sums_in_groups_of_neighbors, 3) == [[3, 3, 7], [3, 3, 6, 7], [6, 7]]
+
+
+def sums_in_disjoint_groups(folder: str) -> list[float]:
+    """First all groups are created at the same time, then those of ranks 0 and 1 before the others."""
+    init_distributed(timedelta(seconds=20))
+    done = Path(folder) / "done"
+    rank, sums = dist.get_rank(), []
+    for at_once in (True, True, True, False):
+        while not at_once and rank > 1 and not done.exists():
+            time.sleep(0.02)
+        x = torch.tensor(2.0**rank)
+        dist.all_reduce(x, group=groups.create_group([[0, 1], [2, 3]]))
+        sums.append(x.item())
+    done.touch()
+    dist.barrier()  # rank 0 serves the store until all are done
+    return sums
+
+
+def test_a_group_is_created_by_its_members_alone(tmp_path: Path) -> None:
+    found = run_world(sums_in_disjoint_groups, 4, str(tmp_path), timeout_seconds=60.0)
+    assert found == [[3.0] * 4] * 2 + [[12.0] * 4] * 2
 
 
 def test_a_group_bound_to_a_gpu_is_split_once_for_a_whole_family(
