@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from megatron_slm.checkpoint.weights import cut_range
+from megatron_slm.convert.hf_source import HuggingFaceSource
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.convert.source import open_model
+from megatron_slm.parallel.shards import Part
 from tests.support.runs import save_hf_llama
 
 
@@ -46,3 +51,14 @@ def test_one_of_our_checkpoints(folder: Path, tmp_path: Path) -> None:
     one, same = (checksum(Path(path)) for path in imported)
     assert one == same
     assert checksum(Path(other)) != one
+
+
+@pytest.mark.parametrize("dim", [None, 0, 1])
+def test_any_elements_of_a_part_are_read(folder: Path, dim: int | None) -> None:
+    source, name = HuggingFaceSource(folder), "model.layers.0.mlp.down_proj.weight"
+    whole = load_file(folder / "model.safetensors")[name]
+    length = 0 if dim is None else whole.shape[dim] // 2
+    part = Part(name=name, shape=tuple(whole.shape), dim=dim, start=length, length=length)
+    width = part.local_shape[1]
+    for begin, end in ((0, part.numel), (1, 2), (width - 1, 2 * width + 3), (3 * width, 4 * width), (5, 5)):
+        assert torch.equal(source.read("weight", part, begin, end), cut_range(whole, part, begin, end))
