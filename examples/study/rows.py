@@ -135,7 +135,8 @@ def _page(
     yield (
         "Made by `python examples/study/study.py results --rows`. Gain kept: the share of exact SLM's gain over CLM in "
         "the final held-out loss, with the 95 % interval of the paired differences. Hoped for: at least 0.90, its "
-        "interval from 0.75 on.\n"
+        "interval from 0.75 on. Times are not of these runs but of `python tools/benchmark.py backward`, a larger "
+        "model's.\n"
     )
     head = ["run", *(f"gain kept, {measure}" for measure in measures), "seeds", "rows", "added variance", "clipped"]
     yield "| " + " | ".join([*head, "step / plain"]) + " |"
