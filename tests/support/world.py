@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,12 @@ def run_world(
     world_size: int,
     *args: Any,
     timeout_seconds: float = 120.0,
-    grace_seconds: float = 20.0,
+    grace_seconds: float = 5.0,
 ) -> list[Any]:
     """`target(*args)` on every rank; the ranks' results. `target` is a module-level function.
 
-    Once a rank has failed, the others have `grace_seconds` to end by themselves.
+    Once a rank has failed, the others have `grace_seconds` to end by themselves, beside the time for which they wait
+    for a core.
 
     Raises:
         WorldError: a rank failed or the time ran out; every process is gone by then.
@@ -104,14 +106,23 @@ def run_world(
 def _wait(processes: list[BaseProcess], timeout_seconds: float, grace_seconds: float) -> bool:
     """Wait for all; once one has failed, give the others a moment and end them. True if time ran out."""
     deadline, failed_at = time.monotonic() + timeout_seconds, None
-    while any(process.is_alive() for process in processes):
+    queued_before: dict[int | None, float] = {}
+    while running := [process for process in processes if process.is_alive()]:
         now = time.monotonic()
         if failed_at is None and any(process.exitcode for process in processes):
-            failed_at = now
-        if now > deadline or (failed_at is not None and now > failed_at + grace_seconds):
+            failed_at, queued_before = now, {process.pid: _queued_seconds(process) for process in running}
+        queued = max((_queued_seconds(one) - queued_before.get(one.pid, 0.0) for one in running), default=0.0)
+        if now > deadline or (failed_at is not None and now > failed_at + grace_seconds + queued):
             for process in processes:
                 process.kill()
                 process.join()
             return now > deadline
         time.sleep(0.02)
     return False
+
+
+def _queued_seconds(process: BaseProcess) -> float:
+    """Time for which a process has waited for a core: on a busy machine it is most of its time."""
+    with suppress(OSError):  # it has ended meanwhile
+        return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
