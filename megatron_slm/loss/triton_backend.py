@@ -73,7 +73,8 @@ def _gradient(
     e = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(factor.dtype)  # arithmetic never in bf16
     if LOGITS:
         e = tl.exp(e - tl.load(row_max + row))
-    gradient = tl.where(column == tl.load(label_column + row), tl.load(label_gradient + row), e * factor)
+    label = tl.load(label_column + row).to(tl.int32)  # comparisons of 64 bits would take more registers
+    gradient = tl.where(column == label, tl.load(label_gradient + row), e * factor)
     tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty), mask=inside)
 
 

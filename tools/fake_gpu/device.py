@@ -1,4 +1,4 @@
-"""Loads the device; import this before torch."""
+"""Loads the device, and torch after it; import this before torch."""
 
 from __future__ import annotations
 
@@ -9,4 +9,8 @@ from fake_gpu.build import library
 
 if "torch" in sys.modules:
     raise RuntimeError("fake_gpu.device is imported before torch, which looks for its CUDA hooks once")
-ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+_library = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+
+import torch  # noqa: E402, F401
+
+_library.install_guard()

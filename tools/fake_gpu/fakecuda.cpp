@@ -1,10 +1,12 @@
-// A CUDA device that computes nothing, for torch's CPU build: what autograd asks of a device, so that a backward pass
+// A CUDA device that computes nothing: what autograd asks of a device, so that a backward pass
 // runs over FakeTensors of device "cuda", in a device thread of its own as on a GPU.
 //
 // Loaded before torch is imported, because torch looks for its CUDA hooks once.
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include <memory>
 
 namespace {
 
@@ -63,10 +65,20 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   int getNumGPUs() const override { return 1; }
 };
 
-c10::impl::DeviceGuardImplRegistrar guard(c10::DeviceType::CUDA, new Guard);
+std::unique_ptr<at::CUDAHooksInterface> make_hooks(at::CUDAHooksArgs arguments) {
+  return std::make_unique<CUDAHooks>(arguments);
+}
+
+// torch's CUDA build registers hooks of its own, with the default priority.
+const bool registered = [] {
+  at::CUDAHooksRegistry()->Register("CUDAHooks", make_hooks, c10::REGISTRY_PREFERRED);
+  return true;
+}();
 
 }  // namespace
 
-using at::CUDAHooksRegistry;
-using at::RegistererCUDAHooksRegistry;
-REGISTER_CUDA_HOOKS(CUDAHooks);
+// Called once torch is imported, whose CUDA build registers a guard of its own.
+extern "C" void install_guard() {
+  static const Guard guard;
+  const c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+}
