@@ -135,7 +135,22 @@ def write_column_sidecar(prefix: str | Path, name: str) -> None:
     for block in _blocks(column):
         minimum, maximum = min(minimum, float(block.min())), max(maximum, float(block.max()))
     sidecar = ColumnSidecar(corpus_sha256=content_sha256(IndexedCorpus(prefix)), minimum=minimum, maximum=maximum)
-    write_durably(sidecar_path(column), (json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n").encode())
+    save_column_sidecar(prefix, name, sidecar)
+
+
+def save_column_sidecar(prefix: str | Path, name: str, sidecar: ColumnSidecar) -> None:
+    """Write a column's `.meta.json`."""
+    text = json.dumps(dataclasses.asdict(sidecar), indent=2) + "\n"
+    write_durably(sidecar_path(column_prefix(prefix, name)), text.encode())
+
+
+def is_column(prefix: str | Path) -> bool:
+    """True if the `.meta.json` at a prefix is that of a column, not of a corpus."""
+    try:
+        values = json.loads(sidecar_path(prefix).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "corpus_sha256" in values
 
 
 def _blocks(column: str) -> Iterator[npt.NDArray[np.float16]]:

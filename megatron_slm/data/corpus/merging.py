@@ -1,4 +1,4 @@
-"""Merges corpora, with their loss masks and sidecars."""
+"""Merges corpora, with their loss masks, columns and sidecars."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_slm.data.corpus.indexed import CorpusIndex, bin_path, idx_path, sidecar_path
 from megatron_slm.data.corpus.joined_corpus import JoinedCorpus, Merged, require_dtype
+from megatron_slm.data.corpus.merged_columns import MergedColumns
 from megatron_slm.data.corpus.sidecar import Sidecar, find_loss_mask, loss_mask_prefix, read_sidecar_of
 from megatron_slm.errors import CorpusError, VocabularyError
 from megatron_slm.progress import show_progress
@@ -37,12 +38,9 @@ def concatenate(
     """
     if not prefixes:
         raise CorpusError.missing("--input", "merging", "name at least one corpus")
+    _require_other_output(prefixes, output_prefix)
     dtype = CorpusIndex(prefixes[0]).dtype
     for prefix in prefixes:
-        if bin_path(prefix).resolve() == bin_path(output_prefix).resolve():
-            raise CorpusError(
-                "--output-prefix", str(output_prefix), "not be one of the inputs", "choose another prefix"
-            )
         require_dtype(CorpusIndex(prefix), dtype)  # check all before copying the first
     size = sum(bin_path(prefix).stat().st_size for prefix in prefixes)
     for prefix in (output_prefix, loss_mask_prefix(output_prefix)):
@@ -60,19 +58,36 @@ def merge_corpora(
     output_prefix: str | Path,
     command: str,
     warn: Callable[[str], None] = lambda _: None,
+    *,
+    drop: Sequence[str] = (),
 ) -> Merged:
-    """Concatenate corpora with their loss masks and sidecars.
+    """Concatenate corpora with their loss masks, columns and sidecars.
 
     Args:
         prefixes: the corpora, in order.
         output_prefix: prefix of the new corpus.
         command: the command line, recorded in the sidecar.
         warn: called with a message if something cannot be checked.
+        drop: names of columns to leave out.
 
     Raises:
         VocabularyError: the corpora's tokenizers or their BOS and EOD ids differ.
-        CorpusError: see `concatenate`; or only some corpora have a loss mask; or a sidecar is of another corpus.
+        CorpusError: see `concatenate` and `MergedColumns`; or only some corpora have a loss mask; or a sidecar is of
+            another corpus.
     """
+    _require_other_output(prefixes, output_prefix)
+    columns = MergedColumns(prefixes, output_prefix, drop)
+    sidecar_of = _checked_sidecars(prefixes, output_prefix, command, warn)
+    columns.write(concatenate)
+    merged = concatenate(prefixes, output_prefix, sidecar_of)
+    columns.complete()
+    return merged
+
+
+def _checked_sidecars(
+    prefixes: Sequence[str | Path], output_prefix: str | Path, command: str, warn: Callable[[str], None]
+) -> Callable[[Merged], Sidecar | None]:
+    """Check that corpora fit together, and merge their loss masks; return what builds the new corpus' sidecar."""
     sidecars = [read_sidecar_of(CorpusIndex(prefix)) for prefix in prefixes]
     known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
     for prefix, sidecar in known:
@@ -94,7 +109,7 @@ def merge_corpora(
                 )
         without = next(str(prefix) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is None)
         warn(f"{without} has no .meta.json: its tokenizer cannot be checked, and the new corpus gets no .meta.json")
-        return concatenate(prefixes, output_prefix)
+        return lambda _: None
     mask: Merged | None = None
     if masked:
         masks = [Path(prefix).parent / str(sidecar.loss_mask) for prefix, sidecar in known]
@@ -103,7 +118,12 @@ def merge_corpora(
     def sidecar_of(merged: Merged) -> Sidecar:
         return _combined([sidecar for _, sidecar in known], merged, mask, output_prefix, command)
 
-    return concatenate(prefixes, output_prefix, sidecar_of)
+    return sidecar_of
+
+
+def _require_other_output(prefixes: Sequence[str | Path], output_prefix: str | Path) -> None:
+    if any(bin_path(prefix).resolve() == bin_path(output_prefix).resolve() for prefix in prefixes):
+        raise CorpusError("--output-prefix", str(output_prefix), "not be one of the inputs", "choose another prefix")
 
 
 def _remove_orphans(prefix: str | Path) -> None:
