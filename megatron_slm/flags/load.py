@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import enum
+import functools
 import inspect
 import re
 import textwrap
@@ -140,7 +142,8 @@ def known_flags() -> list[str]:
     return [flag(name) for name in _fields()] + list(_OWN_FLAGS)
 
 
-def _parser() -> _Parser:
+@functools.cache
+def _built_parser() -> _Parser:
     parser = _Parser(
         prog="pretrain_slm.py",
         usage="%(prog)s --config FILE [flags]",
@@ -279,7 +282,7 @@ def parse(argv: Sequence[str], *, train_iters: int | None = None) -> tuple[RunCo
         ConfigError: an unknown name (suggests the nearest one), or a value of the wrong type or out of range.
     """
     words = _normalize_flags(argv)
-    parser = _parser()
+    parser = copy.deepcopy(_built_parser())  # a YAML file's values become its defaults
     path = _yaml_path(words)
     if path is not None:
         parser.set_defaults(_typed(parser, _read_yaml(path), path))
