@@ -161,7 +161,7 @@ class StashedRows:
         # with room for all rows none can be missing, and the device is not asked
         self.missing_M = (self.slot_K < 0).nonzero().squeeze(1) if not stash.has_room_for_all else self.slot_K[:0]
         self.hidden_Md = rows.hidden_Kd[self.missing_M]
-        self.has_all = self.missing_M.numel() == 0 and self.slot_K.numel() == stash.used
+        self.has_all = stash.has_room_for_all and self.slot_K.numel() == stash.num_rows
 
     def exponentials(self, block: VocabularyBlock, *, release: bool = True) -> tuple[Tensor, Tensor]:
         """Return exp(logit - maximum so far) [K, B], and the factors that turn it into the logits' gradients [K].
@@ -172,7 +172,7 @@ class StashedRows:
         max_K = self.stash.max_LN[block.index, self.rows.kept_K]
         x_KB = self.stash.take(block.index, release=release)
         # where it has just these rows, they are in order already, since slots ascend as rows do
-        x_KB = x_KB[: self.stash.used] if self.has_all else x_KB.index_select(0, self.slot_K.clamp(min=0))
+        x_KB = x_KB[: self.stash.num_rows] if self.has_all else x_KB.index_select(0, self.slot_K.clamp(min=0))
         if self.missing_M.numel():
             computed_MB = (
                 BlockMemory(len(self.hidden_Md), block.size, self.hidden_Md)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,12 +23,14 @@ class ThresholdPredictor:
         return None if self._bound is None else score_R >= self._bound
 
     def learn(self, score_N: Tensor, ranked_N: Tensor, num_kept: int) -> None:
-        """Remember a micro-batch's threshold, less the band.
+        """Remember a micro-batch's threshold, less the band. Nothing waits for the device.
 
         Args:
             ranked_N: rows that could be kept.
         """
-        score_V = score_N[ranked_N]
-        wanted = min(score_V.numel(), num_kept + math.ceil(BAND * score_V.numel()))
-        if wanted:
-            self._bound = torch.topk(score_V, wanted, sorted=False).values.min()
+        num_ranked = ranked_N.sum()
+        wanted = torch.minimum(num_ranked, num_kept + (BAND * num_ranked.double()).ceil().long())
+        descending_N = score_N.masked_fill(~ranked_N, -torch.inf).sort(descending=True).values
+        bound = descending_N.take((wanted - 1).clamp(min=0))
+        before = torch.full_like(bound, -torch.inf) if self._bound is None else self._bound
+        self._bound = torch.where(wanted > 0, bound, before)

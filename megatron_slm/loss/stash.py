@@ -24,14 +24,19 @@ class Stash:
     def __init__(
         self, hidden_Nd: Tensor, weight_Vd: Tensor, *, capacity: int, chunk_rows: int, dtype: torch.dtype
     ) -> None:
-        self.capacity, self.used = capacity, 0
-        self.has_room_for_all = capacity >= hidden_Nd.shape[0]
+        self.capacity, self.num_rows = capacity, hidden_Nd.shape[0]
+        self.has_room_for_all = capacity >= self.num_rows
         self._sizes = block_sizes(weight_Vd.shape[0], on_gpu=weight_Vd.is_cuda)
-        self._blocks: list[Tensor | None] = [self._empty(hidden_Nd, capacity, size, dtype) for size in self._sizes]
+        slots = capacity if self.has_room_for_all else capacity + 1  # the last one takes what is not kept
+        self._blocks: list[Tensor | None] = [self._empty(hidden_Nd, slots, size, dtype) for size in self._sizes]
         self._scratch = (
             [] if self.has_room_for_all else [self._empty(hidden_Nd, chunk_rows, size, dtype) for size in self._sizes]
         )
-        self._slot_N = torch.full((hidden_Nd.shape[0],), -1, dtype=torch.int64, device=hidden_Nd.device)
+        self._slot_N = torch.full((self.num_rows,), -1, dtype=torch.int64, device=hidden_Nd.device)
+        self._taken = self._slot_N.new_zeros(())
+        """Slots that rows have asked for, counted on the device: the host does not wait for predictions."""
+        self._surely_taken = 0
+        """Those of rows that no prediction chose, counted on the host."""
         self.max_LN = hidden_Nd.new_empty((len(self._sizes), hidden_Nd.shape[0]), dtype=accumulation_dtype(hidden_Nd))
         """Maxima of the rows after each of the L blocks, which that block's exponentials are relative to."""
 
@@ -40,31 +45,31 @@ class Stash:
         return like.new_empty((rows, columns), dtype=dtype)
 
     def open(self, num_rows: int) -> list[Tensor] | None:
-        """Return the space for a chunk's exponentials, [num_rows, B] a block; None where the stash is full."""
-        if self.used == self.capacity:
+        """Return the space for a chunk's exponentials, [num_rows, B] a block; None where the stash is surely full."""
+        if self._surely_taken >= self.capacity:
             return None
         if not self._scratch:
-            return [block[self.used : self.used + num_rows] for block in self._blocks if block is not None]
+            first = self._surely_taken
+            return [block[first : first + num_rows] for block in self._blocks if block is not None]
         return [scratch[:num_rows] for scratch in self._scratch]
 
     def close(self, chunk: slice, predicted_R: Tensor | None) -> None:
         """Keep the chunk's rows that are predicted to be needed (None: all), as far as there is space."""
-        if not self._scratch:
-            first, num_rows = self.used, chunk.stop - chunk.start
-            self._slot_N[chunk] = torch.arange(first, first + num_rows, device=self._slot_N.device)
-            self.used += num_rows
-            return
+        first, num_rows = self._surely_taken, chunk.stop - chunk.start
         if predicted_R is None:
-            row_K = torch.arange(chunk.stop - chunk.start, device=self._slot_N.device)
-        else:
-            row_K = predicted_R.nonzero().squeeze(1)
-        row_K = row_K[: self.capacity - self.used]
-        end = self.used + row_K.numel()
+            self._surely_taken += num_rows
+        if not self._scratch:
+            self._slot_N[chunk] = torch.arange(first, first + num_rows, device=self._slot_N.device)
+            return
+        wanted_R = torch.ones_like(self._slot_N[chunk]) if predicted_R is None else predicted_R.long()
+        slot_R = self._taken + wanted_R.cumsum(0) - 1
+        kept_R = (wanted_R > 0) & (slot_R < self.capacity)
+        slot_R = torch.where(kept_R, slot_R, self.capacity)
         for block, scratch in zip(self._blocks, self._scratch, strict=True):
             assert block is not None, "a stash is filled before it is consumed"
-            torch.index_select(scratch, 0, row_K, out=block[self.used : end])
-        self._slot_N[chunk.start + row_K] = torch.arange(self.used, end, device=row_K.device)
-        self.used = end
+            block.index_copy_(0, slot_R, scratch[:num_rows])
+        self._slot_N[chunk] = torch.where(kept_R, slot_R, -1)
+        self._taken = self._taken + wanted_R.sum()
 
     def seal(self) -> None:
         """End the forward pass: free the memory that only it needed."""
@@ -75,7 +80,7 @@ class Stash:
         return self._slot_N[kept_K]
 
     def take(self, index: int, *, release: bool = True) -> Tensor:
-        """Return a block's exponentials, [capacity, B], of which `used` rows are filled.
+        """Return a block's exponentials by slot, [slots, B]; slots that no row has are not initialized.
 
         Args:
             release: it is for the last time, and the caller may overwrite it.

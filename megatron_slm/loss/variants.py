@@ -80,7 +80,10 @@ class LossHead:
         if wanted == num_rows <= rows_in_budget:  # space for all rows: each is written to its slot at once
             return StashPlan(variant, num_rows, num_rows, stash_dtype)
         chunk_rows = min(CHUNK_ROWS, num_rows, rows_in_budget // 2)  # otherwise one chunk passes through first
-        return StashPlan(variant, min(wanted, rows_in_budget - chunk_rows), chunk_rows, stash_dtype)
+        capacity = min(wanted, rows_in_budget - chunk_rows - 1)  # and one row takes what is not kept
+        if capacity < 1:
+            return StashPlan("recompute", 0, num_rows, stash_dtype)
+        return StashPlan(variant, capacity, chunk_rows, stash_dtype)
 
     @staticmethod
     def _choose(num_rows: int, predicted_rows: int, rows_in_budget: int, keep_ratio: float) -> VariantName:

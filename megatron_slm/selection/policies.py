@@ -21,13 +21,12 @@ does not depend on the distribution of micro-batches over ranks."""
 def standardize(score_N: Tensor, ranked_N: Tensor) -> Tensor:
     """Return (score - mean) / standard deviation over the ranked tokens, fp32 [N]; 0 where all are equal.
 
-    Computed in fp64 with the population's deviation. Values of unranked tokens are meaningless.
+    Computed in fp64 with the population's deviation; sums of fp32 numbers that are equal are exact there. Values of
+    unranked tokens are meaningless. Nothing waits for the device.
     """
-    score_R = score_N[ranked_N].double()
-    if score_R.numel() == 0:
-        return torch.zeros_like(score_N)
-    mean, deviation = score_R.mean(), score_R.std(correction=0)
-    centered_N = score_N.double() - mean
+    score_N, count = score_N.double(), ranked_N.sum()
+    centered_N = score_N - score_N.masked_fill(~ranked_N, 0.0).sum() / count
+    deviation = (centered_N.masked_fill(~ranked_N, 0.0).square().sum() / count).sqrt()
     return torch.where(deviation > 0, centered_N / deviation, 0.0).float()
 
 

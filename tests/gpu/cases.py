@@ -20,6 +20,7 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Backends
 from megatron_slm.engine.flat import FlatModule
 from megatron_slm.loss import blocks, selective_ce
+from megatron_slm.loss.distillation import Distillation
 from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
 from megatron_slm.loss.torch_backend import TorchKernels
 from megatron_slm.loss.variants import LossHead
@@ -30,7 +31,14 @@ from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.selection.scores import SCORES
 from megatron_slm.selection.selector import Selector
-from megatron_slm.types import Documents, MicroBatch, TokenStatistics
+from megatron_slm.types import (
+    DenseDistribution,
+    Distribution,
+    Documents,
+    MicroBatch,
+    SparseDistribution,
+    TokenStatistics,
+)
 
 DEVICE = torch.device("cuda")
 KEEP = 0.6
@@ -183,14 +191,22 @@ def _plant(kind: str, model: FlatModule) -> None:
 def loss_head(
     *, layout: str = "one", kernels: str = "torch", variant: Any = "auto", stash_bytes: int = 2**30,
     dtype: str = "bfloat16", scores: tuple[str, ...] = (), probes: bool = False, num_sources: int = 2,
-    num_tokens: int = 1024, width: int = 256, vocabulary: int = 5000, **selection: Any,
+    num_tokens: int = 1024, width: int = 256, vocabulary: int = 5000, distillation: dict[str, Any] | None = None,
+    sparse: bool = False, **selection: Any,
 ) -> Found:  # fmt: skip
-    """The loss, its selection and its backward pass on hidden states, for two steps; and the probe."""
+    """The loss, its selection and its backward pass on hidden states, for two steps; and the probe.
+
+    Args:
+        distillation: of the reference's distribution, which is stored for a few ids where it is `sparse`.
+    """
     tp, dp = parallel(layout)
     selector = Selector(scores=tuple(SCORES[name] for name in scores), **selection)
     kept = 300 if selection.get("scope") == "sequence" else 600
     head = LossHead(variant=variant, stash_bytes=stash_bytes)
-    objective = Objective(selector=selector, tp=tp, dp=dp, head=head, num_sources=num_sources)
+    distilled = None if distillation is None else Distillation(**distillation)
+    objective = Objective(
+        selector=selector, tp=tp, dp=dp, head=head, num_sources=num_sources, distillation=distilled
+    )  # fmt: skip
     forward, backward = Counts(), Counts()
     with device(kernels=kernels, num_kept=kept) as (counter, taken), DEVICE:
         length, rows = num_tokens // 2, vocabulary // tp.size
@@ -200,9 +216,12 @@ def loss_head(
         batch = micro_batch(2, length)._replace(source_b=torch.zeros(2, dtype=torch.int64))
         loss_N = torch.empty(num_tokens)
         reference = TokenStatistics(loss_N, loss_N.clone()) if selector.needs_reference else None
+        if reference is not None and distillation is not None:
+            reference = reference._replace(distribution=_distribution(x_sbd, weight, num_tokens, sparse=sparse))
         output = OutputWeight(weight, 0, rows)
         with counter:
-            first = [StepSettings(step=0)] if selector.policy == "quantile" else []
+            learns = selector.policy == "quantile" or variant == "predictive"
+            first = [StepSettings(step=0)] if learns else []
             for settings in (*first, StepSettings(step=5, score_threshold=0.5)):
                 loss, sums = objective.loss(x_sbd, output, batch, reference, settings)
                 forward = counter.take()
@@ -214,6 +233,14 @@ def loss_head(
         assert x_sbd.grad is not None
         assert weight.grad is not None
     return Found(forward, backward, taken)
+
+
+def _distribution(x_sbd: Tensor, weight_Vd: Tensor, num_tokens: int, *, sparse: bool) -> Distribution:
+    """A reference's, of the model's own shape."""
+    numbers_N = torch.empty(num_tokens)
+    if not sparse:
+        return DenseDistribution(x_sbd.detach(), weight_Vd.detach(), numbers_N, numbers_N.clone())
+    return SparseDistribution(torch.empty(num_tokens, 8, dtype=torch.int64), torch.empty(num_tokens, 8), numbers_N)
 
 
 def transfer() -> dict[str, int]:

@@ -31,19 +31,52 @@ def test_a_stage_without_the_loss_does_not_wait(fake_gpu: FakeGpu) -> None:
     assert fake_gpu(transfer) == {}
 
 
+RATIOS: dict[str, Any] = {"scores": ("excess", "loss"), "combine_ratios": (0.6, 0.6), "combine_weights": (1.0, 1.0)}
+SELECTIONS: list[dict[str, Any]] = [
+    {"scope": "sequence", "always_keep": (1, 2), "never_keep": (3,)},
+    {"scope": "data-parallel", "layout": "dp", "policy": "sample"},
+    {"policy": "quantile", "layout": "sp"},
+    {"policy": "threshold", "variant": "recompute"},
+    {"policy": "positive", "keep_most": 0.8},
+    {"policy": "peaking", "scope": "sequence"},
+    {"policy": "weights", "weight_normalization": "mean"},
+    {**RATIOS, "combine": "sum", "scope": "sequence"},
+    {**RATIOS, "combine": "union"},
+    {**RATIOS, "combine": "intersection", "variant": "stash"},
+]
+
+
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+def test_every_way_of_selecting_waits_once(fake_gpu: FakeGpu, options: dict[str, Any]) -> None:
+    found = fake_gpu(loss_head, **{**EXCESS, **options})
+    assert places(found.syncs) == [KEPT_ROWS], found.syncs
+
+
+MISSED_ROWS = "loss/passes.py"
+"""Where the rows that a stash missed are listed, which takes a second wait."""
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"scope": "sequence", "always_keep": (1, 2), "never_keep": (3,)},
-        {"scope": "data-parallel", "layout": "dp", "policy": "sample"},
-        {"policy": "quantile", "layout": "sp"},
-        {"policy": "threshold", "variant": "recompute"},
+        {"variant": "predictive", "stash_bytes": 2**25},
+        {"variant": "predictive", "stash_bytes": 2**23, "layout": "tp", **RATIOS, "combine": "sum"},
+        {"variant": "stash", "stash_bytes": 2**23, "distillation": {"divergence": "kl", "weight": 0.5}, "sparse": True},
+        {"variant": "predictive", "stash_bytes": 2**25, "distillation": {"divergence": "reverse-kl", "weight": 0.5}},
     ],
     ids=str,
 )
-def test_every_way_of_selecting_waits_once(fake_gpu: FakeGpu, options: dict[str, Any]) -> None:
-    found = fake_gpu(loss_head, **EXCESS, **options)
-    assert places(found.syncs) == [KEPT_ROWS], found.syncs
+def test_a_stash_that_misses_rows_waits_twice(fake_gpu: FakeGpu, options: dict[str, Any]) -> None:
+    """However many chunks of rows were predicted: this micro-batch has eight."""
+    found = fake_gpu(loss_head, **{**EXCESS, **options}, num_tokens=4096)
+    assert places(found.syncs) == [KEPT_ROWS, MISSED_ROWS], found.syncs
+
+
+def test_distillation_waits_once(fake_gpu: FakeGpu) -> None:
+    for divergence in ("kl", "jsd"):
+        options = {"divergence": divergence, "weight": 0.5, "temperature": 2.0}
+        found = fake_gpu(loss_head, **EXCESS, distillation=options, variant="recompute")
+        assert places(found.syncs) == [KEPT_ROWS], found.syncs
 
 
 def test_launches_of_the_loss_head(fake_gpu: FakeGpu) -> None:
