@@ -3,9 +3,10 @@
 A kernel takes the longest of: its FLOPs at the rate that products or attention reach, its bytes at the rate that memory
 reaches, and a launch. A step is as long as its micro-batches on one GPU, or on the last stage of an evenly cut
 pipeline, around which the pipeline fills and empties once; the reference rides along. Compiled blocks (the default on a
-GPU) keep their products and attention; their element-wise work is taken as fused passes over memory. Nothing here was
-measured on a GPU; the rates are assumptions (`megatron_slm/planning/roofline.py`), and the result is uncertain by 15 to
-20 %.
+GPU) keep their products and attention; their element-wise work is taken as fused passes over memory. The loss head is
+also given over its products: its time, the reference's included, over that of one product for each token that a model
+scores and two for each kept one. Nothing here was measured on a GPU; the rates are assumptions
+(`megatron_slm/planning/roofline.py`), and the result is uncertain by 15 to 20 %.
 """
 
 from __future__ import annotations
@@ -68,11 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
             r["blocks"],
             f"{r['mfu']:.1%}",
             f"{r['tokens_per_second']:,.0f}",
+            f"{r['head_over_products']:.2f}",
             _parts(r["by_part"]),
         ]
         for r in records
     ]
-    header = ["model", "GPU", "objective", "blocks", "MFU", "tokens/s a GPU", "ms of a micro-batch on the last stage"]
+    header = [
+        "model", "GPU", "objective", "blocks", "MFU", "tokens/s a GPU", "head over products",
+        "ms of a micro-batch on the last stage",
+    ]  # fmt: skip
     text = f"# Speed on GPUs, modelled\n\n{__doc__}\n" + report.table(header, rows)
     print(text)
     report.write("gpu-model", text, records, arguments.json)
@@ -98,7 +103,9 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
     tokens = setting["samples"] * setting["length"]
     counts = _counted(arch, setting)
     layers = arch.num_layers // setting["stages"]
-    parameters = 2 * arch.hidden_size * arch.vocab_size + arch.num_layers * counts["block parameters"]
+    table = arch.hidden_size * arch.vocab_size
+    parameters = 2 * table + arch.num_layers * counts["block parameters"]
+    on_last_stage = layers * counts["block parameters"] + (2 if setting["stages"] == 1 else 1) * table
     bandwidth = gpu.memory_bytes_per_second * MEMORY_RATE
     fused_bytes = tokens * block_forward(
         arch, setting["length"], tensor=1, sequence_shards=1, e=2, compiled=True
@@ -117,7 +124,7 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
             else:
                 parts[part] = sum(_seconds(launch, gpu) for launch in launches)
             parts[part] *= layers
-        parts["gradient sums"] = GRADIENT_SUM_BYTES * layers * counts["block parameters"] / bandwidth
+        parts["gradient sums"] = GRADIENT_SUM_BYTES * on_last_stage / bandwidth
         stage = sum(parts.values())
         fill = (setting["stages"] - 1) / setting["micro_batches"]
         update = OPTIMIZER_BYTES * parameters / setting["stages"] / bandwidth
@@ -126,9 +133,21 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
         records.append({
             "name": name, "gpu": gpu_name, "objective": objective, "blocks": blocks,
             "mfu": rate * training_flops(arch, setting["length"]) / gpu.flops(bf16=True),
-            "tokens_per_second": rate, "by_part": parts, "modelled": True,
+            "tokens_per_second": rate, "head_over_products": _over_products(parts, arch, setting, gpu),
+            "by_part": parts, "modelled": True,
         })  # fmt: skip
     return records
+
+
+def _over_products(parts: dict[str, float], arch: Any, setting: dict[str, Any], gpu: Any) -> float:
+    """The loss head's time over that of the products it cannot do without."""
+    from megatron_slm.planning.roofline import PRODUCT_RATE, head_backward, head_forward
+
+    scored, kept = (2, setting["keep"]) if "reference head" in parts else (1, 1.0)
+    products = scored * head_forward(arch, tensor=1).products
+    products += kept * head_backward(arch, tensor=1, num_products=2).products
+    floor = setting["samples"] * setting["length"] * products / (gpu.flops(bf16=True) * PRODUCT_RATE)
+    return sum(seconds for part, seconds in parts.items() if "head" in part) / floor
 
 
 def _seconds(launch: Any, gpu: Any) -> float:
@@ -184,7 +203,8 @@ def _counted(arch: Any, setting: dict[str, Any]) -> dict[str, Any]:
         tokens = torch.empty(samples, length, dtype=torch.int64)
         batch = MicroBatch(tokens, tokens, torch.empty(samples, length, dtype=torch.bool), tokens[:, 0])
         output = OutputWeight(weight, 0, arch.vocab_size)
-        for objective in found.keys() - {"block parameters"}:
+        for objective in ("clm", "slm"):
+            x_sbd.grad = weight.grad = None  # each micro-batch's own, added up in fp32 elsewhere
             at["share"] = share[objective]
             chosen = {"scores": (SCORES["excess"],), "keep_ratio": share["slm"]} if objective == "slm" else {}
             head = Objective(selector=Selector(**chosen), tp=TensorParallel())  # type: ignore[arg-type]
