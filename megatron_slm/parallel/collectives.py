@@ -47,6 +47,18 @@ def reduce_scatter_dim0(x: Tensor, tp: TensorParallel) -> Tensor:
     return out
 
 
+def start_all_gather_dim0(x: Tensor, tp: TensorParallel) -> tuple[Tensor, dist.Work]:
+    """Start `all_gather_dim0`; the result is there after the work was waited for."""
+    out = x.new_empty((x.shape[0] * tp.size, *x.shape[1:]))
+    return out, dist.all_gather_into_tensor(out, x.contiguous(), group=tp.group, async_op=True)
+
+
+def start_reduce_scatter_dim0(x: Tensor, tp: TensorParallel) -> tuple[Tensor, dist.Work]:
+    """Start `reduce_scatter_dim0`; the result is there, and `x` free again, after the work was waited for."""
+    out = x.new_empty((x.shape[0] // tp.size, *x.shape[1:]))
+    return out, dist.reduce_scatter_tensor(out, x.contiguous(), group=tp.group, async_op=True)
+
+
 def broadcast(x: Tensor, tp: TensorParallel) -> Tensor:
     """The first tensor-parallel rank's `x`, in a new tensor."""
     x = x.contiguous().clone()
@@ -97,11 +109,16 @@ class _ScatterSum(torch.autograd.Function):
         return all_gather_dim0(grads[0], ctx.tp), None
 
 
-def _call(communicate: Callable[..., Tensor], x: Tensor, tp: TensorParallel) -> Tensor:
-    return communicate(x, tp)
+def _call(communicate: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return communicate(*arguments)
 
 
 _communicate = _call
+
+
+def outside_of_compiled_blocks(communicate: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call a function that communicates; a compiled block is cut there (`keep_out_of_compiled_blocks`)."""
+    return _communicate(communicate, *arguments)
 
 
 def keep_out_of_compiled_blocks() -> None:

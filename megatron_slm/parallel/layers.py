@@ -26,6 +26,7 @@ from megatron_slm.parallel.collectives import (
     keep_out_of_compiled_blocks,
     leave_parallel_region,
 )
+from megatron_slm.parallel.gathered_linear import gathered_linear
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.replay import KnownLinear, UnreadLinear
 from megatron_slm.parallel.shards import Part, new_parameter
@@ -76,7 +77,10 @@ class LinearIn(nn.Module):
 
     def forward(self, x_sbd: Tensor) -> tuple[Tensor, ...]:
         """[s, b, in] to one [s, b, width / size] per output; under sequence parallelism from [s / size, b, in]."""
-        out = F.linear(enter_parallel_region(x_sbd, self.tp), self.weight, self.bias)
+        if self.tp.sequence_parallel:
+            out = gathered_linear(x_sbd, self.weight, self.bias, self.tp)
+        else:
+            out = F.linear(copy_to_tensor_parallel(x_sbd, self.tp), self.weight, self.bias)
         return out.split(self.widths, dim=-1)
 
     def replay(self, x: Tensor, outputs: Sequence[Tensor], rows_M: Tensor | None = None) -> tuple[Tensor, ...]:

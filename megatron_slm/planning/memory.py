@@ -20,6 +20,7 @@ from megatron_slm.loss.blocks import block_size, block_sizes
 from megatron_slm.loss.dense_distillation import CHUNK_ROWS
 from megatron_slm.loss.variants import StashPlan
 from megatron_slm.parallel.channels import Channel
+from megatron_slm.planning.activations import block_activations, stage_activations
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.parameters import StageParameters, stage_parameters
 from megatron_slm.planning.planned_run import PlannedRun
@@ -180,67 +181,26 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     return held
 
 
-def block_activations(arch: Architecture, layout: Layout, *, e: int, some_rows: bool = False) -> float:
-    """Return the bytes per token that autograd saves in one block.
-
-    Two norms: input in fp32 and output before the weight, both sharded along the sequence under sequence parallelism,
-    and the input of the linear layer, which is not. Attention: projected queries, keys and values, rotated queries and
-    keys, output and log-sum-exp. MLP: two inner layers, the activation of one, and their product.
-
-    A backward pass on some of the rows recomputes the second norm and everything after it for these rows: saved are
-    its input and the MLP's two inner layers.
-    """
-    d, shards, tensor = arch.hidden_size, layout.sequence_shards, layout.tensor
-    q, kv = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
-    norms = 2 * (((4 + e) * d + 4) / shards + e * d)
-    attention = (e * (3 * q + 3 * kv) + 4 * arch.num_attention_heads) / tensor
-    if some_rows:
-        return norms / 2 + e * d / shards + attention + 2 * e * arch.ffn_hidden_size / tensor
-    return norms + attention + 4 * e * arch.ffn_hidden_size / tensor
-
-
-def stage_activations(run: PlannedRun, layout: Layout, parameters: StageParameters) -> int:
-    """Return the bytes that one micro-batch saves for backward on a stage, without the loss head."""
-    arch, e = run.architecture, run.dtype_bytes
-    residual = e * arch.hidden_size / layout.sequence_shards
-    per_token = 0.0
-    if layout.recomputes:  # the input of each layer
-        per_token += residual * parameters.num_blocks
-    else:
-        some_rows = not run.config.backward.is_exact
-        per_token += parameters.num_blocks * block_activations(arch, layout, e=e, some_rows=some_rows)
-        if e == 2 and not parameters.has_embedding:  # the stage's input; in fp32 the first norm saves the same tensor
-            per_token += residual
-    if parameters.has_head:
-        per_token += ((4 + e) * arch.hidden_size + 4) / layout.sequence_shards
-        per_token += e * arch.hidden_size  # rows for the loss head
-    rows_are_copied = layout.micro_batch_size > 1 or layout.sequence_shards > 1
-    if layout.zero_stage == 1 and (rows_are_copied or not parameters.has_head):  # the engine holds the output
-        per_token += residual
-    if parameters.has_embedding:
-        per_token += 8  # token ids
-        if layout.tensor > 1:
-            per_token += 1  # mask of ids on other ranks
-    return round(per_token * _tokens(run, layout))
-
-
 def working_bytes(
     run: PlannedRun, layout: Layout, parameters: StageParameters, reference: StageParameters | None
 ) -> int:
     """Estimate the temporary bytes of a stage's largest pass.
 
-    Backward of the model: gradients of the MLP's inner layers and of a norm in fp32, and with recomputation the
-    activations of one block. Forward of the reference: the MLP's inner layers and a norm.
+    Backward of the model: gradients of the MLP's inner layers and of a norm in fp32, under sequence parallelism the
+    gathered input of a linear layer and its gradient, and with recomputation the activations of one block. Forward of
+    the reference: the MLP's inner layers and a norm.
     """
     e, tokens = run.dtype_bytes, _tokens(run, layout)
 
     def inner(arch: Architecture) -> float:
-        return 4 * e * arch.ffn_hidden_size / layout.tensor + (8 + 2 * e) * arch.hidden_size / layout.sequence_shards
+        gathered = 2 * e * arch.hidden_size if layout.sequence_shards > 1 else 0
+        stream = (8 + 2 * e) * arch.hidden_size / layout.sequence_shards
+        return 4 * e * arch.ffn_hidden_size / layout.tensor + stream + gathered
 
     model = inner(run.architecture) if parameters.num_blocks else 0.0
     model += e * max(parameters.sizes, default=0) / tokens  # a gradient until it is added to its fp32 sum
     if layout.recomputes and parameters.num_blocks:
-        model += block_activations(run.architecture, layout, e=e)
+        model += block_activations(run.architecture, layout, e=e).total
     frozen = 0.0
     if reference is not None and run.reference is not None:
         frozen = inner(run.reference)

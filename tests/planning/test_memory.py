@@ -43,6 +43,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {  # pipeline, tensor, data
     "zero1-bf16-sequence-parallel": ("221", {"bf16": True, "sequence_parallel": True}),
     "zero1-bf16-tensor-parallel": ("121", {"bf16": True}),
     "zero1-bf16-recompute": ("211", {"bf16": True, "recompute_granularity": "full"}),
+    "zero1-bf16-sampled-rows": (
+        "221",
+        {"bf16": True, "sequence_parallel": True, "backward_rows": "sampled", "backward_row_share": 0.75},
+    ),
     "zero2-bf16": ("112", {"bf16": True, **zero(2)}),
     "zero2-fp32-recompute": ("112", {"recompute_granularity": "full", **zero(2)}),
     "zero3-bf16": ("112", {"bf16": True, **zero(3)}),

@@ -1,0 +1,81 @@
+"""Bytes that the stages keep for their backward passes. Pure.
+
+The formulas come from tensors that autograd saved (tests/planning/test_activations.py measures again and compares).
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.planning.layouts import Layout
+from megatron_slm.planning.parameters import StageParameters
+from megatron_slm.planning.planned_run import PlannedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockActivations:
+    """Bytes per token that one block keeps on a rank, by part."""
+
+    stream: float
+    """The residual stream between attention and the feed-forward layer, and at the block's input, where they are kept
+    in its own dtype."""
+    norms: float
+    """Inputs in fp32, and outputs before the weight."""
+    linear_inputs: float
+    """Inputs of the linear layers that leave the residual stream: under sequence parallelism this rank's part."""
+    projected: float
+    """Queries, keys and values."""
+    attention: float
+    """Rotated queries and keys, output and log-sum-exp."""
+    feed_forward: float
+    """The two inner layers, the activation of one, and their product."""
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(astuple(self))
+
+
+def block_activations(arch: Architecture, layout: Layout, *, e: int, some_rows: bool = False) -> BlockActivations:
+    """Return what one block keeps.
+
+    A backward pass on some of the rows recomputes the second norm and everything after it for these rows: kept are
+    its input and the two inner layers.
+    """
+    d, shards, tensor = arch.hidden_size, layout.sequence_shards, layout.tensor
+    q, kv = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
+    whole_norms = 1 if some_rows else 2
+    return BlockActivations(
+        stream=(e * d if e == 4 else 2 * e * d) / shards if some_rows else 0.0,
+        norms=whole_norms * ((4 + e) * d + 4) / shards,
+        linear_inputs=whole_norms * e * d / shards,
+        projected=e * (q + 2 * kv) / tensor,
+        attention=(e * (2 * q + kv) + 4 * arch.num_attention_heads) / tensor,
+        feed_forward=(2 if some_rows else 4) * e * arch.ffn_hidden_size / tensor,
+    )
+
+
+def stage_activations(run: PlannedRun, layout: Layout, parameters: StageParameters) -> int:
+    """Return the bytes that one micro-batch keeps for backward on a stage, without the loss head."""
+    arch, e = run.architecture, run.dtype_bytes
+    residual = e * arch.hidden_size / layout.sequence_shards
+    per_token = 0.0
+    if layout.recomputes:  # the input of each layer
+        per_token += residual * parameters.num_blocks
+    else:
+        some_rows = not run.config.backward.is_exact
+        per_token += parameters.num_blocks * block_activations(arch, layout, e=e, some_rows=some_rows).total
+        if e == 2 and not parameters.has_embedding:  # the stage's input; in fp32 the first norm saves the same tensor
+            per_token += residual
+    if parameters.has_head:
+        per_token += ((4 + e) * arch.hidden_size + 4) / layout.sequence_shards
+        per_token += e * arch.hidden_size  # rows for the loss head
+    rows_are_copied = layout.micro_batch_size > 1 or layout.sequence_shards > 1
+    if layout.zero_stage == 1 and (rows_are_copied or not parameters.has_head):  # the engine holds the output
+        per_token += residual
+    if parameters.has_embedding:
+        per_token += 8  # token ids
+        if layout.tensor > 1:
+            per_token += 1  # mask of ids on other ranks
+    return round(per_token * layout.micro_batch_size * run.config.data.seq_length)

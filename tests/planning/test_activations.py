@@ -1,0 +1,75 @@
+"""What a block is predicted to keep, against the tensors that autograd saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.model.block import Block
+from megatron_slm.model.rope import rotation
+from megatron_slm.parallel import layers
+from megatron_slm.parallel.collectives import gather_sequence
+from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.planning.activations import block_activations
+from megatron_slm.planning.layouts import Layout
+from tests.support.saved import alone_of, saved_bytes
+from tests.support.world import run_world
+
+LENGTH = 64
+SHAPES = {
+    "grouped, wide": {"hidden_size": 512, "ffn_hidden_size": 1792, "num_query_groups": 8},
+    "as many keys": {"hidden_size": 512, "ffn_hidden_size": 1376, "num_query_groups": 16},
+    "narrow heads": {"hidden_size": 1024, "ffn_hidden_size": 2816, "num_query_groups": 8, "kv_channels": 32},
+}
+
+
+def architecture(shape: str) -> Architecture:
+    values: dict[str, Any] = {"num_layers": 1, "num_attention_heads": 16, "kv_channels": 32, "vocab_size": 64}
+    return Architecture(**{**values, **SHAPES[shape]})
+
+
+def layout_of(tp: TensorParallel) -> Layout:
+    return Layout(
+        tensor=tp.size, pipeline=1, data=1, zero_stage=1, micro_batch_size=1, num_micro_batches=1,
+        sequence_parallel=tp.sequence_parallel, recomputes=False,
+    )  # fmt: skip
+
+
+def whole_sequence_is_kept(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    return F.linear(gather_sequence(x, tp), weight, bias)
+
+
+def measured(shape: str, dtype: torch.dtype, tp: TensorParallel) -> int:
+    block = Block(architecture(shape), ParallelLayers(tp), 0).to(dtype)
+    rows = LENGTH // tp.size if tp.sequence_parallel else LENGTH
+    x_sbd = torch.randn(rows, 1, block.self_attn.qkv.weight.shape[1]).to(dtype).requires_grad_()
+    tables = rotation(LENGTH, *block.self_attn.rope, x_sbd.device)  # all blocks share them
+    return saved_bytes(lambda: block(x_sbd), besides=[*block.parameters(), *tables])
+
+
+def rank_main(size: int, sequence_parallel: bool) -> list[tuple[str, int, float, int]]:
+    tp = alone_of(size, sequence_parallel=sequence_parallel) if size > 1 else TensorParallel()
+    found = []
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            predicted = block_activations(architecture(shape), layout_of(tp), e=dtype.itemsize).total * LENGTH
+            real, layers.gathered_linear = layers.gathered_linear, whole_sequence_is_kept
+            whole = measured(shape, dtype, tp)
+            layers.gathered_linear = real
+            found.append((f"{shape}, {dtype}", measured(shape, dtype, tp), predicted, whole))
+    return found
+
+
+@pytest.mark.parametrize(("size", "sequence_parallel"), [(1, False), (8, False), (8, True)])
+def test_predicted_bytes_are_saved(size: int, sequence_parallel: bool) -> None:
+    (found,) = run_world(rank_main, 1, size, sequence_parallel)
+    for name, saved, predicted, whole in found:
+        assert saved == pytest.approx(predicted, rel=0.001), name
+        if sequence_parallel:
+            assert 0.6 < saved / whole < 0.69, f"{name}: a third less than with whole sequences"
