@@ -104,7 +104,7 @@ class _Pass:
         norm_N = torch.linalg.vector_norm(dz_Nd, dim=1, dtype=_wide(dz_Nd))
         drawn = rows.draw(block.layers.agreed(norm_N), block=block.index, part=block.layers.sequence_part)
         whole_M = block.layers.whole_rows(drawn.row_M, len(dz_Nd))
-        dz_Md = dz_Nd[drawn.row_M]
+        dz_Md = dz_Nd.index_select(0, drawn.row_M)
         weighted_Md = (dz_Md.to(_wide(dz_Md)) * drawn.weight_M[:, None].to(_wide(dz_Md))).to(dz_Md.dtype)
         dy_Md = self._feed_forward(weighted_Md, drawn.row_M, whole_M)
         dqkv = self._attention(dy_Md, whole_M)
@@ -181,7 +181,7 @@ class _Pass:
 
 def _rows(x: Tensor, row_M: Tensor) -> Tensor:
     """Some rows of [s, b, ...], [M, ...]."""
-    return x.flatten(0, 1)[row_M]
+    return x.flatten(0, 1).index_select(0, row_M)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -39,12 +39,12 @@ class KnownLinear(torch.autograd.Function):
             grad_x, grad_weight = grad_Ro @ weight_oi, grad_Ro.t() @ x_Ri
             grad_bias = grad_Ro.sum(0) if ctx.has_bias else None
         else:
-            width, first_Mo = first_Ro.shape[1], first_Ro[rows_M]
+            width, first_Mo = first_Ro.shape[1], first_Ro.index_select(0, rows_M)
             other_Ro = torch.cat(others, dim=1)
             grad_x = other_Ro @ weight_oi[width:]
             grad_x.index_add_(0, rows_M, first_Mo @ weight_oi[:width])
             grad_weight = torch.empty_like(weight_oi)
-            torch.mm(first_Mo.t(), x_Ri[rows_M], out=grad_weight[:width])
+            torch.mm(first_Mo.t(), x_Ri.index_select(0, rows_M), out=grad_weight[:width])
             torch.mm(other_Ro.t(), x_Ri, out=grad_weight[width:])
             grad_bias = torch.cat([first_Mo.sum(0), other_Ro.sum(0)]) if ctx.has_bias else None
         return grad_x.view_as(x), grad_weight, grad_bias, None, *(None for _ in grads)
