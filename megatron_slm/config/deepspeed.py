@@ -218,6 +218,8 @@ def _decided(run: RunConfig, data_parallel_size: int, num_micro_batches: int, *,
         "pipeline.use_reentrant": False,
         "pipeline.activation_checkpoint_interval": 1 if run.parallel.recompute_granularity == "full" else 0,
     }
+    if run.health.grad_norm_skip_threshold is not None:
+        decided["zero_optimization.compute_grad_norm"] = True
     if offloads:
         decided["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own is compiled at start, torch's AdamW is not
     if run.training.bf16:

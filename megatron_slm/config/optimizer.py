@@ -63,7 +63,8 @@ class TrainingConfig:
     """Seed of the initial weights and the sample order."""
     max_skipped_steps: int = 20
     """Save a checkpoint and stop after this many skipped steps in a row. A step is skipped if losses or gradients are
-    not finite, no token was kept, or, with --skip-loss-spikes, the loss spiked."""
+    not finite, no token was kept, with --skip-loss-spikes the loss spiked, or the gradient norm exceeds
+    --grad-norm-skip-threshold."""
 
     def __post_init__(self) -> None:
         require_positive(self, "train_iters", "micro_batch_size", "global_batch_size", "max_skipped_steps")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
-from megatron_slm.engine.gradients import gradient_factor, scaled_gradients, sum_over_world
+from megatron_slm.engine.gradients import gradient_factor, limited_norm, scaled_gradients, sum_over_world
 from megatron_slm.engine.module import GradientHook, output_rows, run_layers
 from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.programs import Kind
@@ -50,6 +50,7 @@ class FlatTrainer:
         self.reference, self.scores, self.rows = reference, scores, rows
         self.num_micro_batches = num_micro_batches
         self.step_timers, self.activity = timers, Activity()
+        self.exceeding_norm: float | None = None
 
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """Run forward, backward and optimizer step; return the sums over all ranks. Nothing is done ahead."""
@@ -77,8 +78,10 @@ class FlatTrainer:
         vectors, layout = self._diagnostics.sums_in_order, self.objective.sum_layout
         total = sum_over_world(vectors, layout, self.engine.device, rows=self.rows)
         factor = gradient_factor(total, settings, self.topology.data)
-        with timing("optimizer"), scaled_gradients(self.engine.optimizer, factor):
+        optimizer, limit = self.engine.optimizer, settings.norm_limit
+        with timing("optimizer"), scaled_gradients(optimizer, factor), limited_norm(optimizer, limit) as norm:
             self.engine.step()
+        self.exceeding_norm = norm.exceeding
         return total
 
     def micro_batch_diagnostics(self) -> list[MicroBatchDiagnostics]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,44 @@ def accumulate_in_place(optimizer: Any) -> None:
 
     assert optimizer.immediate_grad_update, "a run's DeepSpeed configuration sets immediate_grad_update"
     optimizer._update_hp_grad = add
+
+
+class StepNorm:
+    """The gradient norm of an optimizer's step, held against a limit."""
+
+    exceeding: float | None = None
+    """The norm before clipping, where it exceeds the limit and the step is skipped for it; else None."""
+
+
+@contextmanager
+def limited_norm(optimizer: Any, limit: float | None) -> Iterator[StepNorm]:
+    """Have the optimizer's step inside skip gradients whose norm exceeds a limit; None has no limit.
+
+    All of DeepSpeed's optimizers ask the function `is_invalid_grad_norm` of their module whether to skip a step for its
+    norm, once the norm is known, the same on all ranks, and before anything is clipped: inside, the first answer is
+    also yes above the limit.
+    """
+    norm = StepNorm()
+    if limit is None:
+        yield norm
+        return
+    module: Any = sys.modules[type(optimizer).__module__]
+    is_invalid = module.is_invalid_grad_norm
+
+    def is_invalid_or_exceeding(scaled: Any) -> bool:
+        module.is_invalid_grad_norm = is_invalid  # later calls of a step ask about what was not skipped
+        if is_invalid(scaled):
+            return True
+        # BF16_Optimizer has no loss scale
+        found = float(scaled) / (1.0 if hasattr(optimizer, "fp32_groups_gradients_flat") else optimizer.loss_scale)
+        norm.exceeding = found if found > limit else None
+        return norm.exceeding is not None
+
+    module.is_invalid_grad_norm = is_invalid_or_exceeding
+    try:
+        yield norm
+    finally:
+        module.is_invalid_grad_norm = is_invalid
 
 
 @contextmanager

@@ -18,7 +18,13 @@ from torch.profiler import record_function
 
 from megatron_slm.engine.context import StageContext
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
-from megatron_slm.engine.gradients import accumulate_in_place, gradient_factor, scaled_gradients, sum_over_world
+from megatron_slm.engine.gradients import (
+    accumulate_in_place,
+    gradient_factor,
+    limited_norm,
+    scaled_gradients,
+    sum_over_world,
+)
 from megatron_slm.engine.lookahead import Lookahead
 from megatron_slm.engine.measure import TIMER_OF, measured_costs
 from megatron_slm.engine.module import StageModule
@@ -62,6 +68,7 @@ class SelectiveEngine(PipelineEngine):
         self._channels = Channels(context.topology, self.global_rank, self.device, lanes, context.activity)
         self._lookahead = Lookahead()
         self.schedule, self._works_ahead = context.schedule, False
+        self.exceeding_norm: float | None = None
         self._steps_to_measure = context.num_measured_steps
         if self._steps_to_measure:
             context.timers.keep_intervals()
@@ -341,8 +348,14 @@ class SelectiveEngine(PipelineEngine):
         vectors, layout = self._diagnostics.sums_in_order, self.context.objective.sum_layout
         self._sums = sum_over_world(vectors, layout, self.device, rows=self.rows)
         factor = gradient_factor(self._sums, self._settings, self.context.topology.data)
-        with self.step_timers.timing("optimizer"), scaled_gradients(self.optimizer, factor):
+        limit = self._settings.norm_limit
+        with (
+            self.step_timers.timing("optimizer"),
+            scaled_gradients(self.optimizer, factor),
+            limited_norm(self.optimizer, limit) as norm,
+        ):
             PipelineEngine._exec_optimizer_step(self)
+        self.exceeding_norm = norm.exceeding
 
     _HANDLERS: ClassVar[dict[Kind, Callable[[Any, int], None]]] = {
         Kind.LOAD_MICRO_BATCH: _load,

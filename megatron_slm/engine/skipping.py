@@ -1,4 +1,4 @@
-"""Reasons to skip a step, decided from its losses before the optimizer's step."""
+"""Reasons to skip a step; most are decided from its losses before the optimizer's step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from megatron_slm.loss.objective import StepSettings
 from megatron_slm.loss.sums import LossSums
 
 SkipReason = Literal[
-    "nonfinite-loss", "nonfinite-score", "nonfinite-gradient", "loss-spike", "nothing-kept", "no-trained-token"
+    "nonfinite-loss",
+    "nonfinite-score",
+    "nonfinite-gradient",
+    "loss-spike",
+    "gradient-norm",
+    "nothing-kept",
+    "no-trained-token",
 ]
 """All but `no-trained-token` are of bad steps; that one is of a batch whose tokens are all masked."""
 
@@ -18,7 +24,8 @@ def skip_reason(sums: LossSums, settings: StepSettings) -> SkipReason | None:
 
     A loss of the model that is not finite comes from weights or activations that are not: its gradient is worth nothing
     even where it happens to be finite. Without a kept token the gradient is zero, and a step would still decay weights
-    and update moments. (The optimizer itself finds gradients that are not finite: `nonfinite-gradient`.)
+    and update moments. (The optimizer itself finds gradients that are not finite: `nonfinite-gradient`,
+    and those whose norm exceeds its limit: `gradient-norm`.)
     """
     if sums.nonfinite_losses:
         return "nonfinite-loss"

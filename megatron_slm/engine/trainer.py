@@ -23,7 +23,7 @@ class StepResult:
     sums: LossSums
     """Sums over all micro-batches and ranks."""
     grad_norm: float
-    """Global gradient norm before clipping; infinity where the step was skipped."""
+    """Global gradient norm before clipping; infinity where the step was skipped for another reason than its norm."""
     skip_reason: SkipReason | None
     """Reason to skip the step; None where it was applied."""
     seconds: float
@@ -52,6 +52,11 @@ class Trainer(Protocol):
     @property
     def rows(self) -> RowSampler | None:
         """Chooser of the rows of the backward passes; None where they run on all."""
+        ...
+
+    @property
+    def exceeding_norm(self) -> float | None:
+        """Gradient norm for which the last step was skipped (`StepSettings.norm_limit`); None where it was not."""
         ...
 
     @property

@@ -60,6 +60,8 @@ class StepSettings:
     """The keep ratio of --slm-keep-adaptation; None for that of the schedule."""
     loss_limit: float | None = None
     """Mean loss over valid tokens, in nats, beyond which the step is skipped; None applies it at any."""
+    norm_limit: float | None = None
+    """Global gradient norm before clipping beyond which the step is skipped; None applies it at any."""
     row_shares: tuple[int, ...] | None = None
     """Sixteenths of the rows of each block's backward pass; None where nothing controls them."""
 

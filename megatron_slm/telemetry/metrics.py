@@ -25,7 +25,7 @@ BAD_BATCHES = "bad_batches.jsonl"
 ROUNDING_NOISE_EPSILONS = 10.0
 """Standard deviation of the rounding errors of excess losses, in nats per epsilon of the models' dtype: 0.08 nats in
 bf16, as in a model of 30 blocks and 135M parameters."""
-_BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit")
+_BAD_BATCH_METRICS = ("step", "reason", "skipped", "first_sample", "num_samples", "loss_all", "loss_limit", "grad_norm")
 
 
 def training_metrics(

@@ -40,6 +40,8 @@ class BadBatch:
     """Mean loss over valid, finite tokens, in nats."""
     loss_limit: float | None
     """Loss above which the step is a spike; None without a limit."""
+    grad_norm: float | None = None
+    """Gradient norm before clipping; None where the step was skipped for another reason than its norm."""
     score_threshold: float | None
     """Running threshold of `--slm-policy quantile` in its selection."""
     keep_ratio: float | None = None
@@ -85,6 +87,7 @@ class Health:
             score_threshold=state.score_threshold,
             keep_ratio=state.keep_ratio,
             loss_limit=limit,
+            norm_limit=self._config.grad_norm_skip_threshold,
             row_shares=tuple(state.row_shares),
         )
 
@@ -126,6 +129,7 @@ class Health:
             micro_batch_size=plan.config.training.micro_batch_size,
             loss_all=loss,
             loss_limit=limit,
+            grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
             score_threshold=state.score_threshold,
             keep_ratio=state.keep_ratio,
             micro_batches=[found[key] for key in sorted(found)],

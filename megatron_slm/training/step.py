@@ -24,11 +24,13 @@ def train_step(
     skipped_before = engine.skipped_steps
     sums = trainer.train_step(source, settings, is_last=is_last)
     skipped = engine.skipped_steps > skipped_before
-    reason: SkipReason | None = skip_reason(sums, settings) or ("nonfinite-gradient" if skipped else None)
+    exceeding = trainer.exceeding_norm
+    found_by_optimizer: SkipReason = "nonfinite-gradient" if exceeding is None else "gradient-norm"
+    reason = skip_reason(sums, settings) or (found_by_optimizer if skipped else None)
     assert skipped == (reason is not None), "the optimizer skips the steps that have a reason, and no others"
     return StepResult(
         sums=sums,
-        grad_norm=float(engine.get_global_grad_norm() or 0.0),
+        grad_norm=float(engine.get_global_grad_norm() or 0.0) if exceeding is None else exceeding,
         skip_reason=reason,
         seconds=time.perf_counter() - started,
         rows=None if trainer.rows is None else trainer.rows.last,

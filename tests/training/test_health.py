@@ -148,6 +148,47 @@ def test_and_at_more_layouts(name: str, folder: Path, tmp_path: Path) -> None:
     check_skipped(folder, tmp_path, name, ("loss", "gradient"))
 
 
+def check_norm(folder: Path, tmp_path: Path, name: str, threshold: float) -> None:
+    """Losses are sound, the gradient is too large: the step is skipped on all ranks, with its norm written down."""
+    world_size, layout = {**LAYOUTS, **MORE}[name]
+    layout = {**layout, "grad_norm_skip_threshold": threshold}
+    expected = never_saw(folder, tmp_path / "never", layout, world_size)
+    given = values(folder, tmp_path / "run", save_interval=2, **layout)
+    found = run_world(train_planted, world_size, given, "spike", [PLANTED])
+    assert_same(found, expected)
+    lines = recorded(tmp_path / "run")
+    steps = [line for line in lines if "event" not in line]
+    assert [line["skip_reason"] for line in steps] == [None, "gradient-norm", None, None]
+    assert [line["grad_norm"] > threshold for line in steps] == [False, True, False, False]
+    (bad,) = bad_batches(tmp_path / "run")
+    assert (bad["step"], bad["reason"], bad["skipped"]) == (2, "gradient-norm", True)
+    assert bad["grad_norm"] == steps[1]["grad_norm"]
+    assert [line["grad_norm"] for line in lines if line.get("event") == "bad-batch"] == [bad["grad_norm"]]
+    load = tmp_path / "run" / "checkpoints" / "step_00000002"
+    again = values(folder, tmp_path / "run", load=load, **layout)
+    assert_same(run_world(train_planted, world_size, again, "spike", [PLANTED]), expected)
+    assert recorded(tmp_path / "run") == lines
+
+
+THRESHOLD = 20.0
+"""The norms of sound steps are 2 to 8."""
+
+
+def test_a_gradient_norm_beyond_the_threshold_is_skipped(folder: Path, tmp_path: Path) -> None:
+    given = values(folder, tmp_path, grad_norm_skip_threshold=THRESHOLD, train_iters=3)
+    (found,) = run_world(train_planted, 1, given, "spike", [PLANTED])
+    assert found["adam_step"] == 2
+    steps = [line for line in recorded(tmp_path) if "event" not in line]
+    assert [line["skip_reason"] for line in steps] == [None, "gradient-norm", None]
+    assert [line["grad_norm"] > THRESHOLD for line in steps] == [False, True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYOUTS, *MORE])
+def test_its_batch_had_never_been_and_a_resumed_run_skips_it_too(name: str, folder: Path, tmp_path: Path) -> None:
+    check_norm(folder, tmp_path, name, THRESHOLD)
+
+
 def spiky(folder: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """12 steps, the spike in the ninth: enough are there to tell from the fifth on."""
     spikes = {"loss_spike_sigmas": 3, "loss_spike_window": 8, "slm_policy": "top-k", "lr": 1e-3}
@@ -234,6 +275,7 @@ def test_a_level_that_has_come_to_stay_is_no_spike_for_ever() -> None:
         ({"loss_spike_sigmas": 0}, "--loss-spike-sigmas is 0: must be positive"),
         ({"loss_spike_sigmas": float("nan")}, "--loss-spike-sigmas is nan"),
         ({"loss_spike_window": 3}, "--loss-spike-window is 3: must .*4"),
+        ({"grad_norm_skip_threshold": 0.0}, "--grad-norm-skip-threshold is 0.0: must be positive"),
         ({"skip_loss_spikes": True}, "--loss-spike-sigmas is missing: required by --skip-loss-spikes"),
     ],
 )
