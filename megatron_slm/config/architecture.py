@@ -5,14 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_slm.config.rope_scaling import check_rope_scaling
 from megatron_slm.errors import LayoutError
-
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-"""Supported RoPE scalings and the numbers each requires."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +31,13 @@ class Architecture:
     vocab_size: int
     """Number of tokens, without padding."""
     max_position_embeddings: int = 2048
-    """Longest supported sequence; written into exported configurations."""
+    """Longest supported sequence; written into exported configurations. Some scalings depend on it."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMSNorm."""
     rotary_base: float = 10000.0
     """Base (theta) of RoPE."""
     rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """RoPE scaling with Hugging Face's field names: empty, or rope_type `linear` or `llama3` with its numbers."""
+    """RoPE scaling with Hugging Face's field names: empty, or a rope_type of `ROPE_FIELDS` with its fields."""
     tied: bool = False
     """The output weight is the embedding."""
     qkv_bias: bool = False
@@ -93,31 +87,7 @@ class Architecture:
             f"be below {windowed}, the number of blocks" if windowed > 1 else "be 0 without a sliding window",
             "use fewer blocks with full attention, or no sliding window",
         )
-        self._check_rope()
-
-    def _check_rope(self) -> None:
-        rope_type = self.rope_scaling.get("rope_type", "default")
-        if rope_type not in ROPE_FIELDS:
-            raise LayoutError(
-                "rope_scaling.rope_type",
-                rope_type,
-                f"be one of {', '.join(ROPE_FIELDS)}",
-                "use a model with one of these scalings",
-            )
-        fields = ROPE_FIELDS[rope_type]
-        for name in sorted(set(self.rope_scaling) - {"rope_type", *fields}):
-            raise LayoutError(
-                f"rope_scaling.{name}",
-                self.rope_scaling[name],
-                f"be absent: rope_type {rope_type} has {'the fields ' + ', '.join(fields) if fields else 'no fields'}",
-                "remove it, or use a model without it",
-            )
-        for name in fields:
-            value = self.rope_scaling.get(name)
-            if not isinstance(value, int | float) or value <= 0:
-                raise LayoutError(
-                    f"rope_scaling.{name}", value, f"be a positive number with rope_type {rope_type}", "set it"
-                )
+        check_rope_scaling(self.rope_scaling, num_pairs=self.kv_channels // 2)
 
     def window_of(self, block: int) -> int | None:
         """Return the sliding window of one block; None for full attention."""

@@ -10,7 +10,8 @@ from megatron_slm.config.rules import require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Architecture and initial weights. With --init-from, the architecture comes from there and flags must match it."""
+    """Architecture and initial weights. With --init-from, the architecture comes from there and flags must match it;
+    --rotary-base, --rope-scaling and --max-position-embeddings may differ, for a longer context."""
 
     num_layers: int | None = None
     """Number of decoder blocks."""
@@ -25,13 +26,14 @@ class ModelConfig:
     kv_channels: int | None = None
     """Width of a head. Default: hidden size / number of query heads."""
     max_position_embeddings: int | None = None
-    """Longest sequence recorded in the exported model's configuration. Default: --seq-length."""
+    """Longest sequence, recorded in the exported model's configuration. Default: --init-from's, or --seq-length."""
     norm_epsilon: float | None = None
     """Epsilon of RMSNorm. Default: 1e-5."""
     rotary_base: float | None = None
-    """Base (theta) of the rotary position embedding. Default: 10000."""
+    """Base (theta) of the rotary position embedding. Default: --init-from's, or 10000."""
     rope_scaling: dict[str, Any] | None = None
-    """RoPE scaling as JSON with the fields of a Hugging Face config; rope_type linear or llama3."""
+    """RoPE scaling as JSON with the fields of a Hugging Face config; rope_type linear, dynamic, llama3, yarn or
+    longrope, or default for none. Default: --init-from's, or none."""
     untie_embeddings_and_output_weights: bool | None = None
     """Use separate weights for the embedding and the output layer. Default: separate."""
     add_qkv_bias: bool | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from megatron_slm.config.architecture import Architecture
@@ -29,19 +31,30 @@ _FIELDS = {name: name for name in _SAME_NAME} | {
     "tied": "untie_embeddings_and_output_weights",
 }
 """`ModelConfig` field for each `Architecture` field; that of `tied` is negated."""
+POSITIONS = ("rotary_base", "rope_scaling", "max_position_embeddings")
+"""Fields that say how positions are encoded: no weight depends on them."""
 
 
-def resolve_architecture(config: RunConfig, stored: Architecture | None, vocab_size: int) -> Architecture:
+def resolve_architecture(
+    config: RunConfig, stored: Architecture | None, vocab_size: int, *, starts: bool = False
+) -> Architecture:
     """Return the stored architecture (of --init-from or --load) if there is one, else the one of the flags.
 
     Args:
         vocab_size: size of the run's tokenizer, for an architecture from flags.
+        starts: a new model starts from the stored one, and flags may encode its positions in another way.
 
     Raises:
         ConfigError: a flag contradicts the checkpoint, or a required flag is missing.
     """
     given = _given_fields(config)
-    return _from_flags(config, given, vocab_size) if stored is None else _checked(stored, given)
+    if stored is None:
+        return _from_flags(config, given, vocab_size)
+    if not starts:
+        return _checked(stored, given)
+    positions = {name: given.pop(name) for name in POSITIONS if name in given}
+    _checked(stored, given)
+    return _built(lambda: replace(stored, **positions))
 
 
 def _checked(stored: Architecture, given: dict[str, Any]) -> Architecture:
@@ -74,8 +87,13 @@ def _from_flags(config: RunConfig, given: dict[str, Any], vocab_size: int) -> Ar
         "vocab_size": vocab_size,
         "max_position_embeddings": config.data.seq_length,
     }
+    return _built(lambda: Architecture(**{**defaults, **given}))
+
+
+def _built(build: Callable[[], Architecture]) -> Architecture:
+    """Build an architecture; errors name the flags."""
     try:
-        return Architecture(**{**defaults, **given})
+        return build()
     except LayoutError as error:
         raise LayoutError(_flag(error.field), error.value, error.rule, error.fix) from error
 
@@ -86,6 +104,8 @@ def _given_fields(config: RunConfig) -> dict[str, Any]:
     given = {field: value for field, value in values.items() if value is not None}
     if "tied" in given:
         given["tied"] = not given["tied"]
+    if given.get("rope_scaling") == {"rope_type": "default"}:
+        given["rope_scaling"] = {}
     return given
 
 

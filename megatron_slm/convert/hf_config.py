@@ -8,7 +8,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config.architecture import ROPE_FIELDS, Architecture
+from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.resolve import POSITIONS
+from megatron_slm.config.rope_scaling import ROPE_FIELDS
 from megatron_slm.convert.families import FAMILIES, Family, family_named, family_of
 from megatron_slm.errors import LayoutError, WeightsError
 from megatron_slm.hub import local_path
@@ -187,6 +189,8 @@ def exported_config(
         is_trained: False for an import, whose fields stay as they are; else rotary fields are written for old and new
             versions of transformers.
 
+    The architecture may encode positions in another way than `original`, after a run for longer contexts.
+
     Raises:
         WeightsError: `original` describes another architecture, or no transformers family can express this one.
     """
@@ -195,18 +199,37 @@ def exported_config(
         return with_old_rotary_fields(json.loads(config.to_json_string(use_diff=False)))
     where = f"origin/{CONFIG}"
     imported = architecture_of(original, where)
+    moved = [name for name in POSITIONS if is_trained and getattr(arch, name) != getattr(imported, name)]
     for name, value in vars(arch).items():
-        if name != "vocab_size" and value != getattr(imported, name):
+        if name not in ("vocab_size", *moved) and value != getattr(imported, name):
             raise WeightsError(
                 f"{where}: {name}", getattr(imported, name), f"be {value!r} as in the checkpoint", "restore the file"
             )
-    out = with_old_rotary_fields(original) if is_trained else deepcopy(dict(original))
+    out = _with_rotary_fields(original, arch, anew=bool(moved)) if is_trained else deepcopy(dict(original))
     if imported.vocab_size != arch.vocab_size:
         out["vocab_size"] = arch.vocab_size
     names = [name for name in ("dtype", "torch_dtype") if name in out] or ["dtype"]  # torch_dtype is the older name
     if dtype is not None:
         out.update(dict.fromkeys(names, dtype))
     return out
+
+
+def _with_rotary_fields(original: Mapping[str, Any], arch: Architecture, *, anew: bool) -> dict[str, Any]:
+    """Return a config.json with the rotary fields of old and new versions of transformers.
+
+    Args:
+        anew: the architecture encodes positions in another way than `original`.
+    """
+    out = deepcopy(dict(original))
+    if anew:
+        for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+            out.pop(name, None)
+        out["max_position_embeddings"] = arch.max_position_embeddings
+    if not out.get("rope_parameters"):
+        family = family_named(out["model_type"])
+        assert family is not None, "its architecture was read"
+        out["rope_parameters"] = json.loads(family.config(arch).to_json_string(use_diff=False))["rope_parameters"]
+    return with_old_rotary_fields(out)
 
 
 def with_old_rotary_fields(config: Mapping[str, Any]) -> dict[str, Any]:

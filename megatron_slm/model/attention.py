@@ -14,7 +14,7 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.model import flash, flash3, sdpa
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.norm import RMSNorm
-from megatron_slm.model.rope import rotate, rotation
+from megatron_slm.model.rope import hashable, rotate, rotation
 from megatron_slm.types import Documents
 
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         norm = partial(RMSNorm, layers, hidden_size=self.width, epsilon=arch.norm_epsilon, over_heads=True)
         self.q_norm = norm(f"{prefix}q_norm") if arch.qk_norm else nn.Identity()
         self.k_norm = norm(f"{prefix}k_norm") if arch.qk_norm else nn.Identity()
-        self.rope = (self.width, arch.rotary_base, tuple(sorted(arch.rope_scaling.items())))
+        self.rope = (self.width, arch.rotary_base, hashable(arch.rope_scaling), arch.max_position_embeddings)
 
     def forward(self, x_sbd: Tensor, documents: Documents | None = None) -> Tensor:
         """[s, b, d] to [s, b, d].

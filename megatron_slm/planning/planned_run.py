@@ -79,7 +79,7 @@ def plan_run(config: RunConfig, *, model_config: str | None = None, reference_co
     elif config.model.init_from is not None and _is_there(config.model.init_from, config.model.num_layers):
         stored = architecture_at(config.model.init_from, "--init-from", instead="--model-config")
     vocab_size = stored.vocab_size if stored else _vocabulary(config)
-    architecture = resolve_architecture(config, stored, vocab_size)
+    architecture = resolve_architecture(config, stored, vocab_size, starts=True)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=architecture.vocab_size)
     reference = None
     if not config.selection.reference_scores:

@@ -58,7 +58,9 @@ def open_models(config: RunConfig, resume: Resume | None, *, share: tuple[int, i
         reference = init
         if config.selection.reference_load != START_MODEL:
             reference = open_if_named(config.selection.reference_load, "--reference-load", checksums=True, share=share)
-    architecture = resolve_architecture(config, _stored_architecture(init, resume), tokenizer.vocab_size)
+    architecture = resolve_architecture(
+        config, _stored_architecture(init, resume), tokenizer.vocab_size, starts=init is not None
+    )
     return Models(tokenizer=tokenizer, architecture=architecture, init=init, reference=reference)
 
 

@@ -89,7 +89,7 @@ def device(*, kernels: str = "triton", num_kept: int = 100, hopper: bool = True)
         stack.enter_context(FakeTensorMode())
         with counter, DEVICE:  # what a process does once
             once = torch.empty(1).device
-            rope.rotation(128, SMALL["kv_channels"], 10000.0, (), once)
+            rope.rotation(128, SMALL["kv_channels"], 10000.0, (), 2048, once)
             blocks._multiplies_into_fp32(once, torch.bfloat16)
             counter.take()
         yield counter, taken

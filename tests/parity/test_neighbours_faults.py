@@ -116,7 +116,7 @@ def test_compiled_rotations_are_exact_beyond_position_4096() -> None:
 
     @torch.compile(dynamic=False)
     def compiled(x: torch.Tensor) -> torch.Tensor:
-        return rotate(x, *rotation(length, width, 10000.0, (), x.device))
+        return rotate(x, *rotation(length, width, 10000.0, (), length, x.device))
 
     found = compiled(x_sbhk)
     assert found.dtype == torch.bfloat16
