@@ -38,6 +38,10 @@ class Architecture:
     """Base (theta) of RoPE."""
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     """RoPE scaling with Hugging Face's field names: empty, or a rope_type of `ROPE_FIELDS` with its fields."""
+    rotary_percent: float = 1.0
+    """Share of a head's width that RoPE rotates, from its beginning; the rest stays as it is."""
+    unrotated_interval: int = 0
+    """Every n-th block has no RoPE; 0 for none."""
     tied: bool = False
     """The output weight is the embedding."""
     qkv_bias: bool = False
@@ -52,6 +56,14 @@ class Architecture:
     """Number of positions each position attends to, itself included; None for all before it."""
     full_attention_layers: int = 0
     """With a sliding window: number of first blocks with full attention."""
+    embedding_multiplier: float = 1.0
+    """Factor of the token embeddings."""
+    attention_multiplier: float | None = None
+    """Factor of the products of queries and keys; None for 1 / sqrt(head width)."""
+    residual_multiplier: float = 1.0
+    """Factor of what attention and MLP add to the residual stream."""
+    logit_divisor: float = 1.0
+    """Divides the logits."""
     initializer_range: float = 0.02
     """Standard deviation of initial weights."""
 
@@ -65,10 +77,10 @@ class Architecture:
             "kv_channels",
             "vocab_size",
         ]
-        if self.sliding_window is not None:
-            positive.append("sliding_window")
+        positive += ["embedding_multiplier", "residual_multiplier", "logit_divisor"]
+        positive += [name for name in ("sliding_window", "attention_multiplier") if getattr(self, name) is not None]
         for name in positive:
-            _require(self, getattr(self, name) >= 1, name, "be positive", "use a number above 0")
+            _require(self, getattr(self, name) > 0, name, "be positive", "use a number above 0")
         _require(
             self,
             self.num_attention_heads % self.num_query_groups == 0,
@@ -79,6 +91,13 @@ class Architecture:
         _require(
             self, self.kv_channels % 2 == 0, "kv_channels", "be even (RoPE rotates pairs)", "use an even head width"
         )
+        _require(
+            self,
+            self.rotary_width > 0 and self.rotary_width % 2 == 0,
+            "rotary_percent",
+            f"be a share of {self.kv_channels} channels that is even (RoPE rotates pairs)",
+            "use another share",
+        )
         windowed = self.num_layers if self.sliding_window is not None else 1
         _require(
             self,
@@ -87,11 +106,25 @@ class Architecture:
             f"be below {windowed}, the number of blocks" if windowed > 1 else "be 0 without a sliding window",
             "use fewer blocks with full attention, or no sliding window",
         )
-        check_rope_scaling(self.rope_scaling, num_pairs=self.kv_channels // 2)
+        check_rope_scaling(self.rope_scaling, num_pairs=self.rotary_width // 2)
 
     def window_of(self, block: int) -> int | None:
         """Return the sliding window of one block; None for full attention."""
         return None if block < self.full_attention_layers else self.sliding_window
+
+    def rotates(self, block: int) -> bool:
+        """Tell whether a block has RoPE."""
+        return not self.unrotated_interval or (block + 1) % self.unrotated_interval != 0
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that RoPE rotates."""
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def query_multiplier(self) -> float:
+        """Factor of the queries for kernels that divide products with keys by the square root of a head's width."""
+        return 1.0 if self.attention_multiplier is None else self.attention_multiplier * self.kv_channels**0.5
 
     @property
     def num_parameters(self) -> int:

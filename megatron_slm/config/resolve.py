@@ -32,7 +32,7 @@ _FIELDS = {name: name for name in _SAME_NAME} | {
 }
 """`ModelConfig` field for each `Architecture` field; that of `tied` is negated."""
 POSITIONS = ("rotary_base", "rope_scaling", "max_position_embeddings")
-"""Fields that say how positions are encoded: no weight depends on them."""
+"""Fields of the positions' encoding: no weight depends on them."""
 
 
 def resolve_architecture(

@@ -21,8 +21,10 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.card import model_card
 from megatron_slm.convert.companion_files import ORIGIN_FILES, copy_files
 from megatron_slm.convert.defaults import SHARD_BYTES, TOLERANCE_NATS
+from megatron_slm.convert.families import family_named
 from megatron_slm.convert.hf_config import CONFIG, exported_config, is_hf_folder, read_config
 from megatron_slm.convert.source import Model, open_model
+from megatron_slm.convert.stored_names import stored_tensors
 from megatron_slm.convert.tensors import DTYPES, check_tensors, counted, expected_tensors, row_blocks
 from megatron_slm.convert.verify import Report, memory_shortage, verify
 from megatron_slm.convert.writer import write_shards
@@ -164,10 +166,22 @@ def _write_folder(model: Model, source: CheckpointSource, folder: Path, dtype: s
     _write_hf_json(folder / CONFIG, raw)
     if original is None:
         _write_hf_json(folder / "generation_config.json", {"_from_model_config": True, **special_ids})
-    entries = [Entry(name=name, shape=shape, dtype=dtypes[name]) for name, shape in expected.items()]
+    family = family_named(raw["model_type"])
+    assert family is not None, "the configuration is of a family"
+    parts = stored_tensors(expected, family.stored_modules)
+    entries = [
+        Entry(
+            name=stored,
+            shape=(sum(expected[name][0] for name in names), *expected[names[0]][1:]),
+            dtype=dtypes[names[0]],
+        )
+        for stored, names in parts.items()
+    ]
 
     def blocks(entry: Entry) -> Iterator[Tensor]:
-        return (source.rows(entry.name, *bounds).to(entry.dtype) for bounds in row_blocks(entry.shape, 4))
+        for name in parts[entry.name]:
+            for bounds in row_blocks(expected[name], 4):
+                yield source.rows(name, *bounds).to(entry.dtype)
 
     size = sum(entry.num_bytes for entry in entries)
     with show_progress("writing weights", size, "B") as progress:

@@ -95,7 +95,7 @@ def architecture_of(raw: Mapping[str, Any], where: str) -> Architecture:
         WeightsError: the model is not supported; names the field.
     """
     family = _checked_family(raw, where)
-    _check_rope(raw, where)
+    _check_rope(raw, where, partial=family.partial_rotary)
     try:
         # fills in defaults, reads RoPE's old and new fields, and edits nested ones: those of a copy
         config = family.config_class().from_dict(deepcopy(dict(raw)))
@@ -107,7 +107,9 @@ def architecture_of(raw: Mapping[str, Any], where: str) -> Architecture:
             f"load in transformers as a {family.name}Config ({reason})",
             "download the folder again, or update transformers",
         ) from error
-    _check_windows(config, where)
+    kinds = getattr(config, "layer_types", None) or []
+    if not family.reads_layer_types and set(kinds) - {"full_attention"}:
+        raise WeightsError(f"{where}: layer_types", kinds, "be full_attention throughout", "use another model")
     try:
         return family.architecture(config)
     except LayoutError as error:
@@ -137,11 +139,15 @@ def _checked_family(raw: Mapping[str, Any], where: str) -> Family:
     return family
 
 
-def _check_rope(raw: Mapping[str, Any], where: str) -> None:
+_OLD_NAMES = {"su": "longrope"}
+"""First names of scalings."""
+
+
+def _check_rope(raw: Mapping[str, Any], where: str, *, partial: bool) -> None:
     field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     rope = raw.get(field) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_FIELDS:
+    if _OLD_NAMES.get(kind, kind) not in ROPE_FIELDS:
         raise WeightsError(
             f"{where}: {field}.rope_type",
             kind,
@@ -149,26 +155,8 @@ def _check_rope(raw: Mapping[str, Any], where: str) -> None:
             "use another model, or remove the scaling if you train within the original context length",
         )
     rotated_share = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
-    if rotated_share not in (None, 1, 1.0):
+    if rotated_share not in (None, 1, 1.0) and not partial:
         raise WeightsError(f"{where}: partial_rotary_factor", rotated_share, "be 1 or absent", "use another model")
-
-
-def _check_windows(config: Any, where: str) -> None:
-    """Check that no block uses sliding windows, or all do, or (Qwen) all after the first few do."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return
-    num_full = sum(kind == "full_attention" for kind in kinds)
-    num_windowed = len(kinds) - num_full
-    supported = ["full_attention"] * num_full + ["sliding_attention"] * num_windowed
-    is_qwen = config.model_type in ("qwen2", "qwen3")
-    if list(kinds) != supported or (num_windowed and (config.sliding_window is None or not is_qwen)):
-        raise WeightsError(
-            f"{where}: layer_types",
-            kinds,
-            "be full_attention throughout, or for Qwen full_attention, then sliding_attention with a sliding_window",
-            "use another model",
-        )
 
 
 def exported_config(

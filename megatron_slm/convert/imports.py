@@ -29,7 +29,8 @@ from megatron_slm.convert.companion_files import (
     tokenizer_folder,
 )
 from megatron_slm.convert.hf_config import hf_folder, read_architecture
-from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
+from megatron_slm.convert.hf_source import SAFETENSORS, weight_files
+from megatron_slm.convert.stored_names import LogicalSource, LogicalWeights, stored_modules
 from megatron_slm.convert.tensors import TensorSource, check_tensors, counted, expected_tensors, row_blocks
 from megatron_slm.convert.vocabulary import ExtendedVocabulary, ExtendInit, check_extends, new_tokens
 from megatron_slm.data.tokenizers.registry import Tokenizer, build_tokenizer
@@ -69,9 +70,9 @@ def import_folder(
     architecture = read_architecture(folder)
     source: TensorSource
     if allow_bin and not weight_files(folder, SAFETENSORS):
-        source = BinSource(folder)
+        source = LogicalSource(BinSource(folder), expected_tensors(architecture), stored_modules(folder))
     else:
-        source = HuggingFaceSource(folder)
+        source = LogicalWeights.of_folder(folder, architecture)
     check_tensors(architecture, source, field="--hf")
     tokenizer, tokenizer_from = _tokenizer(folder), tokenizer_folder(folder)
     if extend_vocabulary is not None:

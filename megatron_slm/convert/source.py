@@ -12,7 +12,7 @@ from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.companion_files import ORIGIN, TOKENIZER, tokenizer_folder
 from megatron_slm.convert.hf_config import is_hf_folder, model_folder, read_architecture
-from megatron_slm.convert.hf_source import HuggingFaceSource
+from megatron_slm.convert.stored_names import LogicalWeights
 from megatron_slm.errors import CheckpointError, WeightsError
 
 
@@ -21,7 +21,7 @@ class Model:
     """A model on disk: architecture, weights and companion files."""
 
     architecture: Architecture
-    source: HuggingFaceSource | CheckpointSource
+    source: LogicalWeights | CheckpointSource
     tokenizer_folder: Path | None
     """Folder of the tokenizer; None without one."""
     origin_folder: Path | None
@@ -47,9 +47,10 @@ def open_model(path: str, *, field: str, checksums: bool = True, share: tuple[in
     """
     folder = model_folder(path, field=field)
     if is_hf_folder(folder):
+        architecture = read_architecture(folder)
         return Model(
-            architecture=read_architecture(folder),
-            source=HuggingFaceSource(folder),
+            architecture=architecture,
+            source=LogicalWeights.of_folder(folder, architecture),
             tokenizer_folder=tokenizer_folder(folder),
             origin_folder=folder,
         )

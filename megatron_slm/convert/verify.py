@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from megatron_slm.checkpoint.weights import Quantity, WeightSource, fill_module
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.defaults import NUM_TOKENS
 from megatron_slm.convert.hf_config import hf_folder, read_architecture
-from megatron_slm.convert.hf_source import SAFETENSORS, HuggingFaceSource, weight_files
+from megatron_slm.convert.hf_source import SAFETENSORS, weight_files
 from megatron_slm.convert.source import open_model
+from megatron_slm.convert.stored_names import LogicalWeights
 from megatron_slm.convert.tensors import check_tensors
 from megatron_slm.errors import WeightsError
 from megatron_slm.parallel.layers import ParallelLayers
@@ -86,7 +87,7 @@ def verify(hf: str, load: str | None = None, text_file: str | None = None, *, nu
     """
     folder = hf_folder(hf, field="--hf")
     arch = read_architecture(folder)
-    hf_source = HuggingFaceSource(folder) if load is None or weight_files(folder, SAFETENSORS) else None
+    hf_source = LogicalWeights.of_folder(folder, arch) if load is None or weight_files(folder, SAFETENSORS) else None
     if hf_source is not None:  # else transformers reads .bin files, and there are no dtypes to round to
         check_tensors(arch, hf_source, field="--hf")
     rounded_to = None
@@ -136,7 +137,7 @@ class _Rounded:
         return self.source.read(quantity, part, begin, end).to(self.dtypes[part.name]).float()
 
 
-def _rounded(source: CheckpointSource, to: HuggingFaceSource) -> tuple[WeightSource, str | None]:
+def _rounded(source: CheckpointSource, to: LogicalWeights) -> tuple[WeightSource, str | None]:
     stored, wanted = source.dtypes(), to.dtypes()
     changed = {str(wanted[name]).removeprefix("torch.") for name in stored if wanted[name] != stored[name]}
     return (_Rounded(source, wanted), ", ".join(sorted(changed))) if changed else (source, None)
@@ -187,10 +188,10 @@ def _our_log_probs(arch: Architecture, source: WeightSource, tokens_bs: Tensor, 
 @torch.no_grad()
 def _differences(log_probs_NV: Tensor, hf: str, tokens_bs: Tensor, progress: Progress) -> Tensor:
     """Return the largest difference from transformers' log-probabilities at every position, fp32 [b, s]."""
-    hidden_Nd, head = _their_hidden_states(hf, tokens_bs, progress)
+    logits_NV = _their_logits(hf, tokens_bs, progress)
     deltas = [
-        (ours - head(rows).float().log_softmax(-1)).abs().amax(-1)
-        for ours, rows in zip(log_probs_NV.split(_ROWS), hidden_Nd.split(_ROWS), strict=True)
+        (ours - theirs.log_softmax(-1)).abs().amax(-1)
+        for ours, theirs in zip(log_probs_NV.split(_ROWS), logits_NV.split(_ROWS), strict=True)
     ]
     return torch.cat(deltas).view(tokens_bs.shape)
 
@@ -201,7 +202,7 @@ def _count_blocks(blocks: Iterable[nn.Module], progress: Progress) -> None:
         block.register_forward_hook(lambda *_: progress.advance())
 
 
-def _their_hidden_states(hf: str, tokens_bs: Tensor, progress: Progress) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _their_logits(hf: str, tokens_bs: Tensor, progress: Progress) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -214,4 +215,5 @@ def _their_hidden_states(hf: str, tokens_bs: Tensor, progress: Progress) -> tupl
             )
     model = loaded.eval()
     _count_blocks(model.model.layers, progress)
-    return model.model(tokens_bs).last_hidden_state.flatten(0, 1), model.lm_head
+    logits_bsV: Tensor = model(tokens_bs, use_cache=False).logits
+    return logits_bsV.flatten(0, 1).float()

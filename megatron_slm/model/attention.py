@@ -19,11 +19,15 @@ from megatron_slm.types import Documents
 
 
 class Attention(nn.Module):
-    """`softmax(Q K^T / sqrt(k)) V` over all positions up to the current one, or a sliding window of them."""
+    """`softmax(Q K^T / sqrt(k)) V` over all positions up to the current one, or a sliding window of them.
 
-    def __init__(self, arch: Architecture, layers: Layers, prefix: str, *, window: int | None) -> None:
+    Args:
+        index: number of the block.
+    """
+
+    def __init__(self, arch: Architecture, layers: Layers, prefix: str, *, index: int) -> None:
         super().__init__()
-        self.width, self.window = arch.kv_channels, window
+        self.width, self.window = arch.kv_channels, arch.window_of(index)
         self.kernels = {"sdpa": sdpa, "flash": flash, "flash3": flash3}[layers.backends.attention]
         self.num_heads = layers.share(arch.num_attention_heads, field="number of attention heads")
         self.num_groups = layers.share(arch.num_query_groups, field="number of query groups")
@@ -35,7 +39,8 @@ class Attention(nn.Module):
         norm = partial(RMSNorm, layers, hidden_size=self.width, epsilon=arch.norm_epsilon, over_heads=True)
         self.q_norm = norm(f"{prefix}q_norm") if arch.qk_norm else nn.Identity()
         self.k_norm = norm(f"{prefix}k_norm") if arch.qk_norm else nn.Identity()
-        self.rope = (self.width, arch.rotary_base, hashable(arch.rope_scaling), arch.max_position_embeddings)
+        self.rope = (arch.rotary_width, arch.rotary_base, hashable(arch.rope_scaling), arch.max_position_embeddings)
+        self.rotates, self.query_multiplier = arch.rotates(index), arch.query_multiplier
 
     def forward(self, x_sbd: Tensor, documents: Documents | None = None) -> Tensor:
         """[s, b, d] to [s, b, d].
@@ -64,11 +69,14 @@ class Attention(nn.Module):
         k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.num_groups, self.width)))
         v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
 
-        cos, sin = rotation(q_sbhk.shape[0], *self.rope, q_sbf.device)
-        if documents is not None and documents.position_bs is not None:
-            position_sb = documents.position_bs.t()
-            cos, sin = cos[position_sb, 0], sin[position_sb, 0]
-        q_sbhk, k_sbgk = rotate(q_sbhk, cos, sin), rotate(k_sbgk, cos, sin)
+        if self.rotates:
+            cos, sin = rotation(q_sbhk.shape[0], *self.rope, q_sbf.device)
+            if documents is not None and documents.position_bs is not None:
+                position_sb = documents.position_bs.t()
+                cos, sin = cos[position_sb, 0], sin[position_sb, 0]
+            q_sbhk, k_sbgk = rotate(q_sbhk, cos, sin), rotate(k_sbgk, cos, sin)
+        if self.query_multiplier != 1.0:
+            q_sbhk = q_sbhk * self.query_multiplier
         if documents is None or documents.lengths is None:
             out_sbhk = self.kernels.attend(q_sbhk, k_sbgk, v_sbgk, self.window, sparse_gradient=sparse_gradient)
         else:

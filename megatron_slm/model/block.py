@@ -27,11 +27,12 @@ class Block(nn.Module):
         self.layers, self.index = layers, index
         prefix = f"model.layers.{index}."
         self.input_layernorm = RMSNorm(layers, f"{prefix}input_layernorm", arch.hidden_size, arch.norm_epsilon)
-        self.self_attn = Attention(arch, layers, f"{prefix}self_attn.", window=arch.window_of(index))
+        self.self_attn = Attention(arch, layers, f"{prefix}self_attn.", index=index)
         self.post_attention_layernorm = RMSNorm(
             layers, f"{prefix}post_attention_layernorm", arch.hidden_size, arch.norm_epsilon
         )
         self.mlp = MLP(arch, layers, f"{prefix}mlp.")
+        self.residual_multiplier = arch.residual_multiplier
 
     def forward(self, x_sbd: Tensor, documents: Documents | None = None, rows: BackwardRows | None = None) -> Tensor:
         """[s, b, d] to [s, b, d].
@@ -42,8 +43,12 @@ class Block(nn.Module):
         """
         if rows is not None:
             return SampledBlock.apply(self, documents, rows, x_sbd, *self.parameters())
-        x_sbd = x_sbd + self.self_attn(self.input_layernorm(x_sbd), documents)
-        return x_sbd + self.mlp(self.post_attention_layernorm(x_sbd))
+        x_sbd = x_sbd + self.scaled(self.self_attn(self.input_layernorm(x_sbd), documents))
+        return x_sbd + self.scaled(self.mlp(self.post_attention_layernorm(x_sbd)))
+
+    def scaled(self, branch: Tensor) -> Tensor:
+        """Scale what attention or MLP add to the residual stream, or the gradient that they get from it."""
+        return branch if self.residual_multiplier == 1.0 else branch * self.residual_multiplier
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
@@ -21,26 +22,32 @@ class Embedding(nn.Module):
     def __init__(self, arch: Architecture, layers: Layers) -> None:
         super().__init__()
         self.embed_tokens = layers.embedding(EMBEDDING_NAME, arch.vocab_size, arch.hidden_size)
+        self.multiplier = arch.embedding_multiplier
 
     def forward(self, tokens_bs: Tensor) -> Tensor:
         """int64 [b, s] to [s, b, d]."""
-        return self.embed_tokens(tokens_bs)
+        x_sbd = self.embed_tokens(tokens_bs)
+        # rounded to the model's dtype, as Hugging Face does
+        return x_sbd if self.multiplier == 1.0 else x_sbd * torch.tensor(self.multiplier, dtype=x_sbd.dtype)
 
 
 class Head(nn.Module):
     """The final norm and the output weight.
 
-    The loss computes the logits itself, so that the logits of a micro-batch are never all in memory.
+    The loss computes the logits itself, so that the logits of a micro-batch are never all in memory. A divisor of the
+    logits divides the hidden states that they are products of.
     """
 
     def __init__(self, arch: Architecture, layers: Layers) -> None:
         super().__init__()
         self.norm = RMSNorm(layers, "model.norm", arch.hidden_size, arch.norm_epsilon)
+        self.logit_divisor = arch.logit_divisor
         self.output = None if arch.tied else layers.output_weight(OUTPUT_NAME, arch.vocab_size, arch.hidden_size)
 
     def forward(self, x_sbd: Tensor) -> Tensor:
         """[s, b, d] to [s, b, d]."""
-        return self.norm(x_sbd)
+        x_sbd = self.norm(x_sbd)
+        return x_sbd if self.logit_divisor == 1.0 else x_sbd / self.logit_divisor
 
 
 class LayerMaker(NamedTuple):

@@ -139,9 +139,12 @@ def _rotation(
 
 
 def rotate(x_sbhk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + k / 2) of each head by its position's angle, computed in fp32, in the input's dtype.
+    """Rotate the pairs (i, i + r / 2) of each head by its position's angle, computed in fp32, in the input's dtype.
 
-    [s, b, heads, k] to the same shape.
+    [s, b, heads, k] to the same shape. The tables have r / 2 angles, r <= k; channels from r on stay as they are.
     """
+    width = 2 * cos.shape[-1]
+    if width < x_sbhk.shape[-1]:
+        return torch.cat([rotate(x_sbhk[..., :width], cos, sin), x_sbhk[..., width:]], dim=-1)
     first, second = x_sbhk.to(torch.promote_types(x_sbhk.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_sbhk.dtype)

@@ -61,12 +61,12 @@ class SampledBlock(torch.autograd.Function):
     ) -> Tensor:
         """[s, b, d] to [s, b, d]."""
         attended = _attend(block, x_sbd, documents)
-        y_sbd = x_sbd + block.self_attn.o_proj(attended.mixed_sbf)
+        y_sbd = x_sbd + block.scaled(block.self_attn.o_proj(attended.mixed_sbf))
         gate_up = block.mlp.gate_up(block.post_attention_layernorm(y_sbd))
         ctx.block, ctx.documents, ctx.rows = block, documents, rows
         # plain attributes: the graphs inside hold their own tensors, and the backward pass lets go of them
         ctx.kept = x_sbd if rows.recomputes else (attended, _Inner(y_sbd, gate_up))
-        return y_sbd + block.mlp.down_proj(block.mlp.activate(*gate_up))
+        return y_sbd + block.scaled(block.mlp.down_proj(block.mlp.activate(*gate_up)))
 
     @staticmethod
     @once_differentiable
@@ -121,7 +121,7 @@ class _Pass:
         block, mlp = self.block, self.block.mlp
         if self.inner is None:  # made again, of these rows alone
             mixed_Mf = _rows(self.attended.mixed_sbf.detach(), whole_M)
-            y_Md = _rows(self.attended.x_sbd.detach(), row_M) + block.self_attn.o_proj(mixed_Mf)
+            y_Md = _rows(self.attended.x_sbd.detach(), row_M) + block.scaled(block.self_attn.o_proj(mixed_Mf))
         else:
             y_Md = _rows(self.inner.y_sbd, row_M)
         with torch.enable_grad():
@@ -132,7 +132,7 @@ class _Pass:
             else:
                 gate_up = mlp.gate_up.replay(normed_Md, [_rows(x, whole_M) for x in self.inner.gate_up])
             out_Md = mlp.down_proj.replay(mlp.activate(*gate_up))
-        (dy_Md,) = self._differentiate([out_Md], [dz_Md], [y_Md], [block.post_attention_layernorm, mlp])
+        (dy_Md,) = self._differentiate([out_Md], [block.scaled(dz_Md)], [y_Md], [block.post_attention_layernorm, mlp])
         return dz_Md + dy_Md
 
     def _attention(self, dy_Md: Tensor, whole_M: Tensor) -> list[Tensor]:
@@ -141,7 +141,7 @@ class _Pass:
         with torch.enable_grad():
             mixed_Mf = _rows(mixed_sbf.detach(), whole_M).requires_grad_()
             out_Md = attention.o_proj.replay(mixed_Mf)
-        (dmixed_Mf,) = self._differentiate([out_Md], [dy_Md], [mixed_Mf], [attention.o_proj])
+        (dmixed_Mf,) = self._differentiate([out_Md], [self.block.scaled(dy_Md)], [mixed_Mf], [attention.o_proj])
         dmixed_Nf = dmixed_Mf.new_zeros(mixed_sbf.shape).flatten(0, 1).index_copy_(0, whole_M, dmixed_Mf)
         norms = [attention.q_norm, attention.k_norm]
         return self._differentiate([mixed_sbf], [dmixed_Nf.view_as(mixed_sbf)], self.attended.qkv, norms)

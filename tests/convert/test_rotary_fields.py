@@ -151,7 +151,7 @@ def test_a_run_for_longer_contexts(tmp_path: Path) -> None:
     hf, run = save_family("llama 3", tmp_path / "hf"), tmp_path / "run"
     given = {"rotary_base": 9000.0, "max_position_embeddings": 256, "rope_scaling": '{"rope_type": "default"}'}
     values = run_flags(
-        write_corpus(tmp_path / "corpus"), run, init_from=hf, reference_load="start", objective="slm", train_iters=1,
+        write_corpus(tmp_path / "corpus"), run, init_from=hf, reference_load="init", objective="slm", train_iters=1,
         save=run / "saved", save_interval=1, **{key.replace("-", "_"): None for key in MODEL_FLAGS}, **given,
         init_method_std=None,
     )  # fmt: skip

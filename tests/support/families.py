@@ -35,6 +35,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3", {"head_dim": 10, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5,
                   "max_window_layers": 2, "tie_word_embeddings": True},
     ),
+    "ministral": ("Ministral", {"sliding_window": 7, "head_dim": 8}),
+    "ministral with a full block": (
+        "Ministral", {"sliding_window": 5, "layer_types": ["full_attention"] + 2 * ["sliding_attention"],
+                      "tie_word_embeddings": True, "head_dim": 8},
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "attention_bias": True, "tie_word_embeddings": True}),
+    "granite 3": (
+        "Granite", {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.6,
+                    "logits_scaling": 0.75, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "phi-3": (
+        "Phi3", {"sliding_window": 7, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0,
+                                                         "partial_rotary_factor": 0.67}},
+    ),
+    "phi-4-mini with longrope": (
+        "Phi3", {"hidden_size": 32, "original_max_position_embeddings": 16, "tie_word_embeddings": True,
+                 "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5,
+                                     "long_factor": [1.5, 3.0], "short_factor": [1.0, 1.2]}},
+    ),
 }  # fmt: skip
 """transformers' class, and options that make a difference in a small model."""
 
