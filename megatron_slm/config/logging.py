@@ -16,6 +16,9 @@ class LoggingConfig:
     """Folder of the run: metrics.jsonl, config.yaml, tensorboard/, checkpoints/."""
     log_interval: int = 1
     """Log metrics every this many steps."""
+    source_log_interval: int | None = None
+    """Log the metrics of each corpus of a blend every this many steps, on steps that are logged; each corpus is five
+    numbers. Default: --log-interval for up to 100 corpora, else 100 steps."""
     quiet: bool = False
     """Print only warnings and errors on the console. Files are the same."""
     timing_log_level: Literal[0, 1, 2] = 0
@@ -43,7 +46,8 @@ class LoggingConfig:
     to RUN_DIR/probe and TensorBoard."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "log_interval", "eval_interval", "eval_iters", "peak_tflops", "profile_step_start")
+        require_positive(self, "log_interval", "source_log_interval", "eval_interval", "eval_iters", "peak_tflops")
+        require_positive(self, "profile_step_start")
         start, end = self.profile_step_start, self.profile_step_end
         require(
             end is None or (start is not None and end > start),

@@ -28,10 +28,26 @@ LONGEST_POLL_SECONDS = 5.0
 
 _HEART = """
 import os, select, sys
-while not select.select([0], [], [], float(sys.argv[2]))[0]:
-    os.utime(sys.argv[1])
+parent, seconds, idle_seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+locks, idle = set(), 0.0
+while os.getppid() == parent and idle < idle_seconds:
+    if select.select([0], [], [], seconds)[0]:
+        received = os.read(0, 65536)
+        if not received:
+            break
+        for message in received.decode().split(chr(0))[:-1]:
+            (locks.add if message[0] == "+" else locks.discard)(message[1:])
+        continue
+    idle = 0.0 if locks else idle + seconds
+    for lock in locks:
+        try:
+            os.utime(lock)
+        except OSError:
+            pass
 """
-"""A process of its own, since a long operation of numpy would hold up a thread; ends with its parent."""
+"""A process of its own, since a long operation of numpy would hold up a thread. It reads paths of locks to touch (+) or
+not to touch anymore (-), each ended by a NUL, and ends with its parent or when it has not been needed for a while."""
+_IDLE_SECONDS = 60.0
 
 
 def build_once(lock: Path, load: Callable[[], T | None], build: Callable[[], T]) -> T:
@@ -64,14 +80,46 @@ def _take(lock: Path) -> bool:
     return True
 
 
+class _Heart:
+    """This process's heart, which beats for all that it builds: there may be an index for each of many corpora."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pid = 0
+
+    def begin(self, lock: Path) -> None:
+        """Touch a lock from now on."""
+        while self._process is None or self._pid != os.getpid() or not self._tell(f"+{lock}"):
+            self._pid = os.getpid()
+            arguments = [str(self._pid), str(HEARTBEAT_SECONDS), str(_IDLE_SECONDS)]
+            command = [sys.executable, "-S", "-c", _HEART, *arguments]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+
+    def end(self, lock: Path) -> None:
+        """Touch a lock no more."""
+        self._tell(f"-{lock}")
+
+    def _tell(self, message: str) -> bool:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{message}\0".encode())
+        except BrokenPipeError:  # it was idle, or was killed
+            self._process.wait()
+            return False
+        return True
+
+
+_heart = _Heart()
+
+
 @contextmanager
 def _beating(lock: Path) -> Iterator[None]:
-    command = [sys.executable, "-S", "-c", _HEART, str(lock), str(HEARTBEAT_SECONDS)]
-    heart = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    _heart.begin(lock)
     try:
         yield
     finally:
-        heart.communicate()  # closes its standard input, which ends it
+        _heart.end(lock)
         lock.unlink(missing_ok=True)
 
 

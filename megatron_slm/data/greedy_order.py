@@ -7,8 +7,6 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +19,53 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-ffinite-math-only", "-fno-signed-zeros", "-shared", "-fPIC")
 
 
-def compiled_order(
-    weights: npt.NDArray[np.float64], size: int, *, counted_every: int
-) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]] | None:
-    """Apply the greedy rule (see `interleave.greedy_choices`); None without a C compiler.
+class GreedyOrder:
+    """The corpora of a blend's samples, one after another (see `interleave.greedy_choices`).
 
     Args:
-        weights: positive, fp64 [m].
-        counted_every: samples in a block.
-
-    Returns:
-        the corpus of every sample, uint16 [size], and the number of samples of each corpus before every block, int64
-        [size / counted_every + 1, m].
+        weights: positive, fp64 [m], m at most 65,536.
+        library: compiled `greedy_order.c`.
     """
-    weights = np.ascontiguousarray(weights, dtype=np.float64)
-    choice = np.empty(size, dtype=np.uint16)
-    counts = np.empty((size // counted_every + 1, len(weights)), dtype=np.int64)
+
+    def __init__(self, weights: npt.NDArray[np.float64], library: ctypes.CDLL) -> None:
+        self._library, self._num_corpora = library, len(weights)
+        library.greedy_new.restype = ctypes.c_void_p
+        weights = np.ascontiguousarray(weights, dtype=np.float64)
+        self._state = ctypes.c_void_p(library.greedy_new(ctypes.c_int32(len(weights)), _address(weights)))
+        if not self._state:
+            raise MemoryError(f"no memory for the order of {len(weights)} corpora")
+
+    def draw(self, num_samples: int) -> npt.NDArray[np.uint16]:
+        """Return the corpora of the next samples."""
+        choice = np.empty(num_samples, dtype=np.uint16)
+        self._library.greedy_next(self._state, ctypes.c_int64(num_samples), _address(choice))
+        return choice
+
+    def drawn(self) -> npt.NDArray[np.int64]:
+        """Return how many samples of each corpus were drawn."""
+        counts = np.empty(self._num_corpora, dtype=np.int64)
+        self._library.greedy_drawn(self._state, _address(counts))
+        return counts
+
+    def __del__(self) -> None:
+        self._library.greedy_free(self._state)
+
+
+def compiled_order(weights: npt.NDArray[np.float64]) -> GreedyOrder | None:
+    """Begin the order of a blend; None without a C compiler.
+
+    Compiling for this machine takes a second; one process does it once for an index.
+    """
     try:
-        with _compiled() as library:
-            failed = library.greedy_order(
-                ctypes.c_int32(len(weights)), _address(weights), ctypes.c_int64(size), ctypes.c_int64(counted_every),
-                _address(choice), _address(counts),
-            )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "greedy_order.so"
+            command = [os.environ.get("CC", "cc"), *_FLAGS, str(_SOURCE), "-o", str(library), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return GreedyOrder(weights, ctypes.CDLL(str(library)))
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", "") or str(error)
         logger.warning("no C compiler for the order of the blend (%s): taking the slow way", output.strip()[:200])
         return None
-    if failed:
-        raise MemoryError(f"no memory for the order of {len(weights)} corpora")
-    return choice, counts
-
-
-@contextmanager
-def _compiled() -> Iterator[ctypes.CDLL]:
-    """Compile the library for this machine, which takes a second; one process does it once for an index."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "greedy_order.so"
-        command = [os.environ.get("CC", "cc"), *_FLAGS, str(_SOURCE), "-o", str(library), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        yield ctypes.CDLL(str(library))
 
 
 def _address(array: npt.NDArray[Any]) -> ctypes.c_void_p:

@@ -8,19 +8,21 @@ previous block is computed again, until none is left. Either result equals that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_slm.data.greedy_order import compiled_order
-from megatron_slm.data.index_cache import Arrays, IndexCache
+from megatron_slm.data.greedy_order import GreedyOrder, compiled_order
+from megatron_slm.data.index_cache import Arrays, Blocks, Built, IndexCache
+from megatron_slm.errors import ConfigError
 
 _BLOCK = 1024
 COUNTED_EVERY = 64 * _BLOCK
 """Samples between two counts that an index holds, so that it stays small with thousands of corpora."""
+MOST_CORPORA = 1 << 16
 _COMPILED_FROM = 2 * 10**7
 """Number of comparisons of the plain loop that are worth a compilation."""
 
@@ -41,11 +43,14 @@ class Interleave:
     """
 
     def __init__(self, weights: Sequence[float], size: int, cache: IndexCache | None = None) -> None:
+        if len(weights) > MOST_CORPORA:
+            rule = f"name at most {MOST_CORPORA:,} corpora"
+            raise ConfigError("--data-path", f"{len(weights):,} corpora", rule, "join some with tools/merge_corpora.py")
         self.weights, self.size, self._cache = tuple(weights), size, cache or IndexCache(None)
 
     def __getitem__(self, index: int, /) -> tuple[int, int]:
         """Return the corpus of sample `index`, and the number of earlier samples from that corpus."""
-        choice, counts = self._indices
+        choice, counts = self._indices["choice"], self._indices["counts"]
         block = index // COUNTED_EVERY
         source = int(choice[index])
         before = int(np.count_nonzero(choice[block * COUNTED_EVERY : index] == source))
@@ -55,22 +60,18 @@ class Interleave:
         """Count the first `num_samples` samples by corpus."""
         if len(self.weights) == 1:
             return [num_samples]
-        choice, counts = self._indices
+        choice, counts = self._indices["choice"], self._indices["counts"]
         block = num_samples // COUNTED_EVERY
         inside = np.bincount(choice[block * COUNTED_EVERY : num_samples], minlength=len(self.weights))
         return (counts[block] + inside).tolist()
 
     @cached_property
-    def _indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        def build() -> Arrays:
-            choice, counts = greedy_choices(np.array(self.weights), self.size)
-            return {"choice": choice, "counts": counts}
-
-        arrays = self._cache.arrays("blend", f"{self.weights!r} {self.size} {COUNTED_EVERY}", None, build)
-        return arrays["choice"], arrays["counts"]
+    def _indices(self) -> Arrays:
+        made_from = f"{self.weights!r} {self.size} {COUNTED_EVERY}"
+        return self._cache.arrays("blend", made_from, None, lambda: greedy_choices(np.array(self.weights), self.size))
 
 
-def greedy_choices(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+def greedy_choices(weights: npt.NDArray[np.float64], size: int) -> Built:
     """Apply the greedy rule.
 
     Args:
@@ -78,19 +79,28 @@ def greedy_choices(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDA
         size: number of samples.
 
     Returns:
-        the corpus of every sample, uint8 or uint16 [size], and the number of samples of each corpus before every block
-        of `COUNTED_EVERY` samples, int64 [size / COUNTED_EVERY + 1, m].
+        `choice`, the corpus of every sample, uint8 or uint16 [size], and `counts`, the number of samples of each corpus
+        before every block of `COUNTED_EVERY` samples, int64 [size / COUNTED_EVERY + 1, m].
     """
     if len(weights) * size >= _COMPILED_FROM and (weights > 0).all():
-        found = compiled_order(weights, size, counted_every=COUNTED_EVERY)
-        if found is not None:
-            choice, counts = found
-            return choice.astype(np.uint8) if len(weights) <= 256 else choice, counts
-    return _side_by_side(weights, size)
+        order = compiled_order(weights)
+        if order is not None:
+            counts = np.zeros((size // COUNTED_EVERY + 1, len(weights)), dtype=np.int64)
+            dtype = np.uint8 if len(weights) <= 256 else np.uint16
+            return {"choice": Blocks(dtype, size, _counted_blocks(order, size, counts)), "counts": counts}
+    choice, counts = _side_by_side(weights, size)
+    return {"choice": choice, "counts": counts}
+
+
+def _counted_blocks(order: GreedyOrder, size: int, counts: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.uint16]]:
+    """Yield the corpora of the samples block by block, and fill the counts before every block."""
+    for block in range(len(counts)):
+        counts[block] = order.drawn()
+        yield order.draw(min(COUNTED_EVERY, size - block * COUNTED_EVERY))
 
 
 def _side_by_side(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """Compute blocks side by side (see `greedy_choices`)."""
+    """Compute blocks side by side: `choice` and `counts` of `greedy_choices`."""
     num_sources, num_blocks = len(weights), size // _BLOCK + 1
     starts = np.arange(num_blocks + 1, dtype=np.int64) * _BLOCK
     counts_mB = _guess(weights, starts)

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.corpus.indexed import IndexedCorpus
+from megatron_slm.data.index_cache import Arrays
 from megatron_slm.data.reading import Piece
 from megatron_slm.data.samples import CorpusSamples, OrderedSamples
 from megatron_slm.data.trained_tokens import TrainedTokens
@@ -88,11 +89,11 @@ class PackedSamples(OrderedSamples):
         self._num_shuffled_first = self._samples_shuffled_first(num_samples)
 
     @cached_property
-    def _indices(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def _indices(self) -> Arrays:
         """Document index, shuffle index and the stream's document ends, built on first use: most ranks of a pipeline
         never read a sample."""
 
-        def build() -> dict[str, npt.NDArray[Any]]:
+        def build() -> Arrays:
             # One state for both shuffles, in this order: Megatron's order depends on it.
             state = np.random.RandomState(self._seed)
             documents = _numbers(self._start, self._stop)
@@ -102,18 +103,17 @@ class PackedSamples(OrderedSamples):
             ends = np.cumsum(self.corpus.sequence_lengths[document_index], dtype=np.int64)
             return {"document_index": document_index, "shuffle_index": shuffle_index, "ends": ends}
 
-        arrays = self._cache.arrays("concatenate", self.order_fingerprint, self.corpus, build)
-        return arrays["document_index"], arrays["shuffle_index"], arrays["ends"]
+        return self._cache.arrays("concatenate", self.order_fingerprint, self.corpus, build)
 
     @property
     def document_index(self) -> npt.NDArray[Any]:
         """The sequence at every position of the shuffled stream, int32 or int64 [E * (stop - start)]."""
-        return self._indices[0]
+        return self._indices["document_index"]
 
     @property
     def shuffle_index(self) -> npt.NDArray[Any]:
         """Sample k of the order is sample shuffle_index[k] of the stream, uint32 [len]."""
-        return self._indices[1]
+        return self._indices["shuffle_index"]
 
     @cached_property
     @override
@@ -129,13 +129,14 @@ class PackedSamples(OrderedSamples):
 
     @override
     def _pieces(self, index: int) -> list[Piece]:
-        position = int(self.shuffle_index[index]) * self.sequence_length
-        document_index, _, ends = self._indices
-        return _stream_pieces(self.corpus, document_index, ends, position, self.sequence_length + 1)
+        arrays = self._indices
+        position = int(arrays["shuffle_index"][index]) * self.sequence_length
+        count = self.sequence_length + 1
+        return _stream_pieces(self.corpus, arrays["document_index"], arrays["ends"], position, count)
 
     @override
     def trained_labels(self, trained: TrainedTokens) -> npt.NDArray[np.int64]:
-        document_index, shuffle_index, ends = self._indices
+        document_index, shuffle_index, ends = self.document_index, self.shuffle_index, self._indices["ends"]
         lengths = self.corpus.sequence_lengths
         in_documents = trained.in_pieces(document_index, np.zeros_like(ends), lengths[document_index])
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(in_documents)])

@@ -10,7 +10,8 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from io import FileIO
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from megatron_slm.data.corpus.columns import numbers_of
 from megatron_slm.data.corpus.indexed import IndexedCorpus, bin_path, idx_path
+from megatron_slm.data.corpus.open_files import OpenFile
 from megatron_slm.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -106,15 +108,23 @@ class SequenceReader:
         return Sample(tokens, trained[1:], np.array(starts, dtype=np.int64), columns=labels)
 
 
+class _Handle:
+    """A file that is closed when nobody holds it anymore."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class _TokenFile:
     """A `.bin` that is opened on first use, and again after an error; threads may share it."""
 
     def __init__(self, corpus: IndexedCorpus) -> None:
         self._corpus, self._path = corpus, bin_path(corpus.prefix)
-        self._file: FileIO | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        self._file = OpenFile(self._path, partial(_Handle, self._path))
 
     def read(self, piece: Piece) -> npt.NDArray[Any]:
         """Read the tokens of a piece, in the corpus's dtype."""
@@ -125,7 +135,7 @@ class _TokenFile:
             try:
                 return np.frombuffer(self._pread(start, count), dtype=dtype)
             except OSError as error:
-                self._file = None  # closed once no thread reads from it
+                self._file.forget()  # closed once no thread reads from it
                 if wait_seconds is None:
                     raise self._unreadable(piece, error) from error
                 logger.warning("cannot read %s (%s): retrying", self._path, error.strerror or error)
@@ -133,12 +143,12 @@ class _TokenFile:
         raise AssertionError("the last attempt returns or raises")
 
     def _pread(self, start: int, count: int) -> bytes:
-        file = self._file = self._file or FileIO(self._path)
+        file = self._file.use()
         parts, missing = [], count
         while missing:
-            part = os.pread(file.fileno(), missing, start + count - missing)
+            part = os.pread(file.number, missing, start + count - missing)
             if not part:
-                raise OSError(f"the file ends at byte {os.fstat(file.fileno()).st_size}, before byte {start + count}")
+                raise OSError(f"the file ends at byte {os.fstat(file.number).st_size}, before byte {start + count}")
             parts.append(part)
             missing -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)

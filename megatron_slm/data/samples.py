@@ -68,9 +68,13 @@ class CorpusSamples(ABC):
         self.sequence_length = sequence_length
         self.loss_mask = loss_mask
         self._start, self._stop = start, stop
-        self._lengths = corpus.sequence_lengths[start:stop]
         self.columns = dict(columns)
         self._reader = SequenceReader(corpus, loss_mask, columns)
+
+    @property
+    def _lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of the sequences, int32 [stop - start]."""
+        return self.corpus.sequence_lengths[self._start : self._stop]
 
     @property
     def name(self) -> str:

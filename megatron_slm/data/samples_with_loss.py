@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from megatron_slm.data.index_cache import IndexCache
+from megatron_slm.data.index_cache import Arrays, IndexCache
 from megatron_slm.data.reading import Piece
 from megatron_slm.data.samples import OrderedSamples
 from megatron_slm.data.trained_tokens import TrainedTokens
@@ -17,8 +17,8 @@ from megatron_slm.errors import CorpusError
 
 def numbers_with_loss(
     order: OrderedSamples, trained: Callable[[], TrainedTokens], mask_fingerprint: str, cache: IndexCache
-) -> npt.NDArray[np.int64]:
-    """Return the numbers of the samples that have a trained token, rising, int64.
+) -> Arrays:
+    """Return the numbers of the samples that have a trained token, rising, int64, as the array `numbers`.
 
     Args:
         order: samples of a corpus with a loss mask.
@@ -30,19 +30,19 @@ def numbers_with_loss(
         CorpusError: no sample has one.
     """
 
-    def build() -> dict[str, npt.NDArray[np.int64]]:
+    def build() -> Arrays:
         return {"numbers": np.flatnonzero(order.trained_labels(trained())).astype(np.int64)}
 
     made_from = f"{order.order_fingerprint} {mask_fingerprint}"
-    numbers = cache.arrays("with-loss", made_from, order.loss_mask, build)["numbers"]
-    if not numbers.size:
+    arrays = cache.arrays("with-loss", made_from, order.loss_mask, build)
+    if not arrays["numbers"].size:
         raise CorpusError(
             f"{order.name}: samples with a trained token",
             0,
             f"be at least one of {len(order)}; the loss mask leaves nothing to train on",
             "check the loss mask, or raise --seq-length: prompts may fill the samples",
         )
-    return numbers
+    return arrays
 
 
 class SamplesWithLoss(OrderedSamples):
@@ -50,12 +50,13 @@ class SamplesWithLoss(OrderedSamples):
 
     Args:
         order: all samples.
-        numbers: see `numbers_with_loss`.
+        arrays: see `numbers_with_loss`.
         mask_fingerprint: identifies the content of the loss mask.
     """
 
-    def __init__(self, order: OrderedSamples, numbers: npt.NDArray[np.int64], mask_fingerprint: str) -> None:
-        self._order, self._numbers, self._mask_fingerprint = order, numbers, mask_fingerprint
+    def __init__(self, order: OrderedSamples, arrays: Arrays, mask_fingerprint: str) -> None:
+        self._order, self._arrays, self._mask_fingerprint = order, arrays, mask_fingerprint
+        self._num_samples = len(arrays["numbers"])
         super().__init__(
             order.corpus,
             order._start,
@@ -66,7 +67,7 @@ class SamplesWithLoss(OrderedSamples):
             loss_mask=order.loss_mask,
             columns=order.columns,
         )
-        self.num_left_out = len(order) - len(numbers)
+        self.num_left_out = len(order) - self._num_samples
 
     @override
     def _lay_out(self, num_samples: int | None) -> None:
@@ -79,12 +80,12 @@ class SamplesWithLoss(OrderedSamples):
 
     @override
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self._num_samples
 
     @override
     def _pieces(self, index: int) -> list[Piece]:
-        return self._order.pieces(int(self._numbers[index]))
+        return self._order.pieces(int(self._arrays["numbers"][index]))
 
     @override
     def trained_labels(self, trained: TrainedTokens) -> npt.NDArray[np.int64]:
-        return self._order.trained_labels(trained)[self._numbers]
+        return self._order.trained_labels(trained)[self._arrays["numbers"]]

@@ -244,7 +244,7 @@ def _report_samples_without_loss(source: Source, corpus: OpenedCorpus, cache: In
     if left_out:
         logger.info("corpus %s: left out %d of %d samples, without a trained token", source.name, left_out, total)
         return
-    kept = total - sum(corpus.numbers_with_loss(order, cache).size for order in source.orders)
+    kept = total - sum(corpus.numbers_with_loss(order, cache)["numbers"].size for order in source.orders)
     if kept:
         logger.warning(
             "corpus %s: %d of %d samples have no trained token and are run for nothing; "

@@ -9,16 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.columns import open_column
 from megatron_slm.data.corpus.content import content_sha256
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import find_loss_mask, read_sidecar_of
 from megatron_slm.data.corpus.staging import staged
-from megatron_slm.data.index_cache import IndexCache
+from megatron_slm.data.index_cache import Arrays, IndexCache
 from megatron_slm.data.samples import OrderedSamples
 from megatron_slm.data.samples_with_loss import numbers_with_loss
 from megatron_slm.data.tokenizers.registry import Tokenizer, require_token
@@ -53,8 +50,8 @@ class OpenedCorpus:
         recorded = None if sidecar is None else sidecar.loss_mask_bin_sha256
         return recorded or content_sha256(self.loss_mask)
 
-    def numbers_with_loss(self, order: OrderedSamples, cache: IndexCache) -> npt.NDArray[np.int64]:
-        """Return the numbers of the samples that have a trained token."""
+    def numbers_with_loss(self, order: OrderedSamples, cache: IndexCache) -> Arrays:
+        """Return the numbers of the samples that have a trained token (see `numbers_with_loss`)."""
         assert self.loss_mask is not None
         return numbers_with_loss(order, partial(TrainedTokens, self.loss_mask), self.mask_fingerprint, cache)
 

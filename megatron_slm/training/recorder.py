@@ -27,6 +27,10 @@ from megatron_slm.training.intervals import is_due
 from megatron_slm.training.selection_probe import SelectionChange
 from megatron_slm.training.text_probe import TextProbe
 
+FEW_SOURCES = 100
+"""Corpora of a blend whose metrics are logged with every line."""
+SOURCE_STEPS = 100
+"""Steps between the metrics of more corpora: a thousand of them take 0.4 s and 0.4 MB."""
 MOST_ADDED_VARIANCE = 0.1
 """Mean over blocks, relative to the squared norm of the gradient, above which a run warns."""
 
@@ -80,6 +84,8 @@ class Recorder:
         if result.skip_reason == "no-trained-token":
             self.log(f"warning: step {state.step}: all tokens of the batch are masked, nothing updated", always=True)
         values = self._training_line(result, learning_rate)
+        if used is not None and self._logs_sources():
+            values["sources"] = self._source_metrics(result)
         self._warn_of_variance(values["backward_added_variance"])
         self._warn_of_weak_reference(values["excess_spread"])
         if used is not None:
@@ -90,7 +96,7 @@ class Recorder:
     def _training_line(self, result: StepResult, learning_rate: float) -> dict[str, Any]:
         state, plan = self._run.state, self._run.plan
         tokens_per_second = plan.global_batch_size * plan.config.data.seq_length / result.seconds
-        values = {
+        return {
             "step": state.step,
             "samples": state.consumed_samples,
             "tokens": self._tokens,
@@ -107,11 +113,16 @@ class Recorder:
             "skipped_steps": state.skipped_steps,
             "clipped_share": sum(self._clipped) / len(self._clipped) if plan.config.optimizer.clip_grad else None,
         }
-        samples = plan.data.train
-        if len(samples.sources) > 1:
-            names, consumed = [source.name for source in samples.sources], samples.consumed(state.consumed_samples)
-            values["sources"] = source_metrics(result.sums, names, consumed)
-        return values
+
+    def _logs_sources(self) -> bool:
+        config, count = self._run.plan.config, len(self._run.plan.data.train.sources)
+        interval = config.logging.source_log_interval or (1 if count <= FEW_SOURCES else SOURCE_STEPS)
+        return count > 1 and is_due(self._run.state.step, interval, config.training.train_iters)
+
+    def _source_metrics(self, result: StepResult) -> dict[str, dict[str, Any]]:
+        samples = self._run.plan.data.train
+        consumed = samples.consumed(self._run.state.consumed_samples)
+        return source_metrics(result.sums, [source.name for source in samples.sources], consumed)
 
     def _warn_of_variance(self, variance: float | None) -> None:
         """Warn when the variance added by row sampling rises above `MOST_ADDED_VARIANCE`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_slm.data import interleave as interleave_module
 from megatron_slm.data.greedy_order import compiled_order
-from megatron_slm.data.interleave import COUNTED_EVERY, Interleave, greedy_choices, normalized
+from megatron_slm.data.index_cache import IndexCache
+from megatron_slm.data.interleave import COUNTED_EVERY, MOST_CORPORA, Interleave, normalized
+from megatron_slm.errors import ConfigError
 from tests.data import megatron_oracle  # noqa: F401  (silences its imports)
 
 
@@ -19,6 +24,11 @@ def megatron(weights: list[float], size: int) -> tuple[np.ndarray, np.ndarray]:
     source, number = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
     helpers.build_blending_indices(source, number, np.array(weights), len(weights), size, False)
     return source, number
+
+
+def greedy_choices(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    built = IndexCache(None).arrays("blend", "", None, lambda: interleave_module.greedy_choices(weights, size))
+    return built["choice"], built["counts"]
 
 
 CASES = {
@@ -57,12 +67,41 @@ def test_a_thousand_corpora_of_very_different_weights_equal_megatrons_helper() -
     raw[100:200] = raw[100]
     weights, size = normalized(raw.tolist()), 200_000
     source, _ = megatron(list(weights), size)
-    found = compiled_order(np.array(weights), size, counted_every=50_000)
-    assert found is not None
-    choice, counts = found
-    np.testing.assert_array_equal(choice, source)
-    np.testing.assert_array_equal(counts[3], np.bincount(source[:150_000], minlength=1000))
-    np.testing.assert_array_equal(counts[4], np.bincount(source, minlength=1000))
+    order = compiled_order(np.array(weights))
+    assert order is not None
+    np.testing.assert_array_equal(order.draw(150_000), source[:150_000])
+    np.testing.assert_array_equal(order.drawn(), np.bincount(source[:150_000], minlength=1000))
+    np.testing.assert_array_equal(order.draw(50_000), source[150_000:])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "nearly equal", "few sizes", "a dominant one"])
+def test_hundreds_of_corpora_equal_megatrons_helper(kind: str) -> None:
+    generator = np.random.default_rng(1)
+    raw = {
+        "uniform": generator.random(300) + 0.01,
+        "nearly equal": 1 + 1e-7 * generator.random(300),
+        "few sizes": generator.integers(1, 4, 300) * 0.1,
+        "a dominant one": np.array([1e4, *generator.random(299)]),
+    }[kind]
+    weights, size = normalized(raw.tolist()), 150_000
+    order = compiled_order(np.array(weights))
+    assert order is not None
+    np.testing.assert_array_equal(order.draw(size), megatron(list(weights), size)[0])
+
+
+def test_more_corpora_than_an_order_can_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="65,537 corpora"):
+        Interleave([1.0] * (MOST_CORPORA + 1), 10)
+
+
+@pytest.mark.slow
+def test_a_hundred_million_samples_of_a_thousand_corpora_take_little_memory(tmp_path: Path) -> None:
+    weights = normalized((np.random.default_rng(0).random(1000) + 0.01).tolist())
+    tracemalloc.start()
+    Interleave(weights, 10**8, IndexCache(tmp_path)).drawn(10**8)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30e6, "counts of 1,526 blocks are 12 MB"
 
 
 def test_without_a_compiler_the_order_is_the_same(

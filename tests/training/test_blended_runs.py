@@ -13,7 +13,7 @@ import pytest
 
 from megatron_slm.data import reading
 from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
-from megatron_slm.data.interleave import greedy_choices, normalized
+from megatron_slm.data.interleave import Interleave, normalized
 from megatron_slm.flags.load import parse
 from megatron_slm.run.plan import make_plan
 from tests.support.documents import token_losses
@@ -67,7 +67,8 @@ def test_losses_and_counts_of_each_corpus_are_logged(
         assert mean == pytest.approx(line["loss_all"], rel=1e-12)
         mean = sum(p["loss"] * p["kept_tokens"] for p in parts.values() if p["kept_tokens"]) / line["kept_tokens"]
         assert mean == pytest.approx(line["loss"], rel=1e-12)
-    order = greedy_choices(np.array(normalized(normalized([6, 3, 1]))), 8)[0].tolist()
+    blended = Interleave(normalized(normalized([6, 3, 1])), 8)
+    order = [blended[i][0] for i in range(8)]
     first = lines(tmp_path)[0]["sources"]
     for number, name in enumerate(("web", "books", "code")):
         rows = [seen[i] for i in range(8) if order[i] == number]
@@ -125,9 +126,10 @@ def test_another_blend_is_refused_on_resume_with_the_way_to_have_it(folder: Path
     assert "add a phase to --data-phases" in error
     changed = run_flags(
         folder, tmp_path, data_path=blend(folder, 6, 3, 1), train_iters=4, load=tmp_path / "checkpoints",
-        data_phases=[f"2: {folder / 'code'}"],
+        data_phases=[f"2: {folder / 'code'}"], source_log_interval=2,
     )  # fmt: skip
     run_world(train_and_report, 2, changed)
+    assert ["sources" in line for line in lines(tmp_path)] == [True, True, False, True], "every second step"
     last = lines(tmp_path)[-1]
     assert last["step"] == 4
     before = lines(tmp_path)[1]["sources"]

@@ -12,12 +12,15 @@ import glob
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_slm.data.corpus.open_files import OpenFile
 from megatron_slm.errors import CorpusError, VocabularyError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -65,14 +68,13 @@ def dtype_for_vocabulary(vocab_size: int) -> np.dtype[Any]:
 
 
 class CorpusIndex:
-    """The boundaries of a corpus on disk, memory-mapped, validated against its `.bin` on opening.
+    """The boundaries of a corpus on disk, memory-mapped while in use, validated against its `.bin` on opening.
 
     Attributes:
         prefix: path without `.bin` and `.idx`.
         dtype: dtype of the token ids.
-        sequence_lengths: tokens of every sequence, int32 [N].
-        sequence_pointers: start of every sequence in `.bin`, bytes, int64 [N].
-        document_indices: first sequence of every document, then N, int64 [documents + 1].
+        num_sequences: number of sequences (Megatron packs and splits by sequence).
+        num_documents: number of documents, empty ones included.
         num_tokens: tokens of the whole corpus, possibly 0.
 
     Raises:
@@ -82,27 +84,28 @@ class CorpusIndex:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self._require_files()
-        index = self._map_index()
-        self.dtype, num_sequences, num_boundaries = self._read_header(index)
-        offset = HEADER.size
-        self.sequence_lengths: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", num_sequences, offset)
-        offset += 4 * num_sequences
-        self.sequence_pointers: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", num_sequences, offset)
-        offset += 8 * num_sequences
-        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", num_boundaries, offset)
+        self.dtype, self.num_sequences, num_boundaries = self._read_header()
+        self.num_documents = num_boundaries - 1
+        path = idx_path(self.prefix)
+        self._index = OpenFile(path, partial(_map_index, path, self.num_sequences, num_boundaries))
         self._check_documents()
         self.num_tokens = self._check_sequences()
         self._check_bin_size()
 
     @property
-    def num_sequences(self) -> int:
-        """Number of sequences (Megatron packs and splits by sequence)."""
-        return int(self.sequence_lengths.shape[0])
+    def sequence_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of every sequence, int32 [N]. Whoever keeps the array keeps the file open."""
+        return self._index.use().lengths
 
     @property
-    def num_documents(self) -> int:
-        """Number of documents, empty ones included."""
-        return int(self.document_indices.shape[0]) - 1
+    def sequence_pointers(self) -> npt.NDArray[np.int64]:
+        """Start of every sequence in `.bin`, bytes, int64 [N]."""
+        return self._index.use().pointers
+
+    @property
+    def document_indices(self) -> npt.NDArray[np.int64]:
+        """First sequence of every document, then N, int64 [documents + 1]."""
+        return self._index.use().document_indices
 
     def _require_files(self) -> None:
         for path in (idx_path(self.prefix), bin_path(self.prefix)):
@@ -117,18 +120,15 @@ class CorpusIndex:
                 fix = f"pass {' or '.join(map(repr, near))}"
             raise CorpusError("corpus prefix", self.prefix, f"name existing files; {path} is missing", fix)
 
-    def _map_index(self) -> npt.NDArray[np.uint8]:
+    def _read_header(self) -> tuple[np.dtype[Any], int, int]:
         path = idx_path(self.prefix)
-        size = path.stat().st_size
+        with _readable(path), path.open("rb") as file:
+            header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
         if size < HEADER.size:
             raise CorpusError(
                 f"{path}: size", size, f"be at least {HEADER.size} bytes, the size of the header", _REPLACE
             )
-        return _mapped(path, np.dtype(np.uint8))
-
-    def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
-        path = idx_path(self.prefix)
-        magic, version, code, num_sequences, num_boundaries = HEADER.unpack(index[: HEADER.size].tobytes())
+        magic, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
         if magic != MAGIC:
             raise CorpusError(f"{path}: magic", magic, f"be {MAGIC!r} (Megatron's index)", _REPLACE)
         if version != VERSION:
@@ -136,10 +136,10 @@ class CorpusIndex:
         if code not in INTEGER_CODES:
             raise CorpusError(f"{path}: dtype code", code, f"be one of {INTEGER_CODES} (integers)", _REPLACE)
         expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
-        if index.size not in (expected, expected + num_sequences):
+        if size not in (expected, expected + num_sequences):
             raise CorpusError(
                 f"{path}: size",
-                index.size,
+                size,
                 f"be {expected} bytes for {num_sequences} sequences and {num_boundaries - 1} documents",
                 _REPLACE,
             )
@@ -188,15 +188,38 @@ class CorpusIndex:
             )
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+class _Index(NamedTuple):
+    """The arrays of an `.idx`."""
+
+    lengths: npt.NDArray[np.int32]
+    pointers: npt.NDArray[np.int64]
+    document_indices: npt.NDArray[np.int64]
+
+
+def _map_index(path: Path, num_sequences: int, num_boundaries: int) -> _Index:
+    index = _map(path, np.dtype(np.uint8))
+    pointers = HEADER.size + 4 * num_sequences
+    return _Index(
+        np.frombuffer(index, "<i4", num_sequences, HEADER.size),
+        np.frombuffer(index, "<i8", num_sequences, pointers),
+        np.frombuffer(index, "<i8", num_boundaries, pointers + 8 * num_sequences),
+    )
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    with _readable(path):
+        return np.asarray(np.memmap(path, mode="r", dtype=dtype))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into one that names the file."""
     try:
-        return np.memmap(path, mode="r", dtype=dtype)
+        yield
     except OSError as error:
         fix = "check the disk or the network share"
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            fix = (
-                "raise the limit of open files (ulimit -n), about 6 a corpus, or join some with tools/merge_corpora.py"
-            )
+            fix = "raise the limit of open files (ulimit -n)"
         raise CorpusError("corpus file", str(path), f"be readable ({error.strerror})", fix) from error
 
 
@@ -208,7 +231,7 @@ def _nearby_prefixes(prefix: str) -> list[str]:
 
 
 class IndexedCorpus(CorpusIndex):
-    """A corpus on disk, memory-mapped, validated on opening.
+    """A corpus on disk, memory-mapped while in use, validated on opening.
 
     Raises:
         CorpusError: a file is missing, truncated, damaged, of another format, or holds no token.
@@ -218,7 +241,7 @@ class IndexedCorpus(CorpusIndex):
         super().__init__(prefix)
         if self.num_tokens == 0:
             raise CorpusError(f"{bin_path(prefix)}: number of tokens", 0, "be at least 1", "preprocess again")
-        self._tokens = np.asarray(_mapped(bin_path(prefix), self.dtype))
+        self._bin = OpenFile(bin_path(prefix), partial(_map, bin_path(prefix), self.dtype))
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
         return type(self), (self.prefix,)
@@ -246,7 +269,7 @@ class IndexedCorpus(CorpusIndex):
                 f"tokens [{offset}, {offset + count}) of sequence {index} of {self.prefix}, which holds {available}"
             )
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
-        return self._tokens[start : start + count]
+        return self._bin.use()[start : start + count]
 
     def max_token_id(self, byte_budget: int = DEFAULT_SCAN_BYTES) -> int:
         """Return the largest token id: of the whole corpus when `.bin` is within the budget, else of sampled blocks.
@@ -280,9 +303,9 @@ class IndexedCorpus(CorpusIndex):
     def _scanned_blocks(self, max_tokens: int) -> Iterator[npt.NDArray[Any]]:
         if self.num_tokens <= max_tokens:
             for start in range(0, self.num_tokens, _TOKENS_PER_SCAN):
-                yield self._tokens[start : start + _TOKENS_PER_SCAN]
+                yield self._bin.use()[start : start + _TOKENS_PER_SCAN]
             return
         block = max(1, max_tokens // _SAMPLED_BLOCKS)
         starts = np.linspace(0, self.num_tokens - block, _SAMPLED_BLOCKS).astype(np.int64)
         for start in starts.tolist():
-            yield self._tokens[start : start + block]
+            yield self._bin.use()[start : start + block]
