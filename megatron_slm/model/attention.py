@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.width, self.window = arch.kv_channels, arch.window_of(index)
         self.kernels = {"sdpa": sdpa, "flash": flash, "flash3": flash3}[layers.backends.attention]
         self.num_heads = layers.share(arch.num_attention_heads, field="number of attention heads")
-        self.num_groups = layers.share(arch.num_query_groups, field="number of query groups")
+        self.kv_heads = layers.key_value_heads(arch.num_query_groups)
         q, kv = arch.num_attention_heads * self.width, arch.num_query_groups * self.width
         self.qkv = layers.linear_in(
             prefix, arch.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=arch.qkv_bias
@@ -59,15 +59,16 @@ class Attention(nn.Module):
         documents: Documents | None,
         sparse_gradient: bool = False,
     ) -> Tensor:
-        """Attention without its projections: queries, keys and values [s, b, heads * k] to [s, b, h * k].
+        """Attention without its projections: queries, keys and values as they were projected here to [s, b, h * k].
 
         Args:
             documents: document boundaries; None to attend to whole samples.
             sparse_gradient: many rows of the result's gradient will be zero; kernels that can skip them do.
         """
         q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
-        k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.num_groups, self.width)))
-        v_sbgk = v_sbf.unflatten(-1, (self.num_groups, self.width))
+        k_sbf, v_sbf = self.kv_heads.whole(k_sbf, v_sbf)
+        k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.kv_heads.count, self.width)))
+        v_sbgk = v_sbf.unflatten(-1, (self.kv_heads.count, self.width))
 
         if self.rotates:
             cos, sin = rotation(q_sbhk.shape[0], *self.rope, q_sbf.device)

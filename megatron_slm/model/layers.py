@@ -54,6 +54,16 @@ class LinearOut(HasParameters, Protocol):
         ...
 
 
+class KeyValueHeads(Protocol):
+    """The key and value heads that this rank's queries attend to."""
+
+    count: int
+
+    def whole(self, k_sbf: Tensor, v_sbf: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as they were projected here to whole heads, [s, b, count * k] each."""
+        ...
+
+
 class Layers(Protocol):
     """Makes the model's layers, dense or tensor-parallel.
 
@@ -64,7 +74,11 @@ class Layers(Protocol):
     """Backends of attention and norms."""
 
     def share(self, count: int, *, field: str) -> int:
-        """Return this rank's number of `count` heads or groups."""
+        """Return this rank's number of `count` heads."""
+        ...
+
+    def key_value_heads(self, count: int) -> KeyValueHeads:
+        """Return this rank's of `count` key/value heads; several ranks may have the same one."""
         ...
 
     def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> LinearIn:

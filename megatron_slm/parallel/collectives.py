@@ -145,6 +145,11 @@ def gather_sequence(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
     return x_sbd if tp.size == 1 else _Gather.apply(x_sbd, tp)
 
 
+def gather_heads(slices: Tensor, sharing: TensorParallel) -> Tensor:
+    """Concatenate the slices of a head along dim 0, by rank; the gradient of each is summed over the ranks."""
+    return _communicate(_Gather.apply, slices, sharing)
+
+
 def scatter_sequence_sum(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
     """Sum over the ranks and return this rank's positions: [s, b, d] to [s / size, b, d]."""
     return x_sbd if tp.size == 1 else _ScatterSum.apply(x_sbd, tp)

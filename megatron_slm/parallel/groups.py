@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -73,6 +73,8 @@ class TensorParallel:
     rank: int = 0
     sequence_parallel: bool = False
     group: ProcessGroup | None = None
+    sharing: tuple[TensorParallel, ...] = ()
+    """The parts of the group whose ranks share one key/value head, one for each number of ranks that do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +86,27 @@ class DataParallel:
     group: ProcessGroup | None = None
 
 
-def create_tensor_parallel_group(topology: Topology, *, sequence_parallel: bool) -> TensorParallel:
-    """Create this rank's tensor-parallel group. Collective over its members (see `create_group`)."""
-    rank = dist.get_rank()
+def create_tensor_parallel_group(
+    topology: Topology, *, sequence_parallel: bool, num_query_groups: Iterable[int] = ()
+) -> TensorParallel:
+    """Create this rank's tensor-parallel group. Collective over its members (see `create_group`).
+
+    Args:
+        num_query_groups: key/value heads of the models; where there are fewer than ranks, those that share a head get a
+            group too.
+    """
+    size, rank = topology.tensor, topology.coordinate(dist.get_rank()).tensor
+    group = create_group(topology.tensor_groups()) if size > 1 else None
+    sharing = []
+    for count in sorted({size // heads for heads in num_query_groups if heads < size}):
+        own = group if count == size else create_group(topology.sharing_groups(count))
+        sharing.append(TensorParallel(size=count, rank=rank % count, group=own))
     return TensorParallel(
-        size=topology.tensor,
-        rank=topology.coordinate(rank).tensor,
-        sequence_parallel=sequence_parallel and topology.tensor > 1,
-        group=create_group(topology.tensor_groups()) if topology.tensor > 1 else None,
+        size=size,
+        rank=rank,
+        sequence_parallel=sequence_parallel and size > 1,
+        group=group,
+        sharing=tuple(sharing),
     )
 
 

@@ -28,6 +28,7 @@ from megatron_slm.parallel.collectives import (
 )
 from megatron_slm.parallel.gathered_linear import gathered_linear
 from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.parallel.heads import KeyValueHeads
 from megatron_slm.parallel.replay import KnownLinear, UnreadLinear
 from megatron_slm.parallel.shards import Part, new_parameter
 
@@ -184,8 +185,12 @@ class ParallelLayers:
             keep_out_of_compiled_blocks()
 
     def share(self, count: int, *, field: str) -> int:
-        """Return this rank's number of `count` heads or groups."""
+        """Return this rank's number of `count` heads."""
         return even_share(count, self.tp, field=field)[1]
+
+    def key_value_heads(self, count: int) -> KeyValueHeads:
+        """Return this rank's of `count` key/value heads."""
+        return KeyValueHeads(self.tp, count)
 
     def linear_in(self, prefix: str, in_features: int, outputs: dict[str, int], *, bias: bool = False) -> LinearIn:
         """Make a `LinearIn`."""

@@ -78,6 +78,10 @@ class Topology:
             for d in range(self.data)
         ]
 
+    def sharing_groups(self, size: int) -> list[list[int]]:
+        """Return each tensor-parallel group cut into runs of `size` ranks, which share a key/value head."""
+        return [ranks[i : i + size] for ranks in self.tensor_groups() for i in range(0, self.tensor, size)]
+
     def pipeline_groups(self) -> list[list[int]]:
         """Return the ranks of every pipeline, first stage first, in the same order on all ranks."""
         return [

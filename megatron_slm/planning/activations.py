@@ -44,14 +44,16 @@ def block_activations(arch: Architecture, layout: Layout, *, e: int, some_rows: 
     its input and the two inner layers.
     """
     d, shards, tensor = arch.hidden_size, layout.sequence_shards, layout.tensor
-    q, kv = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
+    q = arch.num_attention_heads * arch.kv_channels / tensor
+    shares_heads = arch.num_query_groups < tensor
+    kv = arch.kv_channels if shares_heads else arch.num_query_groups * arch.kv_channels / tensor
     whole_norms = 1 if some_rows else 2
     return BlockActivations(
         stream=(e * d if e == 4 else 2 * e * d) / shards if some_rows else 0.0,
         norms=whole_norms * ((4 + e) * d + 4) / shards,
         linear_inputs=whole_norms * e * d / shards,
-        projected=e * (q + 2 * kv) / tensor,
-        attention=(e * (2 * q + kv) + 4 * arch.num_attention_heads) / tensor,
+        projected=e * (2 * kv if shares_heads else q + 2 * kv),  # a gathered head is kept without the queries
+        attention=e * (2 * q + kv) + 4 * arch.num_attention_heads / tensor,
         feed_forward=(2 if some_rows else 4) * e * arch.ffn_hidden_size / tensor,
     )
 

@@ -124,7 +124,8 @@ def _divides(run: PlannedRun, tensor: int) -> bool:
         if arch is not None
         for count in (
             arch.num_attention_heads,
-            arch.num_query_groups,
+            arch.num_query_groups if arch.num_query_groups > tensor else tensor % arch.num_query_groups,
+            arch.num_query_groups * arch.kv_channels,
             arch.ffn_hidden_size,
             run.padded_vocabulary(arch),
         )

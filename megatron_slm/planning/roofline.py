@@ -93,7 +93,7 @@ def block_forward(
         compiled: element-wise work is fused: each fused pass reads its inputs and writes its results once.
     """
     attention = attention_flops(arch, length)
-    rotated = (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
+    rotated = (arch.num_attention_heads + max(arch.num_query_groups, tensor)) * arch.kv_channels
     traffic = _FUSED if compiled else _EAGER
     stream = (2 * traffic.norm + traffic.additions) * arch.hidden_size
     inner = traffic.rotation * rotated + traffic.mlp * arch.ffn_hidden_size

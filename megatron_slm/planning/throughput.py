@@ -85,7 +85,7 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     The loss head computes one matrix product over all rows forward, and over the kept rows two backward, or three if it
     recomputes their logits. Distillation from a reference that runs does the latter forward, and a product with the
     reference's output weight more. Tensor parallelism adds two all-reduces (or their halves) per block and direction,
-    which do not overlap with computation.
+    and a gather of the keys and values where ranks share a head; none overlaps with computation.
     """
     roofline = Roofline(cluster=cluster, bf16=run.config.training.bf16)
     length = run.config.data.seq_length
@@ -103,11 +103,13 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
             compiled=compiles,
         )  # fmt: skip
         ring = _all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
+        num_sharing = max(1, layout.tensor // arch.num_query_groups)
+        heads = _ring_seconds(2 * tokens * arch.kv_channels * run.dtype_bytes, num_sharing, 1, cluster)
         return _Forward(
             blocks=stage_blocks(arch.num_layers, layout.pipeline),
             work=work,
             compute=tokens * roofline.seconds(work),
-            communication=2 * ring,
+            communication=2 * ring + heads,
             embedding=2 * tokens * arch.hidden_size * run.dtype_bytes / cluster.gpu.memory_bytes_per_second,
             head=tokens * roofline.seconds(head_forward(arch, tensor=layout.tensor)),
         )

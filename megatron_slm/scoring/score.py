@@ -104,7 +104,11 @@ class _Scorer:
         parallel = plan.config.parallel
         self.rank = plan.topology.coordinate(dist.get_rank())
         self.is_first, self.is_last = self.rank.pipeline == 0, self.rank.pipeline == plan.topology.pipeline - 1
-        tp = create_tensor_parallel_group(plan.topology, sequence_parallel=parallel.sequence_parallel)
+        tp = create_tensor_parallel_group(
+            plan.topology,
+            sequence_parallel=parallel.sequence_parallel,
+            num_query_groups=[plan.reference.architecture.num_query_groups],
+        )
         divisible = plan.config.model.make_vocab_size_divisible_by
         layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
         head = LossHead(backend=plan.config.loss_head.loss_head_backend)

@@ -87,7 +87,11 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     """Build this rank's part of a run. Collective over the world."""
     saver = _saver(plan)
     torch.manual_seed(plan.config.training.seed + dist.get_rank())
-    tp = create_tensor_parallel_group(plan.topology, sequence_parallel=plan.config.parallel.sequence_parallel)
+    tp = create_tensor_parallel_group(
+        plan.topology,
+        sequence_parallel=plan.config.parallel.sequence_parallel,
+        num_query_groups=[arch.num_query_groups for arch in plan.models.architectures],
+    )
     divisible = plan.config.model.make_vocab_size_divisible_by
     layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
     dp = create_data_parallel_group(plan.topology)

@@ -51,9 +51,11 @@ def logical_tensors(stack: list[Block], values: list[torch.Tensor]) -> dict[str,
     return found
 
 
-def rank_main(options: dict[str, Any], kind: str, sequence_parallel: bool, recomputes: bool) -> dict[str, Any]:
+def rank_main(
+    options: dict[str, Any], kind: str, sequence_parallel: bool, recomputes: bool, size: int
+) -> dict[str, Any]:
     init_distributed()
-    tp = create_tensor_parallel_group(Topology(tensor=2), sequence_parallel=sequence_parallel)
+    tp = create_tensor_parallel_group(Topology(tensor=size), sequence_parallel=sequence_parallel, num_query_groups=[2])
     arch = architecture(num_layers=2, **options)
     whole, (x, grad) = blocks(arch), problem()
     with torch.no_grad():  # numbers that fp32 holds, in which weights are read
@@ -67,13 +69,13 @@ def rank_main(options: dict[str, Any], kind: str, sequence_parallel: bool, recom
     share = 0.7 if kind == "kept" else SHARE
     rows, whole_rows = RecordedRows(share, kind=kind, recomputes=recomputes), RecordedRows(share, kind=kind)
     if sequence_parallel:
-        x, grad = (t.chunk(2)[tp.rank] for t in (x, grad))
+        x, grad = (t.chunk(size)[tp.rank] for t in (x, grad))
     out, found = gradients(stack, x, grad, rows)
     x, grad = problem()
-    num_rows = LENGTH * SAMPLES // (2 if sequence_parallel else 1)
+    num_rows = LENGTH * SAMPLES // (size if sequence_parallel else 1)
     weights = [rows.weights(index, num_rows) for index in range(2)]
     if sequence_parallel:
-        parts = [[torch.empty_like(w) for _ in range(2)] for w in weights]
+        parts = [[torch.empty_like(w) for _ in range(size)] for w in weights]
         for mine, both in zip(weights, parts, strict=True):
             dist.all_gather(both, mine)
         weights = [torch.cat(both) for both in parts]
@@ -83,7 +85,7 @@ def rank_main(options: dict[str, Any], kind: str, sequence_parallel: bool, recom
     else:
         _, expected = gradients(whole, x, grad, weights=weights)
     if sequence_parallel:
-        plain, expected[0] = plain.chunk(2)[tp.rank], expected[0].chunk(2)[tp.rank]
+        plain, expected[0] = plain.chunk(size)[tp.rank], expected[0].chunk(size)[tp.rank]
     wanted = logical_tensors(whole, expected[1:])
     mine = {}
     for parameter, value in zip([p for block in stack for p in block.parameters()], found[1:], strict=True):
@@ -103,17 +105,22 @@ def rank_main(options: dict[str, Any], kind: str, sequence_parallel: bool, recom
 
 @pytest.mark.parametrize("recomputes", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize(
-    ("kind", "sequence_parallel"), [("sampled", False), ("sampled", True), ("kept", False)], ids=["tp", "sp", "kept"]
+    ("kind", "sequence_parallel", "size"),
+    [("sampled", False, 2), ("sampled", True, 2), ("kept", False, 2), ("sampled", True, 4)],
+    ids=["tp", "sp", "kept", "shared-heads"],
 )
-def test_ranks_together_have_the_masked_gradient(kind: str, sequence_parallel: bool, recomputes: bool) -> None:
+def test_ranks_together_have_the_masked_gradient(
+    kind: str, sequence_parallel: bool, size: int, recomputes: bool
+) -> None:
     for options in OPTIONS.values():
-        one, other = run_world(rank_main, 2, options, kind, sequence_parallel, recomputes)
-        for report in (one, other):
+        reports = run_world(rank_main, size, options, kind, sequence_parallel, recomputes, size)
+        one, other, *_ = reports
+        for report in reports:
             assert report["output"] < 1e-12
             assert report["input"] < 1e-10
             assert max(report["parameters"].values()) < 1e-10, report["parameters"]
         if not sequence_parallel:
             assert one["rows"] == other["rows"]
         else:
-            assert len(one["rows"][0]) == len(other["rows"][0]) == 8  # ceil(0.4 x 18)
+            assert len(one["rows"][0]) == len(other["rows"][0]) == {2: 8, 4: 4}[size]  # ceil(0.4 x 18), of 9
             assert one["rows"] != other["rows"]

@@ -42,6 +42,10 @@ def test_neighbors_are_all_pairs_of_adjacent_stages_in_two_disjoint_families() -
     assert sorted(families[0] + families[1]) == sorted(expected)
 
 
+def test_ranks_that_share_a_head_are_neighbors() -> None:
+    assert Topology(data=2, tensor=4).sharing_groups(2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
 def test_model_groups_hold_every_rank_once_and_one_data_index_each() -> None:
     topology = Topology(pipeline=2, data=3, tensor=2)
     model_groups = topology.model_groups()

@@ -25,6 +25,7 @@ LENGTH = 64
 SHAPES = {
     "grouped, wide": {"hidden_size": 512, "ffn_hidden_size": 1792, "num_query_groups": 8},
     "as many keys": {"hidden_size": 512, "ffn_hidden_size": 1376, "num_query_groups": 16},
+    "shared heads": {"hidden_size": 512, "ffn_hidden_size": 1792, "num_query_groups": 4},
     "narrow heads": {"hidden_size": 1024, "ffn_hidden_size": 2816, "num_query_groups": 8, "kv_channels": 32},
 }
 
@@ -71,5 +72,5 @@ def test_predicted_bytes_are_saved(size: int, sequence_parallel: bool) -> None:
     (found,) = run_world(rank_main, 1, size, sequence_parallel)
     for name, saved, predicted, whole in found:
         assert saved == pytest.approx(predicted, rel=0.001), name
-        if sequence_parallel:
+        if sequence_parallel and not name.startswith("shared heads"):  # of which less is kept in any case
             assert 0.6 < saved / whole < 0.69, f"{name}: a third less than with whole sequences"

@@ -32,4 +32,11 @@ def alone_of(size: int, *, sequence_parallel: bool) -> TensorParallel:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    return TensorParallel(size=size, rank=0, group=dist.group.WORLD, sequence_parallel=sequence_parallel)
+    sharing = [
+        TensorParallel(size=count, group=dist.new_group(list(range(count))))
+        for count in range(2, size)
+        if size % count == 0
+    ]
+    return TensorParallel(
+        size=size, group=dist.group.WORLD, sequence_parallel=sequence_parallel, sharing=tuple(sharing)
+    )
