@@ -76,6 +76,8 @@ class RunConfig:
             rule = "be recompute or auto with --distillation-temperature, at which a stash is of no use"
             fits = variant in ("auto", "recompute")
             require(fits, self.loss_head, "loss_head_variant", rule, f"remove {flag('loss_head_variant')}")
+        rule = f"not be used with --loss {loss.loss}, which distils from one reference"
+        require(selection.reference_base is None, selection, "reference_base", rule, "remove it")
         if selection.reference_scores:
             rule = "be 1 with --reference-scores, which are the reference's probabilities at that temperature"
             temperature = loss.distillation_temperature
@@ -85,12 +87,18 @@ class RunConfig:
 
     def _check_reference(self) -> None:
         selection, update = self.selection, self.reference_update
-        if selection.reference_load == START_MODEL:
-            fix = "set it to the folder of the model that training starts from"
-            require_given(self.model.init_from is not None, "init_from", f"--reference-load {START_MODEL}", fix)
+        for name in ("reference_load", "reference_base"):
+            if getattr(selection, name) == START_MODEL:
+                fix = "set it to the folder of the model that training starts from"
+                require_given(self.model.init_from is not None, "init_from", f"{flag(name)} {START_MODEL}", fix)
+        same = self.reference_base_path is not None and self.reference_base_path == self.reference_path
+        rule = "be another model than --reference-load: the difference would be 0"
+        require(not same, selection, "reference_base", rule, "name another model")
         if not update.updates:
             return
         required_by = f"--reference-update {update.reference_update}"
+        rule = f"not be used with {required_by}, which updates a single reference"
+        require(selection.reference_base is None, selection, "reference_base", rule, "remove it")
         fix = f"set it to {START_MODEL}, the model of --init-from, or to a model of the same architecture"
         require_given(selection.reference_load is not None, "reference_load", required_by, fix)
         rule = f"not be used with {required_by}, whose reference runs beside the model"
@@ -102,6 +110,12 @@ class RunConfig:
     def reference_path(self) -> str | None:
         """Folder of the reference; None without one."""
         named = self.selection.reference_load
+        return self.model.init_from if named == START_MODEL else named
+
+    @property
+    def reference_base_path(self) -> str | None:
+        """Folder of the model that the reference is compared with; None without one."""
+        named = self.selection.reference_base
         return self.model.init_from if named == START_MODEL else named
 
     @property

@@ -93,6 +93,9 @@ class SelectionConfig:
     reference_load: str | None = None
     """Frozen reference: a Hugging Face folder, a name of the hub, a checkpoint of this package saved at any layout, or
     `init`, the model of --init-from. With --reference-scores it is not loaded, but the scores must come from it."""
+    reference_base: str | None = None
+    """A second frozen model that the reference is compared with, named like --reference-load: the reference's loss is
+    then its own less this one's (with --slm-score reference-loss: tokens that the reference predicts better)."""
     reference_config: str | None = None
     """Architecture of the reference, for plans and dry runs without --reference-load: a config.json, a folder with
     one, or the YAML configuration of the reference's run. A loaded reference must match it."""
@@ -305,9 +308,10 @@ class SelectionConfig:
     def _check_reference(self) -> None:
         """Check the reference's flags; `selection/configure.py` checks that slm has one where its scores need it."""
         if self.objective == "clm":
-            for name in ("reference_load", "reference_scores"):
+            for name in ("reference_load", "reference_base", "reference_scores"):
                 rule = "not be used with --objective clm, which has no reference"
                 require(not getattr(self, name), self, name, rule, "remove it, or use --objective slm")
+        self._check_base()
         if len(self.reference_scores) > 1:
             given = self.reference_scores_combine is not None
             require_given(
@@ -325,10 +329,26 @@ class SelectionConfig:
             return
         rule = "be two stores with --reference-scores-combine difference"
         require(len(self.reference_scores) == 2, self, "reference_scores", rule, "name two, or choose mean")
+        self._check_scores_of_difference("--reference-scores-combine difference")
+
+    def _check_base(self) -> None:
+        if self.reference_base is None:
+            return
+        fix = "name two stores with --reference-scores-combine difference"
+        rule = "not be used with --reference-scores"
+        require(not self.reference_scores, self, "reference_base", rule, fix)
+        fix = "set it to the reference that is compared with this base"
+        require_given(self.reference_load is not None, "reference_load", "--reference-base", fix)
+        self._check_scores_of_difference("--reference-base")
+        needs = any(score_definition(name).needs_reference for name in self.slm_score)
+        rule = "include reference-loss with --reference-base"
+        require(needs and self.uses_scores, self, "slm_score", rule, "use --slm-score reference-loss")
+
+    def _check_scores_of_difference(self, flags: str) -> None:
         others = [
             name for name in self.slm_score if name != "reference-loss" and score_definition(name).needs_reference
         ]
-        rule = "be reference-loss, or a score without a reference, with --reference-scores-combine difference"
+        rule = f"be reference-loss, or a score without a reference, with {flags}"
         require(not others, self, "slm_score", rule, "use --slm-score reference-loss")
 
 

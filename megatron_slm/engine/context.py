@@ -14,6 +14,7 @@ from megatron_slm.loss.objective import Objective
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.reference.pair import ReferencePair
 from megatron_slm.reference.stored import StoredScores
 
 
@@ -23,7 +24,7 @@ class StageContext:
 
     topology: Topology
     objective: Objective
-    reference: FrozenStage | None
+    reference: FrozenStage | ReferencePair | None
     scores: StoredScores | None
     """Stored statistics, in place of a reference that computes them."""
     schedule: Schedule

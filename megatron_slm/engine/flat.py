@@ -25,6 +25,7 @@ from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.frozen import FrozenStage
+from megatron_slm.reference.pair import ReferencePair
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.types import MicroBatch, TokenStatistics
 
@@ -40,7 +41,7 @@ class FlatTrainer:
         topology: Topology,
         objective: Objective,
         *,
-        reference: FrozenStage | None,
+        reference: FrozenStage | ReferencePair | None,
         scores: StoredScores | None,
         num_micro_batches: int,
         timers: Timers,

@@ -334,7 +334,7 @@ class SelectiveEngine(PipelineEngine):
         shape = context.message_shape
         if lane is Lane.REFERENCE:
             assert context.reference is not None, "reference messages need a reference"
-            shape = (*shape[:2], context.reference.arch.hidden_size)
+            shape = (*shape[:2], context.reference.message_width)
         channel.post_receive(shape, context.dtype, self.device)
 
     # ---- the end of a step ------------------------------------------------------------------------------

@@ -117,11 +117,10 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
 
 
 def _divides(run: PlannedRun, tensor: int) -> bool:
-    """Return True if both models can be sharded over `tensor` ranks, by the rules of `parallel/layers.py`."""
+    """Return True if all models can be sharded over `tensor` ranks, by the rules of `parallel/layers.py`."""
     return all(
         count % tensor == 0
-        for arch in (run.architecture, run.reference)
-        if arch is not None
+        for arch in (run.architecture, *run.references)
         for count in (
             arch.num_attention_heads,
             arch.num_query_groups if arch.num_query_groups > tensor else tensor % arch.num_query_groups,

@@ -111,20 +111,20 @@ class OneForwardOneBackward:
 def stage_memory(run: PlannedRun, layout: Layout, saved: SavedActivations) -> list[StageMemory]:
     """Return the memory of one rank of each stage under a schedule."""
     models = model_parameters(run, layout)
-    references = _parameters(run, layout, run.reference) if run.reference else None
+    references = [_parameters(run, layout, arch) for arch in run.references]
     sizes = schedule_sizes(run, layout)
     stages = []
     for stage, parameters in enumerate(models):
         states = zero_states(parameters, layout, e=run.dtype_bytes, deepspeed=run.deepspeed)
-        reference = references[stage] if references else None
-        frozen = reference.total * run.dtype_bytes if reference else 0  # never partitioned, at any ZeRO stage
-        if reference and run.config.reference_update.updates:
-            frozen += 4 * reference.total  # the average in fp32
+        frozen_parameters = sum(of_stages[stage].total for of_stages in references)
+        frozen = frozen_parameters * run.dtype_bytes  # never partitioned, at any ZeRO stage
+        if run.config.reference_update.updates:
+            frozen += 4 * frozen_parameters  # the average in fp32
         stages.append(
             StageMemory(
                 **states,
                 activations=saved.activations(stage) * stage_activations(run, layout, parameters),
-                working=working_bytes(run, layout, parameters, reference) + _reduction_copy(run, layout, parameters),
+                working=working_bytes(run, layout, parameters) + _reduction_copy(run, layout, parameters),
                 loss_head=loss_head_bytes(run, layout) if parameters.has_head else 0,
                 reference=frozen,
                 window=saved.memory_bytes(stage, sizes),
@@ -181,14 +181,12 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     return held
 
 
-def working_bytes(
-    run: PlannedRun, layout: Layout, parameters: StageParameters, reference: StageParameters | None
-) -> int:
+def working_bytes(run: PlannedRun, layout: Layout, parameters: StageParameters) -> int:
     """Estimate the temporary bytes of a stage's largest pass.
 
     Backward of the model: gradients of the MLP's inner layers and of a norm in fp32, under sequence parallelism the
     gathered input of a linear layer and its gradient, and with recomputation the activations of one block. Forward of
-    the reference: the MLP's inner layers and a norm.
+    a reference: the MLP's inner layers and a norm.
     """
     e, tokens = run.dtype_bytes, _tokens(run, layout)
 
@@ -201,10 +199,7 @@ def working_bytes(
     model += e * max(parameters.sizes, default=0) / tokens  # a gradient until it is added to its fp32 sum
     if layout.recomputes and parameters.num_blocks:
         model += block_activations(run.architecture, layout, e=e).total
-    frozen = 0.0
-    if reference is not None and run.reference is not None:
-        frozen = inner(run.reference)
-    return round(max(model, frozen) * tokens)
+    return round(max(model, *(inner(arch) for arch in run.references), 0.0) * tokens)
 
 
 def _reduction_copy(run: PlannedRun, layout: Layout, parameters: StageParameters) -> int:
@@ -250,7 +245,7 @@ def loss_head_bytes(run: PlannedRun, layout: Layout) -> int:
 
 def schedule_sizes(run: PlannedRun, layout: Layout) -> Sizes:
     """Return the sizes, in bytes on one rank, of what a schedule keeps."""
-    width = run.reference.hidden_size if run.reference else 0
+    width = sum(arch.hidden_size for arch in run.references)
     message = _tokens(run, layout) // layout.sequence_shards * width * run.dtype_bytes
     length, distills = run.config.data.seq_length, run.distills_live
     return Sizes.of_micro_batch(layout.micro_batch_size, length, reference_message=message, distills=distills)
@@ -266,8 +261,8 @@ def _message_bytes(run: PlannedRun, layout: Layout, stage: int) -> int:
     in_flight = min(Channel.MAX_SENDS_IN_FLIGHT, layout.num_micro_batches)
     num_gradients = (0 if is_first else in_flight) + (0 if is_last else 1)
     widths = num_gradients * run.architecture.hidden_size
-    if run.reference is not None and not is_last:
-        widths += in_flight * run.reference.hidden_size
+    if not is_last:
+        widths += in_flight * sum(arch.hidden_size for arch in run.references)
     return widths * tokens * run.dtype_bytes
 
 

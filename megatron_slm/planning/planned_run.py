@@ -33,6 +33,13 @@ class PlannedRun:
     """None if no reference runs: with CLM, stored scores, or a score without a reference."""
     selector: Selector
     deepspeed: dict[str, Any]
+    base: Architecture | None = None
+    """Of --reference-base."""
+
+    @property
+    def references(self) -> list[Architecture]:
+        """The references that run: none, one or two."""
+        return [arch for arch in (self.reference, self.base) if arch is not None]
 
     @property
     def dtype_bytes(self) -> int:
@@ -81,7 +88,7 @@ def plan_run(config: RunConfig, *, model_config: str | None = None, reference_co
     vocab_size = stored.vocab_size if stored else _vocabulary(config)
     architecture = resolve_architecture(config, stored, vocab_size, starts=True)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=architecture.vocab_size)
-    reference = None
+    reference = base = None
     if not config.selection.reference_scores:
         if reference_config is not None and config.selection.objective == "slm":
             reference = architecture_at(reference_config, "--reference-config")
@@ -91,8 +98,15 @@ def plan_run(config: RunConfig, *, model_config: str | None = None, reference_co
                 reference = architecture_at(shape, "--reference-config")
             else:
                 reference = architecture_at(path, "--reference-load", instead="--reference-config")
+        if config.reference_base_path is not None:
+            base = architecture_at(config.reference_base_path, "--reference-base")
     return PlannedRun(
-        config=config, architecture=architecture, reference=reference, selector=selector, deepspeed=deepspeed
+        config=config,
+        architecture=architecture,
+        reference=reference,
+        selector=selector,
+        deepspeed=deepspeed,
+        base=base,
     )
 
 

@@ -131,9 +131,9 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
         return tuple(backward)
 
     reference, forward = [0.0] * layout.pipeline, list(model.stages)
-    if run.reference is not None:
-        frozen = forward_pass(run.reference)
-        reference = frozen.stages
+    for arch in run.references:
+        frozen = forward_pass(arch)
+        reference = [before + seconds for before, seconds in zip(reference, frozen.stages, strict=True)]
         if run.distills_live:  # the kept rows' whole second pass is done with the loss, over both models
             passes = run.config.distillation.num_passes
             kept = tokens * roofline.seconds(kept_head) + (passes - 1) * model.head + passes * frozen.head

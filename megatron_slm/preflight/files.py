@@ -36,6 +36,7 @@ def read_files(config: RunConfig) -> dict[str, list[Path]]:
         "--tokenizer-model": [data.tokenizer_model],
         "--init-from": [model.init_from],
         "--reference-load": [config.reference_path],
+        "--reference-base": [config.reference_base_path],
         "--reference-scores": [*selection.reference_scores],
         "--load": [config.checkpoint.load],
     }

@@ -59,6 +59,11 @@ class FrozenStage(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    @property
+    def message_width(self) -> int:
+        """Width of the hidden states that travel between its stages."""
+        return self.arch.hidden_size
+
     def output_weight(self) -> OutputWeight:
         """Return the output weight's rows held here; on the last stage only."""
         head = self.layers[-1]

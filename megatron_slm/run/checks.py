@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from megatron_slm.config import deepspeed as ds_config
@@ -69,6 +69,9 @@ def check_models(config: RunConfig, topology: Topology, models: Models, resume: 
     if reference is not None:
         check_layout(reference.architecture, config, topology, what="reference")
         _check_reference_config(config, reference)
+    if (base := models.reference_base) is not None:
+        check_layout(base.architecture, config, topology, what="reference base")
+        check_tensors(base.architecture, base.source, field="--reference-base")
     if init is not None:
         check_tensors(init.architecture, init.source, field="--init-from")
     if reference is not None:
@@ -263,10 +266,10 @@ def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSample
             )
 
 
-def warn_of_long_sequences(config: RunConfig, model: Architecture, reference: Architecture | None) -> None:
+def warn_of_long_sequences(config: RunConfig, model: Architecture, references: Sequence[Architecture]) -> None:
     """Warn of samples that are longer than the positions a model was trained for, which may be intended."""
-    for what, arch in (("model", model), ("reference", reference)):
-        if arch is not None and config.data.seq_length > arch.max_position_embeddings:
+    for what, arch in (("model", model), *(("reference", reference) for reference in references)):
+        if config.data.seq_length > arch.max_position_embeddings:
             logger.warning(
                 "--seq-length is %d: longer than the %d positions of the %s (max_position_embeddings)",
                 config.data.seq_length, arch.max_position_embeddings, what,
@@ -316,6 +319,9 @@ def _check_vocabularies(config: RunConfig, models: Models, resume: Resume | None
     if models.reference is not None:
         path = config.reference_path
         check_model_vocabulary(models.reference, config, tokenizer, field="--reference-load", path=path)
+    if models.reference_base is not None:
+        path = config.reference_base_path
+        check_model_vocabulary(models.reference_base, config, tokenizer, field="--reference-base", path=path)
     fingerprint = resume.manifest.tokenizer_fingerprint if resume else None
     if fingerprint is not None and fingerprint != tokenizer.fingerprint():
         raise VocabularyError(

@@ -22,8 +22,8 @@ from megatron_slm.selection.selector import Selector
 def print_dry_run(plan: Plan) -> None:
     """Print a plan."""
     console = Console()
-    reference = plan.models.reference_architecture
-    console.print(layout_table(plan.config, plan.topology, plan.zero_stage, plan.models.architecture, reference))
+    references = plan.models.references
+    console.print(layout_table(plan.config, plan.topology, plan.zero_stage, plan.models.architecture, references))
     console.print(_batch_table(plan))
     table = Table(title="Backends", show_header=False)
     for part, backend in plan.describe_backends().items():
@@ -37,7 +37,7 @@ def print_dry_run(plan: Plan) -> None:
 
 
 def layout_table(
-    config: RunConfig, topology: Topology, zero_stage: int, arch: Architecture, reference: Architecture | None
+    config: RunConfig, topology: Topology, zero_stage: int, arch: Architecture, references: Sequence[Architecture]
 ) -> Table:
     """Tabulate each stage's layers and the parameters of one of its ranks."""
     title = (
@@ -48,11 +48,12 @@ def layout_table(
     table.add_column("stage")
     table.add_column("model")
     table.add_column("parameters a rank", justify="right")
-    table.add_column("reference")
-    table.add_column("parameters a rank", justify="right")
-    model, frozen = (_stages(one, config, topology) for one in (arch, reference))
-    for stage, (trained, beside) in enumerate(zip(model, frozen, strict=True)):
-        table.add_row(str(stage), *_stage_cells(trained), *_stage_cells(beside))
+    for what in ("reference", "base")[: max(1, len(references))]:
+        table.add_column(what)
+        table.add_column("parameters a rank", justify="right")
+    models = [_stages(one, config, topology) for one in (arch, *(references or (None,)))]
+    for stage, held in enumerate(zip(*models, strict=True)):
+        table.add_row(str(stage), *(cell for of_model in held for cell in _stage_cells(of_model)))
     table.caption = f"{arch.num_parameters:,} parameters in all, vocabulary {arch.vocab_size:,}"
     return table
 

@@ -25,20 +25,22 @@ class Models:
     """--init-from"""
     reference: Model | None
     """--reference-load; None also where the reference's scores are read from stores."""
+    reference_base: Model | None = None
+    """--reference-base"""
 
     @property
-    def reference_architecture(self) -> Architecture | None:
-        """Architecture of the reference, where one runs."""
-        return None if self.reference is None else self.reference.architecture
+    def references(self) -> list[Architecture]:
+        """Architectures of the references that run, the base last: none, one or two."""
+        return [model.architecture for model in (self.reference, self.reference_base) if model is not None]
 
     @property
     def architectures(self) -> list[Architecture]:
-        """Architectures of the model and, where one runs, the reference."""
-        return [self.architecture] if self.reference is None else [self.architecture, self.reference.architecture]
+        """Architectures of the model and of the references that run."""
+        return [self.architecture, *self.references]
 
     @property
     def num_tokens(self) -> int:
-        """Exclusive upper bound of the corpora's token ids: the smaller vocabulary of model and reference."""
+        """Exclusive upper bound of the corpora's token ids: the smallest vocabulary of model and references."""
         return min(arch.vocab_size for arch in self.architectures)
 
 
@@ -53,15 +55,18 @@ def open_models(config: RunConfig, resume: Resume | None, *, share: tuple[int, i
     """
     init = open_if_named(config.model.init_from, "--init-from", checksums=True, share=share)
     tokenizer = open_tokenizer(config, init)
-    reference = None
+
+    def opened(path: str | None, field: str) -> Model | None:
+        return init if path == START_MODEL else open_if_named(path, field, checksums=True, share=share)
+
+    reference = base = None
     if not config.selection.reference_scores:
-        reference = init
-        if config.selection.reference_load != START_MODEL:
-            reference = open_if_named(config.selection.reference_load, "--reference-load", checksums=True, share=share)
+        reference = opened(config.selection.reference_load, "--reference-load")
+        base = opened(config.selection.reference_base, "--reference-base")
     architecture = resolve_architecture(
         config, _stored_architecture(init, resume), tokenizer.vocab_size, starts=init is not None
     )
-    return Models(tokenizer=tokenizer, architecture=architecture, init=init, reference=reference)
+    return Models(tokenizer=tokenizer, architecture=architecture, init=init, reference=reference, reference_base=base)
 
 
 def _stored_architecture(init: Model | None, resume: Resume | None) -> Architecture | None:

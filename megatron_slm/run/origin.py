@@ -53,8 +53,9 @@ def _references(plan: Plan) -> list[dict[str, Any]]:
     if plan.scores is not None:
         manifests = [StoreManifest.read(Path(store)) for store in selection.reference_scores]
         return [{"path": manifest.reference, "sha256": manifest.reference_sha256} for manifest in manifests]
-    reference = _model(plan.config.reference_path, plan.models.reference)
-    return [] if reference is None else [reference]
+    config, models = plan.config, plan.models
+    pairs = ((config.reference_path, models.reference), (config.reference_base_path, models.reference_base))
+    return [found for path, model in pairs if (found := _model(path, model)) is not None]
 
 
 def _corpora(plan: Plan) -> list[dict[str, Any]]:

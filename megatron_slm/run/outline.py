@@ -28,14 +28,14 @@ def print_outline(config: RunConfig, world_size: int) -> None:
     layout = configured_layout(run, world_size)
     topology = layout.topology
     check_layout(run.architecture, config, topology, what="model")
-    if run.reference is not None:
-        check_layout(run.reference, config, topology, what="reference")
+    for reference in run.references:
+        check_layout(reference, config, topology, what="reference")
     check_backward_rows(config, run.selector)
     check_ranks(config, topology)
     ds_config.resolve(run.deepspeed, config, data_parallel_size=layout.data, num_micro_batches=layout.num_micro_batches)
-    warn_of_long_sequences(config, run.architecture, run.reference)
+    warn_of_long_sequences(config, run.architecture, run.references)
     schedule = counted_schedule(
-        config, run.architecture, run.reference, layout.pipeline, layout.num_micro_batches, keep_ratio=run.keep_ratio
+        config, run.architecture, run.references, layout.pipeline, layout.num_micro_batches, keep_ratio=run.keep_ratio
     )
     simulation = Simulation(schedule)
     rows = batch_rows(config, topology, run.selector, layout.num_micro_batches * layout.micro_batch_size * layout.data)
@@ -43,7 +43,7 @@ def print_outline(config: RunConfig, world_size: int) -> None:
         rows["reference schedule"] = f"{schedule.mode}, predicted step {simulation.ratio:.2f} x plain training's"
     console = Console()
     console = console if console.is_terminal else Console(width=120)
-    console.print(layout_table(config, topology, layout.zero_stage, run.architecture, run.reference))
+    console.print(layout_table(config, topology, layout.zero_stage, run.architecture, run.references))
     console.print(rows_table("Batches and tokens", rows))
     console.print(
         stage_memory_table(
@@ -64,6 +64,7 @@ def _not_checked(run: PlannedRun) -> dict[str, str]:
         "--init-from": [config.model.init_from],
         "--tokenizer-model": [data.tokenizer_model],
         "--reference-load": [config.reference_path],
+        "--reference-base": [config.reference_base_path],
         "--reference-scores": selection.reference_scores,
         "--data-path": data.data_path or data.train_data_path,
         "--data-args-path": [data.data_args_path or data.per_split_data_args_path],

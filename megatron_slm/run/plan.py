@@ -99,7 +99,7 @@ class Plan:
         """Conversion of tokens per second into shares of the hardware's peak."""
         return Utilization.of(
             self.models.architecture,
-            self.models.reference_architecture,
+            self.models.references,
             seq_length=self.config.data.seq_length,
             num_devices=self.topology.world_size,
             bf16=self.config.training.bf16,
@@ -166,7 +166,7 @@ def make_plan(
     data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry, share=share)
     check_sets(config, data.valid, data.test)
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
-    warn_of_long_sequences(config, models.architecture, models.reference_architecture)
+    warn_of_long_sequences(config, models.architecture, models.references)
     if rank == 0:
         check_selection_columns(config, data)
         check_folders(config, models.tokenizer, ds_config.monitors(user_deepspeed), resume)

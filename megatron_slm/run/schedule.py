@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.costs import arithmetic_costs
@@ -15,7 +17,7 @@ from megatron_slm.run.plan import Plan
 def message_sizes(plan: Plan, *, message_length: int) -> Sizes:
     """Sizes of a micro-batch, for predictions in tokens and bytes."""
     num_samples, length = plan.config.training.micro_batch_size, plan.config.data.seq_length
-    width = plan.models.reference.architecture.hidden_size if plan.models.reference else 0
+    width = sum(reference.hidden_size for reference in plan.models.references)
     message = num_samples * message_length * width * plan.dtype.itemsize
     distills = plan.models.reference is not None and plan.config.distillation.distills
     return Sizes.of_micro_batch(num_samples, length, reference_message=message, distills=distills)
@@ -23,12 +25,11 @@ def message_sizes(plan: Plan, *, message_length: int) -> Sizes:
 
 def plan_schedule(plan: Plan) -> Schedule:
     """Choose the schedule that a plan's run starts with."""
-    reference = plan.models.reference_architecture
     share = plan.selector.expected_share(plan.config.training.train_iters)
     return counted_schedule(
         plan.config,
         plan.models.architecture,
-        reference,
+        plan.models.references,
         plan.topology.pipeline,
         plan.num_micro_batches,
         keep_ratio=share,
@@ -38,7 +39,7 @@ def plan_schedule(plan: Plan) -> Schedule:
 def counted_schedule(
     config: RunConfig,
     arch: Architecture,
-    reference: Architecture | None,
+    references: Sequence[Architecture],
     num_stages: int,
     num_micro_batches: int,
     *,
@@ -47,7 +48,7 @@ def counted_schedule(
     """Choose the schedule for counted costs."""
     costs = arithmetic_costs(
         arch,
-        reference,
+        references,
         num_stages,
         seq_length=config.data.seq_length,
         keep_ratio=keep_ratio,
@@ -56,5 +57,5 @@ def counted_schedule(
         distillation=config.distillation,
     )
     flag = config.parallel.reference_schedule
-    mode = Mode.of_run(flag, num_stages=num_stages, has_reference=reference is not None)
+    mode = Mode.of_run(flag, num_stages=num_stages, has_reference=bool(references))
     return choose_schedule(mode, costs, num_micro_batches)

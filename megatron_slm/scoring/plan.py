@@ -137,6 +137,10 @@ def make_scoring_plan(
     topology = run_topology(config, world_size)
     if path is None:
         raise ConfigError.missing("--reference-load", "scoring", "name the folder of the reference")
+    if config.reference_base_path is not None:
+        rule = "not be used in scoring, which stores the losses of one reference"
+        fix = "score both models, one after the other, for --reference-scores-combine difference"
+        raise ConfigError("--reference-base", config.selection.reference_base, rule, fix)
     if training.global_batch_size is None:
         raise ConfigError.missing(
             "--global-batch-size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_slm.config.architecture import Architecture
@@ -15,7 +16,7 @@ class Utilization:
     """Converts tokens per second to FLOP/s per device and to MFU.
 
     The model counts as three forward passes with the whole loss head, as in plain training and in other systems; the
-    reference counts as one forward pass. Work saved by the selection shows as higher utilization.
+    references count as one forward pass each. Work saved by the selection shows as higher utilization.
     """
 
     model_flops_per_token: float
@@ -29,7 +30,7 @@ class Utilization:
     def of(
         cls,
         model: Architecture,
-        reference: Architecture | None,
+        references: Sequence[Architecture],
         *,
         seq_length: int,
         num_devices: int,
@@ -45,7 +46,7 @@ class Utilization:
         peak = gpu.flops(bf16=bf16) if gpu else None
         return cls(
             model_flops_per_token=training_flops(model, seq_length),
-            reference_flops_per_token=inference_flops(reference, seq_length) if reference else 0.0,
+            reference_flops_per_token=sum(inference_flops(arch, seq_length) for arch in references),
             num_devices=num_devices,
             peak_flops_per_device=peak if peak_tflops is None else peak_tflops * 1e12,
         )

@@ -48,6 +48,7 @@ from megatron_slm.parallel.groups import (
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.following import FILE_KIND, FollowingReference
 from megatron_slm.reference.frozen import FirstTokens, FrozenStage, build_reference
+from megatron_slm.reference.pair import ReferencePair
 from megatron_slm.run.corpora import boundaries
 from megatron_slm.run.origin import write_origin
 from megatron_slm.run.plan import Plan
@@ -127,8 +128,8 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     )
 
 
-def _reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
-    """Build this rank's stage of the reference; None where none runs."""
+def _reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | ReferencePair | None:
+    """Build this rank's stage of the reference, or of two; None where none runs."""
     frozen = plan.models.reference
     if frozen is None:
         return None
@@ -137,14 +138,19 @@ def _reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | None:
     if plan.config.distillation.distills:  # both models' distributions are over the same rows, cut alike
         source = FirstTokens(source, arch.vocab_size)
         arch = replace(arch, vocab_size=plan.models.architecture.vocab_size)
-    return build_reference(arch, source, plan.topology, layers, plan.dtype)
+    reference = build_reference(arch, source, plan.topology, layers, plan.dtype)
+    base = plan.models.reference_base
+    if base is None:
+        return reference
+    return ReferencePair(reference, build_reference(base.architecture, base.source, plan.topology, layers, plan.dtype))
 
 
-def _following(plan: Plan, reference: FrozenStage) -> FollowingReference | None:
+def _following(plan: Plan, reference: FrozenStage | ReferencePair) -> FollowingReference | None:
     """Build what updates the reference, continued from a checkpoint on a resume; None where it is frozen."""
     frozen = plan.models.reference
     if frozen is None or not plan.config.reference_update.updates:
         return None
+    assert isinstance(reference, FrozenStage), "of two references none is updated"
     source: WeightSource = frozen.source
     if plan.resume is not None:
         source = CheckpointSource(plan.resume.folder, plan.resume.manifest, kind=FILE_KIND)
@@ -154,7 +160,7 @@ def _following(plan: Plan, reference: FrozenStage) -> FollowingReference | None:
 
 
 def _pipeline_trainer(
-    plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | None
+    plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | ReferencePair | None
 ) -> Trainer:
     module = StageModule(plan.models.architecture, layers, grid)
     if plan.backends.compile_blocks:
@@ -184,7 +190,7 @@ def _pipeline_trainer(
 
 
 def _flat_trainer(
-    plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | None
+    plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | ReferencePair | None
 ) -> Trainer:
     recompute = plan.config.parallel.recompute_granularity == "full"
     # backward passes reduce gradients: they wait for other ranks

@@ -11,6 +11,7 @@ from megatron_slm.flags.load import parse
 
 BASE = ["--train-iters", "3"]
 INIT = [*BASE, "--init-from", "model", "--reference-load", "init"]
+PAIR = [*BASE, "--reference-load", "r", "--reference-base", "base", "--slm-score", "reference-loss"]
 EMA = [*INIT, "--reference-update", "ema"]
 
 
@@ -37,11 +38,44 @@ EMA = [*INIT, "--reference-update", "ema"]
             [*BASE, "--reference-scores", "a", "b", "--reference-scores-combine", "difference"],
             "--slm-score is ['excess']: must be reference-loss, or a score without a reference",
         ),
+        (
+            [*PAIR, "--reference-scores", "s"],
+            "--reference-base is 'base': must not be used with --reference-scores",
+        ),
+        ([*BASE, "--reference-base", "base"], "--reference-load is missing: required by --reference-base"),
+        (
+            [*BASE, "--reference-load", "r", "--reference-base", "base"],
+            "--slm-score is ['excess']: must be reference-loss, or a score without a reference, with --reference-base",
+        ),
+        ([*PAIR, "--slm-score", "loss"], "--slm-score is ['loss']: must include reference-loss with --reference-base"),
+        ([*PAIR, "--reference-base", "r"], "--reference-base is 'r': must be another model than --reference-load"),
+        ([*PAIR, "--reference-base", "init"], "--init-from is missing: required by --reference-base init"),
+        (
+            [*PAIR, "--init-from", "r", "--reference-base", "init"],
+            "--reference-base is 'init': must be another model than --reference-load",
+        ),
+        ([*PAIR, "--loss", "kl"], "--reference-base is 'base': must not be used with --loss kl"),
+        ([*PAIR, "--reference-update", "ema"], "--reference-base is 'base': must not be used with --reference-update"),
+        (
+            [*BASE, "--objective", "clm", "--reference-base", "base"],
+            "--reference-base is 'base': must not be used with --objective clm",
+        ),
     ],
 )
 def test_refused(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        parse(argv)
+        parse(_last_of_each(argv))
+
+
+def _last_of_each(argv: list[str]) -> list[str]:
+    """Leave the last use of each flag: a flag that is used twice is refused for that."""
+    given: dict[str, list[str]] = {}
+    for word in argv:
+        if word.startswith("--"):
+            given[word] = values = [word]
+        else:
+            values.append(word)
+    return [word for values in given.values() for word in values]
 
 
 def test_accepted() -> None:

@@ -117,6 +117,12 @@ def test_the_reference_is_held_whole_and_its_work_ahead_counts(tmp_path: Path) -
     assert [stage.reference for stage in alone] == [0, 0]
     assert stages[1].window > alone[1].window
     assert all(with_it.total > without.total for with_it, without in zip(stages, alone, strict=True))
+    pair = {**slm, "slm_score": "reference-loss", "reference_base": save_hf_llama(tmp_path / "base", hidden_size=48)}
+    two, of_two = plan(layout_values(tmp_path, "211", **pair)[0], "211")
+    held = sum(stage.reference for stage in of_two) - sum(stage.reference for stage in stages)
+    assert held == pytest.approx(4 * two.base.num_parameters, rel=TOLERANCE)
+    sent = 4 * 2 * 64 * 48 * 4  # fp32 hidden states of four micro-batches
+    assert of_two[0].messages == stages[0].messages + sent
     distilled = plan(layout_values(tmp_path, "211", **slm, loss="kl")[0], "211")[1]
     kept = (24 * 4 + 8) * 64 * 2  # its last hidden states and two numbers a token, of a micro-batch
     assert distilled[0].window == stages[0].window

@@ -51,7 +51,7 @@ def test_parameters_are_those_that_each_stage_builds(layout: tuple[int, int, int
     built = run_world(
         held_on_this_rank, topology.world_size, arch, frozen, topology, config.model.make_vocab_size_divisible_by
     )
-    table = layout_table(config, topology, 1, arch, frozen)
+    table = layout_table(config, topology, 1, arch, [frozen])
     model, reference = ([int(text.replace(",", "")) for text in table.columns[at].cells] for at in (2, 4))
     stages = [topology.coordinate(rank).pipeline for rank in range(topology.world_size)]
     assert [(model[stage], reference[stage]) for stage in stages] == built
@@ -67,7 +67,7 @@ def test_layers_are_named(tmp_path: Any) -> None:
                 Topology(pipeline=4, data=1, tensor=1),
                 1,
                 Architecture(**SHAPE),
-                Architecture(**{**SHAPE, "num_layers": 2}),
+                [Architecture(**{**SHAPE, "num_layers": 2})],
             )
         )
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.get().splitlines() if "│" in line]

@@ -91,6 +91,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown flag": ({"score_dtypes": "float16"}, "score.dtypes.*known flag"),
     "unknown dtype": ({"score_dtype": "int8"}, "score-dtype.*int8"),
     "plain objective": ({"objective": "clm"}, "--reference-load"),
+    "two references": (
+        {"reference_base": "{folder}/base", "slm_score": "reference-loss"},
+        "--reference-base is .*must not be used in scoring",
+    ),
     "another vocabulary": ({"vocab_size": 200}, "--reference-load: vocabulary size"),
 }
 

@@ -35,7 +35,14 @@ LLAMA_7B = Architecture(
 
 def seven_b(monkeypatch: pytest.MonkeyPatch, device: str, **options: object) -> Utilization:
     monkeypatch.setattr(utilization, "device_name", lambda: device)
-    values = {"reference": LLAMA_7B, "seq_length": 4096, "num_devices": 8, "bf16": True, "peak_tflops": None, **options}
+    values = {
+        "references": [LLAMA_7B],
+        "seq_length": 4096,
+        "num_devices": 8,
+        "bf16": True,
+        "peak_tflops": None,
+        **options,
+    }
     return Utilization.of(LLAMA_7B, **values)  # type: ignore[arg-type]
 
 
@@ -53,7 +60,7 @@ def test_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seven_b(monkeypatch, "cpu").metrics(1.0)["mfu"] is None
     assert seven_b(monkeypatch, "cpu", peak_tflops=2.0).peak_flops_per_device == 2e12
     assert seven_b(monkeypatch, "NVIDIA A100-SXM4-80GB", bf16=False).peak_flops_per_device == 19.5e12
-    alone = seven_b(monkeypatch, "NVIDIA H200", reference=None).metrics(10.0)
+    alone = seven_b(monkeypatch, "NVIDIA H200", references=[]).metrics(10.0)
     assert alone["mfu"] == alone["mfu_with_reference"]
 
 

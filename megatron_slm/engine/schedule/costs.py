@@ -174,7 +174,7 @@ def inference_flops(arch: Architecture, seq_length: int) -> float:
 
 def arithmetic_costs(
     model: Architecture,
-    reference: Architecture | None,
+    references: Sequence[Architecture],
     num_stages: int,
     *,
     seq_length: int,
@@ -186,7 +186,7 @@ def arithmetic_costs(
     """Count the costs of operations; a backward pass is two forwards, or three where activations are recomputed.
 
     Sampled rows shorten it. The loss head computes all rows forwards, and recomputes and differentiates the kept ones:
-    1 and 3 * keep ratio (see `loss/variants.py`). The reference's head computes all rows forwards. Distillation from
+    1 and 3 * keep ratio (see `loss/variants.py`). A reference's head computes all rows forwards. Distillation from
     it does the head's work on the kept rows forwards, and the reference's products with them.
     """
     stages, head = forward_flops(model, num_stages, seq_length)
@@ -195,9 +195,10 @@ def arithmetic_costs(
         lengths.append(planned_passes(model, seq_length, rows, keep_ratio, recomputes=recomputes))
     forward, (exact, *sampled) = list(stages), [[length * cost for cost in stages] for length in lengths]
     forward[-1] += head
-    frozen, distills = [1.0] * num_stages, False
-    if reference is not None:
-        frozen, frozen_head = forward_flops(reference, num_stages, seq_length)
+    frozen, distills = [0.0 if references else 1.0] * num_stages, False
+    for reference in references:
+        blocks, frozen_head = forward_flops(reference, num_stages, seq_length)
+        frozen = [before + cost for before, cost in zip(frozen, blocks, strict=True)]
         frozen[-1] += frozen_head
         if distillation is not None and distillation.distills:
             distills = True

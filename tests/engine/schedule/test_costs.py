@@ -41,8 +41,8 @@ def test_uneven_stages_and_the_ends_of_the_model() -> None:
 
 def test_costs_of_model_and_reference() -> None:
     half = replace(ARCH, num_layers=4)
-    costs = arithmetic_costs(ARCH, half, 4, seq_length=32, keep_ratio=0.5, recomputes=False)
-    again = arithmetic_costs(ARCH, half, 4, seq_length=32, keep_ratio=0.5, recomputes=True)
+    costs = arithmetic_costs(ARCH, [half], 4, seq_length=32, keep_ratio=0.5, recomputes=False)
+    again = arithmetic_costs(ARCH, [half], 4, seq_length=32, keep_ratio=0.5, recomputes=True)
     assert costs.forward[1] == pytest.approx(2 * costs.reference[1], abs=1)
     assert costs.backward[1] == pytest.approx(2 * costs.forward[1], abs=1)
     assert again.backward[1] / again.forward[1] == pytest.approx(3, rel=1e-3)
@@ -55,16 +55,16 @@ def test_costs_of_model_and_reference() -> None:
 def test_costs_of_distillation() -> None:
     """The kept rows' passes over both output weights are the last stage's, and forwards."""
     options = {"seq_length": 32, "keep_ratio": 0.5, "recomputes": False}
-    costs = arithmetic_costs(ARCH, ARCH, 4, **options, distillation=DistillationConfig(loss="jsd"))
+    costs = arithmetic_costs(ARCH, [ARCH], 4, **options, distillation=DistillationConfig(loss="jsd"))
     head = costs.reference[3] - costs.reference[1]
     assert costs.forward[3] - costs.forward[1] == pytest.approx(head * (1 + 0.5 * (2 * 2 + 2)), abs=3)
     assert costs.backward[3] == costs.backward[1]
-    plain = arithmetic_costs(ARCH, ARCH, 4, **options)
-    assert arithmetic_costs(ARCH, ARCH, 4, **options, distillation=DistillationConfig()) == plain
+    plain = arithmetic_costs(ARCH, [ARCH], 4, **options)
+    assert arithmetic_costs(ARCH, [ARCH], 4, **options, distillation=DistillationConfig()) == plain
 
 
 def test_a_reference_with_fewer_layers_than_stages() -> None:
-    costs = arithmetic_costs(ARCH, replace(ARCH, num_layers=2), 4, seq_length=32, keep_ratio=0.6, recomputes=False)
+    costs = arithmetic_costs(ARCH, [replace(ARCH, num_layers=2)], 4, seq_length=32, keep_ratio=0.6, recomputes=False)
     assert costs.reference[2] == 1
     assert costs.reference[0] > costs.reference[1] > 1 < costs.reference[3]
 
@@ -95,15 +95,15 @@ def test_backward_passes_on_some_of_the_rows() -> None:
 def test_costs_with_sampled_rows_are_compared_with_plain_training() -> None:
     rows = BackwardConfig(backward_rows="sampled", backward_row_share=0.65)
     options = {"seq_length": 32, "keep_ratio": 0.6, "recomputes": False}
-    exact = arithmetic_costs(ARCH, ARCH, 4, **options)
-    costs = arithmetic_costs(ARCH, ARCH, 4, **options, rows=rows)
+    exact = arithmetic_costs(ARCH, [ARCH], 4, **options)
+    costs = arithmetic_costs(ARCH, [ARCH], 4, **options, rows=rows)
     assert costs.exact_backward is not None
     scale = exact.forward[1] / costs.forward[1]
     assert [x * scale for x in costs.exact_backward] == pytest.approx(list(exact.backward), rel=1e-3)
     assert costs.backward[1] / costs.forward[1] == pytest.approx(
         backward_passes(ARCH, 32, recomputes=False, row_share=0.65), rel=1e-3
     )
-    assert arithmetic_costs(ARCH, ARCH, 4, **options, rows=BackwardConfig()) == exact
+    assert arithmetic_costs(ARCH, [ARCH], 4, **options, rows=BackwardConfig()) == exact
 
 
 @pytest.mark.parametrize(
