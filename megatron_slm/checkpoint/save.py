@@ -39,7 +39,8 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.device import local_device
 from megatron_slm.errors import CheckpointError, os_errors_as
 from megatron_slm.files import check_writable, sync_folder, write_durably
-from megatron_slm.parallel.collectives import all_gather_objects, raise_on_all_ranks
+from megatron_slm.parallel.collectives import all_gather_objects
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class Writer:
 
 
 class _Task:
-    """Work of this rank, done at once or by a thread."""
+    """Work of this rank, done by a thread or where its end is waited for."""
 
     def __init__(self, work: Callable[[], Entries], *, in_thread: bool) -> None:
         self.result: Entries = {}
@@ -159,8 +160,6 @@ class _Task:
         self._thread = Thread(target=self._run, name="checkpoint", daemon=True) if in_thread else None
         if self._thread is not None:
             self._thread.start()
-        else:
-            self._run()
 
     def _run(self) -> None:
         try:
@@ -171,13 +170,15 @@ class _Task:
 
     @property
     def done(self) -> bool:
-        """True once the work has ended, with or without an error."""
+        """True once nothing of the work is done by a thread any more, with or without an error."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> Entries:
         """Wait for the end; return the work's result or raise its error."""
         if self._thread is not None:
             self._thread.join()
+        else:
+            self._run()
         if self.error is not None:
             raise self.error
         return self.result

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_slm.errors import PeerError
-from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
+from megatron_slm.parallel.collectives import broadcast_from_rank_0
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 
 _CALL_SECONDS = 5.0
 _CONNECT = timedelta(seconds=60)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.errors import PeerError, SlmError
+from megatron_slm.errors import PeerError
 from megatron_slm.parallel.groups import DataParallel, TensorParallel
 
 _T = TypeVar("_T")
@@ -190,32 +190,6 @@ def translate_peer_errors(doing: str) -> Iterator[None]:
             "stay open, and carry an answer within --distributed-timeout-minutes",
             "find the rank that failed first (its own error, killed, or out of memory) and resume with --load",
         ) from error
-
-
-@contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
-    """Raise on every rank the `SlmError` of the first rank that raises one inside the context.
-
-    So no rank waits for a dead one, all end with one exit code, and one of them prints the error (`raised_by`).
-    Collective over the world on exit; nothing inside may communicate. Without a process group (a dry run) only the own
-    error is raised.
-    """
-    if not dist.is_initialized():
-        yield
-        return
-    own: SlmError | None = None
-    try:
-        yield
-    except SlmError as error:
-        own = error
-    for rank, raised in enumerate(all_gather_objects(own)):
-        if raised is None:
-            continue
-        if rank == dist.get_rank():
-            assert own is not None, "it was just gathered"
-            raise own
-        raised.raised_by = rank
-        raise raised from own
 
 
 def all_gather_objects(value: _T, group: dist.ProcessGroup | None = None) -> list[_T]:

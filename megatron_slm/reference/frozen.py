@@ -17,8 +17,8 @@ from megatron_slm.loss.objective import Objective, OutputWeight
 from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.model.llama import EMBEDDING_NAME, OUTPUT_NAME, Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
-from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.parallel.shards import Part
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents, MicroBatch, TokenStatistics

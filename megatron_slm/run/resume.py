@@ -19,7 +19,8 @@ from megatron_slm.checkpoint.format import (
 )
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError
-from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
+from megatron_slm.parallel.collectives import broadcast_from_rank_0
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from rich.table import Table
 from megatron_slm.config.run import RunConfig
 from megatron_slm.config.scoring import ScoringOptions
 from megatron_slm.operations.reach import name_silent_nodes
-from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
+from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.parallel.reporting import report_together
 from megatron_slm.preflight.run import preflight
 from megatron_slm.reference.manifest import StoreManifest

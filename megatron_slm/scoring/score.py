@@ -22,9 +22,10 @@ from megatron_slm.loss.variants import LossHead
 from megatron_slm.loss.vocab_parallel import loss_rows
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.channels import Channel, Channels, Lane
-from megatron_slm.parallel.collectives import all_gather_objects, broadcast_from_rank_0, raise_on_all_ranks
+from megatron_slm.parallel.collectives import all_gather_objects, broadcast_from_rank_0
 from megatron_slm.parallel.groups import create_tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.progress import Progress, show_progress
 from megatron_slm.reference.frozen import build_reference
 from megatron_slm.reference.manifest import StoreManifest, shard_name

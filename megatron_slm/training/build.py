@@ -38,7 +38,6 @@ from megatron_slm.flags.load import write_yaml
 from megatron_slm.loss.distillation import Distillation
 from megatron_slm.loss.objective import Objective, Observer
 from megatron_slm.model.block import Block, compile_blocks
-from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.groups import (
     DataParallel,
     TensorParallel,
@@ -46,6 +45,7 @@ from megatron_slm.parallel.groups import (
     create_tensor_parallel_group,
 )
 from megatron_slm.parallel.layers import ParallelLayers
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.reference.following import FILE_KIND, FollowingReference
 from megatron_slm.reference.frozen import FirstTokens, FrozenStage, build_reference
 from megatron_slm.reference.pair import ReferencePair

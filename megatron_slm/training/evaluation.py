@@ -11,7 +11,8 @@ from megatron_slm.loss.sums import LossSums
 from megatron_slm.operations.stopping import StopAskedError, StopRequest
 from megatron_slm.operations.watchdog import Watchdog
 from megatron_slm.parallel.activity import LoopState
-from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
+from megatron_slm.parallel.collectives import broadcast_from_rank_0
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.telemetry.history import disk_errors
 from megatron_slm.telemetry.metrics import evaluation_loss
 from megatron_slm.training.build import Run

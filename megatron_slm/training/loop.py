@@ -15,7 +15,8 @@ from megatron_slm.errors import CorpusError, SlmError, VocabularyError
 from megatron_slm.operations.stopping import StopRequest
 from megatron_slm.operations.watchdog import Watchdog
 from megatron_slm.parallel.activity import LoopState
-from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
+from megatron_slm.parallel.collectives import translate_peer_errors
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.telemetry.profiling import StepProfiler
 from megatron_slm.training.build import Run
 from megatron_slm.training.checkpointing import Checkpointer
@@ -82,14 +83,16 @@ class _Loop:
                 self._checkpoints.save()  # before evaluating, so that an early end does not wait for it
             if stopping is not None:
                 self._checkpoints.finish()
-                _raise_on_all_ranks(error)
+                with raise_on_all_ranks():
+                    _raise(error)
             elif is_due(self._state.step, self._config.logging.eval_interval, self._last):
                 stopping = self._evaluate()
         self._finish(stopping)
 
     def _prepare(self) -> str | None:
         """Read the first batches, run what the probes need, and make up for evaluations that a kill cut off."""
-        _raise_on_all_ranks(self._run.train_source.prepare(self._state.consumed_samples))
+        with raise_on_all_ranks():  # ranks that read no sample wait for those that build the index of samples
+            _raise(self._run.train_source.prepare(self._state.consumed_samples))
         if self._run.selection_probe is not None:
             self._run.selection_probe.prepare(self._state.step, self._last)
         self._evaluator.prepare()
@@ -185,7 +188,8 @@ class _Loop:
         self._checkpoints.finish()
         self._watchdog.enter(LoopState.ENDING, self._state.step)
         self._recorder.flush()
-        _raise_on_all_ranks(self._recorder.error)
+        with raise_on_all_ranks():
+            _raise(self._recorder.error)
         if stopping is not None:
             self._recorder.log(f"asked to stop ({stopping}); stopped after step {self._state.step}", always=True)
         else:
@@ -199,8 +203,6 @@ def _barrier_at_end() -> Iterator[None]:
     dist.barrier()
 
 
-def _raise_on_all_ranks(error: SlmError | None) -> None:
-    """Raise any rank's error on all ranks. Collective."""
-    with raise_on_all_ranks():
-        if error is not None:
-            raise error
+def _raise(error: SlmError | None) -> None:
+    if error is not None:
+        raise error

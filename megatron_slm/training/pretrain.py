@@ -11,8 +11,9 @@ from megatron_slm.backends.choice import check_same_on_all_ranks
 from megatron_slm.config.run import RunConfig
 from megatron_slm.loss.objective import Observer
 from megatron_slm.operations.reach import name_silent_nodes
-from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
+from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.parallel.reporting import report_together
 from megatron_slm.preflight.run import preflight
 from megatron_slm.run.plan import make_plan
@@ -45,11 +46,12 @@ def prepare(config: RunConfig, *, observer: Observer | None = None) -> Run:
         resume = open_resume(config)
         with raise_on_all_ranks():
             plan = make_plan(config, dist.get_world_size(), rank=dist.get_rank(), resume=resume)
+            order = describe_sources(plan.data.train)  # computes the order of a blend
         check_same_on_all_ranks(plan.backends, plan.loss_head_kernels)
         logger.info(
             "computing with: %s", "; ".join(f"{part}: {backend}" for part, backend in plan.describe_backends().items())
         )
-        for line in describe_sources(plan.data.train):
+        for line in order:
             logger.info("%s", line)
         return build_run(plan, observer=observer)
 

@@ -14,7 +14,7 @@ from megatron_slm.analysis.probe_records import ProbeRecord
 from megatron_slm.engine.trainer import StepResult
 from megatron_slm.errors import RunFolderError, ServiceError
 from megatron_slm.flags.load import write_yaml
-from megatron_slm.parallel.collectives import raise_on_all_ranks
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.telemetry.history import disk_errors
 from megatron_slm.telemetry.metrics import MetricsWriter, describe_weak_reference, source_metrics, training_metrics
 from megatron_slm.telemetry.probe_board import show_record

@@ -17,8 +17,9 @@ from rich.table import Table
 from megatron_slm.config.run import RunConfig
 from megatron_slm.files import write_json
 from megatron_slm.operations.reach import name_silent_nodes
-from megatron_slm.parallel.collectives import raise_on_all_ranks, translate_peer_errors
+from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.progress import track
 from megatron_slm.training.health import BadBatch
 from megatron_slm.training.replay import (

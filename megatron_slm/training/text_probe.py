@@ -15,7 +15,8 @@ from megatron_slm.analysis.excerpt import texts_of_tokens
 from megatron_slm.analysis.probe_records import ProbedTexts, ProbeFolder, ProbeRecord
 from megatron_slm.checkpoint.state import RunState
 from megatron_slm.data.texts import TextSamples
-from megatron_slm.parallel.collectives import broadcast_from_rank_0, raise_on_all_ranks
+from megatron_slm.parallel.collectives import broadcast_from_rank_0
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.telemetry.history import disk_errors
 from megatron_slm.training.fixed_batch import FixedBatch
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel import groups
-from megatron_slm.parallel.collectives import raise_on_all_ranks
 from megatron_slm.parallel.groups import init_distributed
+from megatron_slm.parallel.meeting import raise_on_all_ranks
 from tests.support.world import run_world
 
 
