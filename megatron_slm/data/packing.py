@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 from typing_extensions import override
 
 from megatron_slm.arithmetic import ceil_div
@@ -27,6 +28,9 @@ from megatron_slm.errors import ConfigError
 
 SEPARATE_LAST_EPOCH_BELOW = 0.80
 """A last epoch that is used for less than this share is shuffled separately, else together with the others."""
+_LEAST_BYTES_PER_DOCUMENT = 12
+"""Of an index, in memory while it is built: the document's number and its end in the stream."""
+_BYTES_PER_SAMPLE = 4
 
 
 def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int]]:
@@ -88,12 +92,31 @@ class PackedSamples(OrderedSamples):
         self._num_samples = (self.num_epochs * self.tokens_per_epoch - 1) // self.sequence_length
         self._num_shuffled_first = self._samples_shuffled_first(num_samples)
 
+    def _check_index_size(self) -> None:
+        """Refuse to build an index that is larger than memory, before the system kills the process without a word.
+
+        Raises:
+            ConfigError: it is.
+        """
+        entries = self.num_epochs * (self._stop - self._start)
+        needed = _LEAST_BYTES_PER_DOCUMENT * entries + _BYTES_PER_SAMPLE * self._num_samples
+        memory = psutil.virtual_memory().total
+        if needed > memory:
+            raise ConfigError(
+                f"order of {self.name}",
+                f"{self.num_epochs:,} epochs of {self._stop - self._start:,} documents",
+                f"have an index that fits into memory: it has {needed / 2**30:,.1f} GiB, and there are"
+                f" {memory / 2**30:,.1f} GiB",
+                "train on fewer samples or a larger corpus, or use --packing best-fit, with an index for each epoch",
+            )
+
     @cached_property
     def _indices(self) -> Arrays:
         """Document index, shuffle index and the stream's document ends, built on first use: most ranks of a pipeline
         never read a sample."""
 
         def build() -> Arrays:
+            self._check_index_size()
             # One state for both shuffles, in this order: Megatron's order depends on it.
             state = np.random.RandomState(self._seed)
             documents = _numbers(self._start, self._stop)

@@ -148,6 +148,17 @@ def test_sequences_outside_the_corpus(tmp_path: Path, bounds: tuple[int, int]) -
         SequentialSamples(make_corpus(tmp_path / "c", [5, 5]), *bounds, sequence_length=4)
 
 
+def test_an_index_beyond_memory_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    """2 * 10**12 documents in all epochs, more than any machine's memory: the numbers of epochs and samples are right."""
+    corpus = make_corpus(tmp_path / "corpus", [8] * 1000)
+    samples = PackedSamples(corpus, 0, 1000, sequence_length=16, num_samples=10**12, seed=1)
+    assert (samples.num_epochs, len(samples)) == (2 * 10**9 + 1, 10**12 + 499)
+    with pytest.raises(
+        ConfigError, match=r"is '2,000,000,001 epochs of 1,000 documents': must have an index that fits"
+    ):
+        samples[0]
+
+
 def test_sets_with_too_few_tokens(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c", [0, 1, 4])
     with pytest.raises(CorpusError, match=r"number of tokens in sequences \[0, 1\) of .* is 0: must be at least"):
