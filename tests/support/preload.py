@@ -23,6 +23,7 @@ import rich._emoji_codes  # noqa: E402, F401
 import torch._dynamo  # noqa: E402
 import torch._inductor  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402, F401
 
 import megatron_slm.loss.torch_backend  # noqa: E402
 import megatron_slm.scoring.run  # noqa: E402
