@@ -2,7 +2,7 @@
 
 One more product of [K, d of the reference] and [d, V] than the cross-entropy's second pass; another one of each model
 where the divergence's gradient needs its value first, and another where the temperature is not 1. No table of K x V
-exists: the model's logits of one block of columns, the reference's of `CHUNK_ROWS` rows of it.
+exists: the model's logits of one block of columns, the reference's of a chunk of rows of it.
 
 Shapes: K kept rows, C rows of a chunk, d hidden (each model's own), V vocabulary rows held here, B rows of a block.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_slm.arithmetic import ceil_div
 from megatron_slm.loss.blocks import BlockMemory, VocabularyBlock, accumulation_dtype, add_product, vocabulary_blocks
 from megatron_slm.loss.divergences import Divergence
 from megatron_slm.loss.kernels import Kernels
@@ -23,8 +24,16 @@ from megatron_slm.loss.passes import KeptRows, StashedRows, forward_pass
 from megatron_slm.loss.stash import Stash
 from megatron_slm.loss.vocab_parallel import VocabularyPart
 
-CHUNK_ROWS = 1024
-"""Rows of a block whose element-wise work is done at once, which bounds its temporary memory."""
+NUM_CHUNKS = 8
+"""Chunks of rows of a block whose element-wise work is done at once. It takes three tables of a chunk: less than the
+second block that cross-entropy has."""
+LEAST_CHUNK_ROWS = 64
+"""A chunk of fewer rows is not worth its calls."""
+
+
+def chunk_rows(num_rows: int) -> int:
+    """Return the rows of a chunk."""
+    return min(num_rows, max(LEAST_CHUNK_ROWS, ceil_div(num_rows, NUM_CHUNKS)))
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def dense_pass(
         return DensePass(moments_2K[0], grad_hidden_Kd, grad_weight_Vd)
     shared = {"temperature": temperature, "kernels": kernels, "part": part}
     model = _LogProbabilities(rows, weight_Vd, len(hidden_Kd), stash=stash, **shared)  # type: ignore[arg-type]
-    most_rows = min(CHUNK_ROWS, len(hidden_Kd))
+    most_rows = chunk_rows(len(hidden_Kd))
     reference = _LogProbabilities(reference_rows, reference_weight_Vd, most_rows, **shared)  # type: ignore[arg-type]
     blocks = list(zip(vocabulary_blocks(weight_Vd), vocabulary_blocks(reference_weight_Vd), strict=True))
     everything = slice(0, len(hidden_Kd))
@@ -150,7 +159,8 @@ def dense_pass(
 
 
 def _chunks(num_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + CHUNK_ROWS, num_rows)) for start in range(0, num_rows, CHUNK_ROWS))
+    step = chunk_rows(num_rows)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 class _Mixed:

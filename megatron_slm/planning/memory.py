@@ -17,7 +17,7 @@ from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.engine.schedule.simulate import Sizes
 from megatron_slm.loss.blocks import block_size, block_sizes
-from megatron_slm.loss.dense_distillation import CHUNK_ROWS
+from megatron_slm.loss.dense_distillation import chunk_rows
 from megatron_slm.loss.variants import StashPlan
 from megatron_slm.parallel.channels import Channel
 from megatron_slm.planning.activations import block_activations, stage_activations
@@ -239,7 +239,7 @@ def loss_head_bytes(run: PlannedRun, layout: Layout) -> int:
     backward = gradients + (4 + e) * kept * (arch.hidden_size + block)
     if run.reference is not None and run.distills_live:  # its kept rows, and a chunk's logits and element-wise work
         backward += e * (kept + rows * (layout.sequence_shards > 1)) * run.reference.hidden_size
-        backward += 4 * 4 * min(kept, CHUNK_ROWS) * block
+        backward += 4 * 4 * chunk_rows(kept) * block
     return stash_bytes(run, layout) + max(forward, backward) + 20 * kept
 
 

@@ -17,6 +17,7 @@ from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.probabilities import Probabilities
 from megatron_slm.types import DenseDistribution, Selection, SparseDistribution
 from tests.loss.heads import HEADS, Problem
+from tests.support.peak import Peak
 from tests.support.world import run_world
 
 CASES = [
@@ -76,7 +77,7 @@ def kept_rows(p: Problem) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("width", [5, 12, 31], ids=["narrower", "as wide", "wider"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_losses_and_gradients_of_full_tables(case: Distillation, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_distillation, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(dense_distillation, "LEAST_CHUNK_ROWS", 7)
     p, teacher = Problem.random(40, 5003), Problem.random(40, 5003, seed=1, width=width)
     kept_K, weight_K = kept_rows(p)
     expected, divergences = oracle(p, teacher, case, kept_K, weight_K)
@@ -106,6 +107,28 @@ def test_a_model_distilled_to_itself_has_no_gradient(case: Distillation, dtype: 
         assert found_K.abs().max() <= 1e-5
         for gradient in p.gradients():
             assert gradient.abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse-kl", "jsd"])
+@pytest.mark.parametrize("variant", ["recompute", "stash"])
+def test_it_takes_no_more_memory_than_cross_entropy(variant: Any, divergence: Any) -> None:
+    head, peaks = LossHead(variant=variant, stash_dtype="fp32", stash_bytes=2**30), []
+    teacher = Problem.random(1024, 8192, seed=1, width=64, dtype=torch.float32)
+    distribution = dense(teacher, head)
+    for case in (None, Distillation(divergence=divergence, weight=0.5)):
+        p = Problem.random(1024, 8192, width=64, dtype=torch.float32)
+        kept_K, _ = kept_rows(p)
+        with Peak([p.hidden_Nd, p.weight_Vd, teacher.hidden_Nd, teacher.weight_Vd]) as memory:
+            losses = row_losses(p.hidden_Nd, p.weight_Vd, p.label_N, p.valid_N, keep_ratio=0.6, head=head)
+            if case is None:
+                total = losses.kept_sum(Selection(kept_K))
+            else:
+                total, _ = distilled_sum(losses, Selection(kept_K), case, distribution)
+            total.backward()
+        peaks.append(memory.peak_bytes)
+    cross_entropy, distilled = peaks
+    assert cross_entropy > 4 * len(kept_K) * 2048, "a block's logits"
+    assert distilled <= 1.1 * cross_entropy
 
 
 def test_a_plain_weight_of_zero_is_cross_entropy() -> None:
@@ -201,7 +224,7 @@ def test_a_sample_has_the_gradient_of_the_distribution_on_average() -> None:
 
 def cut_main(size: int, vocab: int) -> list[dict[str, Tensor]]:
     """Every case over a cut vocabulary, from hidden states and from the largest probabilities."""
-    dense_distillation.CHUNK_ROWS = 7
+    dense_distillation.LEAST_CHUNK_ROWS = 7
     init_distributed()
     tp = create_tensor_parallel_group(Topology(tensor=size), sequence_parallel=True) if size > 1 else TensorParallel()
     rows = -(-vocab // size)  # the last rank holds fewer, and with 9 tokens on 4 ranks none at all
