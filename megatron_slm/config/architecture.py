@@ -8,6 +8,8 @@ from typing import Any
 from megatron_slm.config.rope_scaling import check_rope_scaling
 from megatron_slm.errors import LayoutError
 
+NORM_PLACEMENTS = ("before", "after", "around")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -40,6 +42,10 @@ class Architecture:
     """RoPE scaling with Hugging Face's field names: empty, or a rope_type of `ROPE_FIELDS` with its fields."""
     rotary_percent: float = 1.0
     """Share of a head's width that RoPE rotates, from its beginning; the rest stays as it is."""
+    rotary_interleaved: bool = False
+    """RoPE rotates the pairs (2i, 2i + 1) of a head instead of (i, i + half of the rotated width)."""
+    local_rotary_base: float | None = None
+    """Base of RoPE in blocks with a window, where it is not scaled; None for the same RoPE in all blocks."""
     unrotated_interval: int = 0
     """Every n-th block has no RoPE; 0 for none."""
     tied: bool = False
@@ -52,10 +58,17 @@ class Architecture:
     """Biases in the MLP."""
     qk_norm: bool = False
     """RMSNorm over each query and key head, before RoPE; one weight for all heads of a block."""
+    qk_norm_of_all_heads: bool = False
+    """RMSNorm over all query heads together and over all key heads together, before RoPE, in place of `qk_norm`."""
+    norm_placement: str = "before"
+    """Place of the norms: `before` attention and MLP, `after` them (on what they add to the residual stream), or
+    `around` them."""
     sliding_window: int | None = None
     """Number of positions each position attends to, itself included; None for all before it."""
     full_attention_layers: int = 0
     """With a sliding window: number of first blocks with full attention."""
+    full_attention_interval: int = 0
+    """With a sliding window: every n-th block has full attention too; 0 for none."""
     embedding_multiplier: float = 1.0
     """Factor of the token embeddings."""
     attention_multiplier: float | None = None
@@ -98,6 +111,13 @@ class Architecture:
             f"be a share of {self.kv_channels} channels that is even (RoPE rotates pairs)",
             "use another share",
         )
+        _require(
+            self,
+            self.norm_placement in NORM_PLACEMENTS,
+            "norm_placement",
+            f"be one of {', '.join(NORM_PLACEMENTS)}",
+            "use one of these",
+        )
         windowed = self.num_layers if self.sliding_window is not None else 1
         _require(
             self,
@@ -110,7 +130,9 @@ class Architecture:
 
     def window_of(self, block: int) -> int | None:
         """Return the sliding window of one block; None for full attention."""
-        return None if block < self.full_attention_layers else self.sliding_window
+        interval = self.full_attention_interval
+        is_full = block < self.full_attention_layers or (interval > 0 and (block + 1) % interval == 0)
+        return None if is_full else self.sliding_window
 
     def rotates(self, block: int) -> bool:
         """Tell whether a block has RoPE."""
@@ -131,7 +153,8 @@ class Architecture:
         """Number of weights, tied weights counted once."""
         d, f = self.hidden_size, self.ffn_hidden_size
         q, kv = self.num_attention_heads * self.kv_channels, self.num_query_groups * self.kv_channels
-        block = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
+        norms = 4 if self.norm_placement == "around" else 2
+        block = d * (q + 2 * kv) + q * d + 3 * d * f + norms * d
         if self.qkv_bias:
             block += q + 2 * kv
         if self.attention_output_bias:
@@ -140,6 +163,8 @@ class Architecture:
             block += 2 * f + d
         if self.qk_norm:
             block += 2 * self.kv_channels
+        if self.qk_norm_of_all_heads:
+            block += q + kv
         vocabulary = self.vocab_size * d
         return self.num_layers * block + d + (vocabulary if self.tied else 2 * vocabulary)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.model import flash, flash3, sdpa
 from megatron_slm.model.layers import Layers
-from megatron_slm.model.norm import RMSNorm
+from megatron_slm.model.norm import RMSNorm, SharedRMSNorm
 from megatron_slm.model.rope import hashable, rotate, rotation
 from megatron_slm.types import Documents
 
@@ -39,8 +39,15 @@ class Attention(nn.Module):
         norm = partial(RMSNorm, layers, hidden_size=self.width, epsilon=arch.norm_epsilon, over_heads=True)
         self.q_norm = norm(f"{prefix}q_norm") if arch.qk_norm else nn.Identity()
         self.k_norm = norm(f"{prefix}k_norm") if arch.qk_norm else nn.Identity()
-        self.rope = (arch.rotary_width, arch.rotary_base, hashable(arch.rope_scaling), arch.max_position_embeddings)
-        self.rotates, self.query_multiplier = arch.rotates(index), arch.query_multiplier
+        whole = partial(SharedRMSNorm, layers, epsilon=arch.norm_epsilon)
+        self.whole_q_norm = whole(f"{prefix}q_norm", width=q) if arch.qk_norm_of_all_heads else nn.Identity()
+        self.whole_k_norm = whole(f"{prefix}k_norm", width=kv) if arch.qk_norm_of_all_heads else nn.Identity()
+        base, scaling = arch.rotary_base, hashable(arch.rope_scaling)
+        if self.window is not None and arch.local_rotary_base is not None:
+            base, scaling = arch.local_rotary_base, ()
+        self.rope = (arch.rotary_width, base, scaling, arch.max_position_embeddings)
+        self.rotates, self.rotate = arch.rotates(index), partial(rotate, interleaved=arch.rotary_interleaved)
+        self.query_multiplier = arch.query_multiplier
 
     def forward(self, x_sbd: Tensor, documents: Documents | None = None) -> Tensor:
         """[s, b, d] to [s, b, d].
@@ -65,6 +72,7 @@ class Attention(nn.Module):
             documents: document boundaries; None to attend to whole samples.
             sparse_gradient: many rows of the result's gradient will be zero; kernels that can skip them do.
         """
+        q_sbf, k_sbf = self.whole_q_norm(q_sbf), self.whole_k_norm(k_sbf)
         q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
         k_sbf, v_sbf = self.kv_heads.whole(k_sbf, v_sbf)
         k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.kv_heads.count, self.width)))
@@ -75,7 +83,7 @@ class Attention(nn.Module):
             if documents is not None and documents.position_bs is not None:
                 position_sb = documents.position_bs.t()
                 cos, sin = cos[position_sb, 0], sin[position_sb, 0]
-            q_sbhk, k_sbgk = rotate(q_sbhk, cos, sin), rotate(k_sbgk, cos, sin)
+            q_sbhk, k_sbgk = self.rotate(q_sbhk, cos, sin), self.rotate(k_sbgk, cos, sin)
         if self.query_multiplier != 1.0:
             q_sbhk = q_sbhk * self.query_multiplier
         if documents is None or documents.lengths is None:

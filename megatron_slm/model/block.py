@@ -19,18 +19,36 @@ COMPILER = "inductor"
 """torch.compile's backend."""
 
 
+NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""Names of the norms before and after attention, and before and after the MLP, by placement; None for no norm."""
+
+
 class Block(nn.Module):
-    """Attention and MLP, each with a norm before it and a residual connection around it."""
+    """Attention and MLP, each with a residual connection around it, and norms before or after it, or both."""
 
     def __init__(self, arch: Architecture, layers: Layers, index: int) -> None:
         super().__init__()
         self.layers, self.index = layers, index
         prefix = f"model.layers.{index}."
-        self.input_layernorm = RMSNorm(layers, f"{prefix}input_layernorm", arch.hidden_size, arch.norm_epsilon)
+
+        def norm(name: str | None) -> nn.Module:
+            if name is None:
+                return nn.Identity()
+            return RMSNorm(layers, f"{prefix}{name}", arch.hidden_size, arch.norm_epsilon)
+
+        before_attention, after_attention, before_mlp, after_mlp = NORMS[arch.norm_placement]
+        self.attention_norm, self.attention_output_norm = norm(before_attention), norm(after_attention)
         self.self_attn = Attention(arch, layers, f"{prefix}self_attn.", index=index)
-        self.post_attention_layernorm = RMSNorm(
-            layers, f"{prefix}post_attention_layernorm", arch.hidden_size, arch.norm_epsilon
-        )
+        self.mlp_norm, self.mlp_output_norm = norm(before_mlp), norm(after_mlp)
         self.mlp = MLP(arch, layers, f"{prefix}mlp.")
         self.residual_multiplier = arch.residual_multiplier
 
@@ -43,8 +61,9 @@ class Block(nn.Module):
         """
         if rows is not None:
             return SampledBlock.apply(self, documents, rows, x_sbd, *self.parameters())
-        x_sbd = x_sbd + self.scaled(self.self_attn(self.input_layernorm(x_sbd), documents))
-        return x_sbd + self.scaled(self.mlp(self.post_attention_layernorm(x_sbd)))
+        attended_sbd = self.attention_output_norm(self.self_attn(self.attention_norm(x_sbd), documents))
+        x_sbd = x_sbd + self.scaled(attended_sbd)
+        return x_sbd + self.scaled(self.mlp_output_norm(self.mlp(self.mlp_norm(x_sbd))))
 
     def scaled(self, branch: Tensor) -> Tensor:
         """Scale what attention or MLP add to the residual stream, or the gradient that they get from it."""

@@ -103,6 +103,14 @@ class Layers(Protocol):
         """Make a parameter replicated on every rank."""
         ...
 
+    def shared(self, name: str, length: int) -> nn.Parameter:
+        """Make a vector of which every rank has an equal part, in the order of the parts of a `linear_in`."""
+        ...
+
+    def mean_over_shares(self, x: Tensor) -> Tensor:
+        """Mean over the ranks of values of their parts; each rank's further gradient is that of its own part."""
+        ...
+
     @property
     def sequence_part(self) -> int:
         """Number of the part of the residual stream's positions that is held here; 0 where all are."""

@@ -29,6 +29,21 @@ class RMSNorm(nn.Module):
         return self.normalize(x_sbd, self.as_used(self.weight), self.epsilon)
 
 
+class SharedRMSNorm(nn.Module):
+    """`RMSNorm` over a width that the ranks share: each has a part of it, and of the weight."""
+
+    def __init__(self, layers: Layers, name: str, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = layers.shared(f"{name}.weight", width)
+        self.mean_over_shares, self.epsilon = layers.mean_over_shares, epsilon
+
+    def forward(self, x_sbf: Tensor) -> Tensor:
+        """[..., f] to [..., f]."""
+        x_fp32 = x_sbf.to(torch.promote_types(x_sbf.dtype, torch.float32))
+        square_sb1 = self.mean_over_shares(x_fp32.square().mean(-1, keepdim=True))
+        return self.weight * (x_fp32 * torch.rsqrt(square_sb1 + self.epsilon)).to(x_sbf.dtype)
+
+
 def normalize(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
     """Normalize; multiplies by the weight after the cast back to the input's dtype, as Hugging Face does."""
     x_fp32 = x_sbd.to(torch.promote_types(x_sbd.dtype, torch.float32))  # fp64 keeps its own

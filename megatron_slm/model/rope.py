@@ -138,13 +138,22 @@ def _rotation(
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x_sbhk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_sbhk: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the pairs (i, i + r / 2) of each head by its position's angle, computed in fp32, in the input's dtype.
 
     [s, b, heads, k] to the same shape. The tables have r / 2 angles, r <= k; channels from r on stay as they are.
+
+    Args:
+        interleaved: rotate the pairs (2i, 2i + 1).
     """
     width = 2 * cos.shape[-1]
     if width < x_sbhk.shape[-1]:
-        return torch.cat([rotate(x_sbhk[..., :width], cos, sin), x_sbhk[..., width:]], dim=-1)
-    first, second = x_sbhk.to(torch.promote_types(x_sbhk.dtype, torch.float32)).chunk(2, dim=-1)
+        rotated = rotate(x_sbhk[..., :width], cos, sin, interleaved=interleaved)
+        return torch.cat([rotated, x_sbhk[..., width:]], dim=-1)
+    x_fp32 = x_sbhk.to(torch.promote_types(x_sbhk.dtype, torch.float32))
+    if interleaved:
+        first, second = x_fp32[..., 0::2], x_fp32[..., 1::2]
+        pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return pairs.flatten(-2).to(x_sbhk.dtype)
+    first, second = x_fp32.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_sbhk.dtype)

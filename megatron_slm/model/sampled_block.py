@@ -62,7 +62,7 @@ class SampledBlock(torch.autograd.Function):
         """[s, b, d] to [s, b, d]."""
         attended = _attend(block, x_sbd, documents)
         y_sbd = x_sbd + block.scaled(block.self_attn.o_proj(attended.mixed_sbf))
-        gate_up = block.mlp.gate_up(block.post_attention_layernorm(y_sbd))
+        gate_up = block.mlp.gate_up(block.mlp_norm(y_sbd))
         ctx.block, ctx.documents, ctx.rows = block, documents, rows
         # plain attributes: the graphs inside hold their own tensors, and the backward pass lets go of them
         ctx.kept = x_sbd if rows.recomputes else (attended, _Inner(y_sbd, gate_up))
@@ -83,7 +83,7 @@ class SampledBlock(torch.autograd.Function):
 def _attend(block: Block, x_sbd: Tensor, documents: Documents | None) -> _Attended:
     with torch.enable_grad():
         x_sbd = x_sbd.detach().requires_grad_()
-        normed_sbd = block.input_layernorm(x_sbd)
+        normed_sbd = block.attention_norm(x_sbd)
     with torch.no_grad():
         projected = block.self_attn.qkv(normed_sbd)
     with torch.enable_grad():
@@ -126,13 +126,13 @@ class _Pass:
             y_Md = _rows(self.inner.y_sbd, row_M)
         with torch.enable_grad():
             y_Md.requires_grad_()
-            normed_Md = block.post_attention_layernorm(y_Md)
+            normed_Md = block.mlp_norm(y_Md)
             if self.inner is None:
                 gate_up = mlp.gate_up(normed_Md)
             else:
                 gate_up = mlp.gate_up.replay(normed_Md, [_rows(x, whole_M) for x in self.inner.gate_up])
             out_Md = mlp.down_proj.replay(mlp.activate(*gate_up))
-        (dy_Md,) = self._differentiate([out_Md], [block.scaled(dz_Md)], [y_Md], [block.post_attention_layernorm, mlp])
+        (dy_Md,) = self._differentiate([out_Md], [block.scaled(dz_Md)], [y_Md], [block.mlp_norm, mlp])
         return dz_Md + dy_Md
 
     def _attention(self, dy_Md: Tensor, whole_M: Tensor) -> list[Tensor]:
@@ -151,7 +151,7 @@ class _Pass:
         block, attended = self.block, self.attended
         with torch.enable_grad():
             qkv = block.self_attn.qkv.replay(attended.normed_sbd, attended.qkv, whole_M)
-        (dx_sbd,) = self._differentiate(qkv, dqkv, [attended.x_sbd], [block.input_layernorm, block.self_attn.qkv])
+        (dx_sbd,) = self._differentiate(qkv, dqkv, [attended.x_sbd], [block.attention_norm, block.self_attn.qkv])
         return dx_sbd
 
     def _projections_of_rows(self, dqkv: Sequence[Tensor], drawn: Drawn) -> Tensor:
@@ -160,9 +160,9 @@ class _Pass:
         with torch.enable_grad():
             x_Md = _rows(self.attended.x_sbd.detach(), drawn.row_M).requires_grad_()
             known = [_rows(part.detach(), drawn.row_M) for part in self.attended.qkv]
-            qkv = block.self_attn.qkv.replay(block.input_layernorm(x_Md), known)
+            qkv = block.self_attn.qkv.replay(block.attention_norm(x_Md), known)
         grads = [_rows(grad, drawn.row_M).masked_fill(~is_kept_M1, 0.0) for grad in dqkv]
-        (dx_Md,) = self._differentiate(qkv, grads, [x_Md], [block.input_layernorm, block.self_attn.qkv])
+        (dx_Md,) = self._differentiate(qkv, grads, [x_Md], [block.attention_norm, block.self_attn.qkv])
         return dx_Md
 
     def _differentiate(

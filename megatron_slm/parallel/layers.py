@@ -25,6 +25,7 @@ from megatron_slm.parallel.collectives import (
     enter_parallel_region,
     keep_out_of_compiled_blocks,
     leave_parallel_region,
+    reduce_from_tensor_parallel,
 )
 from megatron_slm.parallel.gathered_linear import gathered_linear
 from megatron_slm.parallel.groups import TensorParallel
@@ -211,6 +212,17 @@ class ParallelLayers:
     def replicated(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
         """Make a parameter replicated on every rank (a norm's weight)."""
         return new_parameter(shape, (Part(name=name, shape=shape),))
+
+    def shared(self, name: str, length: int) -> nn.Parameter:
+        """Make a vector of which every rank has an equal part."""
+        start, share = even_share(length, self.tp, field=name)
+        return new_parameter((share,), (Part(name=name, shape=(length,), dim=0, start=start, length=share),))
+
+    def mean_over_shares(self, x: Tensor) -> Tensor:
+        """Mean over the ranks of values of their parts; gradients of all ranks' parts are summed."""
+        if self.tp.size == 1:
+            return x
+        return copy_to_tensor_parallel(reduce_from_tensor_parallel(x, self.tp), self.tp) / self.tp.size
 
     @property
     def sequence_part(self) -> int:

@@ -48,11 +48,13 @@ def block_activations(arch: Architecture, layout: Layout, *, e: int, some_rows: 
     shares_heads = arch.num_query_groups < tensor
     kv = arch.kv_channels if shares_heads else arch.num_query_groups * arch.kv_channels / tensor
     whole_norms = 1 if some_rows else 2
+    normed_heads = (4 + e) * (q + kv) if arch.qk_norm_of_all_heads else 0
     return BlockActivations(
         stream=(e * d if e == 4 else 2 * e * d) / shards if some_rows else 0.0,
-        norms=whole_norms * ((4 + e) * d + 4) / shards,
+        norms=(2 * whole_norms if arch.norm_placement == "around" else whole_norms) * ((4 + e) * d + 4) / shards,
         linear_inputs=whole_norms * e * d / shards,
-        projected=e * (2 * kv if shares_heads else q + 2 * kv),  # a gathered head is kept without the queries
+        # a gathered head is kept without the queries
+        projected=e * (2 * kv if shares_heads else q + 2 * kv) + normed_heads,
         attention=e * (2 * q + kv) + 4 * arch.num_attention_heads / tensor,
         feed_forward=(2 if some_rows else 4) * e * arch.ffn_hidden_size / tensor,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import predicted_variance
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError, LayoutError
@@ -11,16 +12,26 @@ MOST_PREDICTED_VARIANCE = 0.5
 """A fixed share with a higher prediction is refused: the sampling would drown the gradient."""
 
 
-def check_backward_rows(config: RunConfig, selector: Selector) -> None:
+def check_backward_rows(config: RunConfig, selector: Selector, arch: Architecture) -> None:
     """Validate --backward-rows.
 
+    Args:
+        arch: of the model.
+
     Raises:
-        ConfigError: the share drowns the gradient, or something cannot be combined with it.
+        ConfigError: the share drowns the gradient, or something, the model included, cannot be combined with it.
         LayoutError: the layout cannot be.
     """
     kind, share = config.backward.backward_rows, config.backward.backward_row_share
     if config.backward.is_exact:
         return
+    if arch.norm_placement != "before":
+        raise ConfigError(
+            "--backward-rows",
+            kind,
+            f"be exact with a model whose norms are {arch.norm_placement} attention and MLP",
+            "use --backward-rows exact",
+        )
     if config.backend.compile_blocks:
         raise ConfigError(
             "--compile-blocks",

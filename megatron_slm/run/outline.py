@@ -30,7 +30,7 @@ def print_outline(config: RunConfig, world_size: int) -> None:
     check_layout(run.architecture, config, topology, what="model")
     for reference in run.references:
         check_layout(reference, config, topology, what="reference")
-    check_backward_rows(config, run.selector)
+    check_backward_rows(config, run.selector, run.architecture)
     check_ranks(config, topology)
     ds_config.resolve(run.deepspeed, config, data_parallel_size=layout.data, num_micro_batches=layout.num_micro_batches)
     warn_of_long_sequences(config, run.architecture, run.references)

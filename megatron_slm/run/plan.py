@@ -162,7 +162,7 @@ def make_plan(
     backends = run_backends(config, user_deepspeed, models.architectures)
     check_documents(config, models.tokenizer, backends)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=models.num_tokens)
-    check_backward_rows(config, selector)
+    check_backward_rows(config, selector, models.architecture)
     data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry, share=share)
     check_sets(config, data.valid, data.test)
     warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import ConfigError
 from megatron_slm.flags.load import parse
 from megatron_slm.run.backward_checks import check_backward_rows
 from megatron_slm.selection.configure import build_selector
 from tests.support.runs import flags, run_flags
 
+ARCHITECTURE = Architecture(
+    num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=2, kv_channels=4, vocab_size=97
+)  # fmt: skip
 KEPT = {"backward_rows": "kept", "objective": "slm", "slm_score": "loss"}
 
 
-def check(**changes: Any) -> None:
+def check(norms: str = "before", **changes: Any) -> None:
     config, _ = parse(flags(run_flags(Path("corpus"), Path("run"), **changes)))
-    check_backward_rows(config, build_selector(config.selection, seed=1, vocabulary_size=97))
+    selector = build_selector(config.selection, seed=1, vocabulary_size=97)
+    check_backward_rows(config, selector, replace(ARCHITECTURE, norm_placement=norms))
 
 
 @pytest.mark.parametrize(
     ("changes", "field", "words"),
     [
+        ({**KEPT, "norms": "around"}, "--backward-rows", "whose norms are around attention and MLP"),
         ({**KEPT, "compile_blocks": True}, "--compile-blocks", "--backward-rows exact"),
         ({"backward_rows": "sampled", "backward_row_share": 0.5, "compile_blocks": True}, "--compile-blocks", "leave it out"),
         ({"backward_rows": "sampled", "backward_row_share": 0.5}, "--backward-row-share", "add 0.78"),

@@ -54,6 +54,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                  "rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5,
                                      "long_factor": [1.5, 3.0], "short_factor": [1.0, 1.2]}},
     ),
+    "glm-4": ("Glm4", {"head_dim": 12, "attention_bias": True}),
+    "olmo 2": ("Olmo2", {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}),
+    "olmo 3": (
+        "Olmo3", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                  "rope_parameters": {
+                      "full_attention": {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0,
+                                         "original_max_position_embeddings": 16},
+                      "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}},
+    ),
 }  # fmt: skip
 """transformers' class, and options that make a difference in a small model."""
 

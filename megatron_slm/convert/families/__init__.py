@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.families.family import Family
+from megatron_slm.convert.families.glm import GLM4
 from megatron_slm.convert.families.granite import GRANITE
 from megatron_slm.convert.families.llama import LLAMA, MINISTRAL, MISTRAL, SMOLLM3
+from megatron_slm.convert.families.olmo import OLMO2, OLMO3
 from megatron_slm.convert.families.phi import PHI3
 from megatron_slm.convert.families.qwen import QWEN2, QWEN3
 from megatron_slm.errors import SlmError, WeightsError
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MINISTRAL, SMOLLM3, GRANITE, PHI3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MINISTRAL, SMOLLM3, GRANITE, PHI3, GLM4, OLMO2, OLMO3)
 """In the order of preference for the export of a model trained from scratch."""
 
 
@@ -36,7 +38,7 @@ def family_of(arch: Architecture) -> Family:
         try:
             if family.architecture(family.config(arch)) == arch:
                 return family
-        except (SlmError, StrictDataclassError):  # some families reject some shapes
+        except (SlmError, StrictDataclassError, KeyError, ValueError):  # some families reject some shapes
             continue
     options = ("qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm", "sliding_window", "full_attention_layers")
     enabled = {name: getattr(arch, name) for name in options if getattr(arch, name)}

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.convert.families.windows import FULL, SLIDING
+from megatron_slm.errors import LayoutError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Family:
     """Inverse of `options`."""
     reads_layer_types: bool = False
     """Its models take each block's kind from `layer_types`."""
+    rope_by_kind: bool = False
+    """Blocks with a window have rotary fields of their own (`rope_parameters` by kind)."""
     partial_rotary: bool = False
     """RoPE may rotate a part of each head (`partial_rotary_factor`)."""
     stored_modules: Mapping[str, str] = field(default_factory=dict)
@@ -63,6 +67,9 @@ class Family:
 
     def _rope(self, arch: Architecture) -> dict[str, Any]:
         rope = {"rope_type": "default", **arch.rope_scaling, "rope_theta": arch.rotary_base}
+        if self.rope_by_kind:
+            local = arch.rotary_base if arch.local_rotary_base is None else arch.local_rotary_base
+            return {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": local}}
         return {**rope, "partial_rotary_factor": arch.rotary_percent} if self.partial_rotary else rope
 
     def architecture(self, config: Any) -> Architecture:
@@ -71,7 +78,17 @@ class Family:
         Raises:
             LayoutError: the sizes contradict each other, or the family has no such architecture here.
         """
-        rope = {key: value for key, value in config.rope_parameters.items() if key != "type"}  # old name of rope_type
+        rope = config.rope_parameters
+        options = self.options(config)
+        if self.rope_by_kind:
+            rope, local = rope[FULL], rope[SLIDING]
+            if local.get("rope_type", "default") != "default":
+                rule = "be default: blocks with a window have no scaling"
+                raise LayoutError(f"rope_parameters.{SLIDING}.rope_type", local["rope_type"], rule, "use another model")
+            has_windows = options.get("sliding_window") is not None
+            same = rope.get("rope_type", "default") == "default" and local["rope_theta"] == rope["rope_theta"]
+            options["local_rotary_base"] = float(local["rope_theta"]) if has_windows and not same else None
+        rope = {key: value for key, value in rope.items() if key != "type"}  # old name of rope_type
         base = float(rope.pop("rope_theta"))
         rotary_percent = rope.pop("partial_rotary_factor", 1.0) if self.partial_rotary else 1.0
         if rope.get("rope_type", "default") == "default":
@@ -91,7 +108,7 @@ class Family:
             rotary_percent=rotary_percent,
             tied=config.tie_word_embeddings,
             initializer_range=config.initializer_range,
-            **self.options(config),
+            **options,
         )
 
 

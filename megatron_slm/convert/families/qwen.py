@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.families.family import Family, default_width
-from megatron_slm.convert.families.windows import window_options
+from megatron_slm.convert.families.windows import layer_types, window_options
 
 
 def _window_fields(arch: Architecture) -> dict[str, Any]:
@@ -16,6 +16,7 @@ def _window_fields(arch: Architecture) -> dict[str, Any]:
         "use_sliding_window": windowed,
         "sliding_window": arch.sliding_window,
         "max_window_layers": arch.full_attention_layers if windowed else arch.num_layers,
+        "layer_types": layer_types(arch) if arch.full_attention_interval else None,
     }
 
 

@@ -27,7 +27,11 @@ def window_options(config: Any) -> dict[str, Any]:
     num_first = next(index for index, kind in enumerate(kinds) if kind != FULL)
     if config.sliding_window is not None and kinds == [FULL] * num_first + [SLIDING] * (len(kinds) - num_first):
         return {"sliding_window": config.sliding_window, "full_attention_layers": num_first}
-    rule = "be full_attention throughout, or full_attention, then sliding_attention with a sliding_window"
+    interval = kinds.index(FULL) + 1 if FULL in kinds else 0
+    every_nth = [FULL if interval and (index + 1) % interval == 0 else SLIDING for index in range(len(kinds))]
+    if config.sliding_window is not None and kinds == every_nth:
+        return {"sliding_window": config.sliding_window, "full_attention_interval": interval}
+    rule = "be full_attention throughout, first or at every n-th block, else sliding_attention with a sliding_window"
     raise unsupported(config, "layer_types", rule)
 
 

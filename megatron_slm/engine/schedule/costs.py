@@ -123,8 +123,11 @@ def block_flops(arch: Architecture, seq_length: int) -> float:
 
 
 def attention_flops(arch: Architecture, seq_length: int) -> float:
-    """Count those of the products with keys and values alone."""
-    seen = seq_length / 2 if arch.sliding_window is None else min(arch.sliding_window, seq_length / 2)
+    """Count those of the products with keys and values alone, of blocks with and without a window on average."""
+    seen = seq_length / 2
+    if arch.sliding_window is not None:
+        windows = [arch.window_of(block) for block in range(arch.num_layers)]
+        seen = sum(seen if window is None else min(window, seen) for window in windows) / arch.num_layers
     return 4.0 * seen * arch.num_attention_heads * arch.kv_channels
 
 
