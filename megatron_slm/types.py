@@ -92,6 +92,9 @@ class DenseDistribution(NamedTuple):
     sum_N: Tensor
     """Sum of exp(logit - max) over the whole vocabulary, fp32 [N]."""
 
+    softcap: float | None = None
+    """Of the logits; None for none."""
+
 
 class SparseDistribution(NamedTuple):
     """A model's predicted distribution of each token, as probabilities of k token ids."""
@@ -131,7 +134,8 @@ class TokenStatistics(NamedTuple):
         """Return a copy on another device."""
         distribution = self.distribution
         if distribution is not None:
-            distribution = type(distribution)(*(move(x, device) for x in distribution))  # type: ignore[arg-type]
+            moved = (move(x, device) if isinstance(x, Tensor) else x for x in distribution)
+            distribution = type(distribution)(*moved)  # type: ignore[arg-type]
         return TokenStatistics(*(move(x, device) for x in self[:3]), distribution)  # type: ignore[arg-type, call-arg]
 
 

@@ -112,9 +112,13 @@ def _attention(
     asked: str, models: list[Architecture], bf16: bool, keeps_documents_apart: bool, notes: dict[str, str]
 ) -> Attention:
     widest = max(arch.kv_channels for arch in models)
+    capped = any(arch.attention_softcap is not None for arch in models)
     fits = bf16 and widest <= FLASH_ATTENTION_WIDEST_HEAD
     for name, package in (("flash", packages.FLASH), ("flash3", packages.FLASH3)):
         if asked == name:
+            if capped:
+                rule = "be sdpa (or auto) with a model whose attention has a soft cap, which is computed from tables"
+                raise ConfigError("--attention-backend", name, rule, "use sdpa (or auto)")
             _require("--attention-backend", name, package, otherwise="sdpa")
             if not fits:
                 found = f"heads of width {widest}, {'bf16' if bf16 else 'fp32'}"
@@ -123,7 +127,9 @@ def _attention(
             return name  # type: ignore[return-value]
     if not on_gpu():
         return "sdpa"
-    if asked == "auto" and fits:
+    if capped:
+        notes["attention"] = "tables of products, which have a soft cap"
+    elif asked == "auto" and fits:
         tried = [find(packages.FLASH3), find(packages.FLASH)]
         if tried[0].works:
             return "flash3"

@@ -32,7 +32,7 @@ class RandomWeights:
     """Initial weights by name and seed, the same at every layout.
 
     Matrices are N(0, std); those that write into the residual stream N(0, std / sqrt(2 layers)), as
-    Megatron-LM does; norms are 1 and biases 0.
+    Megatron-LM does; norms are 1 (or 0, where they multiply by 1 + weight) and biases 0.
     """
 
     def __init__(self, arch: Architecture, seed: int) -> None:
@@ -52,7 +52,7 @@ class RandomWeights:
 
     def _make(self, part: Part) -> Tensor:
         if part.name.endswith("norm.weight"):
-            return torch.ones(part.shape)
+            return torch.zeros(part.shape) if self.arch.zero_centered_norms else torch.ones(part.shape)
         if part.name.endswith(".bias"):
             return torch.zeros(part.shape)
         std = self.arch.initializer_range

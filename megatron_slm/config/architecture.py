@@ -8,6 +8,14 @@ from typing import Any
 from megatron_slm.config.rope_scaling import check_rope_scaling
 from megatron_slm.errors import LayoutError
 
+_OPTIONAL_NUMBERS = (
+    "sliding_window",
+    "attention_multiplier",
+    "attention_softcap",
+    "logit_softcap",
+    "local_rotary_base",
+)
+ACTIVATIONS = ("silu", "gelu-tanh")
 NORM_PLACEMENTS = ("before", "after", "around")
 
 
@@ -77,6 +85,14 @@ class Architecture:
     """Factor of what attention and MLP add to the residual stream."""
     logit_divisor: float = 1.0
     """Divides the logits."""
+    attention_softcap: float | None = None
+    """Soft cap of the products of queries and keys: cap * tanh(product / cap); None for none."""
+    logit_softcap: float | None = None
+    """Soft cap of the logits; None for none."""
+    activation: str = "silu"
+    """Activation of the MLP's gate: `silu` or `gelu-tanh`."""
+    zero_centered_norms: bool = False
+    """Norms multiply by 1 + weight."""
     initializer_range: float = 0.02
     """Standard deviation of initial weights."""
 
@@ -91,7 +107,7 @@ class Architecture:
             "vocab_size",
         ]
         positive += ["embedding_multiplier", "residual_multiplier", "logit_divisor"]
-        positive += [name for name in ("sliding_window", "attention_multiplier") if getattr(self, name) is not None]
+        positive += [name for name in _OPTIONAL_NUMBERS if getattr(self, name) is not None]
         for name in positive:
             _require(self, getattr(self, name) > 0, name, "be positive", "use a number above 0")
         _require(
@@ -116,6 +132,13 @@ class Architecture:
             self.norm_placement in NORM_PLACEMENTS,
             "norm_placement",
             f"be one of {', '.join(NORM_PLACEMENTS)}",
+            "use one of these",
+        )
+        _require(
+            self,
+            self.activation in ACTIVATIONS,
+            "activation",
+            f"be one of {', '.join(ACTIVATIONS)}",
             "use one of these",
         )
         windowed = self.num_layers if self.sliding_window is not None else 1

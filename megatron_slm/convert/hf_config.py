@@ -125,8 +125,9 @@ def _checked_family(raw: Mapping[str, Any], where: str) -> Family:
     if family is None:
         known = "; ".join(f"{one.model_type} ({one.models})" for one in FAMILIES)
         raise reject("model_type", f"be one of {known}", "use a model of a supported family")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise reject("hidden_act", "be silu (SwiGLU)", "use a model with SwiGLU")
+    activation = family.activation_field
+    if (raw.get(activation) or family.activations[0]) not in family.activations:
+        raise reject(activation, f"be {family.activations[0]}", "use a model with this activation")
     if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
         raise reject(
             "auto_map", "not name custom model code (trust_remote_code)", "use a model that transformers implements"
@@ -226,11 +227,18 @@ def with_old_rotary_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     transformers 4 ignores `rope_parameters`: without the old fields it would compute with a base of 10,000.
     """
     out = deepcopy(dict(config))
-    rope = dict(out.get("rope_parameters") or {})
+    new = out.get("rope_parameters") or {}
+    rope = dict(new.get("full_attention") or new)
     base = rope.pop("rope_theta", None)
     if base is None:
         return out
     out.setdefault("rope_theta", base)
+    if "sliding_attention" in new:
+        out.setdefault("rope_local_base_freq", new["sliding_attention"]["rope_theta"])
+    if "partial_rotary_factor" in rope:
+        out.setdefault("partial_rotary_factor", rope.pop("partial_rotary_factor"))
     is_default = rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not is_default and "original_max_position_embeddings" in out:  # Phi's own three fields
+        rope = {"type": rope["rope_type"], **{name: rope[name] for name in ("short_factor", "long_factor")}}
     out.setdefault("rope_scaling", None if is_default else rope)
     return out

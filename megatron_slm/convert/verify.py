@@ -181,8 +181,8 @@ def _our_log_probs(arch: Architecture, source: WeightSource, tokens_bs: Tensor, 
     fill_module(stage, source)
     _count_blocks(stage.layers[1:-1], progress)  # between the embedding and the head
     hidden_Nd = stage(tokens_bs).transpose(0, 1).flatten(0, 1)
-    weight_Vd = stage.output_weight().weight_Vd
-    return torch.cat([(rows @ weight_Vd.t()).log_softmax(-1) for rows in hidden_Nd.split(_ROWS)])
+    output = stage.output_weight()
+    return torch.cat([output.logits(rows).log_softmax(-1) for rows in hidden_Nd.split(_ROWS)])
 
 
 @torch.no_grad()

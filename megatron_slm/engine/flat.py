@@ -181,4 +181,4 @@ class FlatModule(nn.Module):
         recomputes = self.recompute and self.training
         x_sbd = run_layers(self.layers, batch.tokens_bs, batch.documents, recomputes=recomputes, hook=hook, rows=rows)
         embedding, *_, last = self.layers
-        return head(x_sbd, output_rows(last.output or embedding.embed_tokens))  # type: ignore[arg-type]
+        return head(x_sbd, output_rows(last, last.output or embedding.embed_tokens))  # type: ignore[arg-type]

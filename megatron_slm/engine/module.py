@@ -85,7 +85,7 @@ class StageModule(PipelineModule):
     def output_weight(self) -> OutputWeight:
         """Return the output weight's token rows held here; on the last stage only."""
         head = next(layer for layer in self.forward_funcs if isinstance(layer, Head))
-        return output_rows(head.output or self.tied_modules[_TIED].embed_tokens)  # type: ignore[arg-type]
+        return output_rows(head, head.output or self.tied_modules[_TIED].embed_tokens)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -135,6 +135,6 @@ def _pass_on(embedding: nn.Module, x_sbd: Tensor) -> Tensor:
     return x_sbd
 
 
-def output_rows(weight: VocabularyWeight) -> OutputWeight:
-    """Return the rows of a vocabulary weight that are tokens."""
-    return OutputWeight(weight.tokens(), weight.start, weight.rows)
+def output_rows(head: Head, weight: VocabularyWeight) -> OutputWeight:
+    """Return the rows of a head's vocabulary weight that are tokens."""
+    return OutputWeight(weight.tokens(), weight.start, weight.rows, head.logit_softcap)

@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from megatron_slm.loss.soft_cap import cap_
+
 BLOCK_SIZE = 2048
 """Vocabulary rows per block on the CPU. It decides the order of summation, so it is fixed, not tuned per run."""
 GPU_BLOCK_SIZE = 8192
@@ -67,9 +69,19 @@ class BlockMemory:
         num_rows, num_columns: of the largest block; columns beyond `block_size` do not count.
         like: a tensor on the device.
         dtype: default: the dtype of logits for products of `like`'s dtype.
+        softcap: of the logits.
     """
 
-    def __init__(self, num_rows: int, num_columns: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        num_columns: int,
+        like: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        softcap: float | None = None,
+    ) -> None:
+        self._softcap = softcap
         num_columns = min(num_columns, block_size(on_gpu=like.is_cuda))
         self._memory = like.new_empty(num_rows * num_columns, dtype=dtype or accumulation_dtype(like))
 
@@ -78,7 +90,10 @@ class BlockMemory:
         return self._memory[: num_rows * num_columns].view(num_rows, num_columns)
 
     def logits(self, rows_Nd: Tensor, block: VocabularyBlock) -> Tensor:
-        """Compute `rows block^T`, [N, B] in fp32 (or fp64): bf16 logits would cost a loss error of 3e-2."""
+        """Compute `rows block^T`, capped, [N, B] in fp32 (or fp64): bf16 logits would cost a loss error of 3e-2."""
+        return cap_(self._product(rows_Nd, block), self._softcap)
+
+    def _product(self, rows_Nd: Tensor, block: VocabularyBlock) -> Tensor:
         out_NB = self.empty(rows_Nd.shape[0], block.size)
         if rows_Nd.dtype == out_NB.dtype:
             return torch.mm(rows_Nd, block.weight_Bd.t(), out=out_NB)

@@ -107,6 +107,6 @@ def sampled(
 def _blocks(hidden_Nd: Tensor, weight_Vd: Tensor, part: VocabularyPart, limit: int) -> Iterator[tuple[int, Tensor]]:
     """Compute the logits of one block after the other: (id of the first column, logits [N, B]), ids below `limit`."""
     held = weight_Vd[: max(0, limit - part.start)]
-    memory = BlockMemory(len(hidden_Nd), held.shape[0], hidden_Nd)
+    memory = BlockMemory(len(hidden_Nd), held.shape[0], hidden_Nd, softcap=part.softcap)
     for block in vocabulary_blocks(held):
         yield part.start + block.start, memory.logits(hidden_Nd, block)

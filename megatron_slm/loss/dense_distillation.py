@@ -21,6 +21,7 @@ from megatron_slm.loss.blocks import BlockMemory, VocabularyBlock, accumulation_
 from megatron_slm.loss.divergences import Divergence
 from megatron_slm.loss.kernels import Kernels
 from megatron_slm.loss.passes import KeptRows, StashedRows, forward_pass
+from megatron_slm.loss.soft_cap import slope_
 from megatron_slm.loss.stash import Stash
 from megatron_slm.loss.vocab_parallel import VocabularyPart
 
@@ -75,9 +76,10 @@ class _LogProbabilities:
                 with_entropy=False,
                 chunk_rows=len(rows.kept_K),
                 temperature=temperature,
+                softcap=rows.softcap,
             )
             self.log_sum_K = tempered.sum_N.log()
-        self._memory = BlockMemory(most_rows, weight_Vd.shape[0], rows.hidden_Kd)
+        self._memory = BlockMemory(most_rows, weight_Vd.shape[0], rows.hidden_Kd, softcap=rows.softcap)
         self._stashed = None if stash is None else StashedRows(rows, stash)
 
     def of(self, chunk: slice, block: VocabularyBlock, *, release: bool = True) -> Tensor:
@@ -170,9 +172,11 @@ class _Mixed:
         self.rows, self.weight_K, self.weight, self.temperature = rows, weight_K, weight, temperature
         self.shift_K = temperature * log_sum_K + rows.factor_K.log()
         """Turns `temperature * log-probability at it` into the log-probability at 1, when added."""
+        self.log_sum_K = log_sum_K
 
     def gradient_(self, x_CB: Tensor, divergence_CB: Tensor, chunk: slice, block: VocabularyBlock) -> None:
         """Replace log-probabilities at the temperature by the gradients of the block's logits, in place."""
+        slope_CB = self._slope(x_CB, chunk)
         if self.temperature != 1.0:
             x_CB.mul_(self.temperature).add_(self.shift_K[chunk, None])
         x_CB.exp_()
@@ -182,3 +186,12 @@ class _Mixed:
         target_C1 = torch.where(inside_C[:, None], self.rows.target_K[chunk, None], x_CB.gather(1, label_C1))
         x_CB.scatter_(1, label_C1, target_C1).mul_(1 - self.weight)
         x_CB.add_(divergence_CB, alpha=self.weight * self.temperature).mul_(self.weight_K[chunk, None])
+        if slope_CB is not None:
+            x_CB.mul_(slope_CB)
+
+    def _slope(self, x_CB: Tensor, chunk: slice) -> Tensor | None:
+        """The capped logits' derivatives, from log-probabilities at the temperature; None without a cap."""
+        if self.rows.softcap is None:
+            return None
+        logits_CB = (x_CB + self.log_sum_K[chunk, None]).mul_(self.temperature).add_(self.rows.max_K[chunk, None])
+        return slope_(logits_CB, self.rows.softcap)

@@ -98,6 +98,7 @@ class _DistilledSum(torch.autograd.Function):
                 max_K=max_K,
                 factor_K=1 / sum_K,
                 target_K=torch.expm1(-loss_K),
+                softcap=losses.part.softcap,
             ),
             weight_Vd,
             _kept(distribution, kept_K, losses.part),
@@ -139,4 +140,5 @@ def _kept(distribution: DenseDistribution, kept_K: Tensor, part: VocabularyPart)
         max_K=max_K,
         factor_K=1 / sum_K,
         target_K=torch.zeros_like(max_K),
+        softcap=distribution.softcap,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_slm.loss.distillation import Distillation, distilled_sum
 from megatron_slm.loss.prediction import ThresholdPredictor
 from megatron_slm.loss.selective_ce import RowLosses, row_losses, row_statistics
+from megatron_slm.loss.soft_cap import cap_
 from megatron_slm.loss.sums import EVALUATION, SumLayout, evaluation_sums, loss_sums
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.loss.vocab_parallel import VocabularyPart, loss_rows
@@ -31,10 +32,16 @@ class OutputWeight(NamedTuple):
     """Token id of the first row."""
     rows: int
     """Rows of the largest part over the tensor-parallel ranks, padding included."""
+    softcap: float | None = None
+    """Of the logits; None for none."""
 
     def part(self, tp: TensorParallel) -> VocabularyPart:
         """Return the part of the vocabulary that these rows are."""
-        return VocabularyPart(tp=tp, start=self.start, rows=self.rows)
+        return VocabularyPart(tp=tp, start=self.start, rows=self.rows, softcap=self.softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute the logits of the token rows held here, [..., d] to [..., V]."""
+        return cap_(hidden @ self.weight_Vd.t(), self.softcap)
 
 
 class ScoredTokens(NamedTuple):
@@ -256,5 +263,5 @@ class Objective:
         statistics = rows.token_statistics(batch.valid_bs.flatten())
         if not with_distribution:
             return statistics
-        distribution = DenseDistribution(x_sbd, output.weight_Vd, rows.max_N, rows.sum_N)
+        distribution = DenseDistribution(x_sbd, output.weight_Vd, rows.max_N, rows.sum_N, output.softcap)
         return statistics._replace(distribution=distribution)

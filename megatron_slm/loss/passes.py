@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_slm.loss.blocks import BlockMemory, VocabularyBlock, accumulation_dtype, add_product, vocabulary_blocks
 from megatron_slm.loss.kernels import Kernels
 from megatron_slm.loss.row_statistics import RowStatistics
+from megatron_slm.loss.soft_cap import slope_
 from megatron_slm.loss.stash import Stash
 
 
@@ -33,6 +34,7 @@ def forward_pass(
     stash: Stash | None = None,
     predict: Callable[[slice, RowStatistics], Tensor | None] | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> RowStatistics:
     """Compute every row's statistics over the whole vocabulary: one product of [N, d] and [d, V], block by block.
 
@@ -43,9 +45,10 @@ def forward_pass(
         stash: keeps exponentials for the backward pass.
         predict: rows of a chunk to stash; None stashes all, as far as there is space.
         temperature: divides the logits.
+        softcap: of the logits, before.
     """
     held = RowStatistics.of_no_logits(hidden_Nd, with_entropy=with_entropy, with_top_entropy=with_top_entropy)
-    memory = BlockMemory(min(chunk_rows, hidden_Nd.shape[0]), weight_Vd.shape[0], hidden_Nd)
+    memory = BlockMemory(min(chunk_rows, hidden_Nd.shape[0]), weight_Vd.shape[0], hidden_Nd, softcap=softcap)
     combined: list[RowStatistics] = []
     for start in range(0, hidden_Nd.shape[0], chunk_rows):
         chunk = slice(start, min(start + chunk_rows, hidden_Nd.shape[0]))
@@ -80,6 +83,8 @@ class KeptRows:
     """Turns exp(logit - max) into the logit's gradient: the row's weight over its sum of exponentials."""
     target_K: Tensor
     """Gradient of the label's logit: the row's weight times (probability - 1)."""
+    softcap: float | None = None
+    """Of the logits, whose gradients are those of the capped ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,19 +135,28 @@ def backward_pass(
     grad_weight_Vd = torch.empty_like(weight_Vd)
     grad_hidden_Kd = torch.zeros_like(hidden_Kd, dtype=accumulation_dtype(hidden_Kd))
     shape = hidden_Kd.shape[0], weight_Vd.shape[0]
-    memory, out_memory = BlockMemory(*shape, hidden_Kd), BlockMemory(*shape, hidden_Kd, weight_Vd.dtype)
+    memory, out_memory = (
+        BlockMemory(*shape, hidden_Kd, softcap=rows.softcap),
+        BlockMemory(*shape, hidden_Kd, weight_Vd.dtype),
+    )
     stashed = None if stash is None else StashedRows(rows, stash)
     for block in vocabulary_blocks(weight_Vd):
         if stashed is None:
             x_KB, factor_K, max_K = memory.logits(hidden_Kd, block), rows.factor_K, rows.max_K
         else:
             (x_KB, factor_K), max_K = stashed.exponentials(block), None
+        slope_KB = None
+        if rows.softcap is not None:
+            capped_KB = x_KB.clone() if stashed is None else stashed.logits(x_KB, block)
+            slope_KB = slope_(capped_KB, rows.softcap)
         # gradients in the dtype of the products, in place where the logits or exponentials have it
         out_KB = x_KB if x_KB.dtype == weight_Vd.dtype else out_memory.empty(*x_KB.shape)
         column_K = block.columns(rows.local_label_K)
         kernels.gradient(x_KB, factor_K, column_K, rows.target_K, max_K=max_K, out_KB=out_KB)
         if add is not None:
             add(out_KB, block)
+        if slope_KB is not None:
+            out_KB.mul_(slope_KB)
         torch.mm(out_KB.t(), hidden_Kd, out=grad_weight_Vd[block.start : block.start + block.size])
         add_product(grad_hidden_Kd, out_KB, block)
     return grad_hidden_Kd, grad_weight_Vd
@@ -163,6 +177,11 @@ class StashedRows:
         self.hidden_Md = rows.hidden_Kd[self.missing_M]
         self.has_all = stash.has_room_for_all and self.slot_K.numel() == stash.num_rows
 
+    def logits(self, x_KB: Tensor, block: VocabularyBlock) -> Tensor:
+        """Return the logits of a block's exponentials, [K, B] in fp32 (or fp64); -infinity where they are 0."""
+        max_K = self.stash.max_LN[block.index, self.rows.kept_K]
+        return x_KB.to(max_K.dtype).log().add_(max_K[:, None])
+
     def exponentials(self, block: VocabularyBlock, *, release: bool = True) -> tuple[Tensor, Tensor]:
         """Return exp(logit - maximum so far) [K, B], and the factors that turn it into the logits' gradients [K].
 
@@ -175,7 +194,7 @@ class StashedRows:
         x_KB = x_KB[: self.stash.num_rows] if self.has_all else x_KB.index_select(0, self.slot_K.clamp(min=0))
         if self.missing_M.numel():
             computed_MB = (
-                BlockMemory(len(self.hidden_Md), block.size, self.hidden_Md)
+                BlockMemory(len(self.hidden_Md), block.size, self.hidden_Md, softcap=self.rows.softcap)
                 .logits(self.hidden_Md, block)
                 .sub_(max_K[self.missing_M][:, None])
                 .exp_()

@@ -98,6 +98,7 @@ class _KeptSum(torch.autograd.Function):
             max_K=max_K,
             factor_K=factor_K / sum_K,
             target_K=target_K,
+            softcap=ctx.part.softcap,
         )
         grad_Kd, grad_weight_Vd = backward_pass(rows, weight_Vd, kernels=ctx.kernels, stash=ctx.stash, add=add)
         grad_hidden_Nd = torch.zeros_like(hidden_Nd)
@@ -141,6 +142,7 @@ def row_losses(
             chunk_rows=plan.chunk_rows,
             stash=stash,
             predict=_by_row_statistics(predict, valid_N) if predicts and predict is not None else None,
+            softcap=part.softcap,
         )
         tokens = rows.token_statistics(valid_N)
     return RowLosses(
@@ -267,4 +269,5 @@ def row_statistics(
         with_entropy=with_entropy,
         with_top_entropy=with_top_entropy,
         chunk_rows=hidden_Nd.shape[0],
+        softcap=part.softcap,
     )

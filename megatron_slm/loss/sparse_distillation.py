@@ -16,6 +16,7 @@ from megatron_slm.loss.blocks import accumulation_dtype
 from megatron_slm.loss.divergences import Divergence
 from megatron_slm.loss.passes import SparseTarget
 from megatron_slm.loss.selective_ce import RowLosses
+from megatron_slm.loss.soft_cap import cap_
 from megatron_slm.types import SparseDistribution
 
 GATHERED_NUMBERS = 2**24
@@ -35,7 +36,10 @@ def sparse_target(
     id_Kk = distribution.id_Nk[kept_K]
     log_sum_K = losses.rows.sum_N[kept_K].log()
     logit_Kk = losses.part.sum_in_rank_order(
-        _logits(losses.hidden_Nd.detach()[kept_K], losses.weight_Vd.detach(), id_Kk - losses.part.start)
+        cap_(
+            _logits(losses.hidden_Nd.detach()[kept_K], losses.weight_Vd.detach(), id_Kk - losses.part.start),
+            losses.part.softcap,
+        )
     )
     log_p_Kk = logit_Kk - losses.rows.max_N[kept_K][:, None] - log_sum_K[:, None]
     log_q_Kk = distribution.log_probability_Nk[kept_K].to(log_p_Kk.dtype)

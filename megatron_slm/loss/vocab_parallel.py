@@ -22,6 +22,8 @@ class VocabularyPart:
     rows: int | None = None
     """Rows of the largest part. All ranks walk over their parts in the same chunks, so that their exchanges match;
     None where there is one part."""
+    softcap: float | None = None
+    """Of the logits; None for none."""
 
     def combine(self, local: RowStatistics) -> RowStatistics:
         """Return the whole vocabulary's statistics, bit-equal on all ranks, so that all keep the same tokens.

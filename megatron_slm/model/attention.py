@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.model import flash, flash3, sdpa
+from megatron_slm.model.capped_attention import CappedAttention
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.norm import RMSNorm, SharedRMSNorm
 from megatron_slm.model.rope import hashable, rotate, rotation
@@ -28,7 +29,11 @@ class Attention(nn.Module):
     def __init__(self, arch: Architecture, layers: Layers, prefix: str, *, index: int) -> None:
         super().__init__()
         self.width, self.window = arch.kv_channels, arch.window_of(index)
-        self.kernels = {"sdpa": sdpa, "flash": flash, "flash3": flash3}[layers.backends.attention]
+        kernels = {"sdpa": sdpa, "flash": flash, "flash3": flash3}[layers.backends.attention]
+        self.attend, self.attend_in_documents = kernels.attend, kernels.attend_in_documents
+        if arch.attention_softcap is not None:
+            capped = CappedAttention(arch.attention_softcap)
+            self.attend, self.attend_in_documents = capped.attend, capped.attend_in_documents
         self.num_heads = layers.share(arch.num_attention_heads, field="number of attention heads")
         self.kv_heads = layers.key_value_heads(arch.num_query_groups)
         q, kv = arch.num_attention_heads * self.width, arch.num_query_groups * self.width
@@ -36,7 +41,14 @@ class Attention(nn.Module):
             prefix, arch.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=arch.qkv_bias
         )
         self.o_proj = layers.linear_out(f"{prefix}o_proj", q, arch.hidden_size, bias=arch.attention_output_bias)
-        norm = partial(RMSNorm, layers, hidden_size=self.width, epsilon=arch.norm_epsilon, over_heads=True)
+        norm = partial(
+            RMSNorm,
+            layers,
+            hidden_size=self.width,
+            epsilon=arch.norm_epsilon,
+            over_heads=True,
+            zero_centered=arch.zero_centered_norms,
+        )
         self.q_norm = norm(f"{prefix}q_norm") if arch.qk_norm else nn.Identity()
         self.k_norm = norm(f"{prefix}k_norm") if arch.qk_norm else nn.Identity()
         whole = partial(SharedRMSNorm, layers, epsilon=arch.norm_epsilon)
@@ -87,12 +99,12 @@ class Attention(nn.Module):
         if self.query_multiplier != 1.0:
             q_sbhk = q_sbhk * self.query_multiplier
         if documents is None or documents.lengths is None:
-            out_sbhk = self.kernels.attend(q_sbhk, k_sbgk, v_sbgk, self.window, sparse_gradient=sparse_gradient)
+            out_sbhk = self.attend(q_sbhk, k_sbgk, v_sbgk, self.window, sparse_gradient=sparse_gradient)
         else:
             # concatenate samples: [s, b, heads, k] to [N, heads, k], and back
             length, num_samples = q_sbhk.shape[:2]
             q_Nhk, k_Ngk, v_Ngk = (x.transpose(0, 1).flatten(0, 1) for x in (q_sbhk, k_sbgk, v_sbgk))
-            out_Nhk = self.kernels.attend_in_documents(
+            out_Nhk = self.attend_in_documents(
                 q_Nhk, k_Ngk, v_Ngk, self.window, documents, sparse_gradient=sparse_gradient
             )
             out_sbhk = out_Nhk.unflatten(0, (num_samples, length)).transpose(0, 1)

@@ -43,7 +43,13 @@ class Block(nn.Module):
         def norm(name: str | None) -> nn.Module:
             if name is None:
                 return nn.Identity()
-            return RMSNorm(layers, f"{prefix}{name}", arch.hidden_size, arch.norm_epsilon)
+            return RMSNorm(
+                layers,
+                f"{prefix}{name}",
+                arch.hidden_size,
+                arch.norm_epsilon,
+                zero_centered=arch.zero_centered_norms,
+            )
 
         before_attention, after_attention, before_mlp, after_mlp = NORMS[arch.norm_placement]
         self.attention_norm, self.attention_output_norm = norm(before_attention), norm(after_attention)

@@ -34,14 +34,16 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """The final norm and the output weight.
 
-    The loss computes the logits itself, so that the logits of a micro-batch are never all in memory. A divisor of the
-    logits divides the hidden states that they are products of.
+    The loss computes the logits itself, so that the logits of a micro-batch are never all in memory, and caps them. A
+    divisor of the logits divides the hidden states that they are products of.
     """
 
     def __init__(self, arch: Architecture, layers: Layers) -> None:
         super().__init__()
-        self.norm = RMSNorm(layers, "model.norm", arch.hidden_size, arch.norm_epsilon)
-        self.logit_divisor = arch.logit_divisor
+        self.norm = RMSNorm(
+            layers, "model.norm", arch.hidden_size, arch.norm_epsilon, zero_centered=arch.zero_centered_norms
+        )
+        self.logit_divisor, self.logit_softcap = arch.logit_divisor, arch.logit_softcap
         self.output = None if arch.tied else layers.output_weight(OUTPUT_NAME, arch.vocab_size, arch.hidden_size)
 
     def forward(self, x_sbd: Tensor) -> Tensor:

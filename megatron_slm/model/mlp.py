@@ -1,6 +1,9 @@
-"""The SwiGLU feed-forward layer (arXiv 2002.05202)."""
+"""The gated feed-forward layer (arXiv 2002.05202)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,13 +11,19 @@ from torch import Tensor, nn
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.model.layers import Layers
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+}
+
 
 class MLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(activation(gate(x)) * up(x))`; SwiGLU with SiLU, GeGLU with GELU."""
 
     def __init__(self, arch: Architecture, layers: Layers, prefix: str) -> None:
         super().__init__()
         widths = {"gate_proj": arch.ffn_hidden_size, "up_proj": arch.ffn_hidden_size}
+        self.activation = ACTIVATIONS[arch.activation]
         self.gate_up = layers.linear_in(prefix, arch.hidden_size, widths, bias=arch.mlp_bias)
         self.down_proj = layers.linear_out(
             f"{prefix}down_proj", arch.ffn_hidden_size, arch.hidden_size, bias=arch.mlp_bias
@@ -24,7 +33,6 @@ class MLP(nn.Module):
         """[s, b, d] to [s, b, d]."""
         return self.down_proj(self.activate(*self.gate_up(x_sbd)))
 
-    @staticmethod
-    def activate(gate_sbf: Tensor, up_sbf: Tensor) -> Tensor:
+    def activate(self, gate_sbf: Tensor, up_sbf: Tensor) -> Tensor:
         """The gated activation: [..., f] and [..., f] to [..., f]."""
-        return F.silu(gate_sbf) * up_sbf
+        return self.activation(gate_sbf) * up_sbf

@@ -13,16 +13,26 @@ class RMSNorm(nn.Module):
 
     Args:
         over_heads: normalizes this rank's heads instead of the residual stream.
+        zero_centered: multiplies by 1 + weight.
     """
 
     def __init__(
-        self, layers: Layers, name: str, hidden_size: int, epsilon: float, *, over_heads: bool = False
+        self,
+        layers: Layers,
+        name: str,
+        hidden_size: int,
+        epsilon: float,
+        *,
+        over_heads: bool = False,
+        zero_centered: bool = False,
     ) -> None:
         super().__init__()
         self.weight = layers.replicated(f"{name}.weight", (hidden_size,))
         self.as_used = layers.on_head_share if over_heads else layers.on_sequence_shard
         self.epsilon = epsilon
         self.normalize = {"torch": normalize, "apex": normalize_in_apex}[layers.backends.norm]
+        if zero_centered:
+            self.normalize = normalize_zero_centered
 
     def forward(self, x_sbd: Tensor) -> Tensor:
         """[..., d] to [..., d]."""
@@ -49,6 +59,13 @@ def normalize(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
     x_fp32 = x_sbd.to(torch.promote_types(x_sbd.dtype, torch.float32))  # fp64 keeps its own
     scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + epsilon)
     return weight_d * (x_fp32 * scale).to(x_sbd.dtype)
+
+
+def normalize_zero_centered(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
+    """Normalize and multiply by 1 + weight, in fp32 before the cast, as Hugging Face does."""
+    x_fp32 = x_sbd.to(torch.promote_types(x_sbd.dtype, torch.float32))
+    scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + epsilon)
+    return (x_fp32 * scale * (1.0 + weight_d.to(x_fp32.dtype))).to(x_sbd.dtype)
 
 
 def normalize_in_apex(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:

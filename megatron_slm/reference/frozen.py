@@ -73,7 +73,7 @@ class FrozenStage(nn.Module):
             embedding = self.tied_output or self.layers[0]
             assert isinstance(embedding, Embedding), "a tied head reads the embedding"
             weight = embedding.embed_tokens
-        return OutputWeight(weight.tokens(), weight.start, weight.rows)  # type: ignore[operator, arg-type]
+        return OutputWeight(weight.tokens(), weight.start, weight.rows, head.logit_softcap)  # type: ignore[operator, arg-type]
 
     @torch.no_grad()
     def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:

@@ -38,7 +38,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def chosen(
         files: dict[str, str], *, gpu: bool = True, bf16: bool = True, width: int = 64, zero_stage: int = 1,
         updates_on_host: bool = False, capability: tuple[int, int] = (8, 0), documents: bool = False,
-        window: int | None = None, compiles: bool = False, positions: bool = False, samples_rows: bool = False,
+        window: int | None = None, softcap: float | None = None, compiles: bool = False, positions: bool = False, samples_rows: bool = False,
         **asked: Any,
     ) -> Backends:  # fmt: skip
         install(monkeypatch, tmp_path, files)
@@ -48,7 +48,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             BackendConfig(**asked),
             bf16=bf16,
             zero_stage=zero_stage,
-            architectures=[arch(), arch(width, sliding_window=window)],
+            architectures=[arch(), arch(width, sliding_window=window, attention_softcap=softcap)],
             updates_on_host=updates_on_host,
             keeps_documents_apart=documents,
             resets_positions=positions,
@@ -151,6 +151,11 @@ def test_what_only_looks_installed_is_not_taken(choose: Any, files: dict[str, st
 @pytest.mark.parametrize(
     ("options", "files", "match"),
     [
+        (
+            {"attention_backend": "flash", "softcap": 50.0},
+            BOTH,
+            "--attention-backend is 'flash': must be sdpa .*soft cap",
+        ),
         ({"attention_backend": "flash", "gpu": False}, BOTH, "--attention-backend is 'flash': must run on a GPU"),
         ({"attention_backend": "flash"}, files_of("apex"), "flash-attn: not installed.*--no-build-isolation"),
         ({"attention_backend": "flash"}, NOT_A_PACKAGE, "flash_attn has no flash_attn_func"),

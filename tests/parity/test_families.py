@@ -15,7 +15,8 @@ from tests.support.runs import run_flags, write_corpus
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
-NAMES = ["llama 3", "smollm2", "mistral", "qwen2.5 with a window", "qwen3 with everything"]
+NAMES = ["llama 3", "smollm2", "mistral", "qwen2.5 with a window", "qwen3 with everything", "smollm3", "granite 3",
+         "phi-4-mini with longrope", "glm-4", "olmo 3", "gemma 2", "gemma 3"]  # fmt: skip
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
 FROM_SCRATCH = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",

@@ -27,7 +27,7 @@ from tests.support.families import FAMILIES, family_model
 from tests.support.models import StateDictSource
 from tests.support.world import run_world
 
-NAMES = ["smollm3", "granite 3", "phi-4-mini with longrope", "glm-4", "olmo 2", "olmo 3"]
+NAMES = ["smollm3", "granite 3", "phi-4-mini with longrope", "glm-4", "olmo 2", "olmo 3", "gemma 2", "gemma 3"]
 """One for each kind of mathematics that Llama and Qwen3 do not have."""
 TOKENS_BT = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(3))
 Gradients = list[tuple[Part, Tensor]]
@@ -83,7 +83,7 @@ def ours(names: list[str], sequence_parallel: bool) -> dict[str, tuple[float, Gr
         x: Tensor = batch.tokens_bs
         for module in modules:
             x = module(x)
-        output = output_rows(modules[-1].output or modules[0].embed_tokens)  # type: ignore[arg-type]
+        output = output_rows(modules[-1], modules[-1].output or modules[0].embed_tokens)  # type: ignore[arg-type]
         loss, _ = Objective(selector=Selector(), tp=tp).loss(x, output, batch, None, StepSettings(step=0))
         loss.backward()
         found: Gradients = []

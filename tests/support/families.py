@@ -63,6 +63,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                          "original_max_position_embeddings": 16},
                       "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}},
     ),
+    "gemma 2": (
+        "Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 5, "attn_logit_softcapping": 0.8,
+                   "final_logit_softcapping": 1.5, "attention_bias": True},
+    ),
+    "gemma 3": (
+        "Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "num_hidden_layers": 4,
+                   "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+                   "rope_parameters": {
+                       "full_attention": {"rope_type": "linear", "rope_theta": 700.0, "factor": 4.0},
+                       "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
+    ),
 }  # fmt: skip
 """transformers' class, and options that make a difference in a small model."""
 

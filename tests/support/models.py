@@ -13,6 +13,9 @@ from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.shards import Part
 from megatron_slm.reference.frozen import FrozenStage
 
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+"""Classes of configurations that have other names than their models."""
+
 
 class StateDictSource:
     """A `WeightSource` over a state dict."""
@@ -34,7 +37,7 @@ def dense_stage(arch: Architecture, state: dict[str, Tensor]) -> FrozenStage:
 
 def logits_bsV(stage: FrozenStage, tokens_bs: Tensor) -> Tensor:
     """All logits, for comparison only."""
-    return (stage(tokens_bs) @ stage.output_weight().weight_Vd.t()).transpose(0, 1)
+    return stage.output_weight().logits(stage(tokens_bs)).transpose(0, 1)
 
 
 def random_hf_model(kind: str, seed: int, **options: Any) -> nn.Module:
@@ -42,7 +45,7 @@ def random_hf_model(kind: str, seed: int, **options: Any) -> nn.Module:
     import transformers
 
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(initializer_range=0.2, **options)
+    config = getattr(transformers, CONFIGS.get(kind, f"{kind}Config"))(initializer_range=0.2, **options)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for parameter in model.parameters():  # norms and biases start at 1 and 0, which hides mistakes
         if parameter.dim() == 1:

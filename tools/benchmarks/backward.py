@@ -213,7 +213,7 @@ class Stepper:
             self.number += 1
             rows = None if self.rows is None else self.rows.of_micro_batch(number, settings)
             x_sbd = run_layers(self.layers, batch.tokens_bs, None, recomputes=False, rows=rows)
-            weight = output_rows(self.layers[-1].output)
+            weight = output_rows(self.layers[-1], self.layers[-1].output)
             loss, sums = self.objective.loss(x_sbd, weight, batch, None, settings)
             loss /= self.objective.sum_layout.unpack(sums).kept_tokens * self.shape["micro_batches"]
             backward = time.process_time()

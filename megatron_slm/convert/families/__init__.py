@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.convert.families.family import Family
+from megatron_slm.convert.families.gemma import GEMMA2, GEMMA3
 from megatron_slm.convert.families.glm import GLM4
 from megatron_slm.convert.families.granite import GRANITE
 from megatron_slm.convert.families.llama import LLAMA, MINISTRAL, MISTRAL, SMOLLM3
@@ -17,7 +18,7 @@ from megatron_slm.errors import SlmError, WeightsError
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MINISTRAL, SMOLLM3, GRANITE, PHI3, GLM4, OLMO2, OLMO3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MINISTRAL, SMOLLM3, GRANITE, PHI3, GLM4, OLMO2, OLMO3, GEMMA2, GEMMA3)
 """In the order of preference for the export of a model trained from scratch."""
 
 

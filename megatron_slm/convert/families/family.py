@@ -28,6 +28,12 @@ class Family:
     """Converts a configuration to the fields of an `Architecture` that not all families have."""
     fields: Callable[[Architecture], dict[str, Any]]
     """Inverse of `options`."""
+    config_name: str | None = None
+    """Class of the configuration in transformers; None for that of the prefix."""
+    activation_field: str = "hidden_act"
+    """Field of the activation in config.json."""
+    activations: tuple[str, ...] = ("silu", "swish")
+    """Its supported values, the default first."""
     reads_layer_types: bool = False
     """Its models take each block's kind from `layer_types`."""
     rope_by_kind: bool = False
@@ -46,7 +52,7 @@ class Family:
         """Return the configuration class in transformers."""
         import transformers
 
-        return getattr(transformers, f"{self.name}Config")
+        return getattr(transformers, self.config_name or f"{self.name}Config")
 
     def config(self, arch: Architecture, **others: Any) -> Any:
         """Build a configuration of this family; options of `arch` that the family lacks are lost (see `family_of`)."""
