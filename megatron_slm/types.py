@@ -26,6 +26,32 @@ def move(x: Tensor | None, device: torch.device) -> Tensor | None:
     return x.to(device, non_blocking=True)
 
 
+class Pieces(NamedTuple):
+    """Runs of queries held here, each within one document, and the keys of the document up to the last of them.
+
+    Where sequences are cut over ranks. The keys are those of the whole micro-batch, N = b * s.
+    """
+
+    queries: tuple[int, ...]
+    """Number of queries of each piece, in order; together all that are held here."""
+
+    keys: tuple[tuple[int, int], ...]
+    """First key of each piece and their number."""
+
+    key_K: Tensor
+    """Keys of all pieces, one after the other, int64 [K]."""
+
+    cumulative_queries: Tensor
+    """Start of each piece's queries, then their number: int32 [pieces + 1]."""
+
+    cumulative_keys: Tensor
+    """Start of each piece's keys in `key_K`, then their number: int32 [pieces + 1]."""
+
+    def to(self, device: torch.device) -> Pieces:
+        """Return a copy on another device."""
+        return Pieces(self.queries, self.keys, *(move(x, device) for x in self[2:]))
+
+
 class Documents(NamedTuple):
     """Document boundaries in a micro-batch whose samples hold several documents, for attention within documents.
 
@@ -41,13 +67,21 @@ class Documents(NamedTuple):
     position_bs: Tensor | None
     """Positions that restart at 0 in every document, int64 [b, s]; None where they count through the sample."""
 
+    pieces: Pieces | None = None
+    """Parts of the documents held here, where sequences are cut over ranks; `lengths` and `cumulative` are of the whole
+    micro-batch all the same."""
+
     def to(self, device: torch.device) -> Documents:
         """Return a copy on another device."""
-        return Documents(self.lengths, *(move(x, device) for x in (self.cumulative, self.position_bs)))
+        pieces = None if self.pieces is None else self.pieces.to(device)
+        return Documents(self.lengths, move(self.cumulative, device), move(self.position_bs, device), pieces)
 
 
 class MicroBatch(NamedTuple):
-    """The tokens of one micro-batch on one data-parallel rank (b samples of s tokens)."""
+    """The tokens of one micro-batch on one data-parallel rank (b samples of s tokens).
+
+    Where sequences are cut over ranks, a rank's part of it has s / size positions of each sample.
+    """
 
     tokens_bs: Tensor
     """Model input, int64 [b, s]."""
@@ -70,11 +104,22 @@ class MicroBatch(NamedTuple):
     columns: Mapping[str, Tensor] | None = None
     """Numbers of the labels from columns beside the corpus, by name, fp32 [b, s] each; None where none is read."""
 
+    position_s: Tensor | None = None
+    """Positions of the samples that are held here, int64 [s]; None where all are."""
+
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy on another device."""
         documents = None if self.documents is None else self.documents.to(device)
         columns = None if self.columns is None else {name: move(x, device) for name, x in self.columns.items()}
-        return MicroBatch(*(move(x, device) for x in self[:5]), documents, columns)  # type: ignore[arg-type, call-arg]
+        held = [move(x, device) for x in self[:5]]
+        return MicroBatch(*held, documents, columns, move(self.position_s, device))  # type: ignore[arg-type, call-arg]
+
+
+def positions_of(batch: MicroBatch) -> Tensor:
+    """Return the positions of the samples that are held here, int64 [s]."""
+    if batch.position_s is not None:
+        return batch.position_s
+    return torch.arange(batch.labels_bs.shape[1], device=batch.labels_bs.device)
 
 
 class DenseDistribution(NamedTuple):

@@ -40,6 +40,7 @@ def run_backends(config: RunConfig, user_deepspeed: dict[str, Any], architecture
         keeps_documents_apart=config.data.reset_attention_mask,
         resets_positions=config.data.reset_position_ids,
         samples_rows=not config.backward.is_exact,
+        cuts_sequences=config.parallel.context_parallel_size > 1,
     )
 
 
@@ -53,6 +54,7 @@ def choose_backends(
     keeps_documents_apart: bool = False,
     resets_positions: bool = False,
     samples_rows: bool = False,
+    cuts_sequences: bool = False,
 ) -> Backends:
     """Resolve `auto` to a backend that works.
 
@@ -62,6 +64,7 @@ def choose_backends(
         keeps_documents_apart: attention runs inside documents, of any length.
         resets_positions: positions start again in each document.
         samples_rows: blocks' backward passes run on some of the gradient's rows.
+        cuts_sequences: context-parallel ranks share every sequence.
 
     Raises:
         ConfigError: a backend asked for by name does not work here.
@@ -79,6 +82,7 @@ def choose_backends(
         zero_stage=zero_stage,
         samples_rows=samples_rows,
         resets_documents=keeps_documents_apart or resets_positions,
+        cuts_sequences=cuts_sequences,
     )
     return Backends(
         attention=_attention(config.attention_backend, models, bf16, keeps_documents_apart, notes),

@@ -113,7 +113,8 @@ class Manifest:
 
     def describe_layout(self) -> str:
         """Describe the layout of the run that saved it."""
-        sizes = [f"{name} {self.layout[name]}" for name in ("pipeline", "data", "tensor") if name in self.layout]
+        axes = ("pipeline", "data", "context", "tensor")
+        sizes = [f"{name} {self.layout[name]}" for name in axes if name in self.layout]
         layout = " x ".join(sizes)
         return f"{layout}, ZeRO-{self.layout['zero_stage']}" if "zero_stage" in self.layout else layout
 

@@ -132,6 +132,8 @@ class Writer:
     def commit(self, temporary: Path, files: Entries, state: RunState, data: dict[str, Any]) -> Path:
         """Write the manifest and rename the folder; on rank 0, once every rank has written its files."""
         sizes = {"pipeline": self.topology.pipeline, "data": self.topology.data, "tensor": self.topology.tensor}
+        if self.topology.context > 1:
+            sizes["context"] = self.topology.context
         manifest = Manifest(
             state=state,
             architecture=self.architecture,

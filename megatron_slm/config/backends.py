@@ -28,13 +28,15 @@ class BackendConfig:
     compiled at start). auto: apex where it works, else torch."""
     compile_blocks: bool | None = None
     """Compile each decoder block with torch.compile: faster steps, of which the first take minutes longer. Not with
-    ZeRO-3, sampled rows, or documents kept apart. Default: on a GPU where it works."""
+    ZeRO-3, sampled rows, context parallelism, or documents kept apart. Default: on a GPU where it works."""
 
-    def compiles_on_gpu(self, *, zero_stage: int, samples_rows: bool, resets_documents: bool) -> bool:
+    def compiles_on_gpu(
+        self, *, zero_stage: int, samples_rows: bool, resets_documents: bool, cuts_sequences: bool
+    ) -> bool:
         """Tell whether a run on GPUs compiles its blocks, if the compiler works there."""
         if self.compile_blocks is not None:
             return self.compile_blocks
-        return zero_stage < 3 and not samples_rows and not resets_documents
+        return zero_stage < 3 and not (samples_rows or resets_documents or cuts_sequences)
 
 
 @dataclass(frozen=True, kw_only=True)

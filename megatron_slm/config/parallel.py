@@ -10,12 +10,15 @@ from megatron_slm.config.rules import require, require_not_negative, require_pos
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Parallel layout. The data-parallel size is the world size / (tensor x pipeline size)."""
+    """Parallel layout. The data-parallel size is the world size / (tensor x pipeline x context size)."""
 
     tensor_model_parallel_size: int = 1
     """Number of ranks that share every layer."""
     pipeline_model_parallel_size: int = 1
     """Number of pipeline stages."""
+    context_parallel_size: int = 1
+    """Number of ranks that share every sequence, for long ones. Each computes two stretches of it, of 2 x size (the
+    first with the last, and so on, so that all have the same work), and attends to the gathered keys and values."""
     sequence_parallel: bool = False
     """Partition norms and the residual stream along the sequence over the tensor-parallel ranks."""
     recompute_granularity: Literal["full"] | None = None
@@ -35,7 +38,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require_positive(
-            self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes"
+            self,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "distributed_timeout_minutes",
         )
         require_not_negative(self, "reference_schedule_warmup_steps")
         require(

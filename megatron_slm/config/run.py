@@ -50,6 +50,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_distillation()
         self._check_reference()
+        self._check_context()
         if self.checkpoint.keep_best is not None:
             saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
             require(
@@ -105,6 +106,16 @@ class RunConfig:
         require(not selection.reference_scores, selection, "reference_scores", rule, "remove it")
         rule = f"not be used with {required_by}, whose losses of the texts would change with the reference"
         require(self.logging.probe_file is None, self.logging, "probe_file", rule, "remove it")
+
+    def _check_context(self) -> None:
+        size = self.parallel.context_parallel_size
+        if size == 1:
+            return
+        rule = f"be exact with {flag('context_parallel_size')} {size}, whose ranks hold a part of a sequence's rows"
+        fix = "leave it out, or use a context-parallel size of 1"
+        require(self.backward.is_exact, self.backward, "backward_rows", rule, fix)
+        rule = f"be off with {flag('context_parallel_size')} {size}, which is not compiled"
+        require(not self.backend.compile_blocks, self.backend, "compile_blocks", rule, "leave it out")
 
     @property
     def reference_path(self) -> str | None:

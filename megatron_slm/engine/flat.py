@@ -22,6 +22,7 @@ from megatron_slm.loss.sums import EVALUATION, LossSums
 from megatron_slm.model.llama import layer_list
 from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.parallel.activity import Activity
+from megatron_slm.parallel.context import cut_batch, cut_statistics
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.frozen import FrozenStage
@@ -78,7 +79,7 @@ class FlatTrainer:
         self._enter(2 * count, Kind.OPTIMIZER_STEP)
         vectors, layout = self._diagnostics.sums_in_order, self.objective.sum_layout
         total = sum_over_world(vectors, layout, self.engine.device, rows=self.rows)
-        factor = gradient_factor(total, settings, self.topology.data)
+        factor = gradient_factor(total, settings, self.topology.copies)
         optimizer, limit = self.engine.optimizer, settings.norm_limit
         with timing("optimizer"), scaled_gradients(optimizer, factor), limited_norm(optimizer, limit) as norm:
             self.engine.step()
@@ -139,14 +140,15 @@ class FlatTrainer:
     ) -> TokenStatistics | None:
         if self.scores is not None:
             with_distribution = trains and self.objective.distillation is not None
-            return self.scores(read, with_distribution=with_distribution).to(self.engine.device)
+            stored = self.scores(read, with_distribution=with_distribution)
+            return cut_statistics(stored, read, self.objective.context).to(self.engine.device)
         if self.reference is None:
             return None
         x_sbd = self.reference(batch.tokens_bs, batch.documents)
         return self.reference.statistics(x_sbd, self.objective, batch, trains=trains)
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
-        return batch.to(self.engine.device)
+        return cut_batch(batch, self.objective.context).to(self.engine.device)
 
     def _enter(self, number: int, kind: Kind, micro_batch: int = -1) -> None:
         """Record the part of the step that starts: a forward and a backward a micro-batch, then the optimizer."""

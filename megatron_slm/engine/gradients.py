@@ -39,14 +39,14 @@ def sum_over_world(
     return layout.unpack(total[: layout.size])
 
 
-def gradient_factor(sums: LossSums, settings: StepSettings, data_parallel_size: int) -> float | None:
+def gradient_factor(sums: LossSums, settings: StepSettings, num_copies: int) -> float | None:
     """Return 1 / divisor of the whole batch, the factor of a step's gradients; None where the step is skipped.
 
-    ZeRO averages gradients over data-parallel ranks; the divisor is that of their sum.
+    ZeRO averages gradients over the ranks with the same parameters; the divisor is that of their sum.
     """
     if skip_reason(sums, settings) is not None:
         return None
-    return data_parallel_size / sums.divisor
+    return num_copies / sums.divisor
 
 
 def accumulate_in_place(optimizer: Any) -> None:

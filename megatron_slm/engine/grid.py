@@ -12,8 +12,8 @@ from megatron_slm.parallel.topology import Topology
 
 
 def deepspeed_topology(topology: Topology) -> Any:
-    """Return the same axes for DeepSpeed, which numbers ranks in the same order."""
-    return PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
+    """Return the axes for DeepSpeed, which numbers ranks in the same order; context-parallel ranks are data ranks."""
+    return PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.copies)
 
 
 class Grid(PipelineParallelGrid):
@@ -27,7 +27,7 @@ class Grid(PipelineParallelGrid):
         self.ours = topology
         self.global_rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._topo = deepspeed_topology(topology)
-        self.data_parallel_size = topology.data
+        self.data_parallel_size = topology.copies
         self.pipe_parallel_size = topology.pipeline
         self.model_parallel_size = self.slice_parallel_size = topology.tensor
         self.stage_id, self.data_parallel_id = self.get_stage_id(), self.get_data_parallel_id()

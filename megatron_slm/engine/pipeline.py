@@ -40,6 +40,8 @@ from megatron_slm.loss.sums import EVALUATION, LossSums
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.channels import Channel, Channels, Lane
 from megatron_slm.parallel.collectives import translate_peer_errors
+from megatron_slm.parallel.context import cut_batch, cut_statistics
+from megatron_slm.parallel.groups import ContextParallel
 from megatron_slm.types import Documents, TokenStatistics
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,11 @@ class SelectiveEngine(PipelineEngine):
     def rows(self) -> RowSampler | None:
         """Chooser of the rows of the backward passes; None where they run on all."""
         return self.context.rows
+
+    @property
+    def _ranks(self) -> ContextParallel:
+        """The ranks that share every sequence."""
+        return self.context.objective.context
 
     @property
     def activity(self) -> Activity:
@@ -160,7 +167,8 @@ class SelectiveEngine(PipelineEngine):
         """
         scores = self.context.scores
         if scores is not None and self.is_last_stage():
-            return [scores(source(i)).to(self.device) for i in range(num_micro_batches)]
+            read = [source(i) for i in range(num_micro_batches)]
+            return [cut_statistics(scores(batch), batch, self._ranks).to(self.device) for batch in read]
         if self.context.reference is None:
             return [None] * num_micro_batches
         assert not self._works_ahead, "messages of work done ahead are on their way"
@@ -228,11 +236,12 @@ class SelectiveEngine(PipelineEngine):
             return
         with self.step_timers.timing("batch-generator"):
             read = self._source(i)
-        self._lookahead.add(i, read.to(self.device))
+        self._lookahead.add(i, cut_batch(read, self._ranks).to(self.device))
         scores = self.context.scores
         if scores is not None and self.is_last_stage() and torch.is_grad_enabled():
             distills = self.context.objective.distillation is not None
-            self._lookahead.add_reference(i, scores(read, with_distribution=distills).to(self.device))
+            stored = cut_statistics(scores(read, with_distribution=distills), read, self._ranks)
+            self._lookahead.add_reference(i, stored.to(self.device))
 
     def _documents(self, i: int) -> Documents | None:
         """The documents of a micro-batch, which stages between the first and the last read for these alone."""
@@ -347,7 +356,7 @@ class SelectiveEngine(PipelineEngine):
         """Divide once, by the kept tokens of the whole batch, then step; or skip the step, as its losses ask."""
         vectors, layout = self._diagnostics.sums_in_order, self.context.objective.sum_layout
         self._sums = sum_over_world(vectors, layout, self.device, rows=self.rows)
-        factor = gradient_factor(self._sums, self._settings, self.context.topology.data)
+        factor = gradient_factor(self._sums, self._settings, self.context.topology.copies)
         limit = self._settings.norm_limit
         with (
             self.step_timers.timing("optimizer"),

@@ -181,8 +181,8 @@ _NOT_SUPPORTED = {
         "decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers "
         "account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split"
     ),
-    "context parallelism": (
-        "context-parallel-size cp-comm-type hierarchical-context-parallel-sizes context-parallel-method"
+    "other ways of context parallelism (keys and values are gathered over --context-parallel-size)": (
+        "cp-comm-type hierarchical-context-parallel-sizes context-parallel-method"
     ),
     "mixture of experts": (
         "num-experts expert-model-parallel-size expert-tensor-parallel-size overlap-moe-expert-parallel-comm"

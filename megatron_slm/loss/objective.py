@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megatron_slm.loss.distillation import Distillation, distilled_sum
@@ -18,7 +17,9 @@ from megatron_slm.loss.sums import EVALUATION, SumLayout, evaluation_sums, loss_
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.loss.vocab_parallel import VocabularyPart, loss_rows
 from megatron_slm.parallel.collectives import all_gather_dim0
-from megatron_slm.parallel.groups import DataParallel, TensorParallel
+from megatron_slm.parallel.context import held_rows, whole_rows
+from megatron_slm.parallel.groups import ContextParallel, DataParallel, TensorParallel
+from megatron_slm.selection.policies import score_quantiles
 from megatron_slm.selection.ranking import Choice
 from megatron_slm.selection.selector import Selector
 from megatron_slm.types import DenseDistribution, MicroBatch, Selection, TokenStatistics
@@ -89,6 +90,8 @@ class Objective:
     tp: TensorParallel
     dp: DataParallel = field(default_factory=DataParallel)
     """The ranks whose tokens are ranked together in the scope `data-parallel`; one rank in the others."""
+    context: ContextParallel = field(default_factory=ContextParallel)
+    """The ranks that share the sequences of a micro-batch, whose tokens are ranked together in every scope."""
     head: LossHead = field(default_factory=LossHead)
     distillation: Distillation | None = None
     """The kept tokens' loss; None for cross-entropy."""
@@ -132,7 +135,7 @@ class Objective:
             with_top_entropy=self.selector.needs("top-entropy"),
             head=self.head,
         )
-        choice = self.choose(losses.tokens, batch, reference, settings)
+        choice, of_micro_batch = self.choose(losses.tokens, batch, reference, settings)
         kept_K = choice.kept_N.nonzero().squeeze(1)
         selection = Selection(kept_K, None if choice.weight_N is None else choice.weight_N[kept_K])
         loss_sum, trained_loss_K, divergence_K = self._kept_sum(losses, selection, reference)
@@ -145,11 +148,12 @@ class Objective:
             token_loss_N=losses.tokens.loss_N,
             reference_loss_N=reference_loss_N,
             choice=choice,
+            quantiles=score_quantiles(of_micro_batch.score_N, of_micro_batch.ranked_N),
             kept_K=kept_K,
             trained_loss_K=trained_loss_K,
             divergence_K=divergence_K,
             valid_N=batch.valid_bs.flatten(),
-            measured_threshold=self.selector.measure(choice, settings.step),
+            measured_threshold=self._measure(of_micro_batch, settings.step),
             source_b=batch.source_b,
             num_sources=self.num_sources,
         )
@@ -192,22 +196,36 @@ class Objective:
         batch: MicroBatch,
         reference: TokenStatistics | None,
         settings: StepSettings,
-    ) -> Choice:
-        """Choose the tokens of a micro-batch to keep. Collective over `dp`: one gather of a few numbers a token."""
+    ) -> tuple[Choice, Choice]:
+        """Choose the tokens of a micro-batch to keep: those held here, and those of the whole micro-batch.
+
+        Collective over the ranks whose tokens are ranked together: one gather of a few numbers a token.
+        """
         ranking = self.selector.rank(tokens, reference, batch)
-        num_rows = ranking.ranked_N.numel()
-        if self.dp.size > 1:
-            table_RN = ranking.pack()
-            parts = all_gather_dim0(table_RN[None], self.dp)
-            ranking = ranking.unpack(torch.cat(list(parts), dim=1))
+        num_samples, held = batch.labels_bs.shape
+        length = held * self.context.size
+        together = self.dp if self.dp.size > 1 else self.context
+        if together.size > 1:
+            parts = all_gather_dim0(ranking.pack()[None], together)
+            ranking = ranking.unpack(whole_rows(parts, num_samples, self.context, together))
         choice = self.selector.choose(
             ranking,
-            length=batch.labels_bs.shape[1],
+            length=length,
             step=settings.step,
             threshold=settings.score_threshold,
             keep_ratio=settings.keep_ratio,
         )
-        return choice.rows(slice(self.dp.rank * num_rows, (self.dp.rank + 1) * num_rows))
+        number, num_rows = self.dp.rank // self.context.size, num_samples * length
+        of_micro_batch = choice.rows(slice(number * num_rows, (number + 1) * num_rows))
+        if self.context.size == 1:
+            return of_micro_batch, of_micro_batch
+        own_M = held_rows(num_samples, length, self.context, batch.labels_bs.device)
+        return of_micro_batch.rows(own_M), of_micro_batch
+
+    def _measure(self, of_micro_batch: Choice, step: int) -> tuple[Tensor, Tensor]:
+        """Measure a micro-batch for the next step's threshold (`Selector.measure`), on one of its ranks."""
+        threshold, count = self.selector.measure(of_micro_batch, step)
+        return (threshold, count) if self.context.rank == 0 else (threshold * 0, count * 0)
 
     def scored_tokens(
         self,
@@ -229,7 +247,7 @@ class Objective:
         loss_bs = tokens.loss_N.view(batch.valid_bs.shape)
         if settings is None:
             return ScoredTokens(loss_bs, None, None)
-        choice = self.choose(tokens, batch, reference, settings)
+        choice, _ = self.choose(tokens, batch, reference, settings)
         return ScoredTokens(loss_bs, choice.score_N.view_as(batch.valid_bs), choice.kept_N.view_as(batch.valid_bs))
 
     def evaluation_sums(self, x_sbd: Tensor, output: OutputWeight, batch: MicroBatch) -> Tensor:

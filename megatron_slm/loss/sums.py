@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_slm.selection.policies import score_quantiles
 from megatron_slm.selection.ranking import Choice
 from megatron_slm.types import MicroBatch, TokenStatistics
 
@@ -139,6 +138,7 @@ def loss_sums(
     token_loss_N: Tensor,
     reference_loss_N: Tensor | None,
     choice: Choice,
+    quantiles: Tensor,
     kept_K: Tensor,
     trained_loss_K: Tensor,
     divergence_K: Tensor | None,
@@ -150,6 +150,7 @@ def loss_sums(
     """Sum a micro-batch's losses and counts, by field of `LossSums`.
 
     Args:
+        quantiles: of the whole micro-batch's scores (`score_quantiles`), of which other ranks may hold a part.
         trained_loss_K: losses of the kept tokens, before their weights.
         divergence_K: their divergences from the reference's distribution; None without distillation.
         measured_threshold: `threshold` and `threshold_tokens`, from `Selector.measure`.
@@ -163,7 +164,6 @@ def loss_sums(
     excess_N = loss_N - reference_N
     trained_K = trained_loss_K.double()
     kept_N, num_ranked = choice.kept_N, choice.ranked_N.sum()
-    quantiles = score_quantiles(choice.score_N, choice.ranked_N) * num_ranked
     threshold, threshold_tokens = measured_threshold
     return {
         "kept_loss": loss_N[kept_K].sum(),
@@ -179,7 +179,7 @@ def loss_sums(
         "nonfinite_tokens": (valid_N & ~finite_N).sum(),
         "nonfinite_losses": (valid_N & ~token_loss_N.isfinite()).sum(),
         "ranked_tokens": num_ranked,
-        **dict(zip(SCORE_QUANTILES, quantiles, strict=True)),
+        **dict(zip(SCORE_QUANTILES, quantiles * num_ranked, strict=True)),
         "threshold": threshold,
         "threshold_tokens": threshold_tokens,
         "by_source": _sums_by_source(loss_N, kept_N, finite_N, source_b, num_sources),

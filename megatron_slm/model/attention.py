@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.model import flash, flash3, sdpa
 from megatron_slm.model.capped_attention import CappedAttention
+from megatron_slm.model.cut_sequences import attend_from
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.norm import RMSNorm, SharedRMSNorm
 from megatron_slm.model.rope import hashable, rotate, rotation
@@ -31,9 +32,11 @@ class Attention(nn.Module):
         self.width, self.window = arch.kv_channels, arch.window_of(index)
         kernels = {"sdpa": sdpa, "flash": flash, "flash3": flash3}[layers.backends.attention]
         self.attend, self.attend_in_documents = kernels.attend, kernels.attend_in_documents
+        self.attend_in_pieces, self.sequence_share = kernels.attend_in_pieces, layers.sequence_share
         if arch.attention_softcap is not None:
             capped = CappedAttention(arch.attention_softcap)
             self.attend, self.attend_in_documents = capped.attend, capped.attend_in_documents
+            self.attend_in_pieces = capped.attend_in_pieces
         self.num_heads = layers.share(arch.num_attention_heads, field="number of attention heads")
         self.kv_heads = layers.key_value_heads(arch.num_query_groups)
         q, kv = arch.num_attention_heads * self.width, arch.num_query_groups * self.width
@@ -90,15 +93,21 @@ class Attention(nn.Module):
         k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.kv_heads.count, self.width)))
         v_sbgk = v_sbf.unflatten(-1, (self.kv_heads.count, self.width))
 
+        share, held = self.sequence_share, q_sbhk.shape[0]
         if self.rotates:
-            cos, sin = rotation(q_sbhk.shape[0], *self.rope, q_sbf.device)
+            cos, sin = rotation(share.whole_length(held), *self.rope, q_sbf.device)
             if documents is not None and documents.position_bs is not None:
                 position_sb = documents.position_bs.t()
                 cos, sin = cos[position_sb, 0], sin[position_sb, 0]
+            else:
+                cos, sin = share.held(cos), share.held(sin)
             q_sbhk, k_sbgk = self.rotate(q_sbhk, cos, sin), self.rotate(k_sbgk, cos, sin)
         if self.query_multiplier != 1.0:
             q_sbhk = q_sbhk * self.query_multiplier
-        if documents is None or documents.lengths is None:
+        if share.is_cut:
+            whole, runs = share.whole(k_sbgk, v_sbgk), share.stretches(share.whole_length(held))
+            out_sbhk = attend_from(runs, self.attend, self.attend_in_pieces, q_sbhk, *whole, self.window, documents)
+        elif documents is None or documents.lengths is None:
             out_sbhk = self.attend(q_sbhk, k_sbgk, v_sbgk, self.window, sparse_gradient=sparse_gradient)
         else:
             # concatenate samples: [s, b, heads, k] to [N, heads, k], and back

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_slm.model.cut_sequences import attend_piece_by_piece
 from megatron_slm.model.sparse_attention import seen
-from megatron_slm.types import Documents
+from megatron_slm.types import Documents, Pieces
 
 
 class CappedAttention:
@@ -29,7 +30,7 @@ class CappedAttention:
         q_sbgrk = q_sbhk.unflatten(2, (groups, q_sbhk.shape[2] // groups))
         product_bgrst = torch.einsum("sbgrk,tbgk->bgrst", q_sbgrk, k_sbgk) * q_sbhk.shape[-1] ** -0.5
         capped_bgrst = torch.tanh(product_bgrst / self.cap) * self.cap
-        mask_st = seen(q_sbhk.shape[0], window, q_sbhk.device)
+        mask_st = seen(k_sbgk.shape[0], window, q_sbhk.device)[-q_sbhk.shape[0] :]
         wide = torch.promote_types(q_sbhk.dtype, torch.float32)
         share_bgrst = capped_bgrst.masked_fill(~mask_st, -torch.inf).softmax(-1, dtype=wide).to(q_sbhk.dtype)
         return torch.einsum("bgrst,tbgk->sbgrk", share_bgrst, v_sbgk).flatten(2, 3)
@@ -48,3 +49,9 @@ class CappedAttention:
         assert documents.lengths is not None, "attention within documents needs their lengths"
         parts = zip(*(x[:, None].split(documents.lengths) for x in (q_Nhk, k_Ngk, v_Ngk)), strict=True)
         return torch.cat([self.attend(q, k, v, window) for q, k, v in parts]).squeeze(1)
+
+    def attend_in_pieces(
+        self, q_Mhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, pieces: Pieces
+    ) -> Tensor:
+        """Attend as `sdpa.attend_in_pieces` does."""
+        return attend_piece_by_piece(self.attend, q_Mhk, k_Ngk, v_Ngk, window, pieces)

@@ -64,6 +64,31 @@ class KeyValueHeads(Protocol):
         ...
 
 
+class SequenceShare(Protocol):
+    """The positions of every sample that are held here: all, or some runs of them.
+
+    Shapes: s positions of a sample, l of them held here.
+    """
+
+    is_cut: bool
+
+    def whole_length(self, held: int) -> int:
+        """Return the positions of a sample of which `held` are here."""
+        ...
+
+    def stretches(self, length: int) -> tuple[range, ...]:
+        """Return the runs of a sample's positions that are held here, rising."""
+        ...
+
+    def held(self, value_s: Tensor) -> Tensor:
+        """Return what is held here of a value of every position, [s, ...] to [l, ...]."""
+        ...
+
+    def whole(self, k_lbgk: Tensor, v_lbgk: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather the keys and values of all positions, [s, b, g, k] each."""
+        ...
+
+
 class Layers(Protocol):
     """Makes the model's layers, dense or tensor-parallel.
 
@@ -72,6 +97,11 @@ class Layers(Protocol):
 
     backends: Backends
     """Backends of attention and norms."""
+
+    @property
+    def sequence_share(self) -> SequenceShare:
+        """The positions of every sample that are held here."""
+        ...
 
     def share(self, count: int, *, field: str) -> int:
         """Return this rank's number of `count` heads."""

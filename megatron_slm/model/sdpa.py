@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_slm.model.cut_sequences import attend_piece_by_piece
+from megatron_slm.model.prefix_attention import PrefixAttention
 from megatron_slm.model.sparse_attention import SparseAttention, seen
-from megatron_slm.types import Documents
+from megatron_slm.types import Documents, Pieces
 
 FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 """Kernels that make no table of scores; torch prefers cuDNN's on Hopper and Blackwell, else flash-attn's."""
@@ -38,6 +41,8 @@ def attend(
 ) -> Tensor:
     """Attend from every position to itself and the positions before it, [s, b, h, k].
 
+    Queries of the last positions alone may be given: fewer than keys.
+
     Args:
         window: number of positions to attend to, including the current one; None for all.
         sparse_gradient: many rows of the result's gradient will be zero; on a CPU they cost nothing then.
@@ -46,7 +51,7 @@ def attend(
     Raises:
         RuntimeError: on a GPU, no allowed kernel applies.
     """
-    length = q_sbhk.shape[0]
+    length = k_sbgk.shape[0]
     is_causal = window is None or window >= length
     if q_sbhk.is_cuda and not (is_causal and _flash_takes(q_sbhk)):  # the other kernels want as many groups as heads
         k_sbgk, v_sbgk = (x.repeat_interleave(q_sbhk.shape[2] // x.shape[2], dim=2) for x in (k_sbgk, v_sbgk))
@@ -54,12 +59,26 @@ def attend(
     grouped = q.shape[1] != k.shape[1]
     if sparse_gradient and not q.is_cuda:
         return SparseAttention.apply(q, k, v, None if is_causal else window).permute(2, 0, 1, 3)
+    if is_causal and q.shape[2] < length:
+        return _attend_behind(q, k, v, kernels).permute(2, 0, 1, 3)
     with _fused_only(q, kernels):
         if is_causal:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen(length, window, q.device), enable_gqa=grouped)
+            mask = seen(length, window, q.device)[-q.shape[2] :]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
+
+
+def _attend_behind(q: Tensor, k: Tensor, v: Tensor, kernels: Sequence[SDPBackend]) -> Tensor:
+    """Causal attention of the last positions, [b, heads, positions, k] all."""
+    if not q.is_cuda:
+        return PrefixAttention.apply(q, k, v)
+    if _flash_takes(q) and q.shape[-1] % 8 == 0:  # causal attention of this kernel ends with the last key
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
+    mask = seen(k.shape[2], None, q.device)[-q.shape[2] :]
+    with _fused_only(q, kernels):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_in_documents(
@@ -80,6 +99,11 @@ def attend_in_documents(
     parts = zip(*(x[:, None].split(documents.lengths) for x in (q_Nhk, k_Ngk, v_Ngk)), strict=True)
     found = [attend(q, k, v, window, sparse_gradient=sparse_gradient, kernels=FUSED_OF_ANY_LENGTH) for q, k, v in parts]
     return torch.cat(found).squeeze(1)
+
+
+def attend_in_pieces(q_Mhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, pieces: Pieces) -> Tensor:
+    """Attend within pieces of documents, [M, h, k]: from some positions of one to all of it before them."""
+    return attend_piece_by_piece(partial(attend, kernels=FUSED_OF_ANY_LENGTH), q_Mhk, k_Ngk, v_Ngk, window, pieces)
 
 
 def attend_by_definition(q_sbhk: Tensor, k_sbgk: Tensor, v_sbgk: Tensor, window: int | None) -> Tensor:

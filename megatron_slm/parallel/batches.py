@@ -1,4 +1,4 @@
-"""Splits a step's samples over data-parallel ranks and micro-batches."""
+"""Splits a step's samples over data-parallel ranks and micro-batches, and their positions over other ranks."""
 
 from __future__ import annotations
 
@@ -25,3 +25,27 @@ def batch_arithmetic(config: RunConfig, topology: Topology) -> tuple[int, int]:
             f"use {ceil_div(total, samples_per_micro_step) * samples_per_micro_step}, or change --micro-batch-size",
         )
     return total, total // samples_per_micro_step
+
+
+def check_lengths(config: RunConfig, topology: Topology) -> None:
+    """Check that the positions of a sequence can be split over the ranks that share it.
+
+    Raises:
+        LayoutError: context or sequence parallelism does not divide them.
+    """
+    length, context = config.data.seq_length, topology.context
+    if context > 1 and length % (2 * context):
+        raise LayoutError(
+            "--seq-length",
+            length,
+            f"be divisible by 2 x --context-parallel-size ({2 * context}), the stretches that sequences are cut into",
+            "change one of them",
+        )
+    if config.parallel.sequence_parallel and length // context % topology.tensor:
+        held = f" / --context-parallel-size ({context})" if context > 1 else ""
+        raise LayoutError(
+            f"--seq-length{held}",
+            length // context,
+            f"be divisible by --tensor-model-parallel-size ({topology.tensor}) with --sequence-parallel",
+            "change one of them",
+        )

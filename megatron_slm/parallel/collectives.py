@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.errors import PeerError
-from megatron_slm.parallel.groups import DataParallel, TensorParallel
+from megatron_slm.parallel.groups import ContextParallel, DataParallel, TensorParallel
 
 _T = TypeVar("_T")
 
@@ -33,7 +33,7 @@ def all_reduce_sum(x: Tensor, tp: TensorParallel) -> Tensor:
     return x
 
 
-def all_gather_dim0(x: Tensor, ranks: TensorParallel | DataParallel) -> Tensor:
+def all_gather_dim0(x: Tensor, ranks: TensorParallel | DataParallel | ContextParallel) -> Tensor:
     """Concatenate the ranks' `x` along dim 0, by rank: [n, ...] to [size * n, ...]."""
     out = x.new_empty((x.shape[0] * ranks.size, *x.shape[1:]))
     dist.all_gather_into_tensor(out, x.contiguous(), group=ranks.group)
@@ -145,9 +145,9 @@ def gather_sequence(x_sbd: Tensor, tp: TensorParallel) -> Tensor:
     return x_sbd if tp.size == 1 else _Gather.apply(x_sbd, tp)
 
 
-def gather_heads(slices: Tensor, sharing: TensorParallel) -> Tensor:
-    """Concatenate the slices of a head along dim 0, by rank; the gradient of each is summed over the ranks."""
-    return _communicate(_Gather.apply, slices, sharing)
+def gather_from(part: Tensor, ranks: TensorParallel | ContextParallel) -> Tensor:
+    """Concatenate the ranks' parts along dim 0, by rank; the gradient of each is summed over the ranks."""
+    return _communicate(_Gather.apply, part, ranks)
 
 
 def scatter_sequence_sum(x_sbd: Tensor, tp: TensorParallel) -> Tensor:

@@ -78,8 +78,20 @@ class TensorParallel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextParallel:
+    """The context-parallel group of a rank: the ranks that share every sequence."""
+
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataParallel:
-    """The data-parallel group of a rank: the ranks that train the same parameters on different micro-batches."""
+    """The data-parallel group of a rank: the ranks that train the same parameters on different tokens.
+
+    Those of one micro-batch, cut by context parallelism, are adjacent.
+    """
 
     size: int = 1
     rank: int = 0
@@ -112,8 +124,15 @@ def create_tensor_parallel_group(
 
 def create_data_parallel_group(topology: Topology) -> DataParallel:
     """Create this rank's data-parallel group. Collective over its members (see `create_group`)."""
-    group = create_group(topology.data_groups()) if topology.data > 1 else None
-    return DataParallel(size=topology.data, rank=topology.coordinate(dist.get_rank()).data, group=group)
+    place = topology.coordinate(dist.get_rank())
+    group = create_group(topology.data_groups()) if topology.copies > 1 else None
+    return DataParallel(size=topology.copies, rank=place.data * topology.context + place.context, group=group)
+
+
+def create_context_parallel_group(topology: Topology) -> ContextParallel:
+    """Create this rank's context-parallel group. Collective over its members (see `create_group`)."""
+    group = create_group(topology.context_groups()) if topology.context > 1 else None
+    return ContextParallel(size=topology.context, rank=topology.coordinate(dist.get_rank()).context, group=group)
 
 
 def create_group(family: Sequence[Sequence[int]], *, options: Any | None = None) -> ProcessGroup | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.errors import LayoutError
-from megatron_slm.parallel.collectives import gather_heads
+from megatron_slm.parallel.collectives import gather_from
 from megatron_slm.parallel.groups import TensorParallel
 
 
@@ -43,6 +43,6 @@ class KeyValueHeads:
         if self.num_sharing == 1:
             return k_sbf, v_sbf
         assert self._sharing is not None, "ranks that share a head have a group"
-        slices = gather_heads(torch.stack([k_sbf, v_sbf]), self._sharing).unflatten(0, (self.num_sharing, 2))
+        slices = gather_from(torch.stack([k_sbf, v_sbf]), self._sharing).unflatten(0, (self.num_sharing, 2))
         k_sbk, v_sbk = slices.permute(1, 2, 3, 0, 4).flatten(-2)
         return k_sbk, v_sbk

@@ -27,8 +27,9 @@ from megatron_slm.parallel.collectives import (
     leave_parallel_region,
     reduce_from_tensor_parallel,
 )
+from megatron_slm.parallel.context import SequenceShare
 from megatron_slm.parallel.gathered_linear import gathered_linear
-from megatron_slm.parallel.groups import TensorParallel
+from megatron_slm.parallel.groups import ContextParallel, TensorParallel
 from megatron_slm.parallel.heads import KeyValueHeads
 from megatron_slm.parallel.replay import KnownLinear, UnreadLinear
 from megatron_slm.parallel.shards import Part, new_parameter
@@ -176,10 +177,12 @@ class ParallelLayers:
         self,
         tp: TensorParallel | None = None,
         *,
+        context: ContextParallel | None = None,
         vocabulary_divisible_by: int = 128,
         backends: Backends | None = None,
     ) -> None:
         self.tp = tp or TensorParallel()
+        self.sequence_share = SequenceShare(context or ContextParallel())
         self.vocabulary_divisible_by = vocabulary_divisible_by
         self.backends = backends or Backends()
         if self.backends.compile_blocks:

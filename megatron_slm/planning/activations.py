@@ -49,13 +49,16 @@ def block_activations(arch: Architecture, layout: Layout, *, e: int, some_rows: 
     kv = arch.kv_channels if shares_heads else arch.num_query_groups * arch.kv_channels / tensor
     whole_norms = 1 if some_rows else 2
     normed_heads = (4 + e) * (q + kv) if arch.qk_norm_of_all_heads else 0
+    if layout.context > 1:  # the gathered keys and values of all positions, and the output in stretches and as a whole
+        projected, attended = 2 * kv * layout.context, 3 * q
+    else:
+        projected, attended = (0 if shares_heads else q) + 2 * kv, 2 * q + kv  # a gathered head is kept without queries
     return BlockActivations(
         stream=(e * d if e == 4 else 2 * e * d) / shards if some_rows else 0.0,
         norms=(2 * whole_norms if arch.norm_placement == "around" else whole_norms) * ((4 + e) * d + 4) / shards,
         linear_inputs=whole_norms * e * d / shards,
-        # a gathered head is kept without the queries
-        projected=e * (2 * kv if shares_heads else q + 2 * kv) + normed_heads,
-        attention=e * (2 * q + kv) + 4 * arch.num_attention_heads / tensor,
+        projected=e * projected + normed_heads,
+        attention=e * attended + 4 * arch.num_attention_heads / tensor,
         feed_forward=(2 if some_rows else 4) * e * arch.ffn_hidden_size / tensor,
     )
 
@@ -82,4 +85,4 @@ def stage_activations(run: PlannedRun, layout: Layout, parameters: StageParamete
         per_token += 8  # token ids
         if layout.tensor > 1:
             per_token += 1  # mask of ids on other ranks
-    return round(per_token * layout.micro_batch_size * run.config.data.seq_length)
+    return round(per_token * layout.micro_batch_size * run.config.data.seq_length // layout.context)

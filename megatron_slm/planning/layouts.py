@@ -9,7 +9,7 @@ from typing import Any
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.errors import LayoutError
 from megatron_slm.model.partition import check_stages
-from megatron_slm.parallel.batches import batch_arithmetic
+from megatron_slm.parallel.batches import batch_arithmetic, check_lengths
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.planned_run import PlannedRun
 
@@ -24,6 +24,7 @@ class Layout:
     tensor: int
     pipeline: int
     data: int
+    context: int = 1
     zero_stage: int
     micro_batch_size: int
     num_micro_batches: int
@@ -34,7 +35,7 @@ class Layout:
     @property
     def topology(self) -> Topology:
         """The axes of the ranks."""
-        return Topology(pipeline=self.pipeline, data=self.data, tensor=self.tensor)
+        return Topology(pipeline=self.pipeline, data=self.data, context=self.context, tensor=self.tensor)
 
     @property
     def sequence_shards(self) -> int:
@@ -48,6 +49,8 @@ class Layout:
             "pipeline-model-parallel-size": self.pipeline,
             "micro-batch-size": self.micro_batch_size,
         }
+        if self.context > 1:
+            flags["context-parallel-size"] = self.context
         if self.sequence_parallel:
             flags["sequence-parallel"] = True
         if self.recomputes:
@@ -67,14 +70,19 @@ def configured_layout(run: PlannedRun, world_size: int) -> Layout:
     """
     parallel = run.config.parallel
     topology = Topology.from_world(
-        world_size, tensor=parallel.tensor_model_parallel_size, pipeline=parallel.pipeline_model_parallel_size
+        world_size,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
     )
+    check_lengths(run.config, topology)
     check_stages(run.architecture.num_layers, topology.pipeline)
     _, num_micro_batches = batch_arithmetic(run.config, topology)
     return Layout(
         tensor=topology.tensor,
         pipeline=topology.pipeline,
         data=topology.data,
+        context=topology.context,
         zero_stage=ds_config.zero_stage(run.deepspeed),
         micro_batch_size=run.config.training.micro_batch_size,
         num_micro_batches=num_micro_batches,
@@ -86,6 +94,8 @@ def configured_layout(run: PlannedRun, world_size: int) -> Layout:
 def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> Iterator[Layout]:
     """Yield every layout on `world_size` ranks that keeps the global batch and that fits the models' shapes.
 
+    The context-parallel size is the configured one.
+
     Args:
         max_tensor: maximum tensor-parallel size (the GPUs of a node).
 
@@ -96,22 +106,29 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
     if samples is None:
         purpose = "a search, which compares layouts of one batch"
         raise LayoutError.missing("--global-batch-size", purpose, "give the number of samples of a step")
+    context, length = run.config.parallel.context_parallel_size, run.config.data.seq_length
+    check_lengths(run.config, Topology(context=context))
+    if world_size % context:
+        rule, fix = f"divide the number of GPUs, {world_size}", "choose another"
+        raise LayoutError("--context-parallel-size", context, rule, fix)
+    world_size //= context
     for tensor in (t for t in range(1, max_tensor + 1) if world_size % t == 0 and _divides(run, t)):
         for pipeline in (p for p in range(1, run.architecture.num_layers + 1) if world_size // tensor % p == 0):
             data = world_size // tensor // pipeline
             for micro_batch_size in MICRO_BATCH_SIZES:
                 if samples % (data * micro_batch_size):
                     continue
-                for zero_stage in (1, 2, 3) if pipeline == 1 and data > 1 else (1,):
+                for zero_stage in (1, 2, 3) if pipeline == 1 and data * context > 1 else (1,):
                     for recomputes in (False, True):
                         yield Layout(
                             tensor=tensor,
                             pipeline=pipeline,
                             data=data,
+                            context=context,
                             zero_stage=zero_stage,
                             micro_batch_size=micro_batch_size,
                             num_micro_batches=samples // (data * micro_batch_size),
-                            sequence_parallel=tensor > 1 and run.config.data.seq_length % tensor == 0,
+                            sequence_parallel=tensor > 1 and length // context % tensor == 0,
                             recomputes=recomputes,
                         )
 

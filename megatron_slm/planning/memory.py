@@ -1,8 +1,8 @@
 """Predicts the bytes on one rank of each stage, by part. Pure.
 
 The formulas come from measured steps: unique storages of parameters, gradients, optimizer state and tensors saved by
-autograd (tests/planning/test_memory.py measures again and compares). Symbols: n parameters on the rank, D data-parallel
-size, e bytes of an element, c bytes of an element in gradient communication.
+autograd (tests/planning/test_memory.py measures again and compares). Symbols: n parameters on the rank, D ranks with
+the same, e bytes of an element, c bytes of an element in gradient communication.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     """
     zero, c = deepspeed["zero_optimization"], ds_config.communication_bytes(deepspeed)
     options = {**_ZERO_DEFAULTS, **{k: v for k, v in zero.items() if v is not None}}
-    n, data = parameters.total, layout.data
+    n, data = parameters.total, layout.topology.copies
     bucket = int(options["reduce_bucket_size"])
     share = ceil_div(n, data)
     held = {"parameters": e * n, "gradients": 4 * share, "optimizer": 12 * share}
@@ -247,7 +247,7 @@ def schedule_sizes(run: PlannedRun, layout: Layout) -> Sizes:
     """Return the sizes, in bytes on one rank, of what a schedule keeps."""
     width = sum(arch.hidden_size for arch in run.references)
     message = _tokens(run, layout) // layout.sequence_shards * width * run.dtype_bytes
-    length, distills = run.config.data.seq_length, run.distills_live
+    length, distills = run.config.data.seq_length // layout.context, run.distills_live
     return Sizes.of_micro_batch(layout.micro_batch_size, length, reference_message=message, distills=distills)
 
 
@@ -267,4 +267,5 @@ def _message_bytes(run: PlannedRun, layout: Layout, stage: int) -> int:
 
 
 def _tokens(run: PlannedRun, layout: Layout) -> int:
-    return layout.micro_batch_size * run.config.data.seq_length
+    """Tokens of a micro-batch on one rank."""
+    return layout.micro_batch_size * run.config.data.seq_length // layout.context

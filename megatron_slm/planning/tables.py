@@ -34,8 +34,8 @@ def memory_table(planned: Estimate, gpu: str) -> Table:
     layout, cluster = planned.layout, planned.cluster
     table = stage_memory_table(
         planned.stages,
-        title=f"Memory per rank in GiB: {cluster.num_gpus} GPUs = {layout.pipeline} stages x {layout.data} data "
-        f"parallel x {layout.tensor} tensor parallel, ZeRO-{layout.zero_stage}",
+        title=f"Memory per rank in GiB: {cluster.num_gpus} GPUs = {layout.topology.describe()}, "
+        f"ZeRO-{layout.zero_stage}",
         caption=f"Usable: {cluster.usable_bytes / 2**30:.1f} GiB, {cluster.memory_share:.0%} of {gpu}; the rest is "
         "for CUDA, NCCL and fragmentation. Peak: the larger of passes and optimizer step.",
     )
@@ -99,7 +99,8 @@ def search_table(found: Sequence[Estimate], gpu: str) -> Table:
     """Tabulate layouts, best first."""
     cluster = found[0].cluster
     table = Table(
-        title=f"Fastest layouts that fit {cluster.num_gpus} x {gpu} (sp: sequence parallel)",
+        title=f"Fastest layouts that fit {cluster.num_gpus} x {gpu} (sp: sequence parallel)"
+        + f", context parallel {found[0].layout.context}" * (found[0].layout.context > 1),
         caption=assumptions(cluster, gpu),
     )
     columns = "TP|PP|DP|ZeRO|batches|recompute|GiB|s/step|/CLM's|tokens/s|MFU|days|GPU-hours"

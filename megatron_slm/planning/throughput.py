@@ -85,15 +85,17 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     The loss head computes one matrix product over all rows forward, and over the kept rows two backward, or three if it
     recomputes their logits. Distillation from a reference that runs does the latter forward, and a product with the
     reference's output weight more. Tensor parallelism adds two all-reduces (or their halves) per block and direction,
-    and a gather of the keys and values where ranks share a head; none overlaps with computation.
+    and a gather of the keys and values where ranks share a head; context parallelism gathers those of a sequence. None
+    overlaps with computation.
     """
     roofline = Roofline(cluster=cluster, bf16=run.config.training.bf16)
     length = run.config.data.seq_length
-    tokens = layout.micro_batch_size * length
+    tokens = layout.micro_batch_size * length // layout.context
     compiles = run.config.backend.compiles_on_gpu(
         zero_stage=layout.zero_stage,
         samples_rows=not run.config.backward.is_exact,
         resets_documents=run.config.data.reset_attention_mask or run.config.data.reset_position_ids,
+        cuts_sequences=layout.context > 1,
     )
     sums = [roofline.gradient_sum_seconds(stage.total) for stage in model_parameters(run, layout)]
 
@@ -105,11 +107,13 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
         ring = _all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
         num_sharing = max(1, layout.tensor // arch.num_query_groups)
         heads = _ring_seconds(2 * tokens * arch.kv_channels * run.dtype_bytes, num_sharing, 1, cluster)
+        held = 2 * max(1, arch.num_query_groups // layout.tensor) * arch.kv_channels * run.dtype_bytes
+        sequences = _ring_seconds(tokens * layout.context * held, layout.context, layout.tensor, cluster)
         return _Forward(
             blocks=stage_blocks(arch.num_layers, layout.pipeline),
             work=work,
             compute=tokens * roofline.seconds(work),
-            communication=2 * ring + heads,
+            communication=2 * ring + heads + sequences,
             embedding=2 * tokens * arch.hidden_size * run.dtype_bytes / cluster.gpu.memory_bytes_per_second,
             head=tokens * roofline.seconds(head_forward(arch, tensor=layout.tensor)),
         )
@@ -182,17 +186,18 @@ def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_sec
     size = max(stage.total for stage in model_parameters(run, layout))
     weights = size * run.dtype_bytes
     rounds = layout.num_micro_batches if layout.zero_stage > 1 else 1
-    gather = _ring_seconds(weights, layout.data, layout.tensor, cluster)
+    copies = layout.topology.copies
+    gather = _ring_seconds(weights, copies, layout.tensor, cluster)
     sums = size * ds_config.communication_bytes(run.deepspeed)
-    scatter = _ring_seconds(sums, layout.data, layout.tensor, cluster)  # an all-reduce is two of these
+    scatter = _ring_seconds(sums, copies, layout.tensor, cluster)  # an all-reduce is two of these
     gradients = 2 * scatter * rounds
-    update = size / layout.data * 32 / cluster.gpu.memory_bytes_per_second  # about 16 bytes read and 16 written
+    update = size / copies * 32 / cluster.gpu.memory_bytes_per_second  # about 16 bytes read and 16 written
     if layout.zero_stage == 3:
         gradients, gather = max(0.0, (2 * gather + scatter) * rounds - schedule_seconds), 0.0
         if ds_config.offloads_optimizer(run.deepspeed):
-            update = size / layout.data * HOST_UPDATE_BYTES / HOST_BYTES_PER_SECOND
-    length = layout.micro_batch_size * run.config.data.seq_length // layout.sequence_shards
-    stride = layout.tensor * layout.data
+            update = size / copies * HOST_UPDATE_BYTES / HOST_BYTES_PER_SECOND
+    length = layout.micro_batch_size * run.config.data.seq_length // layout.context // layout.sequence_shards
+    stride = layout.tensor * copies
     message = length * run.architecture.hidden_size * run.dtype_bytes / cluster.hop_bytes_per_second(stride)
     hops = 2 * (layout.pipeline - 1)
     return StepTime(

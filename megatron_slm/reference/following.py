@@ -30,7 +30,7 @@ class FollowingReference:
     Args:
         source: the average so far: the reference's own weights at the start of a run, or a checkpoint's.
         decay: weight of the average in an update; 0 replaces it.
-        place: of this rank; the first data-parallel rank writes its stage into checkpoints.
+        place: of this rank; the first data-parallel and context-parallel rank writes its stage into checkpoints.
     """
 
     def __init__(self, reference: FrozenStage, source: WeightSource, *, decay: float, place: Coordinate) -> None:
@@ -64,7 +64,7 @@ class FollowingReference:
 
         A tied output weight is the first stage's to write, and replicated weights are tensor rank 0's.
         """
-        if self.place.data > 0:
+        if self.place.data > 0 or self.place.context > 0:
             return []
         tensors: dict[str, Tensor] = {}
         slices: list[dict[str, Any]] = []

@@ -112,7 +112,7 @@ def resolve_deepspeed(
     from deepspeed.runtime.zero.config import get_zero_config
 
     resolved = ds_config.resolve(
-        user_deepspeed, config, data_parallel_size=topology.data, num_micro_batches=num_micro_batches
+        user_deepspeed, config, data_parallel_size=topology.copies, num_micro_batches=num_micro_batches
     )
     with accepted_by_deepspeed("ZeRO", "zero_optimization."):
         get_zero_config(resolved)

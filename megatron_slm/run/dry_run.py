@@ -40,10 +40,7 @@ def layout_table(
     config: RunConfig, topology: Topology, zero_stage: int, arch: Architecture, references: Sequence[Architecture]
 ) -> Table:
     """Tabulate each stage's layers and the parameters of one of its ranks."""
-    title = (
-        f"Layout: {topology.world_size} ranks = {topology.pipeline} stages x {topology.data} data parallel x "
-        f"{topology.tensor} tensor parallel, ZeRO-{zero_stage}"
-    )
+    title = f"Layout: {topology.world_size} ranks = {topology.describe()}, ZeRO-{zero_stage}"
     table = Table(title=title)
     table.add_column("stage")
     table.add_column("model")

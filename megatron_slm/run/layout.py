@@ -10,6 +10,7 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import LayoutError
 from megatron_slm.model.llama import layer_list
+from megatron_slm.parallel.batches import check_lengths
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
@@ -23,7 +24,10 @@ def run_topology(config: RunConfig, world_size: int) -> Topology:
     """
     parallel = config.parallel
     return Topology.from_world(
-        world_size, tensor=parallel.tensor_model_parallel_size, pipeline=parallel.pipeline_model_parallel_size
+        world_size,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
     )
 
 
@@ -33,13 +37,7 @@ def check_layout(arch: Architecture, config: RunConfig, topology: Topology, *, w
     Raises:
         LayoutError: heads, groups, widths, vocabulary or sequence are not divisible by the tensor-parallel size.
     """
-    if config.parallel.sequence_parallel and config.data.seq_length % topology.tensor:
-        raise LayoutError(
-            "--seq-length",
-            config.data.seq_length,
-            f"be divisible by --tensor-model-parallel-size ({topology.tensor}) with --sequence-parallel",
-            "change one of them",
-        )
+    check_lengths(config, topology)
     tp = TensorParallel(size=topology.tensor)
     layers = ParallelLayers(tp, vocabulary_divisible_by=config.model.make_vocab_size_divisible_by)
     try:

@@ -122,7 +122,7 @@ class Plan:
 
     def _describe_loss_head(self) -> str:
         training, divisible = self.config.training, self.config.model.make_vocab_size_divisible_by
-        num_tokens = training.micro_batch_size * self.config.data.seq_length
+        num_tokens = training.micro_batch_size * self.config.data.seq_length // self.topology.context
         num_columns = ceil_div(self.models.architecture.vocab_size, divisible) * divisible // self.topology.tensor
         chosen = self.loss_head.plan(
             num_tokens, num_columns, self.selector.expected_share(training.train_iters), self.dtype

@@ -16,7 +16,8 @@ from megatron_slm.run.plan import Plan
 
 def message_sizes(plan: Plan, *, message_length: int) -> Sizes:
     """Sizes of a micro-batch, for predictions in tokens and bytes."""
-    num_samples, length = plan.config.training.micro_batch_size, plan.config.data.seq_length
+    num_samples = plan.config.training.micro_batch_size
+    length = plan.config.data.seq_length // plan.topology.context
     width = sum(reference.hidden_size for reference in plan.models.references)
     message = num_samples * message_length * width * plan.dtype.itemsize
     distills = plan.models.reference is not None and plan.config.distillation.distills

@@ -186,6 +186,7 @@ def make_scoring_plan(
             architectures=[reference.architecture],
             keeps_documents_apart=config.data.reset_attention_mask,
             resets_positions=config.data.reset_position_ids,
+            cuts_sequences=topology.context > 1,
         ),
     )
 
@@ -225,7 +226,11 @@ def _special_tokens(config: RunConfig, tokenizer: Tokenizer, reference: Tokenize
 
 
 def _check_length(length: int, config: RunConfig, topology: Topology) -> None:
-    """Check that sequence parallelism can cut the reference's samples."""
-    if config.parallel.sequence_parallel and length % topology.tensor:
-        rule = f"be a multiple of --tensor-model-parallel-size, {topology.tensor}, with --sequence-parallel"
+    """Check that sequence and context parallelism can cut the reference's samples."""
+    if topology.context > 1 and length % (2 * topology.context):
+        rule = f"be a multiple of 2 x --context-parallel-size, {2 * topology.context}"
+        raise ConfigError("--reference-seq-length", length, rule, "round it up")
+    if config.parallel.sequence_parallel and length // topology.context % topology.tensor:
+        times = f" x --context-parallel-size ({topology.context})" if topology.context > 1 else ""
+        rule = f"be a multiple of --tensor-model-parallel-size, {topology.tensor}{times}, with --sequence-parallel"
         raise ConfigError("--reference-seq-length", length, rule, "round it up")

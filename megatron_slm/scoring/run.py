@@ -68,7 +68,7 @@ def print_plan(plan: ScoringPlan) -> None:
         bytes_per_token += manifest.distribution.bytes_per_token
         stored += f", {manifest.distribution.describe()}"
     rows = {
-        "layout": f"{topology.pipeline} stages x {topology.data} data parallel x {topology.tensor} tensor parallel",
+        "layout": topology.describe(),
         "reference": f"{manifest.reference}, {plan.reference.architecture.num_parameters:,} parameters",
         "computes in, stores": f"{manifest.computed_in}, {stored}",
         "samples": f"{plan.num_samples:,} of {plan.config.data.seq_length:,} tokens, {tokens:,} in all",

@@ -23,7 +23,8 @@ from megatron_slm.loss.vocab_parallel import loss_rows
 from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.channels import Channel, Channels, Lane
 from megatron_slm.parallel.collectives import all_gather_objects, broadcast_from_rank_0
-from megatron_slm.parallel.groups import create_tensor_parallel_group
+from megatron_slm.parallel.context import cut_batch, gather_samples
+from megatron_slm.parallel.groups import create_context_parallel_group, create_tensor_parallel_group
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.progress import Progress, show_progress
@@ -35,7 +36,7 @@ from megatron_slm.run.corpora import boundaries
 from megatron_slm.scoring.plan import ScoringPlan
 from megatron_slm.selection import noise
 from megatron_slm.selection.selector import Selector
-from megatron_slm.types import DenseDistribution, MicroBatch, SparseDistribution
+from megatron_slm.types import DenseDistribution, MicroBatch, SparseDistribution, positions_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +112,10 @@ class _Scorer:
             num_query_groups=[plan.reference.architecture.num_query_groups],
         )
         divisible = plan.config.model.make_vocab_size_divisible_by
-        layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
+        self.context = create_context_parallel_group(plan.topology)
+        layers = ParallelLayers(tp, context=self.context, vocabulary_divisible_by=divisible, backends=plan.backends)
         head = LossHead(backend=plan.config.loss_head.loss_head_backend)
-        self.objective = Objective(selector=Selector(), tp=tp, head=head)
+        self.objective = Objective(selector=Selector(), tp=tp, context=self.context, head=head)
         self.with_entropy, self.distribution = plan.options.with_entropy, plan.distribution
         self.num_ids, self.seed = plan.tokenizer.vocab_size, plan.config.training.seed
         model = plan.reference
@@ -121,7 +123,7 @@ class _Scorer:
         self.device, self.dtype = local_device(), plan.dtype
         self.channels = Channels(plan.topology, dist.get_rank(), self.device, [Lane.REFERENCE], Activity())
         self.b = plan.config.training.micro_batch_size
-        length = plan.reference_length // (tp.size if tp.sequence_parallel else 1)
+        length = plan.reference_length // self.context.size // (tp.size if tp.sequence_parallel else 1)
         self.message_shape = (length, self.b, plan.reference.architecture.hidden_size)
         # Every position is scored, so that the store serves runs with any loss mask; padding completes the last
         # micro-batch of a shard.
@@ -160,7 +162,7 @@ class _Scorer:
             if self.is_first or self.is_last or self.source.boundaries.matter_to_layers:
                 batches = [self.source.micro_batch(start, 0) for start in samples[:: self.b]]
         parts = self._forward(num_micro_batches, batches)
-        if not samples or not self.is_last or self.objective.tp.rank != 0:
+        if not samples or not self.is_last or self.objective.tp.rank != 0 or self.context.rank != 0:
             return None
         if self.retokenized is not None:
             batches = [self.run_source.micro_batch(start, 0) for start in samples[:: self.b]]
@@ -189,7 +191,7 @@ class _Scorer:
         self._post_receive(previous, posted=0, of=num_micro_batches)
         for i in range(num_micro_batches):
             self._post_receive(previous, posted=i + 1, of=num_micro_batches)  # one ahead of need
-            read = batches[i].to(self.device) if batches else None
+            read = cut_batch(batches[i], self.context).to(self.device) if batches else None
             if previous is not None:
                 x = previous.receive()
             else:
@@ -206,7 +208,15 @@ class _Scorer:
         return parts
 
     def _scores(self, x_sbd: Tensor, batch: MicroBatch) -> list[Tensor | None]:
-        """Compute a micro-batch's losses, entropies (or None) and probabilities, each [b, s, ...] on the CPU."""
+        """Compute a micro-batch's losses, entropies (or None) and probabilities, each [b, s, ...] on the CPU.
+
+        Collective over the ranks that share its sequences.
+        """
+        found = self._scores_held(x_sbd, batch)
+        return [None if x is None else gather_samples(x, self.context, self.device) for x in found]
+
+    def _scores_held(self, x_sbd: Tensor, batch: MicroBatch) -> list[Tensor | None]:
+        """Compute those of the positions held here."""
         output, stored = self.reference.output_weight(), self.distribution
         statistics = self.objective.statistics(
             x_sbd, output, batch, with_entropy=self.with_entropy, with_distribution=stored is not None
@@ -222,7 +232,7 @@ class _Scorer:
             distribution = most_probable(*inputs, count=stored.count, limit=self.num_ids)
         else:
             sample_N = batch.sample_b[:, None].expand_as(batch.labels_bs).flatten()
-            position_N = torch.arange(batch.labels_bs.shape[1], device=sample_N.device).repeat(len(batch.sample_b))
+            position_N = positions_of(batch).repeat(len(batch.sample_b))
             uniform_N = noise.uniform(self.seed, noise.STORED_SAMPLE, sample_N, position_N)
             id_Nk = sampled(*inputs, uniform_N, count=stored.count, limit=self.num_ids)
             distribution = SparseDistribution(id_Nk, torch.zeros(0))

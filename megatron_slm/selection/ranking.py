@@ -56,8 +56,8 @@ class Choice(NamedTuple):
     expected_ratio: float | None = None
     """Average share kept, where losses are divided by an expected count and not the micro-batch's own."""
 
-    def rows(self, rows: slice) -> Choice:
-        """Return the choice for a slice of the tokens, such as one rank's."""
+    def rows(self, rows: slice | Tensor) -> Choice:
+        """Return the choice for some of the tokens, such as one rank's."""
         tensors = [x[rows] if isinstance(x, Tensor) else x for x in self]
         return Choice(*tensors)  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ from megatron_slm.selection.scores import Score, ScoreInputs, column
 from megatron_slm.selection.select import num_kept
 from megatron_slm.selection.spans import low_runs
 from megatron_slm.selection.weights import WEIGHTS, Weight, WeightOptions, kept_weights
-from megatron_slm.types import MicroBatch, TokenStatistics, move
+from megatron_slm.types import MicroBatch, TokenStatistics, move, positions_of
 
 Policy = Literal["top-k", "threshold", "quantile", "sample", "weights", "positive", "peaking"]
 Combine = Literal["intersection", "union", "sum"]
@@ -158,7 +158,7 @@ class Selector:
     ) -> Ranking:
         label_N = batch.labels_bs.flatten()[rows]
         sample_N = batch.sample_b[:, None].expand_as(batch.labels_bs).flatten()[rows]
-        position_N = torch.arange(batch.labels_bs.shape[1], device=label_N.device).repeat(len(batch.sample_b))[rows]
+        position_N = positions_of(batch).repeat(len(batch.sample_b))[rows]
         inputs = self._inputs(rows, tokens, reference, batch, sample_N, position_N)
         scores = [score.of(inputs) for score in self.scores]
         weight_N = None if self.weight is None else self.weight.of(inputs, self._weight_options)

@@ -41,6 +41,7 @@ from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.parallel.groups import (
     DataParallel,
     TensorParallel,
+    create_context_parallel_group,
     create_data_parallel_group,
     create_tensor_parallel_group,
 )
@@ -94,13 +95,15 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         num_query_groups=[arch.num_query_groups for arch in plan.models.architectures],
     )
     divisible = plan.config.model.make_vocab_size_divisible_by
-    layers = ParallelLayers(tp, vocabulary_divisible_by=divisible, backends=plan.backends)
+    context = create_context_parallel_group(plan.topology)
+    layers = ParallelLayers(tp, context=context, vocabulary_divisible_by=divisible, backends=plan.backends)
     dp = create_data_parallel_group(plan.topology)
     grid = Grid(plan.topology, tp, dp)
     objective = Objective(
         selector=plan.selector,
         tp=tp,
         dp=dp if plan.selector.scope == "data-parallel" else DataParallel(),
+        context=context,
         head=plan.loss_head,
         distillation=Distillation.from_config(plan.config.distillation),
         observer=observer,
@@ -167,7 +170,7 @@ def _pipeline_trainer(
         compile_blocks(module)
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
     tp, parallel = objective.tp, plan.config.parallel
-    length = plan.config.data.seq_length // (tp.size if tp.sequence_parallel else 1)
+    length = plan.config.data.seq_length // plan.topology.context // (tp.size if tp.sequence_parallel else 1)
     schedule = plan_schedule(plan)
     sizes = message_sizes(plan, message_length=length)
     if reference is not None and plan.topology.pipeline > 1:

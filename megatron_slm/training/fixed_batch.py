@@ -15,6 +15,8 @@ from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.device import local_device
 from megatron_slm.engine.trainer import Trainer
 from megatron_slm.loss.objective import ScoredTokens, StepSettings
+from megatron_slm.parallel.context import positions
+from megatron_slm.parallel.groups import ContextParallel
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import TokenStatistics
 
@@ -62,13 +64,17 @@ class FixedBatch:
         """Assemble per-token values, [B, s] on every rank's device, from the last stage's micro-batches.
 
         Args:
-            parts_bs: on the last stage, one [b, s] a micro-batch; empty on the others.
+            parts_bs: on the last stage, those of the positions held there, one [b, s] or [N] a micro-batch; empty on
+                the others.
         """
         num_samples, length = self.num_micro_batches * self.source.samples_together, self.source.samples.sequence_length
         whole_Bs = torch.zeros(num_samples, length, dtype=dtype, device=local_device())
-        if self.topology.coordinate(dist.get_rank()).tensor == 0:  # the others hold the same
+        place = self.topology.coordinate(dist.get_rank())
+        if place.tensor == 0:  # the others hold the same
+            ranks = ContextParallel(size=self.topology.context, rank=place.context)
+            position_s = positions(length, ranks, whole_Bs.device)
             for i, part_bs in enumerate(parts_bs):
                 rows_b = self.source.micro_batch(0, i).sample_b.to(whole_Bs.device)
-                whole_Bs[rows_b] = part_bs.to(dtype)
+                whole_Bs[rows_b[:, None], position_s] = part_bs.to(dtype).view(len(rows_b), -1)
         dist.all_reduce(whole_Bs)
         return whole_Bs

@@ -116,10 +116,15 @@ class Health:
         coordinate = plan.topology.coordinate(rank)
         mine = (coordinate.pipeline, coordinate.data, run.trainer.micro_batch_diagnostics())
         found: dict[tuple[int, int], dict[str, Any]] = {}
+        sums: dict[tuple[int, int], LossSums] = {}
         for stage, data_rank, facts in all_gather_objects(mine):
             for fact in facts:
                 key = (fact.micro_batch, data_rank)
-                _merge(found.setdefault(key, self._micro_batch(*key)), fact, stage)
+                entry = found.setdefault(key, self._micro_batch(*key))
+                if fact.sums is not None:  # several where ranks share its sequences
+                    sums[key] = sums[key] + fact.sums if key in sums else fact.sums
+                    _describe_losses(entry, sums[key])
+                _describe_gradient(entry, fact, stage)
         return BadBatch(
             step=state.step + 1,
             reason=reason,
@@ -185,12 +190,14 @@ def mean_loss(sums: LossSums) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _merge(entry: dict[str, Any], fact: MicroBatchDiagnostics, stage: int) -> None:
-    if fact.sums is not None:
-        entry["loss_all"] = mean_loss(fact.sums)
-        entry["valid_tokens"] = round(fact.sums.valid_tokens)
-        entry["nonfinite_losses"] = round(fact.sums.nonfinite_losses)
-        entry["nonfinite_scores"] = round(fact.sums.nonfinite_tokens - fact.sums.nonfinite_losses)
+def _describe_losses(entry: dict[str, Any], sums: LossSums) -> None:
+    entry["loss_all"] = mean_loss(sums)
+    entry["valid_tokens"] = round(sums.valid_tokens)
+    entry["nonfinite_losses"] = round(sums.nonfinite_losses)
+    entry["nonfinite_scores"] = round(sums.nonfinite_tokens - sums.nonfinite_losses)
+
+
+def _describe_gradient(entry: dict[str, Any], fact: MicroBatchDiagnostics, stage: int) -> None:
     stages = entry["nonfinite_gradient_below_stages"]
     if fact.gradient_is_finite is False and stage not in stages:
         stages.append(stage)

@@ -22,7 +22,7 @@ from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
-from megatron_slm.errors import ConfigError, TrainingError
+from megatron_slm.errors import ConfigError, LayoutError, TrainingError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import all_gather_objects
 from megatron_slm.run.corpora import boundaries
@@ -128,6 +128,10 @@ class Replay:
     """
 
     def __init__(self, config: RunConfig, resume: Resume | None, scratch: Path) -> None:
+        size = config.parallel.context_parallel_size
+        if size > 1:
+            fix = "add --context-parallel-size 1; the layout may differ from the run's"
+            raise LayoutError("--context-parallel-size", size, "be 1 in a replay", fix)
         self.plan = _alone(
             make_plan(_quiet(config, scratch), dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         )

@@ -50,9 +50,8 @@ class TextProbe:
         """
         reference_loss_Ws = None
         if self.has_reference:
-            shape = (-1, self.samples.sequence_length)
             references = self.batch.run_reference()
-            reference_loss_Ws = self._gather([x.loss_N.view(shape) for x in references if x is not None])
+            reference_loss_Ws = self._gather([x.loss_N for x in references if x is not None])
         self.texts = self._describe(reference_loss_Ws)
         with raise_on_all_ranks(), disk_errors(self.folder.path.parent):
             if dist.get_rank() == 0:

@@ -43,7 +43,7 @@ def test_no_family_of_flags_hides_one_of_ours() -> None:
         ("--transformer-impl", "not needed"),
         ("--distributed-backend", "NCCL on GPUs"),
         ("--num-layers-per-virtual-pipeline-stage", "not supported"),
-        ("--context-parallel-size", "not supported"),
+        ("--cp-comm-type", "not supported"),
         ("--fp16", r"not supported \(fp16 training \(use --bf16"),
         ("--wandb-project", "DeepSpeed JSON"),
     ],

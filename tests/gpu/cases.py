@@ -26,7 +26,8 @@ from megatron_slm.loss.torch_backend import TorchKernels
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.model import rope
 from megatron_slm.model.block import Block
-from megatron_slm.parallel.groups import DataParallel, TensorParallel
+from megatron_slm.parallel.context import cut_batch
+from megatron_slm.parallel.groups import ContextParallel, DataParallel, TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.reference.frozen import FrozenStage
 from megatron_slm.selection.scores import SCORES
@@ -131,12 +132,17 @@ def whole_model(
     Args:
         plant: a fault in a block: a CPU tensor (`device`), a read of a value (`item`), a wrong `dtype` or `shape`.
     """
-    tp, dp = parallel(layout)
+    context = ContextParallel()
+    if layout == "context":
+        tp, dp = parallel("dp")
+        context, dp = ContextParallel(size=2, rank=1, group=dp.group), DataParallel()
+    else:
+        tp, dp = parallel(layout)
     arch = Architecture(**{**SMALL, **ARCHITECTURES[architecture], **changes})
-    layers = ParallelLayers(tp, backends=Backends(attention=attention, norm=norm))
+    layers = ParallelLayers(tp, context=context, backends=Backends(attention=attention, norm=norm))
     num_samples, length = 2, 128
     chosen = {"scores": (SCORES["excess"],), "keep_ratio": KEEP, **(selection or {})}
-    objective = Objective(selector=Selector(**chosen), tp=tp, dp=dp)
+    objective = Objective(selector=Selector(**chosen), tp=tp, dp=dp, context=context)
     where = None
     if documents:
         ends = torch.tensor([0, 60, 128, 228, 256], dtype=torch.int32)
@@ -155,7 +161,7 @@ def whole_model(
         seen: list[Tensor] = []
         read = micro_batch(num_samples, length, where)
         with counter:
-            batch = read.to(DEVICE)
+            batch = cut_batch(read, context).to(DEVICE)
             statistics = reference.statistics(reference(batch.tokens_bs, batch.documents), objective, batch)
 
             def head(x_sbd: Tensor, output: OutputWeight) -> tuple[Tensor, Tensor]:

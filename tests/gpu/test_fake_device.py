@@ -25,6 +25,9 @@ COVERING: list[dict[str, Any]] = [
     {"architecture": "windowed", "hopper": False, "dtype": "float32"},
     {"layout": "dp", "selection": {"scope": "data-parallel"}, "kernels": "torch"},
     {"documents": True, "attention": "flash3", "norm": "apex", "layout": "sp", "recompute": True},
+    {"layout": "context"},
+    {"layout": "context", "architecture": "windowed", "attention": "flash", "documents": True},
+    {"layout": "context", "architecture": "windowed", "dtype": "float32", "hopper": False, "documents": True},
 ]
 
 

@@ -7,17 +7,21 @@ import pytest
 from megatron_slm.errors import LayoutError
 from megatron_slm.parallel.topology import Topology
 
+SIZES = [(p, d, 1, t) for p, d, t in itertools.product((1, 2, 3), (1, 2), (1, 2, 4))]
 
-@pytest.mark.parametrize(("pipeline", "data", "tensor"), itertools.product((1, 2, 3), (1, 2), (1, 2, 4)))
-def test_ranks_are_numbered_as_deepspeed_does(pipeline: int, data: int, tensor: int) -> None:
+
+@pytest.mark.parametrize(("pipeline", "data", "context", "tensor"), [*SIZES, (2, 3, 2, 2), (1, 1, 4, 2)])
+def test_ranks_are_numbered_as_deepspeed_does(pipeline: int, data: int, context: int, tensor: int) -> None:
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    ours = Topology(pipeline=pipeline, data=data, tensor=tensor)
-    stock = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    ours = Topology(pipeline=pipeline, data=data, context=context, tensor=tensor)
+    stock = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data * context)
     for rank in range(ours.world_size):
         place, theirs = ours.coordinate(rank), stock.get_coord(rank)
-        assert (place.pipeline, place.data, place.tensor) == (theirs.pipe, theirs.data, theirs.model)
-        assert ours.rank(pipeline=place.pipeline, data=place.data, tensor=place.tensor) == rank
+        assert (place.pipeline, place.tensor) == (theirs.pipe, theirs.model)
+        assert place.data * context + place.context == theirs.data
+        assert ours.rank(**vars(place)) == rank
+    assert ours.copies == data * context
     if tensor > 1:
         assert sorted(ours.tensor_groups()) == sorted(stock.get_axis_comm_lists("model"))
     if pipeline > 1:
@@ -28,6 +32,9 @@ def test_what_is_left_of_the_world_is_data_parallelism() -> None:
     assert Topology.from_world(12, tensor=2, pipeline=3) == Topology(pipeline=3, data=2, tensor=2)
     with pytest.raises(LayoutError, match="world size is 6: must be a multiple of"):
         Topology.from_world(6, tensor=4, pipeline=1)
+    assert Topology.from_world(12, tensor=2, pipeline=1, context=3) == Topology(data=2, context=3, tensor=2)
+    with pytest.raises(LayoutError, match=r"multiple of .*--context-parallel-size \(4\)"):
+        Topology.from_world(6, tensor=1, pipeline=1, context=4)
     with pytest.raises(LayoutError, match="--tensor-model-parallel-size is 0: must be at least 1"):
         Topology(tensor=0)
 
