@@ -169,7 +169,7 @@ def test_every_deepspeed_file_is_described_and_used() -> None:
     [
         (["--micro-batch-size", "3"], 8, "--micro-batch-size"),
         (["--pipeline-model-parallel-size", "3"], 8, "world size is 8: must be a multiple of"),
-        (["--tensor-model-parallel-size", "8"], 8, "tensor"),
+        (["--tensor-model-parallel-size", "64"], 64, "attention heads"),
         (["--num-layers", "12", "--pipeline-model-parallel-size", "16"], 16, "16"),
         (["--reference-config", "nowhere/config.json"], 8, "--reference-config is 'nowhere/config.json'"),
         (["--deepspeed-config", "ds_configs/fp32_cpu.json"], 8, "bf16.enabled is False"),
