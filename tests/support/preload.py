@@ -18,7 +18,10 @@ import encodings.idna  # noqa: E402, F401
 
 import deepspeed.comm.mori  # noqa: E402
 import deepspeed.module_inject.auto_ep_layer  # noqa: E402
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: E402
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
+import hypothesis  # noqa: E402, F401
+import pytest  # noqa: E402, F401
 import rich._emoji_codes  # noqa: E402, F401
 import torch._dynamo  # noqa: E402
 import torch._inductor  # noqa: E402
@@ -28,6 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 import megatron_slm.loss.torch_backend  # noqa: E402
 import megatron_slm.scoring.run  # noqa: E402
 import megatron_slm.training.pretrain  # noqa: E402, F401
+import tests.support.kills  # noqa: E402
+import tests.support.planting  # noqa: E402
+import tests.support.scoring  # noqa: E402, F401
 from megatron_slm.flags.load import parse  # noqa: E402
 
 parse(["--train-iters", "1"])  # the parser is built once

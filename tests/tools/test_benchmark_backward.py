@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
+import pytest
+
+from tests.tools.forked_benchmarks import benchmark, fork_process, run_forked, run_started
 
 
-def test_quick(tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), "backward", "--quick", "--rounds", "1"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "found.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    records = {record["name"]: record for record in json.loads((tmp_path / "found.json").read_text())}
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_quick(
+    forked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_file, words = tmp_path / "found.json", ["--quick", "--rounds", "1"]
+    if forked:
+        monkeypatch.setattr(benchmark("backward"), "_spawn", lambda job, malloc: fork_process("backward", job))
+        found, printed = run_forked("backward", capsys, json_file, *words)
+    else:
+        found, printed = run_started("backward", json_file, *words)
+    records = {record["name"]: record for record in found}
     assert list(records) == ["exact", "sampled 0.02", "sampled 0.7", "kept"]
     keys = {"name", "keep", "share", "step_ratio", "spread", "backward_ratio", "variance", "memory_ratio"}
     assert all(record.keys() == keys and record["keep"] == 0.6 for record in records.values())
@@ -23,4 +28,4 @@ def test_quick(tmp_path: Path) -> None:
     }  # fmt: skip
     assert records["sampled 0.7"]["share"] == 90 / 128 or records["sampled 0.7"]["share"] == 0.7031
     assert 0 < records["sampled 0.7"]["variance"] < 0.1
-    assert "| sampled 0.7 | 0.6 |" in done.stdout
+    assert "| sampled 0.7 | 0.6 |" in printed

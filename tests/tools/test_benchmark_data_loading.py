@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from tests.tools.forked_benchmarks import benchmark, fork_ranks
 
-from benchmarks import data_loading
+data_loading = benchmark("data-loading")
 
 
-def test_waiting_is_measured_within_a_real_run() -> None:
+def test_waiting_is_measured_within_a_real_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks(monkeypatch)
     found = data_loading.measure_share(num_steps=2, seq_length=32)
     for record in found["runs"].values():
         assert 0 < record["share_of_the_time"] < 1

@@ -143,7 +143,7 @@ def measure_share(*, num_steps: int = 8, seq_length: int = SEQ_LENGTH) -> dict[s
     return {"micro_batches": SHARE_MICRO_BATCHES, "seq_length": seq_length, "runs": shares}
 
 
-def _train_and_time(job: dict[str, Any]) -> list[dict[str, Any]]:
+def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
     """In a process of its own: train, and say how long steps were and how much of it was waiting."""
     import torch
 
@@ -249,7 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the report."""
     if arguments.child:
-        print(json.dumps(_train_and_time(json.loads(arguments.child))))
+        print(json.dumps(_child(json.loads(arguments.child))))
         return 0
     load = os.getloadavg()[0]
     num_tokens, num_documents = (10**7, 10**4) if arguments.quick else (10**9, 10**6)
