@@ -46,6 +46,7 @@ def test_launch(name: str, tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2]
     assert (tmp_path / "run" / "checkpoints" / "step_00000002" / "manifest.json").exists()
     assert "step 2/2" in done.stderr + done.stdout
+    assert "training steps 1 to 2; the first takes longest" in done.stderr + done.stdout
 
 
 def test_a_launched_error_passes_its_exit_code_on(tmp_path: Path) -> None:
