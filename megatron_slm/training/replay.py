@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
-from megatron_slm.errors import ConfigError, LayoutError, TrainingError
+from megatron_slm.errors import ConfigError, TrainingError
 from megatron_slm.loss.objective import StepSettings
 from megatron_slm.parallel.collectives import all_gather_objects
 from megatron_slm.run.corpora import boundaries
@@ -31,7 +32,10 @@ from megatron_slm.run.resume import Resume, open_resume
 from megatron_slm.training.build import Run, build_run
 from megatron_slm.training.health import BadBatch, mean_loss
 from megatron_slm.training.step import train_step
-from megatron_slm.types import MicroBatch
+from megatron_slm.types import MicroBatch, positions_of
+
+Seen = tuple[MicroBatch, Tensor, Tensor | None, Tensor]
+"""A micro-batch, its token losses and reference losses, and its kept rows (`Observer`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +132,10 @@ class Replay:
     """
 
     def __init__(self, config: RunConfig, resume: Resume | None, scratch: Path) -> None:
-        size = config.parallel.context_parallel_size
-        if size > 1:
-            fix = "add --context-parallel-size 1; the layout may differ from the run's"
-            raise LayoutError("--context-parallel-size", size, "be 1 in a replay", fix)
         self.plan = _alone(
             make_plan(_quiet(config, scratch), dist.get_world_size(), rank=dist.get_rank(), resume=resume)
         )
-        self._seen: list[tuple[MicroBatch, Tensor, Tensor | None, Tensor]] = []
+        self._seen: list[Seen] = []
         self.run: Run = build_run(self.plan, observer=lambda *seen: self._seen.append(seen))
         self._source = MicroBatchSource(
             self.plan.data.train,
@@ -175,9 +175,11 @@ class Replay:
         coordinate = self.plan.topology.coordinate(dist.get_rank())
         below = any(fact.gradient_is_finite is False for fact in self.run.trainer.micro_batch_diagnostics())
         sources = self.plan.data.train.sources
-        mine = [_samples(*seen, names=[source.name for source in sources]) for seen in self._seen]
+        is_first = coordinate.data == coordinate.tensor == 0  # the others see the same
+        mine = [_on_host(*seen) for seen in self._seen] if is_first else []
         everyones = all_gather_objects((coordinate.pipeline if below else None, mine))
-        samples = next(found[0] for _, found in everyones if found)
+        seen = _put_together([part for _, found in everyones for part in found], self.plan.config.data.seq_length)
+        samples = _samples(*seen, names=[source.name for source in sources])
         sums, copies = result.sums, self.plan.topology.data
         return MicroBatchReplay(
             samples=samples,
@@ -223,14 +225,40 @@ def _quiet(config: RunConfig, scratch: Path) -> RunConfig:
 def _alone(plan: Plan) -> Plan:
     """The plan with steps of one micro-batch on each data-parallel rank."""
     config, data = plan.config, plan.topology.data
+    copies = plan.topology.copies
     user = ds_config.read_json(config.parallel.deepspeed_config)
     return replace(
         plan,
         global_batch_size=config.training.micro_batch_size * data,
-        deepspeed=ds_config.resolve(user, config, data_parallel_size=data, num_micro_batches=1),
+        deepspeed=ds_config.resolve(user, config, data_parallel_size=copies, num_micro_batches=1),
         data=replace(plan.data, valid={}, test={}),
         monitors={},
     )
+
+
+def _on_host(batch: MicroBatch, loss_N: Tensor, reference_N: Tensor | None, kept_K: Tensor) -> Seen:
+    cpu = torch.device("cpu")
+    reference_N = None if reference_N is None else reference_N.detach().to(cpu)
+    return batch.to(cpu), loss_N.detach().to(cpu), reference_N, kept_K.to(cpu)
+
+
+def _put_together(parts: list[Seen], length: int) -> Seen:
+    """Put the parts of a micro-batch together, of whose sequences several ranks may each have seen some positions."""
+    batch = parts[0][0]
+
+    def whole(values: list[Tensor]) -> Tensor:
+        whole_bs = values[0].new_zeros(len(batch.sample_b), length)
+        for (part, *_), value in zip(parts, values, strict=True):
+            whole_bs[:, positions_of(part)] = value.view(part.labels_bs.shape)
+        return whole_bs
+
+    valid_bs = whole([part.valid_bs for part, *_ in parts])
+    loss_N = whole([part_loss_N for _, part_loss_N, *_ in parts]).flatten()
+    references = [reference_N for *_, reference_N, _ in parts if reference_N is not None]
+    kept = [torch.zeros_like(part_loss_N).index_fill_(0, kept_K, 1.0) for _, part_loss_N, _, kept_K in parts]
+    kept_K = whole(kept).flatten().nonzero().squeeze(1)
+    whole_batch = batch._replace(valid_bs=valid_bs)
+    return whole_batch, loss_N, whole(references).flatten() if references else None, kept_K
 
 
 def _samples(

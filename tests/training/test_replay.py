@@ -66,8 +66,9 @@ def replayed(given: dict[str, Any], scratch: Path, planted: list[int]) -> dict[s
     [
         (4, {"pipeline_model_parallel_size": 2}),
         (2, {"deepspeed_config": zero_config(3)}),
+        pytest.param(4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
     ],
-    ids=["pp2 dp2", "zero3 dp2"],
+    ids=["pp2 dp2", "zero3 dp2", "pp2 cp2"],
 )
 def test_at_any_layout_it_is_the_runs_own_losses(
     world_size: int, layout: dict[str, Any], folder: Path, tmp_path: Path
