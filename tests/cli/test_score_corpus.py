@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_slm.reference.manifest import StoreManifest
+from tests.support.commands import run_here
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
 from tests.support.world import free_port
 
@@ -42,14 +45,15 @@ def test_launch(tmp_path: Path) -> None:
     assert '"reference_loss": ' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_dry_run_and_help(tmp_path: Path) -> None:
+def test_dry_run_and_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
     values = run_flags(corpus, tmp_path / "run", objective="slm", reference_load=reference, output=tmp_path / "scores")
-    done = start(sys.executable, "tools/score_corpus.py", *flags(values), "--dry-run", "--with-entropy")
+    done = run_here("score", *flags(values), "--dry-run", "--with-entropy")
     assert done.returncode == 0, done.stderr
     assert "nothing was scored" in done.stdout
     assert "40 of 16 tokens, 640 in all" in done.stdout
     assert not (tmp_path / "scores").exists()
-    shown = start(sys.executable, "tools/score_corpus.py", "--help")
+    shown = run_here("score", "--help")
     assert shown.returncode == 0
     assert all(flag in shown.stdout for flag in ("--output", "--score-dtype", "--with-entropy"))
