@@ -26,7 +26,7 @@ FLASH_ATTENTION_WIDEST_HEAD = 256
 """flash-attn's kernels refuse wider heads."""
 _HOPPER = 9
 """Compute capability from which on torch's own attention (cuDNN's kernels) outruns flash-attn 2."""
-_COMPARED = ("attention", "norm", "optimizer", "blocks", "loss head")
+_COMPARED = ("attention", "norm", "optimizer", "blocks", "element-wise", "loss head")
 
 
 def run_backends(config: RunConfig, user_deepspeed: dict[str, Any], architectures: Iterable[Architecture]) -> Backends:
@@ -84,11 +84,13 @@ def choose_backends(
         resets_documents=keeps_documents_apart or resets_positions,
         cuts_sequences=cuts_sequences,
     )
+    compile_blocks = _compiles(config.compile_blocks, can_compile, notes)
     return Backends(
         attention=_attention(config.attention_backend, models, bf16, keeps_documents_apart, notes),
         norm=_norm(config.norm_backend, notes),
         optimizer=_optimizer(config.optimizer_backend, updates_on_host, notes),
-        compile_blocks=_compiles(config.compile_blocks, can_compile, notes),
+        compile_blocks=compile_blocks,
+        fuses_elementwise=_fuses_elementwise(config, compile_blocks, notes),
         notes=notes,
     )
 
@@ -99,7 +101,14 @@ def check_same_on_all_ranks(backends: Backends, loss_head: str) -> None:
     Raises:
         ConfigError: on every rank alike.
     """
-    mine = (backends.attention, backends.norm, backends.optimizer, backends.compile_blocks, loss_head)
+    mine = (
+        backends.attention,
+        backends.norm,
+        backends.optimizer,
+        backends.compile_blocks,
+        backends.fuses_elementwise,
+        loss_head,
+    )
     held = all_gather_objects(mine)
     for rank, theirs in enumerate(held):
         for what, first, other in zip(_COMPARED, held[0], theirs, strict=True):
@@ -191,6 +200,17 @@ def _compiles(asked: bool | None, can_compile: bool, notes: dict[str, str]) -> b
     if asked is not None:
         return asked
     return on_gpu() and can_compile and _noted(find(packages.COMPILER), "blocks", notes)
+
+
+def _fuses_elementwise(config: BackendConfig, compile_blocks: bool, notes: dict[str, str]) -> bool:
+    if not config.fuses_elementwise_on_gpu(compiles_blocks=compile_blocks):
+        return False
+    if config.compile_elementwise is None:
+        return on_gpu() and _noted(find(packages.COMPILER), "element-wise", notes)
+    if on_gpu() and not (found := find(packages.COMPILER)).works:
+        rule = f"have a compiler that works here ({found.name}: {found.problem})"
+        raise ConfigError("--compile-elementwise", True, rule, f"{packages.COMPILER.fix}; or leave it out")
+    return True
 
 
 def _noted(found: Finding, what: str, notes: dict[str, str]) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.model import flash, flash3, sdpa
+from megatron_slm.model import flash, flash3, fused, sdpa
 from megatron_slm.model.capped_attention import CappedAttention
 from megatron_slm.model.cut_sequences import attend_from
 from megatron_slm.model.layers import Layers
@@ -61,7 +61,9 @@ class Attention(nn.Module):
         if self.window is not None and arch.local_rotary_base is not None:
             base, scaling = arch.local_rotary_base, ()
         self.rope = (arch.rotary_width, base, scaling, arch.max_position_embeddings)
-        self.rotates, self.rotate = arch.rotates(index), partial(rotate, interleaved=arch.rotary_interleaved)
+        fuses = layers.backends.fuses_elementwise and not arch.rotary_interleaved
+        self.rotate = fused.rotate if fuses else partial(rotate, interleaved=arch.rotary_interleaved)
+        self.rotates = arch.rotates(index)
         self.query_multiplier = arch.query_multiplier
 
     def forward(self, x_sbd: Tensor, documents: Documents | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.model import fused
 from megatron_slm.model.layers import Layers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,6 +25,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = {"gate_proj": arch.ffn_hidden_size, "up_proj": arch.ffn_hidden_size}
         self.activation = ACTIVATIONS[arch.activation]
+        self.fuses = layers.backends.fuses_elementwise and arch.activation == "silu"
         self.gate_up = layers.linear_in(prefix, arch.hidden_size, widths, bias=arch.mlp_bias)
         self.down_proj = layers.linear_out(
             f"{prefix}down_proj", arch.ffn_hidden_size, arch.hidden_size, bias=arch.mlp_bias
@@ -35,4 +37,4 @@ class MLP(nn.Module):
 
     def activate(self, gate_sbf: Tensor, up_sbf: Tensor) -> Tensor:
         """The gated activation: [..., f] and [..., f] to [..., f]."""
-        return self.activation(gate_sbf) * up_sbf
+        return fused.gate(gate_sbf, up_sbf) if self.fuses else self.activation(gate_sbf) * up_sbf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_slm.model import fused
 from megatron_slm.model.layers import Layers
 
 
@@ -30,7 +31,8 @@ class RMSNorm(nn.Module):
         self.weight = layers.replicated(f"{name}.weight", (hidden_size,))
         self.as_used = layers.on_head_share if over_heads else layers.on_sequence_shard
         self.epsilon = epsilon
-        self.normalize = {"torch": normalize, "apex": normalize_in_apex}[layers.backends.norm]
+        in_torch = fused.normalize if layers.backends.fuses_elementwise else normalize
+        self.normalize = {"torch": in_torch, "apex": normalize_in_apex}[layers.backends.norm]
         if zero_centered:
             self.normalize = normalize_zero_centered
 

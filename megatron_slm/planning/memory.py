@@ -20,7 +20,7 @@ from megatron_slm.loss.blocks import block_size, block_sizes
 from megatron_slm.loss.dense_distillation import chunk_rows
 from megatron_slm.loss.variants import StashPlan
 from megatron_slm.parallel.channels import Channel
-from megatron_slm.planning.activations import block_activations, stage_activations
+from megatron_slm.planning.activations import block_activations, fuses_elementwise, stage_activations
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.parameters import StageParameters, stage_parameters
 from megatron_slm.planning.planned_run import PlannedRun
@@ -198,7 +198,8 @@ def working_bytes(run: PlannedRun, layout: Layout, parameters: StageParameters) 
     model = inner(run.architecture) if parameters.num_blocks else 0.0
     model += e * max(parameters.sizes, default=0) / tokens  # a gradient until it is added to its fp32 sum
     if layout.recomputes and parameters.num_blocks:
-        model += block_activations(run.architecture, layout, e=e).total
+        fused = fuses_elementwise(run, layout)
+        model += block_activations(run.architecture, layout, e=e, fused=fused).total
     return round(max(model, *(inner(arch) for arch in run.references), 0.0) * tokens)
 
 

@@ -24,8 +24,6 @@ GRADIENT_SUM_BYTES = 10
 
 _ATTENTION_BACKWARD = 2.5 / 2
 """Operations of attention's backward pass, over twice those of its forward pass: it makes the scores again."""
-BYTES_BACKWARD = 2.6
-"""Element-wise traffic of a backward pass over that of a forward pass."""
 _LOGIT_BYTES = 8, 4
 """Read and written for each logit, forwards and backwards."""
 
@@ -41,10 +39,13 @@ class _Traffic(NamedTuple):
     """Of queries and keys."""
     mlp: float
     """Of the MLP's inner width: SwiGLU."""
+    backward: float
+    """Traffic of a backward pass over that of a forward pass."""
 
 
-_EAGER = _Traffic(norm=36, additions=12, rotation=48.6, mlp=10)
-_FUSED = _Traffic(norm=8, additions=12, rotation=10, mlp=6)
+_EAGER = _Traffic(norm=36, additions=12, rotation=48.6, mlp=10, backward=2.6)
+_FUSED = _Traffic(norm=4, additions=12, rotation=4.2, mlp=6, backward=2.3)
+"""Each of these is compiled to one kernel, which reads its inputs and writes its results."""
 
 
 class Work(NamedTuple):
@@ -82,19 +83,17 @@ class Roofline:
         return num_parameters * GRADIENT_SUM_BYTES / (self.cluster.gpu.memory_bytes_per_second * MEMORY_RATE)
 
 
-def block_forward(
-    arch: Architecture, length: int, *, tensor: int, sequence_shards: int, e: int, compiled: bool
-) -> Work:
+def block_forward(arch: Architecture, length: int, *, tensor: int, sequence_shards: int, e: int, fused: bool) -> Work:
     """Work of a block's forward pass for one token on one of `tensor` ranks.
 
     Args:
         sequence_shards: ranks that share the residual stream's rows.
         e: bytes of an element.
-        compiled: element-wise work is fused: each fused pass reads its inputs and writes its results once.
+        fused: element-wise work is compiled, by itself or in whole blocks.
     """
     attention = attention_flops(arch, length)
     rotated = (arch.num_attention_heads + max(arch.num_query_groups, tensor)) * arch.kv_channels
-    traffic = _FUSED if compiled else _EAGER
+    traffic = _FUSED if fused else _EAGER
     stream = (2 * traffic.norm + traffic.additions) * arch.hidden_size
     inner = traffic.rotation * rotated + traffic.mlp * arch.ffn_hidden_size
     whole = block_flops(arch, length)
@@ -106,19 +105,20 @@ def block_forward(
     )
 
 
-def block_backward(forward: Work, *, num_passes: float, row_share: float, recomputes: bool) -> Work:
+def block_backward(forward: Work, *, num_passes: float, row_share: float, recomputes: bool, fused: bool) -> Work:
     """Work of its backward pass.
 
     Args:
         num_passes: length in forward passes by FLOPs, recomputation included, as the schedule counts it.
         row_share: share of the rows that it runs on; attention's kernel runs on all.
+        fused: as in the forward pass.
     """
     whole = num_passes * forward.flops
     return Work(
         flops=whole,
         products=whole - (2 + recomputes) * forward.attention,
         attention=(2 * _ATTENTION_BACKWARD + recomputes) * forward.attention,
-        num_bytes=(BYTES_BACKWARD * row_share + recomputes) * forward.num_bytes,
+        num_bytes=((_FUSED if fused else _EAGER).backward * row_share + recomputes) * forward.num_bytes,
     )
 
 

@@ -91,18 +91,14 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     roofline = Roofline(cluster=cluster, bf16=run.config.training.bf16)
     length = run.config.data.seq_length
     tokens = layout.micro_batch_size * length // layout.context
-    compiles = run.config.backend.compiles_on_gpu(
-        zero_stage=layout.zero_stage,
-        samples_rows=not run.config.backward.is_exact,
-        resets_documents=run.config.data.reset_attention_mask or run.config.data.reset_position_ids,
-        cuts_sequences=layout.context > 1,
-    )
+    compiles = run.compiles_blocks(zero_stage=layout.zero_stage, cuts_sequences=layout.context > 1)
+    fused = compiles or run.config.backend.fuses_elementwise_on_gpu(compiles_blocks=compiles)
     sums = [roofline.gradient_sum_seconds(stage.total) for stage in model_parameters(run, layout)]
 
     def forward_pass(arch: Architecture) -> _Forward:
         work = block_forward(
             arch, length, tensor=layout.tensor, sequence_shards=layout.sequence_shards, e=run.dtype_bytes,
-            compiled=compiles,
+            fused=fused,
         )  # fmt: skip
         ring = _all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
         num_sharing = max(1, layout.tensor // arch.num_query_groups)
@@ -125,7 +121,9 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     def backward_pass(rows: BackwardConfig) -> tuple[float, ...]:
         share = planned_share(rows, run.keep_ratio)
         num_passes = planned_passes(run.architecture, length, rows, run.keep_ratio, recomputes=layout.recomputes)
-        work = block_backward(model.work, num_passes=num_passes, row_share=share, recomputes=layout.recomputes)
+        work = block_backward(
+            model.work, num_passes=num_passes, row_share=share, recomputes=layout.recomputes, fused=fused
+        )
         # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
         block = tokens * roofline.seconds(work) + (1 + layout.recomputes) * (1 + share) / 2 * model.communication
         backward = [block * count + added for count, added in zip(model.blocks, sums, strict=True)]

@@ -60,6 +60,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 BOTH = files_of("flash", "apex")
 PLAIN = Backends()
+PIECES = Backends(fuses_elementwise=True)
 HOPPER = {"capability": (9, 0)}
 
 
@@ -78,11 +79,16 @@ HOPPER = {"capability": (9, 0)}
         ({"compile_blocks": True, "gpu": False}, {}, Backends(compile_blocks=True)),
         ({"compiles": True}, {}, Backends(compile_blocks=True)),
         ({"compiles": True, "gpu": False}, {}, PLAIN),
-        ({"compiles": True, "compile_blocks": False}, {}, PLAIN),
-        ({"compiles": True, "zero_stage": 3}, {}, PLAIN),
-        ({"compiles": True, "documents": True}, {}, PLAIN),
-        ({"compiles": True, "positions": True}, {}, PLAIN),
-        ({"compiles": True, "samples_rows": True}, {}, PLAIN),
+        # where blocks are not compiled, their element-wise work is
+        ({"compiles": True, "compile_blocks": False}, {}, PIECES),
+        ({"compiles": True, "zero_stage": 3}, {}, PIECES),
+        ({"compiles": True, "documents": True}, {}, PIECES),
+        ({"compiles": True, "positions": True}, {}, PIECES),
+        ({"compiles": True, "samples_rows": True}, {}, PIECES),
+        ({"compiles": True, "samples_rows": True, "compile_elementwise": False}, {}, PLAIN),
+        ({"compiles": True, "compile_elementwise": True}, {}, Backends(compile_blocks=True)),
+        ({"gpu": False, "samples_rows": True}, {}, PLAIN),
+        ({"gpu": False, "compile_elementwise": True}, {}, PIECES),
         # Hopper: flash-attn 3, else torch's (cuDNN), which is behind flash-attn 2 for windows and documents
         (HOPPER, CORRECT, Backends(attention="flash3", norm="apex", optimizer="apex")),
         (HOPPER, files_of("flash"), PLAIN),
@@ -195,7 +201,7 @@ def test_an_attention_without_a_fused_kernel_is_refused(choose: Any, monkeypatch
 def test_description(choose: Any) -> None:
     assert choose(BOTH, compile_blocks=True).describe() == {
         "attention": "flash-attn", "norm": "apex FusedRMSNorm", "optimizer": "apex FusedAdam",
-        "blocks": "torch.compile",
+        "blocks": "torch.compile", "element-wise": "torch.compile",
     }  # fmt: skip
 
 

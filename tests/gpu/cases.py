@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from fake_gpu.counting import Counter, Counts, Values
-from fake_gpu.kernels import TritonKernels, packages, torch_attention
+from fake_gpu.kernels import TritonKernels, compiled_elementwise, packages, torch_attention
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -84,6 +84,7 @@ def device(*, kernels: str = "triton", num_kept: int = 100, hopper: bool = True)
     with ExitStack() as stack:
         taken = stack.enter_context(torch_attention(hopper=hopper))
         stack.enter_context(packages(counter))
+        stack.enter_context(compiled_elementwise(counter))
         chosen: Any = TritonKernels(counter) if kernels == "triton" else TorchKernels()
         real, selective_ce.choose_kernels = selective_ce.choose_kernels, lambda *_, **__: chosen
         stack.callback(setattr, selective_ce, "choose_kernels", real)
@@ -124,13 +125,14 @@ SMALL = {
 def whole_model(
     architecture: str = "plain", *, layout: str = "one", attention: Any = "sdpa", norm: Any = "torch",
     documents: bool = False, recompute: bool = False, dtype: str = "bfloat16", kernels: str = "triton",
-    selection: dict[str, Any] | None = None, plant: str | None = None, hopper: bool = True,
+    selection: dict[str, Any] | None = None, plant: str | None = None, hopper: bool = True, fuses: bool = False,
     **changes: Any,
 ) -> Found:  # fmt: skip
     """A micro-batch of training: to the device, the reference's losses, the model, the loss head, and back.
 
     Args:
         plant: a fault in a block: a CPU tensor (`device`), a read of a value (`item`), a wrong `dtype` or `shape`.
+        fuses: element-wise work is compiled, each piece by itself.
     """
     context = ContextParallel()
     if layout == "context":
@@ -139,7 +141,8 @@ def whole_model(
     else:
         tp, dp = parallel(layout)
     arch = Architecture(**{**SMALL, **ARCHITECTURES[architecture], **changes})
-    layers = ParallelLayers(tp, context=context, backends=Backends(attention=attention, norm=norm))
+    backends = Backends(attention=attention, norm=norm, fuses_elementwise=fuses)
+    layers = ParallelLayers(tp, context=context, backends=backends)
     num_samples, length = 2, 128
     chosen = {"scores": (SCORES["excess"],), "keep_ratio": KEEP, **(selection or {})}
     objective = Objective(selector=Selector(**chosen), tp=tp, dp=dp, context=context)

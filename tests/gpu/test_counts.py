@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.cases import loss_head, transfer, whole_model
+from tests.gpu.cases import Found, loss_head, transfer, whole_model
 from tests.support.fake_gpu import FakeGpu
 
 EXCESS: dict[str, Any] = {"scores": ("excess",), "keep_ratio": 0.6, "kernels": "triton"}
@@ -101,12 +101,20 @@ def test_the_loss_head_adds_products_in_place(fake_gpu: FakeGpu) -> None:
 
 def test_bytes_of_a_block_by_line(fake_gpu: FakeGpu) -> None:
     """Where the model's element-wise traffic is, so that a change of it is seen: bytes a token of norms and rotations."""
-    found = fake_gpu(whole_model, architecture="plain", num_layers=1)
-    by_file: dict[str, int] = {}
+    tokens, width = 256, 128
+    eager = bytes_by_file(fake_gpu(whole_model, architecture="plain", num_layers=1))
+    assert 0 < eager["model/norm.py"] / (tokens * width) < 600
+    assert 0 < eager["model/rope.py"] / (tokens * width) < 300
+    fused = bytes_by_file(fake_gpu(whole_model, architecture="plain", num_layers=1, fuses=True))
+    assert not fused.keys() & {"model/norm.py", "model/mlp.py"}
+    assert fused["model/fused.py"] < 0.4 * sum(eager[f"model/{file}.py"] for file in ("norm", "mlp", "rope"))
+
+
+def bytes_by_file(found: Found) -> dict[str, int]:
+    """Of element-wise work."""
+    tally: dict[str, int] = {}
     for launch in (*found.forward.launches, *found.backward.launches):
         if not launch.flops:
             file = launch.place.removeprefix("(backward of) ").partition(":")[0]
-            by_file[file] = by_file.get(file, 0) + launch.num_bytes
-    tokens, width = 256, 128
-    assert 0 < by_file["model/norm.py"] / (tokens * width) < 600
-    assert 0 < by_file["model/rope.py"] / (tokens * width) < 300
+            tally[file] = tally.get(file, 0) + launch.num_bytes
+    return tally

@@ -18,9 +18,9 @@ ATTENTIONS = ("sdpa", "flash", "flash3")
 COVERING: list[dict[str, Any]] = [
     {},
     {"norm": "apex", "attention": "flash"},
-    {"architecture": "tied", "layout": "tp", "recompute": True},
+    {"architecture": "tied", "layout": "tp", "recompute": True, "fuses": True},
     {"architecture": "biased", "layout": "sp", "documents": True, "attention": "flash"},
-    {"architecture": "windowed", "documents": True, "recompute": True},
+    {"architecture": "windowed", "documents": True, "recompute": True, "fuses": True},
     {"architecture": "windowed", "attention": "flash3", "hopper": False},
     {"architecture": "windowed", "hopper": False, "dtype": "float32"},
     {"layout": "dp", "selection": {"scope": "data-parallel"}, "kernels": "torch"},

@@ -14,7 +14,7 @@ import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from megatron_slm.backends import choice as backends
-from megatron_slm.model import block
+from megatron_slm.model import block, fused
 from tests.support.runs import flags, recorded, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.training import command, train_and_report
 from tests.support.world import WorldError, run_world
@@ -153,6 +153,42 @@ def test_compiled_blocks_train_alike(layout: str, folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_blocks_train_alike_through_inductor(layout: str, folder: Path, tmp_path: Path) -> None:
     compare_compiled(layout, folder, tmp_path, "inductor")
+
+
+# ---- compiled element-wise work ------------------------------------------------------------------------------------
+
+
+def train_fused(values: dict[str, Any], compiler: str) -> dict[str, Any]:
+    fused.COMPILER = compiler
+    report = train_and_report(values)
+    stats = torch._dynamo.utils.counters["stats"]
+    return {**report, "graphs": stats["unique_graphs"]}
+
+
+WITHOUT_BLOCKS: dict[str, dict[str, Any]] = {
+    "pp2 sampled rows": {"pipeline_model_parallel_size": 2, "backward_rows": "sampled", "backward_row_share": 0.75},
+    "tp2 sp recomputing documents": {
+        "tensor_model_parallel_size": 2, "sequence_parallel": True, "recompute_granularity": "full",
+        "reset_attention_mask": True, "reset_position_ids": True,
+    },
+    "zero3 dp2": {"deepspeed_config": zero_config(3)},
+}  # fmt: skip
+"""Where whole blocks cannot be compiled."""
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name != "pp2 sampled rows")) for name in WITHOUT_BLOCKS]
+)
+def test_compiled_elementwise_work_trains_alike(layout: str, compiler: str, folder: Path, tmp_path: Path) -> None:
+    options = {**WITHOUT_BLOCKS[layout], "train_iters": 2, "objective": "slm", "reference_load": folder / "reference"}
+    run_world(train_and_report, 2, run_flags(folder / "corpus", tmp_path / "eager", **options))
+    values = run_flags(folder / "corpus", tmp_path / "fused", **options, compile_elementwise=True)
+    reports = run_world(train_fused, 2, values, compiler, timeout_seconds=600)
+    assert all(report["graphs"] >= 6 for report in reports), "norm, activation and rotation, forward and backward"
+    eager, ours = lines(tmp_path / "eager"), lines(tmp_path / "fused")
+    for name in ("loss", "loss_all", "reference_loss", "grad_norm", "kept_tokens"):
+        assert [x[name] for x in ours] == pytest.approx([x[name] for x in eager], rel=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.backends import Backends
+from megatron_slm.model import fused
 from megatron_slm.model.block import Block
 from megatron_slm.model.rope import rotation
 from megatron_slm.parallel import layers
@@ -46,8 +48,9 @@ def whole_sequence_is_kept(x: Tensor, weight: Tensor, bias: Tensor | None, tp: T
     return F.linear(gather_sequence(x, tp), weight, bias)
 
 
-def measured(shape: str, dtype: torch.dtype, tp: TensorParallel) -> int:
-    block = Block(architecture(shape), ParallelLayers(tp), 0).to(dtype)
+def measured(shape: str, dtype: torch.dtype, tp: TensorParallel, *, fuses: bool = False) -> int:
+    backends = Backends(fuses_elementwise=fuses)
+    block = Block(architecture(shape), ParallelLayers(tp, backends=backends), 0).to(dtype)
     rows = LENGTH // tp.size if tp.sequence_parallel else LENGTH
     x_sbd = torch.randn(rows, 1, block.self_attn.qkv.weight.shape[1]).to(dtype).requires_grad_()
     tables = rotation(LENGTH, *block.self_attn.rope, x_sbd.device)  # all blocks share them
@@ -74,3 +77,13 @@ def test_predicted_bytes_are_saved(size: int, sequence_parallel: bool) -> None:
         assert saved == pytest.approx(predicted, rel=0.001), name
         if sequence_parallel and not name.startswith("shared heads"):  # of which less is kept in any case
             assert 0.6 < saved / whole < 0.69, f"{name}: a third less than with whole sequences"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_elementwise_work_keeps_less(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "compiled", lambda function: function)
+    for shape in SHAPES:
+        arch, layout = architecture(shape), layout_of(TensorParallel())
+        predicted = block_activations(arch, layout, e=dtype.itemsize, fused=True).total
+        assert measured(shape, dtype, TensorParallel(), fuses=True) == pytest.approx(predicted * LENGTH, rel=0.001)
+        assert predicted < 0.85 * block_activations(arch, layout, e=dtype.itemsize).total

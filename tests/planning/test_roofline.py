@@ -21,7 +21,7 @@ sys.path.insert(0, str(TOOLS))
 
 from benchmarks.gpu_model import MODELS
 
-EAGER = {"no-compile-blocks": True}
+EAGER = {"no-compile-blocks": True, "no-compile-elementwise": True}
 RECORDS = json.loads((TOOLS.parent / "docs" / "benchmarks" / "gpu-model.json").read_text())
 
 
@@ -62,6 +62,7 @@ def test_compiled_blocks_and_sampled_rows_are_faster(tmp_path: Path) -> None:
     plain = planned(tmp_path, "7b", "clm", **EAGER).time.schedule
     compiled = planned(tmp_path, "7b", "clm", **{"compile-blocks": True}).time.schedule
     assert 0.75 < compiled / plain < 0.92
+    assert planned(tmp_path, "7b", "clm", **{"no-compile-blocks": True}).time.schedule == compiled
     assert planned(tmp_path, "7b", "clm").time.schedule == compiled
     sampled = {"backward-rows": "sampled", "backward-row-share": 0.7}
     rows = planned(tmp_path, "7b", "clm", **sampled).durations

@@ -28,7 +28,7 @@ def modelled(tmp_path: Path, *flags: str) -> dict[tuple[str, str], dict[str, Any
     records = json.loads((tmp_path / "found.json").read_text())
     for eager, compiled in zip(records[0::4], records[2::4], strict=True):
         assert (eager["blocks"], compiled["blocks"]) == ("eager", "compiled")
-        assert 1.05 < compiled["mfu"] / eager["mfu"] < 1.5
+        assert 1.05 < compiled["mfu"] / eager["mfu"] < 1.6
     return {(record["name"], record["objective"]): record for record in records if record["blocks"] == "eager"}
 
 

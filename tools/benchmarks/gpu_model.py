@@ -2,10 +2,11 @@
 
 A kernel takes the longest of: its FLOPs at the rate that products or attention reach, its bytes at the rate that memory
 reaches, and a launch. A step is as long as its micro-batches on one GPU, or on the last stage of an evenly cut
-pipeline, around which the pipeline fills and empties once; the reference rides along. Compiled blocks (the default on a
-GPU) keep their products and attention; their element-wise work is taken as fused passes over memory. The loss head is
-also given over its products: its time, the reference's included, over that of one product for each token that a model
-scores and two for each kept one. Nothing here was measured on a GPU; the rates are assumptions
+pipeline, around which the pipeline fills and empties once; the reference rides along. Where blocks are compiled (the
+default on a GPU) or only their element-wise work (the default where blocks cannot be), each norm, rotation and gated
+activation is one kernel that reads its inputs and writes its results; more that the compiler fuses is not counted. The
+loss head is also given over its products: its time, the reference's included, over that of one product for each token
+that a model scores and two for each kept one. Nothing here was measured on a GPU; the rates are assumptions
 (`megatron_slm/planning/roofline.py`), and the result is uncertain by 15 to 20 %.
 """
 
@@ -96,7 +97,7 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
     from megatron_slm.config.architecture import Architecture
     from megatron_slm.engine.schedule.costs import training_flops
     from megatron_slm.planning.gpus import GPUS
-    from megatron_slm.planning.roofline import BYTES_BACKWARD, GRADIENT_SUM_BYTES, MEMORY_RATE, block_forward
+    from megatron_slm.planning.roofline import GRADIENT_SUM_BYTES, MEMORY_RATE
 
     setting, gpu = MODELS[name], GPUS[gpu_name]
     arch = Architecture(**setting["arch"])
@@ -107,23 +108,14 @@ def model(name: str, gpu_name: str) -> list[dict[str, Any]]:
     parameters = 2 * table + arch.num_layers * counts["block parameters"]
     on_last_stage = layers * counts["block parameters"] + (2 if setting["stages"] == 1 else 1) * table
     bandwidth = gpu.memory_bytes_per_second * MEMORY_RATE
-    fused_bytes = tokens * block_forward(
-        arch, setting["length"], tensor=1, sequence_shards=1, e=2, compiled=True
-    ).num_bytes  # fmt: skip
     records = []
     for blocks, objective in itertools.product(("eager", "compiled"), ("clm", "slm")):
         parts: dict[str, float] = {}
-        for part, launches in counts[objective].items():
-            if "block" not in part:
-                parts[part] = sum(_seconds(launch, gpu) for launch in launches)
-                continue
-            if blocks == "compiled":  # products and attention as they are, the rest as few passes over memory
-                passes = BYTES_BACKWARD if part == "block backward" else 1.0
-                parts[part] = sum(_seconds(launch, gpu) for launch in launches if launch.flops)
-                parts[part] += passes * fused_bytes / bandwidth
-            else:
-                parts[part] = sum(_seconds(launch, gpu) for launch in launches)
-            parts[part] *= layers
+        for part, launches in counts["blocks"][blocks].items():
+            if part != "reference block" or objective == "slm":
+                parts[part] = layers * sum(_seconds(launch, gpu) for launch in launches)
+        for part, launches in counts["heads"][objective].items():
+            parts[part] = sum(_seconds(launch, gpu) for launch in launches)
         parts["gradient sums"] = GRADIENT_SUM_BYTES * on_last_stage / bandwidth
         stage = sum(parts.values())
         fill = (setting["stages"] - 1) / setting["micro_batches"]
@@ -164,9 +156,10 @@ def _counted(arch: Any, setting: dict[str, Any]) -> dict[str, Any]:
 
     import torch
     from fake_gpu.counting import Counter, Values
-    from fake_gpu.kernels import TritonKernels, torch_attention
+    from fake_gpu.kernels import TritonKernels, compiled_elementwise, torch_attention
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from megatron_slm.config.backends import Backends
     from megatron_slm.loss import blocks, selective_ce
     from megatron_slm.loss.objective import Objective, OutputWeight, StepSettings
     from megatron_slm.model.block import Block
@@ -177,28 +170,21 @@ def _counted(arch: Any, setting: dict[str, Any]) -> dict[str, Any]:
     from megatron_slm.types import MicroBatch, TokenStatistics
 
     length, samples, width = setting["length"], setting["samples"], arch.hidden_size
-    found: dict[str, Any] = {"clm": {}, "slm": {}}
+    found: dict[str, Any] = {"heads": {}, "blocks": {}}
     share = {"clm": 1.0, "slm": setting["keep"]}
     at = {"share": 1.0}
     counter = Counter(Values(rows_of=lambda _, n: math.ceil(at["share"] * n)))
     selective_ce.choose_kernels = lambda *_, **__: TritonKernels(counter)  # type: ignore[assignment, return-value]
-    with torch_attention(), FakeTensorMode(), torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        block = Block(arch, ParallelLayers(), 0)
-        torch.set_default_dtype(torch.float32)
-        found["block parameters"] = sum(p.numel() for p in block.parameters())
+    with torch_attention(), compiled_elementwise(counter), FakeTensorMode(), torch.device("cuda"):
         x_sbd = torch.empty(length, samples, width, dtype=torch.bfloat16, requires_grad=True)
-        with counter:
-            block(x_sbd)  # once, for what is kept
+        with counter:  # once, for what is kept
             blocks._multiplies_into_fp32(x_sbd.device, torch.bfloat16)
-            counter.take()
-            y_sbd = block(x_sbd)
-            forward = counter.take().launches
-            y_sbd.backward(torch.empty_like(y_sbd))
-            backward = counter.take().launches
-            with torch.no_grad():
-                block(x_sbd)
-            reference = counter.take().launches
+        for name, fuses in (("eager", False), ("compiled", True)):
+            torch.set_default_dtype(torch.bfloat16)
+            block = Block(arch, ParallelLayers(backends=Backends(fuses_elementwise=fuses)), 0)
+            torch.set_default_dtype(torch.float32)
+            found["block parameters"] = sum(p.numel() for p in block.parameters())
+            found["blocks"][name] = _block_launches(block, x_sbd, counter)
         weight = torch.empty(arch.vocab_size, width, dtype=torch.bfloat16, requires_grad=True)
         tokens = torch.empty(samples, length, dtype=torch.int64)
         batch = MicroBatch(tokens, tokens, torch.empty(samples, length, dtype=torch.bool), tokens[:, 0])
@@ -209,17 +195,34 @@ def _counted(arch: Any, setting: dict[str, Any]) -> dict[str, Any]:
             chosen = {"scores": (SCORES["excess"],), "keep_ratio": share["slm"]} if objective == "slm" else {}
             head = Objective(selector=Selector(**chosen), tp=TensorParallel())  # type: ignore[arg-type]
             losses = TokenStatistics(torch.empty(samples * length)) if objective == "slm" else None
-            parts = {"block forward": forward, "block backward": backward}
+            parts = {}
             with counter:
                 if objective == "slm":
                     head.statistics(x_sbd.detach(), output, batch)
-                    parts |= {"reference block": reference, "reference head": counter.take().launches}
+                    parts["reference head"] = counter.take().launches
                 loss, _ = head.loss(x_sbd, output, batch, losses, StepSettings(step=5))
                 parts["head forward"] = counter.take().launches
                 loss.backward()
                 parts["head backward"] = counter.take().launches
-            found[objective] = parts
+            found["heads"][objective] = parts
     return found
+
+
+def _block_launches(block: Any, x_sbd: Any, counter: Any) -> dict[str, Any]:
+    """Launches of a block's passes."""
+    import torch
+
+    with counter:
+        block(x_sbd)  # once, for what is kept
+        counter.take()
+        y_sbd = block(x_sbd)
+        launches = {"block forward": counter.take().launches}
+        x_sbd.grad = None
+        y_sbd.backward(torch.empty_like(y_sbd))
+        launches["block backward"] = counter.take().launches
+        with torch.no_grad():
+            block(x_sbd)
+        return {**launches, "reference block": counter.take().launches}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import math
 import sys
 import threading
 from collections import Counter as Tally
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -93,6 +94,15 @@ class Counter(TorchDispatchMode):
             assert x is None or x.is_cuda, f"{op} gets a tensor of {x.device if x is not None else None}"
         num_bytes = sum(_bytes(x) for x in tensors if x is not None)
         self.counts.launches.append(Launch(op, num_bytes, flops, place()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, kernels are not counted: they are parts of one that `launch` counts."""
+        counts, self.counts = self.counts, Counts(syncs=self.counts.syncs)
+        try:
+            yield
+        finally:
+            self.counts = counts
 
     def wait(self, why: str) -> None:
         """Count a host synchronization."""
