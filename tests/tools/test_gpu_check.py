@@ -82,7 +82,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_kernels_hold_here(checks: Any) -> None:
     kernels, setting = checks
-    for check in (kernels.loss_kernels, kernels.attention, kernels.loss_head_speed):
+    from gpu_checks.elementwise import elementwise
+
+    for check in (kernels.loss_kernels, kernels.attention, kernels.loss_head_speed, elementwise):
         outcome = check(setting)
         assert outcome.held, outcome.summary
         assert outcome.figures
@@ -111,13 +113,35 @@ def test_a_wrong_attention_is_found(checks: Any, monkeypatch: pytest.MonkeyPatch
     assert not kernels.attention(setting).held
 
 
+def test_a_wrong_rotation_is_found(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_checks.elementwise import elementwise
+
+    from megatron_slm.model import fused
+
+    monkeypatch.setattr(fused, "rotate_back", lambda grad, cos, sin: fused.rotate_in_steps(grad, cos, sin))
+    assert not elementwise(checks[1]).held
+
+
+EVERY = (
+    "environment", "loss-kernels", "attention", "element-wise", "parity", "loss-head", "step-1b", "step-7b",
+    "schedules", "lost-rank",
+)  # fmt: skip
+
+
+def test_every_check_has_a_test(checks: Any) -> None:
+    from gpu_checks.every import CHECKS
+
+    assert tuple(check.name for check in CHECKS) == EVERY
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, run the check itself")
-def test_the_whole_check_on_a_cpu(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, TOOLS / "gpu_check.py", "--output", tmp_path], capture_output=True, text=True, env=os.environ
-    )
+@pytest.mark.parametrize("name", EVERY)
+def test_the_check_on_a_cpu(name: str, tmp_path: Path) -> None:
+    """One by one: together they take longer than a test may."""
+    command = [sys.executable, TOOLS / "gpu_check.py", "--output", tmp_path, "--only", name]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [check["status"] for check in found["checks"]] == ["held"] * 9
+    assert [(check["name"], check["status"]) for check in found["checks"]] == [(name, "held")]
     assert sorted(path.name for path in tmp_path.glob("tmp*")) == []

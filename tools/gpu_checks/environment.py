@@ -26,7 +26,10 @@ def environment(setting: Setting) -> Outcome:
         "cuda": str(cuda_versions()) if setting.num_gpus else None,
         "driver": _driver(),
         "gpus": [_gpu(index) for index in range(setting.num_gpus)],
-        "packages": [{"package": finding.name, "used": finding.works, "why not": finding.problem} for finding in found],
+        "packages": [
+            {"package": finding.name, "for": use, "works": finding.works, "why not": finding.problem}
+            for use, finding in zip(("attention", "attention", "norms", "optimizer"), found, strict=True)
+        ],
     }
     broken = [f for f in found if f.problem not in (None, "not installed")]
     names = ", ".join(sorted({str(gpu["name"]) for gpu in figures["gpus"]})) if setting.num_gpus else "no GPU"

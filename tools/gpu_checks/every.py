@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_checks import environment, kernels, parity, several, speed
+from gpu_checks import elementwise, environment, kernels, parity, several, speed
 from gpu_checks.check import Check
 
 CHECKS = (
@@ -23,6 +23,12 @@ CHECKS = (
         what="every attention that works here equals its definition",
         run=kernels.attention,
         limit_seconds=90,
+    ),
+    Check(
+        name="element-wise",
+        what="compiled norms, rotations and activations are those of fp64",
+        run=elementwise.elementwise,
+        limit_seconds=120,
     ),
     Check(
         name="parity",

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpu_checks.check import Outcome, Setting
 
-_LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 2.0**-6}
+LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 2.0**-6}
 """Relative error of a gradient or a result, by dtype: the norm of the difference over the norm."""
 _LEAST_ALIKE = {"float32": 0.999, "bfloat16": 0.97}
 """Share of the kept rows that are those of fp64; logits that are rounded to bf16 move rows across the threshold."""
@@ -39,13 +39,13 @@ def loss_kernels(setting: Setting) -> Outcome:
                         "backend": backend, "variant": variant, "dtype": str(dtype).removeprefix("torch."),
                         "rows, width, vocabulary": str(size), **_compared(found, truth),
                     })  # fmt: skip
-    worst = max(record["gradient error"] / _LARGEST_ERROR[record["dtype"]] for record in records)
+    worst = max(record["gradient error"] / LARGEST_ERROR[record["dtype"]] for record in records)
     agreement = min(record["kept alike"] for record in records)
     held = worst <= 1.0 and all(record["kept alike"] >= _LEAST_ALIKE[record["dtype"]] for record in records)
     summary = (
         f"{len(records)} cases; gradients at {worst:.2g} of the error allowed, {agreement:.2%} of the kept rows alike"
     )
-    return Outcome(held=held, summary=summary, figures={"allowed error": _LARGEST_ERROR, "cases": records})
+    return Outcome(held=held, summary=summary, figures={"allowed error": LARGEST_ERROR, "cases": records})
 
 
 class _Problem:
@@ -169,7 +169,7 @@ def attention(setting: Setting) -> Outcome:
                             "attention": name, "width": width, "heads/groups": f"{heads}/{groups}", "window": window,
                             "documents": keeps_apart, "error": error,
                         })  # fmt: skip
-    allowed = _LARGEST_ERROR["bfloat16"]
+    allowed = LARGEST_ERROR["bfloat16"]
     worst = max(record["error"] for record in records)
     summary = f"{', '.join(kernels)}: {len(records)} cases, largest error {worst:.2g} of {allowed:.2g} allowed"
     summary += "".join(f"; {name}: {problem}" for name, problem in missing.items())
@@ -210,11 +210,11 @@ def loss_head_speed(setting: Setting) -> Outcome:
     records = []
     for size in sizes:
         problem = _Problem(size, dtype, setting.device)
-        seconds, peak = _measure(problem.full_logits, setting)
+        seconds, peak = measure(problem.full_logits, setting)
         num_rows, width, vocab = size
         for variant in ("recompute", "stash"):
             head = LossHead(variant=variant)  # type: ignore[arg-type]
-            ours, memory = _measure(lambda problem=problem, head=head: problem.through(head), setting)
+            ours, memory = measure(lambda problem=problem, head=head: problem.through(head), setting)
             products = 1 + (3 if variant == "recompute" else 2) * problem.keep
             records.append(
                 {
@@ -235,7 +235,7 @@ def loss_head_speed(setting: Setting) -> Outcome:
     return Outcome(held=True, summary=summary, figures={"loss head": records})
 
 
-def _measure(step: Callable[[], object], setting: Setting, *, rounds: int = 7) -> tuple[float, int]:
+def measure(step: Callable[[], object], setting: Setting, *, rounds: int = 7) -> tuple[float, int]:
     """Median seconds, and the peak of memory beyond what is held before (0 on a CPU)."""
     import torch
 

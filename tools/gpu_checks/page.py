@@ -86,4 +86,6 @@ def _figures(figures: dict[str, Any]) -> list[str]:
 def _shown(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import replace
 from typing import Any
 
 from gpu_checks import training
@@ -18,6 +17,11 @@ _SHAPES = {
     "1b": Shape(layers=6, hidden=2048, ffn=5632, heads=32, groups=4, vocabulary=32000, length=2048),
     "7b": Shape(layers=3, hidden=4096, ffn=14336, heads=32, groups=8, vocabulary=32000, length=4096),
 }
+_SMALL = {
+    "1b": Shape(layers=2, hidden=64, ffn=176, heads=8, groups=1, vocabulary=512, length=64),
+    "7b": Shape(layers=2, hidden=64, ffn=224, heads=8, groups=2, vocabulary=512, length=128),
+}
+"""Their proportions, for a CPU."""
 _SAMPLES = {"1b": 8, "7b": 1}
 """Of a micro-batch."""
 _MEMORY_TOLERANCE = 0.10
@@ -37,21 +41,26 @@ def step_7b(setting: Setting) -> Outcome:
 def _steps(name: str, setting: Setting) -> Outcome:
     shape, samples = _SHAPES[name], _SAMPLES[name]
     if setting.small:
-        shape, samples = replace(training.TINY, layers=2), 2
+        shape, samples = _SMALL[name], min(samples, 2)
     corpus = training.write_corpus(setting.folder / "corpus", shape, samples=4 * samples * (_STEPS + 2))
     reference = training.write_model(setting.folder / "reference", shape, device=setting.device, seed=1)
     common = {
         **shape.flags(), "data-path": corpus, "lr": 1e-4, "micro-batch-size": samples, "global-batch-size": 4 * samples,
         "train-iters": _STEPS, "bf16": True, "timing-log-level": 1, "no-compile-blocks": True,
+        "no-compile-elementwise": True,
     }  # fmt: skip
+    sampled = {"backward-rows": "sampled", "backward-row-share": 0.7}
+    by_itself = {"compile-elementwise": True, "no-compile-elementwise": None}
     slm = {"objective": "slm", "reference-load": reference}
     contenders: dict[str, dict[str, Any]] = {
         "clm": {"objective": "clm"},
         "slm": slm,
-        "slm, rows sampled 0.7": {**slm, "backward-rows": "sampled", "backward-row-share": 0.7},
+        "slm, rows sampled 0.7": {**slm, **sampled},
         "slm, rows kept": {**slm, "backward-rows": "kept"},
     }
     if setting.num_gpus:
+        contenders["clm, compiled element-wise"] = {"objective": "clm", **by_itself}
+        contenders["slm, rows sampled 0.7, compiled element-wise"] = {**slm, **sampled, **by_itself}
         contenders["clm, compiled blocks"] = {"objective": "clm", "compile-blocks": True, "no-compile-blocks": None}
         contenders["slm, compiled blocks"] = {**slm, "compile-blocks": True, "no-compile-blocks": None}
     records: list[dict[str, Any]] = []
