@@ -38,6 +38,7 @@ from megatron_slm.operations.hang_report import Diagnosis, Record, diagnose, is_
 from megatron_slm.operations.heartbeats import Heartbeats, StoreLostError, StoreSilentError
 from megatron_slm.operations.silent_peers import SilentPeers
 from megatron_slm.parallel.activity import Activity, LoopState, Moment
+from megatron_slm.parallel.meeting import rounds_waited
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +209,8 @@ class Watchdog:
         return "slow" if elapsed > limit and moment is not self._reported else None
 
     def _seconds_waited(self) -> float:
-        """Return how long this rank has waited for another one at the same place."""
-        now, position = time.monotonic(), (self.activity.moment, self.activity.location)
+        """Return how long this rank has waited for another one at the same place, without a sign that it works."""
+        now, position = time.monotonic(), (self.activity.moment, self.activity.location, rounds_waited())
         if self._waiting_for() is None:
             self._wait = None
         elif self._wait is None or self._wait[0] != position:

@@ -24,6 +24,9 @@ _LEAST_CPU_SECONDS = 1e-4
 """Used in a round by a rank that works; a rank that waits for another one's lock uses this much to look at it."""
 
 
+_rounds_waited = 0
+
+
 class _Still(Enum):
     WORKING = "working"
 
@@ -65,10 +68,12 @@ class Meeting:
 
     def gather(self, value: _T) -> list[_T]:
         """Return every rank's value, by rank. Collective over the world, after `working`."""
-        while True:
+        global _rounds_waited
+        values = all_gather_objects(value)
+        while any(one is _Still.WORKING for one in values):
+            _rounds_waited += 1
             values = all_gather_objects(value)
-            if not any(one is _Still.WORKING for one in values):
-                return values
+        return values
 
     def _join_meanwhile(self) -> None:
         used = _cpu_seconds()
@@ -82,6 +87,11 @@ class Meeting:
                 self._error = error
                 return
             used = _cpu_seconds()
+
+
+def rounds_waited() -> int:
+    """Count how often, in all its meetings, this process has learnt that another one still works."""
+    return _rounds_waited
 
 
 def _cpu_seconds() -> float:

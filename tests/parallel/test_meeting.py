@@ -16,9 +16,12 @@ import torch.distributed as dist
 from megatron_slm.checkpoint import format as checkpoint_format
 from megatron_slm.errors import ConfigError, PeerError
 from megatron_slm.flags.load import parse
+from megatron_slm.operations.watchdog import Watchdog
+from megatron_slm.parallel import meeting as meeting_module
+from megatron_slm.parallel.activity import Activity
 from megatron_slm.parallel.collectives import translate_peer_errors
 from megatron_slm.parallel.groups import init_distributed
-from megatron_slm.parallel.meeting import Meeting, raise_on_all_ranks
+from megatron_slm.parallel.meeting import Meeting, _Still, raise_on_all_ranks
 from megatron_slm.run.resume import open_resume
 from megatron_slm.training.pretrain import pretrain
 from tests.support.runs import flags, run_flags, write_corpus
@@ -58,6 +61,20 @@ def test_ranks_wait_for_one_that_works_longer_than_the_time_out() -> None:
         assert found == [0, 1, 2]
         assert error == "--x is 1: must be right. Fix: fix it"
         assert took > TIME_OUT
+
+
+def test_a_watchdog_counts_a_wait_anew_while_the_other_rank_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no wait times out by itself, as on NCCL."""
+    watchdog = Watchdog.__new__(Watchdog)
+    watchdog.activity, watchdog._wait = Activity(), None
+    monkeypatch.setattr(Watchdog, "_waiting_for", lambda self: "in a collective operation")
+    answers = iter([[0, _Still.WORKING], [0, 1]])
+    monkeypatch.setattr(meeting_module, "all_gather_objects", lambda value: next(answers))
+    assert watchdog._seconds_waited() == 0
+    assert watchdog._seconds_waited() > 0
+    assert Meeting.gather(Meeting.__new__(Meeting), 0) == [0, 1]
+    assert watchdog._seconds_waited() == 0
+    assert watchdog._seconds_waited() > 0
 
 
 def lose_one(how: str) -> tuple[str, float]:
