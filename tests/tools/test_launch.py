@@ -25,7 +25,8 @@ def launchers() -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "torchrun", "python"])
+# without a launcher: tests/cli/test_score_corpus.py trains so too
+@pytest.mark.parametrize("name", ["deepspeed", "torchrun", pytest.param("python", marks=pytest.mark.slow)])
 def test_launch(name: str, tmp_path: Path) -> None:
     corpus, reference = write_corpus(tmp_path / "corpus"), save_hf_llama(tmp_path / "reference")
     stages = 1 if name == "python" else 2
