@@ -31,7 +31,7 @@ _FIELDS = {name: name for name in _SAME_NAME} | {
     "tied": "untie_embeddings_and_output_weights",
 }
 """`ModelConfig` field for each `Architecture` field; that of `tied` is negated."""
-POSITIONS = ("rotary_base", "rope_scaling", "max_position_embeddings")
+POSITIONS = ("rotary_base", "local_rotary_base", "rope_scaling", "max_position_embeddings")
 """Fields of the positions' encoding: no weight depends on them."""
 
 
@@ -54,6 +54,8 @@ def resolve_architecture(
         return _checked(stored, given)
     positions = {name: given.pop(name) for name in POSITIONS if name in given}
     _checked(stored, given)
+    if stored.local_rotary_base == stored.rotary_base:  # one base, which only some blocks scale
+        positions["local_rotary_base"] = positions.get("rotary_base", stored.rotary_base)
     return _built(lambda: replace(stored, **positions))
 
 

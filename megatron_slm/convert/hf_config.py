@@ -210,14 +210,17 @@ def _with_rotary_fields(original: Mapping[str, Any], arch: Architecture, *, anew
         anew: the architecture encodes positions in another way than `original`.
     """
     out = deepcopy(dict(original))
+    family = family_named(out["model_type"])
+    assert family is not None, "its architecture was read"
+    written = json.loads(family.config(arch).to_json_string(use_diff=False))
     if anew:
         for name in ("rope_theta", "rope_scaling", "rope_parameters"):
             out.pop(name, None)
         out["max_position_embeddings"] = arch.max_position_embeddings
+        if "original_max_position_embeddings" in written:
+            out["original_max_position_embeddings"] = written["original_max_position_embeddings"]
     if not out.get("rope_parameters"):
-        family = family_named(out["model_type"])
-        assert family is not None, "its architecture was read"
-        out["rope_parameters"] = json.loads(family.config(arch).to_json_string(use_diff=False))["rope_parameters"]
+        out["rope_parameters"] = written["rope_parameters"]
     return with_old_rotary_fields(out)
 
 

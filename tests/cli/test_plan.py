@@ -198,6 +198,9 @@ def test_names_and_flags_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
         ("llama-2-7b", 6_738_415_616), ("llama-2-13b", 13_015_864_320), ("llama-2-70b", 68_976_648_192),
         ("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496),
         ("mistral-7b-v0.1", 7_241_732_096), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512),
+        ("smollm3-3b", 3_075_098_624), ("phi-4-mini", 3_836_021_760), ("granite-3.1-8b", 8_170_848_256),
+        ("glm-4-9b-0414", 9_400_279_040), ("olmo-2-7b", 7_298_617_344), ("gemma-2-9b", 9_241_705_984),
+        ("gemma-3-1b", 999_885_952),
     ],
 )  # fmt: skip
 def test_known_models_have_their_published_sizes(name: str, published: int) -> None:

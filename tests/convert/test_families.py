@@ -19,6 +19,7 @@ from megatron_slm.convert.hf_config import exported_config, read_architecture
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.convert.verify import verify
 from megatron_slm.errors import WeightsError
+from megatron_slm.planning.parameters import stage_parameters
 from tests.support.families import BASE, FAMILIES, family_model, save_family
 from tests.support.models import dense_stage, logits_bsV, random_hf_model
 
@@ -67,6 +68,9 @@ def test_a_model_trained_from_scratch(name: str, tmp_path: Path) -> None:
     raw = exported_config(arch, None, dtype="float32", special_ids=ids, is_trained=True)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert read_architecture(tmp_path) == arch
+    size = sum(parameter.numel() for parameter in model.parameters())
+    [stage] = stage_parameters(arch, tensor=1, num_stages=1, vocabulary_divisible_by=1)
+    assert arch.num_parameters == stage.total == size
     with torch.no_grad():
         assert torch.equal(logits_of(tmp_path), model(TOKENS_BS).logits)
 

@@ -124,6 +124,25 @@ def test_longer_contexts(from_transformers: int) -> None:
             exported_config(arch, raw, dtype=None, special_ids={}, is_trained=False)
 
 
+@pytest.mark.parametrize("name", ["phi-4-mini with longrope", "gemma 3", "olmo 3", "glm-4"])
+def test_longer_contexts_of_families_with_fields_of_their_own(name: str) -> None:
+    raw = written_by_transformers_5(name)
+    arch = replace(architecture_of(raw, "config.json"), rotary_base=9000.0, max_position_embeddings=256)
+    if name == "olmo 3":  # has one base, and transformers 4 no other for blocks with a window
+        arch = replace(arch, local_rotary_base=9000.0)
+    if name.startswith("phi"):
+        arch = replace(arch, rope_scaling={**arch.rope_scaling, "original_max_position_embeddings": 32})
+    config = exported_config(arch, raw, dtype=None, special_ids={}, is_trained=True)
+    assert architecture_of(config, "config.json") == arch
+    assert config["rope_theta"] == 9000.0, "transformers 4 reads this"
+    without_new = {key: value for key, value in config.items() if key != "rope_parameters"}
+    if name != "olmo 3":  # whose old base transformers 5 forgets for blocks with a window
+        assert architecture_of(without_new, "config.json") == arch
+    if name.startswith("phi"):
+        assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}, "transformers 4 takes no other"
+        assert config["original_max_position_embeddings"] == 32
+
+
 def resolved(imported: Architecture, *, starts: bool, **given: Any) -> Architecture:
     unset = dict.fromkeys(key.replace("-", "_") for key in (*MODEL_FLAGS, "init_method_std"))
     values = run_flags(Path("corpus"), Path("run"), **{**unset, **given})
@@ -142,6 +161,10 @@ def test_flags_may_encode_the_positions_of_a_start_in_another_way() -> None:
         resolved(imported, starts=True, hidden_size=8)
     with pytest.raises(ConfigError, match=r"--rope-scaling\.factor is missing"):
         resolved(imported, starts=True, rope_scaling='{"rope_type": "yarn"}')
+    for name, local_base in (("olmo 3", 9000.0), ("gemma 3", 50.0)):
+        arch = architecture_of(written_by_transformers_5(name), "config.json")
+        found = resolved(arch, starts=True, rotary_base=9000.0)
+        assert (found.rotary_base, found.local_rotary_base) == (9000.0, local_base), "one base of all blocks, or two"
     scaled = replace(imported, rope_scaling=LLAMA3)
     assert resolved(scaled, starts=True, rope_scaling='{"rope_type": "default"}') == imported
 

@@ -35,6 +35,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "biases": {"qkv_bias": True, "mlp_bias": True, "attention_output_bias": True},
     "norms of heads": {"qk_norm": True},
     "window": {"sliding_window": 4},
+    "multipliers, caps and blocks without RoPE": {
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.4,
+        "attention_softcap": 0.8,
+        "rotary_percent": 0.5,
+        "unrotated_interval": 2,
+        "activation": "gelu-tanh",
+        "zero_centered_norms": True,
+    },
     "everything": {
         "qkv_bias": True,
         "mlp_bias": True,

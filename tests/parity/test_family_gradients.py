@@ -24,7 +24,7 @@ from megatron_slm.parallel.shards import Part, parts_of
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.selection.selector import Selector
 from tests.support.families import FAMILIES, family_model
-from tests.support.models import StateDictSource
+from tests.support.models import StateDictSource, dense_stage, logits_bsV
 from tests.support.world import run_world
 
 NAMES = ["smollm3", "granite 3", "phi-4-mini with longrope", "glm-4", "olmo 2", "olmo 3", "gemma 2", "gemma 3"]
@@ -115,3 +115,17 @@ def test_two_tensor_parallel_ranks(names: list[str], sequence_parallel: bool) ->
                 held = whole if part.dim is None else whole.narrow(part.dim, part.start, part.length)
                 scale = max(float(whole.abs().max()), 0.01 * largest)  # some are zero but for rounding
                 assert (gradient - held).abs().max() <= 2e-5 * scale, (name, part.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama 3", *NAMES])
+def test_bf16_is_as_near_to_fp32_as_transformers_is(name: str) -> None:
+    model: Any = family_model(name)
+    stage = dense_stage(
+        architecture_of(model.config.to_dict(), "config.json"), logical(model, dict(model.state_dict()))
+    )
+    with torch.no_grad():
+        exact = model(TOKENS_BT).logits.log_softmax(-1)
+        ours_in_bf16 = logits_bsV(stage.to(torch.bfloat16), TOKENS_BT).float().log_softmax(-1)
+        theirs_in_bf16 = model.to(torch.bfloat16)(TOKENS_BT).logits.float().log_softmax(-1)
+    assert (ours_in_bf16 - exact).abs().mean() <= 1.3 * (theirs_in_bf16 - exact).abs().mean()

@@ -35,8 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3", {"head_dim": 10, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5,
                   "max_window_layers": 2, "tie_word_embeddings": True},
     ),
-    "ministral": ("Ministral", {"sliding_window": 7, "head_dim": 8}),
-    "ministral with a full block": (
+    "ministral": (
         "Ministral", {"sliding_window": 5, "layer_types": ["full_attention"] + 2 * ["sliding_attention"],
                       "tie_word_embeddings": True, "head_dim": 8},
     ),
