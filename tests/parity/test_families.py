@@ -71,6 +71,16 @@ def test_two_tensor_parallel_ranks_and_two_stages(name: str, folder: Path) -> No
         assert all(its_kept[batch] == kept[batch] for batch in first_step)  # later a rounding may turn a near tie
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phi-4-mini with longrope", "gemma 2", "olmo 3"])
+def test_two_context_parallel_ranks(name: str, folder: Path) -> None:
+    """Scalings that depend on the sequence's length, soft caps and windows, with half of each sequence on a rank."""
+    single, _ = train(name, folder / "long", "single", seq_length=32)
+    columns, _ = train(name, folder / "long", "context", seq_length=32, context_parallel_size=2)
+    for column in COLUMNS:
+        assert columns[column] == pytest.approx(single[column], rel=1e-5, abs=1e-6), column
+
+
 def test_norms_of_heads_under_sequence_parallelism(folder: Path) -> None:
     single, _ = train("qwen3 with everything", folder, "single")
     columns, _ = train("qwen3 with everything", folder, "sequence", sequence_parallel=True, **TENSOR)

@@ -69,9 +69,11 @@ def theirs(name: str) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), logical(model, {key: p.grad for key, p in model.named_parameters()})
 
 
-def ours(names: list[str], sequence_parallel: bool) -> dict[str, tuple[float, Gradients]]:
+def ours(names: list[str], tensor: int, sequence_parallel: bool) -> dict[str, tuple[float, Gradients]]:
     init_distributed()
-    tp = create_tensor_parallel_group(Topology(tensor=2), sequence_parallel=sequence_parallel)
+    tp = create_tensor_parallel_group(
+        Topology(tensor=tensor), sequence_parallel=sequence_parallel, num_query_groups=[2]
+    )
     batch = micro_batch(TOKENS_BT)
     out: dict[str, tuple[float, Gradients]] = {}
     for name in names:
@@ -98,12 +100,16 @@ def ours(names: list[str], sequence_parallel: bool) -> dict[str, tuple[float, Gr
 
 
 @pytest.mark.parametrize(
-    ("names", "sequence_parallel"),
-    [(NAMES, True), pytest.param(list(FAMILIES), False, marks=pytest.mark.slow)],
-    ids=["sequence parallel", "all families"],
+    ("names", "tensor", "sequence_parallel"),
+    [
+        (NAMES, 2, True),
+        pytest.param(list(FAMILIES), 2, False, marks=pytest.mark.slow),
+        pytest.param(NAMES, 4, True, marks=pytest.mark.slow),
+    ],
+    ids=["sequence parallel", "all families", "more ranks than key/value heads"],
 )
-def test_two_tensor_parallel_ranks(names: list[str], sequence_parallel: bool) -> None:
-    ranks = run_world(ours, 2, names, sequence_parallel)
+def test_tensor_parallel_ranks(names: list[str], tensor: int, sequence_parallel: bool) -> None:
+    ranks = run_world(ours, tensor, names, tensor, sequence_parallel)
     for name in names:
         loss, gradients = theirs(name)
         largest = max(float(gradient.abs().max()) for gradient in gradients.values())
