@@ -33,6 +33,9 @@ class LoggingConfig:
     nothing is trained or saved, and earlier records in RUN_DIR are kept."""
     eval_iters: int | None = None
     """Number of global batches evaluated per held-out set. Default: the whole set."""
+    eval_global_batch_size: int | None = None
+    """Samples per global batch of an evaluation, over all ranks; the unit of --eval-iters. Every sample counts once
+    with any. Default: that of training, the largest of --step-batch-size-schedule."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device at the run's precision, for the MFU metric. Default: known from the GPU's name."""
     profile_step_start: int | None = None
@@ -46,7 +49,15 @@ class LoggingConfig:
     to RUN_DIR/probe and TensorBoard."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "log_interval", "source_log_interval", "eval_interval", "eval_iters", "peak_tflops")
+        require_positive(
+            self,
+            "log_interval",
+            "source_log_interval",
+            "eval_interval",
+            "eval_iters",
+            "eval_global_batch_size",
+            "peak_tflops",
+        )
         require_positive(self, "profile_step_start")
         start, end = self.profile_step_start, self.profile_step_end
         require(

@@ -57,6 +57,9 @@ class TrainingConfig:
     """Samples per forward pass of one data-parallel rank."""
     global_batch_size: int | None = None
     """Samples per step over all ranks. Default: micro-batch size x data-parallel size."""
+    step_batch_size_schedule: str | None = None
+    """Samples per step over all ranks by the tokens drawn so far, instead of --global-batch-size: `0:768 250B:1536`.
+    Tokens may have a suffix K, M, B or T (10^3, 10^6, 10^9, 10^12)."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights and fp32 gradient accumulation. Default: fp32."""
     seed: int = 1234
@@ -69,3 +72,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require_positive(self, "train_iters", "micro_batch_size", "global_batch_size", "max_skipped_steps")
         require_not_negative(self, "seed")
+        if self.step_batch_size_schedule is not None:
+            rule = "not be used with --step-batch-size-schedule"
+            require(self.global_batch_size is None, self, "global_batch_size", rule, "remove one of them")

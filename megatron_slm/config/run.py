@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_slm.config.backends import BackendConfig
 from megatron_slm.config.backward import BackwardConfig
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.checkpoint import CheckpointConfig
 from megatron_slm.config.data import DataConfig
 from megatron_slm.config.distillation import DistillationConfig
@@ -48,6 +49,7 @@ class RunConfig:
     preflight: PreflightConfig
 
     def __post_init__(self) -> None:
+        self.batch_sizes(default=1)  # parses the schedule
         self._check_distillation()
         self._check_reference()
         self._check_context()
@@ -116,6 +118,22 @@ class RunConfig:
         require(self.backward.is_exact, self.backward, "backward_rows", rule, fix)
         rule = f"be off with {flag('context_parallel_size')} {size}, which is not compiled"
         require(not self.backend.compile_blocks, self.backend, "compile_blocks", rule, "leave it out")
+
+    def batch_sizes(self, default: int) -> BatchSizes:
+        """Return the samples of each step.
+
+        Args:
+            default: where the run names none.
+        """
+        training = self.training
+        if training.step_batch_size_schedule is not None:
+            return BatchSizes.parse(training.step_batch_size_schedule, sequence_length=self.data.seq_length)
+        return BatchSizes.constant(training.global_batch_size or default)
+
+    @property
+    def names_batch_size(self) -> bool:
+        """True where the batch sizes do not depend on the layout."""
+        return self.training.global_batch_size is not None or self.training.step_batch_size_schedule is not None
 
     @property
     def reference_path(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.errors import SlmError
 from megatron_slm.types import MicroBatch
@@ -18,14 +19,16 @@ class Prefetcher:
 
     Args:
         source: reads the micro-batches.
-        num_micro_batches: micro-batches of a step on this rank.
+        batch_sizes: samples of the steps over all data-parallel ranks.
         num_samples: samples of the run; nothing beyond them is read.
         num_threads: threads that read; 0 reads micro-batches on demand.
     """
 
-    def __init__(self, source: MicroBatchSource, *, num_micro_batches: int, num_samples: int, num_threads: int) -> None:
+    def __init__(
+        self, source: MicroBatchSource, *, batch_sizes: BatchSizes, num_samples: int, num_threads: int
+    ) -> None:
         self._source, self._num_samples = source, num_samples
-        self._step_samples = num_micro_batches * source.samples_together
+        self._batch_sizes = batch_sizes
         self._pool = ThreadPoolExecutor(num_threads, "micro-batches") if num_threads else None
         self._ahead: dict[int, Future[MicroBatch]] = {}
         self._scheduled = 0
@@ -46,13 +49,16 @@ class Prefetcher:
             return None
         for start in [start for start in self._ahead if start < consumed_samples]:
             del self._ahead[start]
-        end = consumed_samples + (_STEPS_READ + 1) * self._step_samples
+        end, needed = (
+            consumed_samples + self._batch_sizes.samples_of(steps, consumed_samples)
+            for steps in (_STEPS_READ + 1, _STEPS_READ)
+        )
         self._scheduled = max(self._scheduled, consumed_samples)
         while self._scheduled < min(end, self._num_samples):
             self._ahead[self._scheduled] = self._pool.submit(self._source.micro_batch, self._scheduled, 0)
             self._scheduled += self._source.samples_together
         for start, future in self._ahead.items():
-            if start >= consumed_samples + _STEPS_READ * self._step_samples:
+            if start >= needed:
                 continue
             error = future.exception()
             if isinstance(error, SlmError):

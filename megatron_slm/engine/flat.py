@@ -54,6 +54,10 @@ class FlatTrainer:
         self.step_timers, self.activity = timers, Activity()
         self.exceeding_norm: float | None = None
 
+    def use_micro_batches(self, count: int) -> None:
+        """Give the steps from the next one on so many micro-batches."""
+        self.num_micro_batches = count
+
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """Run forward, backward and optimizer step; return the sums over all ranks. Nothing is done ahead."""
         self.engine.train()

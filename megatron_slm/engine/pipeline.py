@@ -110,8 +110,13 @@ class SelectiveEngine(PipelineEngine):
 
     # ---- steps ------------------------------------------------------------------------------------------
 
+    def use_micro_batches(self, count: int) -> None:
+        """Give the steps from the next one on so many micro-batches, in a schedule of the same mode and costs."""
+        if count != self.schedule.num_micro_batches:
+            self.adopt(choose_schedule(self.schedule.mode, self.schedule.costs, count))
+
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
-        """Run one optimizer step on `micro_batches` micro-batches; return its sums over all ranks.
+        """Run one optimizer step on the schedule's micro-batches; return its sums over all ranks.
 
         Args:
             is_last: no step follows: none of its micro-batches is read, and no reference work is done for it.
@@ -123,7 +128,7 @@ class SelectiveEngine(PipelineEngine):
             self._run(self.schedule.prologue, source)
         self._works_ahead = not (is_last or is_last_measured)
         self._run(self.schedule.step if self._works_ahead else self.schedule.last, source, self._loss)
-        self._lookahead.advance(self.micro_batches)
+        self._lookahead.advance(self.schedule.num_micro_batches)
         if self._steps_to_measure:
             self._steps_to_measure -= 1
         if is_last_measured:

@@ -64,6 +64,11 @@ class Trainer(Protocol):
         """Current activity of this rank, for the watchdog."""
         ...
 
+    def use_micro_batches(self, count: int) -> None:
+        """Give the steps from the next one on so many micro-batches; the step before was run as a last one if that
+        is another number."""
+        ...
+
     def train_step(self, source: BatchSource, settings: StepSettings, *, is_last: bool) -> LossSums:
         """Run forward, backward and optimizer step; return the sums over all ranks.
 

@@ -98,6 +98,7 @@ _CALLED = {
     "error-injection-rate": "slm-replay (there is no injection)",
     "error-injection-type": "slm-replay (there is no injection)",
     "result-rejected-tracker-filename": "slm-replay",
+    "rampup-batch-size": "--step-batch-size-schedule",
     "check-for-spiky-loss": "--loss-spike-sigmas",
     "check-for-large-grads": "--loss-spike-sigmas",
     "no-check-for-nan-in-loss-and-grad": "--max-skipped-steps (non-finite steps are always skipped)",
@@ -194,7 +195,7 @@ _NOT_SUPPORTED = {
     "partial recomputation (use --recompute-granularity full)": (
         "recompute-method recompute-num-layers recompute-modules distribute-saved-activations cpu-offloading-num-layers"
     ),
-    "growing batch sizes": "rampup-batch-size decrease-batch-size-if-needed",
+    "batches of other sizes than asked for": "decrease-batch-size-if-needed",
     "fill-in-the-middle and other objectives": "mask-prob short-seq-prob test-mode sample-rate",
     "BERT, retrieval and biencoders": (
         "titles-data-path query-in-block-prob use-one-sent-docs evidence-data-path block-data-path embedding-path "

@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 from megatron_slm.arithmetic import ceil_div
+from megatron_slm.config.batch_sizes import SCHEDULE, BatchSizes
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import LayoutError
 from megatron_slm.parallel.topology import Topology
 
 
-def batch_arithmetic(config: RunConfig, topology: Topology) -> tuple[int, int]:
-    """Return (global batch size, micro-batches per step of one data-parallel rank).
+def samples_together(config: RunConfig, topology: Topology) -> int:
+    """Count the samples of one micro-step over all data-parallel ranks."""
+    return config.training.micro_batch_size * topology.data
+
+
+def divided_batch_sizes(config: RunConfig, topology: Topology) -> BatchSizes:
+    """Return a run's batch sizes, each of which divides into whole micro-steps.
 
     Raises:
-        LayoutError: the global batch is not a multiple of micro-batch size x data-parallel size.
+        LayoutError: one is not a multiple of micro-batch size x data-parallel size.
     """
-    samples_per_micro_step = config.training.micro_batch_size * topology.data
-    total = config.training.global_batch_size or samples_per_micro_step
-    if total % samples_per_micro_step:
+    sizes = config.batch_sizes(default=samples_together(config, topology))
+    scheduled = config.training.step_batch_size_schedule is not None
+    for size in sizes.sizes:
+        _check(SCHEDULE if scheduled else "--global-batch-size", size, config, topology)
+    return sizes
+
+
+def evaluation_batch_size(config: RunConfig, topology: Topology) -> int:
+    """Return the samples of a global batch of an evaluation: --eval-global-batch-size, or the largest of training.
+
+    Raises:
+        LayoutError: it is not a multiple of micro-batch size x data-parallel size.
+    """
+    given = config.logging.eval_global_batch_size
+    if given is None:
+        return divided_batch_sizes(config, topology).largest
+    _check("--eval-global-batch-size", given, config, topology)
+    return given
+
+
+def _check(flag: str, size: int, config: RunConfig, topology: Topology) -> None:
+    together = samples_together(config, topology)
+    if size % together:
         raise LayoutError(
-            "--global-batch-size",
-            total,
+            flag,
+            size,
             f"be a multiple of --micro-batch-size ({config.training.micro_batch_size}) x data-parallel size "
             f"({topology.data})",
-            f"use {ceil_div(total, samples_per_micro_step) * samples_per_micro_step}, or change --micro-batch-size",
+            f"use {ceil_div(size, together) * together}, or change --micro-batch-size",
         )
-    return total, total // samples_per_micro_step
 
 
 def check_lengths(config: RunConfig, topology: Topology) -> None:

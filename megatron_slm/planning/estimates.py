@@ -173,7 +173,7 @@ def _nothing_fits(run: PlannedRun, cluster: Cluster, found: int, smallest: int) 
     if found == 0:
         return LayoutError(
             "--global-batch-size",
-            run.config.training.global_batch_size,
+            run.config.batch_sizes(default=1).largest,
             f"allow a layout on {cluster.num_gpus} GPUs that divides batch and models evenly",
             "choose a multiple of the number of GPUs, or another number of nodes",
         )

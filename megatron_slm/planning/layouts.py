@@ -9,7 +9,7 @@ from typing import Any
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.errors import LayoutError
 from megatron_slm.model.partition import check_stages
-from megatron_slm.parallel.batches import batch_arithmetic, check_lengths
+from megatron_slm.parallel.batches import check_lengths, divided_batch_sizes, samples_together
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.planned_run import PlannedRun
 
@@ -77,7 +77,7 @@ def configured_layout(run: PlannedRun, world_size: int) -> Layout:
     )
     check_lengths(run.config, topology)
     check_stages(run.architecture.num_layers, topology.pipeline)
-    _, num_micro_batches = batch_arithmetic(run.config, topology)
+    num_micro_batches = divided_batch_sizes(run.config, topology).largest // samples_together(run.config, topology)
     return Layout(
         tensor=topology.tensor,
         pipeline=topology.pipeline,
@@ -102,8 +102,7 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
     Raises:
         LayoutError: --global-batch-size is missing.
     """
-    samples = run.config.training.global_batch_size
-    if samples is None:
+    if not run.config.names_batch_size:
         purpose = "a search, which compares layouts of one batch"
         raise LayoutError.missing("--global-batch-size", purpose, "give the number of samples of a step")
     context, length = run.config.parallel.context_parallel_size, run.config.data.seq_length
@@ -112,6 +111,7 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
         rule, fix = f"divide the number of GPUs, {world_size}", "choose another"
         raise LayoutError("--context-parallel-size", context, rule, fix)
     world_size //= context
+    samples = run.config.batch_sizes(default=1).largest
     for tensor in (t for t in range(1, max_tensor + 1) if world_size % t == 0 and _divides(run, t)):
         for pipeline in (p for p in range(1, run.architecture.num_layers + 1) if world_size // tensor % p == 0):
             data = world_size // tensor // pipeline

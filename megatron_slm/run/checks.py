@@ -250,7 +250,7 @@ def check_selection_columns(config: RunConfig, data: RunData) -> None:
             raise CorpusError(field, minimum, "be at least 0", "write weights, or use it as --slm-score")
 
 
-def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples], num_steps: int) -> None:
+def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSamples]) -> None:
     """Warn of evaluations and data phases that this run never reaches."""
     logging_config = config.logging
     for flag, value in (
@@ -259,6 +259,7 @@ def warn_of_unused_flags(config: RunConfig, held_out: dict[str, SequentialSample
     ):
         if value and not held_out and logging_config.probe_file is None:
             logger.warning("%s has no effect: --split and --valid-data-path hold out no set", flag)
+    num_steps = config.training.train_iters
     for phase in parse_phases(config.data.data_phases):
         if phase.first_step >= num_steps:
             logger.warning(

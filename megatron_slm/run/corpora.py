@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_slm.checkpoint.format import Manifest
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.blends import (
     Blend,
     NamedPrefix,
@@ -62,7 +63,7 @@ def open_run_data(
     tokenizer: Tokenizer,
     num_tokens: int,
     resume: Resume | None,
-    global_batch_size: int,
+    batch_sizes: BatchSizes,
     *,
     dry: bool,
     share: tuple[int, int] = (0, 1),
@@ -72,8 +73,8 @@ def open_run_data(
         config,
         tokenizer,
         num_tokens,
-        num_run_samples(config, resume, global_batch_size),
-        global_batch_size=global_batch_size,
+        num_run_samples(config, resume, batch_sizes),
+        batch_sizes=batch_sizes,
         manifest=resume.manifest if resume else None,
         dry=dry,
         share=share,
@@ -86,7 +87,7 @@ def open_data(
     num_tokens: int,
     num_samples: int,
     *,
-    global_batch_size: int,
+    batch_sizes: BatchSizes,
     manifest: Manifest | None = None,
     dry: bool = False,
     share: tuple[int, int] = (0, 1),
@@ -96,7 +97,7 @@ def open_data(
     Args:
         num_tokens: exclusive upper bound of the corpora's token ids.
         num_samples: training samples that the run draws.
-        global_batch_size: turns the steps of --data-phases into samples.
+        batch_sizes: turn the steps of --data-phases into samples.
         manifest: of the checkpoint that the run resumes from; the orders that it has begun are continued.
         dry: make indices in memory, unless --data-cache-path names a folder for them. (Remote corpora are copied all
             the same: they cannot be opened otherwise.)
@@ -108,8 +109,9 @@ def open_data(
     paths = read_paths(config.data)
     blends = [_BlendFrom(0, paths.train)]
     for phase in parse_phases(config.data.data_phases):
-        if phase.first_step * global_batch_size < num_samples:
-            blends.append(_BlendFrom(phase.first_step * global_batch_size, phase.blend))
+        first_sample = batch_sizes.samples_of(phase.first_step)
+        if first_sample < num_samples:
+            blends.append(_BlendFrom(first_sample, phase.blend))
     named = {corpus.prefix: corpus for _, blend in blends for corpus in blend.corpora}
     check_names(named.values(), "--data-phases")
     cache = cache_folder(config)

@@ -11,6 +11,7 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import planned_share
 from megatron_slm.config.run import RunConfig
 from megatron_slm.engine.schedule.simulate import Simulation
+from megatron_slm.parallel.batches import samples_together
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.parameters import StageParameters, stage_parameters
 from megatron_slm.run.plan import Plan
@@ -76,21 +77,22 @@ def _stage_cells(stage: StageParameters | None) -> tuple[str, str]:
     return ", ".join(layers) or "nothing", f"{stage.total:,}"
 
 
-def batch_rows(
-    config: RunConfig, topology: Topology, selector: Selector, global_batch_size: int, *, first_step: int = 0
-) -> dict[str, str]:
+def batch_rows(config: RunConfig, topology: Topology, selector: Selector, *, first_step: int = 0) -> dict[str, str]:
     """Describe batch arithmetic and tokens of a run."""
-    tokens_per_step = global_batch_size * config.data.seq_length
-    num_micro_batches = global_batch_size // (config.training.micro_batch_size * topology.data)
+    together, length = samples_together(config, topology), config.data.seq_length
+    sizes = config.batch_sizes(default=together)
+    extremes = sorted({min(sizes.sizes), sizes.largest})
+    micro_batches = " to ".join(str(size // together) for size in extremes)
+    tokens = " to ".join(f"{size * length:,}" for size in extremes)
     return {
         "objective": f"{config.selection.objective}, {selector.describe()}",
         "backward": _backward_in_words(config, selector),
         "precision": "bf16, fp32 accumulation" if config.training.bf16 else "fp32",
-        "global batch": f"{global_batch_size} samples = {config.training.micro_batch_size} a micro-batch x "
-        f"{num_micro_batches} micro-batches x {topology.data} data parallel",
-        "tokens a step": f"{tokens_per_step:,}",
+        "global batch": f"{sizes.describe(length)} samples = {config.training.micro_batch_size} a micro-batch x "
+        f"{micro_batches} micro-batches x {topology.data} data parallel",
+        "tokens a step": tokens,
         "steps": f"{config.training.train_iters:,}" + (f" from {first_step:,}" if first_step else ""),
-        "tokens of the run": f"{tokens_per_step * config.training.train_iters:,}",
+        "tokens of the run": f"{sizes.samples_of(config.training.train_iters) * length:,}",
     }
 
 
@@ -106,7 +108,7 @@ def _backward_in_words(config: RunConfig, selector: Selector) -> str:
 def _batch_table(plan: Plan) -> Table:
     config, samples = plan.config, plan.data.train
     first_step = plan.resume.manifest.step if plan.resume else 0
-    rows = batch_rows(config, plan.topology, plan.selector, plan.global_batch_size, first_step=first_step)
+    rows = batch_rows(config, plan.topology, plan.selector, first_step=first_step)
     for line in describe_sources(samples):
         name, _, text = line.partition(": ")
         rows[name] = text

@@ -38,7 +38,7 @@ def print_outline(config: RunConfig, world_size: int) -> None:
         config, run.architecture, run.references, layout.pipeline, layout.num_micro_batches, keep_ratio=run.keep_ratio
     )
     simulation = Simulation(schedule)
-    rows = batch_rows(config, topology, run.selector, layout.num_micro_batches * layout.micro_batch_size * layout.data)
+    rows = batch_rows(config, topology, run.selector)
     if run.reference is not None:
         rows["reference schedule"] = f"{schedule.mode}, predicted step {simulation.ratio:.2f} x plain training's"
     console = Console()

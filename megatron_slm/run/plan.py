@@ -14,12 +14,13 @@ from megatron_slm.arithmetic import ceil_div
 from megatron_slm.backends.choice import run_backends
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.backends import Backends
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.texts import TextSamples
 from megatron_slm.device import communication_backend, device_name, on_gpu
 from megatron_slm.loss.kernels import choose_kernels, triton_problem
 from megatron_slm.loss.variants import LossHead
-from megatron_slm.parallel.batches import batch_arithmetic
+from megatron_slm.parallel.batches import divided_batch_sizes, evaluation_batch_size, samples_together
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.stored import StoredScores
 from megatron_slm.run.backward_checks import check_backward_rows
@@ -62,7 +63,9 @@ class Plan:
     selector: Selector
     probe_texts: TextSamples | None
     """The texts of --probe-file."""
-    global_batch_size: int
+    batch_sizes: BatchSizes
+    eval_batch_size: int
+    """Samples of a global batch of an evaluation."""
     deepspeed: dict[str, Any]
     """DeepSpeed's configuration, with every "auto" resolved."""
     backends: Backends
@@ -71,8 +74,12 @@ class Plan:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of one step on one data-parallel rank."""
-        return self.global_batch_size // (self.config.training.micro_batch_size * self.topology.data)
+        """Micro-batches of the largest step on one data-parallel rank."""
+        return self.micro_batches_of(self.batch_sizes.largest)
+
+    def micro_batches_of(self, num_samples: int) -> int:
+        """Count the micro-batches of a global batch on one data-parallel rank."""
+        return num_samples // samples_together(self.config, self.topology)
 
     @property
     def zero_stage(self) -> int:
@@ -154,7 +161,8 @@ def make_plan(
     user_deepspeed = ds_config.read_json(config.parallel.deepspeed_config)
     check_environment(config, user_deepspeed)
     check_ranks(config, topology)
-    batch_size, num_micro_batches = batch_arithmetic(config, topology)
+    batch_sizes = divided_batch_sizes(config, topology)
+    num_micro_batches = batch_sizes.largest // samples_together(config, topology)
     resolved = resolve_deepspeed(user_deepspeed, config, topology, num_micro_batches)
     share = (0, 1) if dry else (rank, world_size)
     models = open_models(config, resume, share=share)
@@ -163,9 +171,9 @@ def make_plan(
     check_documents(config, models.tokenizer, backends)
     selector = build_selector(config.selection, seed=config.training.seed, vocabulary_size=models.num_tokens)
     check_backward_rows(config, selector, models.architecture)
-    data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_size, dry=dry, share=share)
+    data = open_run_data(config, models.tokenizer, models.num_tokens, resume, batch_sizes, dry=dry, share=share)
     check_sets(config, data.valid, data.test)
-    warn_of_unused_flags(config, data.valid, len(data.train) // batch_size)
+    warn_of_unused_flags(config, data.valid)
     warn_of_long_sequences(config, models.architecture, models.references)
     if rank == 0:
         check_selection_columns(config, data)
@@ -183,7 +191,8 @@ def make_plan(
         resume=resume,
         selector=selector,
         probe_texts=read_probe_texts(config, models.tokenizer),
-        global_batch_size=batch_size,
+        batch_sizes=batch_sizes,
+        eval_batch_size=evaluation_batch_size(config, topology),
         deepspeed=resolved,
         backends=backends,
         monitors=ds_config.monitors(user_deepspeed),

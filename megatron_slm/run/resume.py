@@ -17,6 +17,7 @@ from megatron_slm.checkpoint.format import (
     step_of,
     verify_files,
 )
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.collectives import broadcast_from_rank_0
@@ -69,10 +70,10 @@ def open_resume(config: RunConfig) -> Resume | None:
     return None
 
 
-def num_run_samples(config: RunConfig, resume: Resume | None, global_batch_size: int) -> int:
+def num_run_samples(config: RunConfig, resume: Resume | None, batch_sizes: BatchSizes) -> int:
     """Count the samples that a run draws until its end, those before its checkpoint included."""
     step, consumed = (resume.manifest.step, resume.manifest.state.consumed_samples) if resume else (0, 0)
-    return consumed + max(0, config.training.train_iters - step) * global_batch_size
+    return consumed + batch_sizes.samples_of(max(0, config.training.train_iters - step), consumed)
 
 
 def saves_where_it_loads(config: RunConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.inspection import render, sample_spans
@@ -23,7 +24,7 @@ class RunSamples:
     config: RunConfig
     tokenizer: Tokenizer
     samples: BlendedSamples
-    global_batch_size: int
+    batch_sizes: BatchSizes
 
     @classmethod
     def open(cls, config: RunConfig, tokenizer: Tokenizer, num_samples: int | None = None) -> RunSamples:
@@ -35,22 +36,21 @@ class RunSamples:
         Raises:
             SlmError: an error of the run itself, in its corpora or its checkpoint.
         """
-        training = config.training
-        global_batch_size = training.global_batch_size or training.micro_batch_size
+        batch_sizes = config.batch_sizes(default=config.training.micro_batch_size)
         # only the manifest of the checkpoint is used
         resume = open_resume(replace(config, checkpoint=replace(config.checkpoint, load_checksums="none")))
         manifest = resume.manifest if resume else None
-        total = num_samples or num_run_samples(config, resume, global_batch_size)
+        total = num_samples or num_run_samples(config, resume, batch_sizes)
         data = open_data(
             config,
             tokenizer,
             tokenizer.vocab_size,
             total,
-            global_batch_size=global_batch_size,
+            batch_sizes=batch_sizes,
             manifest=manifest,
             dry=True,
         )
-        return cls(config=config, tokenizer=tokenizer, samples=data.train, global_batch_size=global_batch_size)
+        return cls(config=config, tokenizer=tokenizer, samples=data.train, batch_sizes=batch_sizes)
 
     def describe(self) -> str:
         """Describe the run's samples, one line a corpus."""
@@ -86,7 +86,7 @@ class RunSamples:
             batch = source.micro_batch(index, 0)
             tokens = [*batch.tokens_bs[0].tolist(), int(batch.labels_bs[0, -1])]
             spans = sample_spans(corpus.corpus, corpus.pieces(sample), tokens, batch.valid_bs[0].numpy())
-            step, place = divmod(index, self.global_batch_size)
+            step, place = self.batch_sizes.step_of(index)
             title = f"sample {index} of {total}: place {place} of step {step + 1}, sample {sample} of {corpus.name}"
             yield f"━━ {title}{self._phase(index)}\n{render(spans, self.tokenizer)}"
 

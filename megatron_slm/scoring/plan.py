@@ -133,7 +133,7 @@ def make_scoring_plan(
     Raises:
         SlmError: something does not fit.
     """
-    training, path = config.training, config.reference_path
+    path = config.reference_path
     topology = run_topology(config, world_size)
     if path is None:
         raise ConfigError.missing("--reference-load", "scoring", "name the folder of the reference")
@@ -141,7 +141,7 @@ def make_scoring_plan(
         rule = "not be used in scoring, which stores the losses of one reference"
         fix = "score both models, one after the other, for --reference-scores-combine difference"
         raise ConfigError("--reference-base", config.selection.reference_base, rule, fix)
-    if training.global_batch_size is None:
+    if not config.names_batch_size:
         raise ConfigError.missing(
             "--global-batch-size",
             "scoring (its default depends on the layout, and the number of samples with it)",
@@ -159,7 +159,7 @@ def make_scoring_plan(
         rule = f"be at most the tokenizer's {tokenizer.vocab_size} ids"
         raise ConfigError("--top-logprobs", options.top_logprobs, rule, "use e.g. 64")
     num_tokens = reference.architecture.vocab_size if reference_tokenizer is None else tokenizer.vocab_size
-    data = open_run_data(config, tokenizer, num_tokens, resume, training.global_batch_size, dry=dry, share=share)
+    data = open_run_data(config, tokenizer, num_tokens, resume, config.batch_sizes(default=1), dry=dry, share=share)
     retokenized = None
     if reference_tokenizer is not None:
         retokenized = RetokenizedSamples(
@@ -181,7 +181,7 @@ def make_scoring_plan(
         reference_tokenizer=reference_tokenizer,
         backends=choose_backends(
             config.backend,
-            bf16=training.bf16,
+            bf16=config.training.bf16,
             zero_stage=1,
             architectures=[reference.architecture],
             keeps_documents_apart=config.data.reset_attention_mask,

@@ -212,7 +212,7 @@ def _flat_trainer(
         objective,
         reference=reference,
         scores=plan.scores,
-        num_micro_batches=plan.num_micro_batches,
+        num_micro_batches=plan.micro_batches_of(plan.batch_sizes.at(0)),
         timers=timers,
         rows=_row_sampler(plan, objective.tp),
     )
@@ -293,7 +293,7 @@ def _selection_probe(plan: Plan, trainer: Trainer, source: MicroBatchSource) -> 
         trainer=trainer,
         source=source,
         topology=plan.topology,
-        num_micro_batches=plan.num_micro_batches,
+        num_micro_batches=plan.micro_batches_of(plan.batch_sizes.at(0)),
         reference_changes=plan.config.reference_update.updates,
     )
     return SelectionProbe(batch=batch, interval=interval)

@@ -101,14 +101,15 @@ class Evaluator:
     def _mean_loss(self, held_out: HeldOutSet) -> float | None:
         """Mean loss in nats over the set's valid tokens, each counted once at any layout; None where not finite."""
         run, plan, sums = self._run, self._run.plan, LossSums()
+        count = plan.micro_batches_of(plan.eval_batch_size)
         for batch in range(held_out.num_global_batches):
             self._watchdog.enter(LoopState.EVALUATION, run.state.step)
             if (reason := self._stop.agreed()) is not None:
                 raise StopAskedError(reason)
-            read = partial(held_out.source.micro_batch, batch * plan.global_batch_size)
+            read = partial(held_out.source.micro_batch, batch * plan.eval_batch_size)
             with raise_on_all_ranks():  # before anything is sent, so that no rank waits for one that cannot read
-                micro_batches = [read(i) for i in range(plan.num_micro_batches)] if held_out.reads else []
-            sums = sums + run.trainer.evaluate(micro_batches.__getitem__, plan.num_micro_batches)
+                micro_batches = [read(i) for i in range(count)] if held_out.reads else []
+            sums = sums + run.trainer.evaluate(micro_batches.__getitem__, count)
         return evaluation_loss(sums)
 
     def _measure_texts(self) -> None:

@@ -130,7 +130,7 @@ class Health:
             reason=reason,
             skipped=result.skipped,
             first_sample=state.consumed_samples,
-            num_samples=plan.global_batch_size,
+            num_samples=plan.batch_sizes.at(state.consumed_samples),
             micro_batch_size=plan.config.training.micro_batch_size,
             loss_all=loss,
             loss_limit=limit,

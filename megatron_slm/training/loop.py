@@ -109,14 +109,22 @@ class _Loop:
         self._profiler.begin_step(step + 1)
         rate = learning_rate(step, self._config.optimizer, self._last)
         source = partial(run.train_source.micro_batch, self._state.consumed_samples)
-        is_last = step + 1 == self._last or self._reference_is_used_after(step + 1)
+        size, changes = self._batch_size()
+        run.trainer.use_micro_batches(run.plan.micro_batches_of(size))
+        is_last = step + 1 == self._last or changes or self._reference_is_used_after(step + 1)
         result = train_step(run.trainer, source, self._health.settings(), learning_rate=rate, is_last=is_last)
         bad = self._health.examine(result)
-        self._advance(result)
+        self._advance(result, size)
         if run.following is not None and self._config.reference_update.is_due(step + 1):
             run.following.update(run.trainer.engine.module.parameters())
-        self._recorder.step(result, rate)
+        self._recorder.step(result, rate, size)
         self._recorder.bad_batch(bad)
+
+    def _batch_size(self) -> tuple[int, bool]:
+        """Samples of the next step, and whether the one after it has another number, so that no work is done ahead."""
+        sizes, consumed = self._run.plan.batch_sizes, self._state.consumed_samples
+        size = sizes.at(consumed)
+        return size, sizes.at(consumed + size) != size
 
     def _reference_is_used_after(self, step: int) -> bool:
         """True if the reference changes or is probed after a step, so that it must not run ahead in the step."""
@@ -125,12 +133,12 @@ class _Loop:
         probe = self._run.selection_probe
         return self._config.reference_update.is_due(step) or (probe is not None and probe.is_due(step))
 
-    def _advance(self, result: StepResult) -> None:
+    def _advance(self, result: StepResult, num_samples: int) -> None:
         """Move the run's state past a step; a skipped one consumes its samples, and may change row shares."""
         state, sums = self._state, result.sums
         if self._run.trainer.rows is not None and result.rows is not None:
             state.row_shares = self._run.trainer.rows.next_shares(state.row_shares, result.rows)
-        state.advance(self._run.plan.global_batch_size, None if result.skipped else sums)
+        state.advance(num_samples, None if result.skipped else sums)
         if not result.skipped:
             state.score_threshold = self._run.plan.selector.next_threshold(
                 state.score_threshold, sums.threshold, sums.threshold_tokens

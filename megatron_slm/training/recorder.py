@@ -69,8 +69,8 @@ class Recorder:
         """Metrics up to the step that the run resumes from; empty on the other ranks."""
         return self._writer.resumed_lines if self._writer is not None else []
 
-    def step(self, result: StepResult, learning_rate: float) -> None:
-        """Record a training step. Collective."""
+    def step(self, result: StepResult, learning_rate: float, num_samples: int) -> None:
+        """Record a training step of so many samples. Collective."""
         state, plan = self._run.state, self._run.plan
         self._step_seconds += result.seconds
         self._clipped.append(0.0 < plan.config.optimizer.clip_grad < result.grad_norm and not result.skipped)
@@ -83,7 +83,7 @@ class Recorder:
             self.log(f"warning: step {state.step}: dropped {count} tokens with a non-finite loss or score", always=True)
         if result.skip_reason == "no-trained-token":
             self.log(f"warning: step {state.step}: all tokens of the batch are masked, nothing updated", always=True)
-        values = self._training_line(result, learning_rate)
+        values = self._training_line(result, learning_rate, num_samples)
         if used is not None and self._logs_sources():
             values["sources"] = self._source_metrics(result)
         self._warn_of_variance(values["backward_added_variance"])
@@ -93,9 +93,9 @@ class Recorder:
             self._clipped.clear()
         self._line.update(state.step, values)
 
-    def _training_line(self, result: StepResult, learning_rate: float) -> dict[str, Any]:
+    def _training_line(self, result: StepResult, learning_rate: float, num_samples: int) -> dict[str, Any]:
         state, plan = self._run.state, self._run.plan
-        tokens_per_second = plan.global_batch_size * plan.config.data.seq_length / result.seconds
+        tokens_per_second = num_samples * plan.config.data.seq_length / result.seconds
         return {
             "step": state.step,
             "samples": state.consumed_samples,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.backward import BackwardConfig
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.corpus.inspection import MASKED_CLOSE, MASKED_OPEN
 from megatron_slm.data.loader import MicroBatchSource
@@ -229,7 +230,7 @@ def _alone(plan: Plan) -> Plan:
     user = ds_config.read_json(config.parallel.deepspeed_config)
     return replace(
         plan,
-        global_batch_size=config.training.micro_batch_size * data,
+        batch_sizes=BatchSizes.constant(config.training.micro_batch_size * data),
         deepspeed=ds_config.resolve(user, config, data_parallel_size=copies, num_micro_batches=1),
         data=replace(plan.data, valid={}, test={}),
         monitors={},

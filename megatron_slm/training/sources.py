@@ -43,7 +43,7 @@ def train_prefetcher(plan: Plan, source: MicroBatchSource) -> Prefetcher:
     """Build the reader of training batches, which reads ahead on the stages that need micro-batches."""
     return Prefetcher(
         source,
-        num_micro_batches=plan.num_micro_batches,
+        batch_sizes=plan.batch_sizes,
         num_samples=len(plan.data.train),
         num_threads=plan.config.data.num_workers if _reads(plan, source) else 0,
     )
@@ -59,7 +59,7 @@ def held_out_sets(plan: Plan) -> list[HeldOutSet]:
     """Build the held-out sets of the run, each with its own source."""
     sets = []
     for name, samples in (*plan.data.valid.items(), *plan.data.test.items()):
-        count = num_global_batches(len(samples), plan.global_batch_size)
+        count = num_global_batches(len(samples), plan.eval_batch_size)
         if plan.config.logging.eval_iters is not None:
             count = min(count, plan.config.logging.eval_iters)
         source, at_end = micro_batch_source(plan, samples, pads_at_end=True), name in plan.data.test

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import Sidecar
@@ -29,7 +30,9 @@ def train_samples(folder: Path, num_samples: int, manifest: Any = None, **change
     values = run_flags(folder, run_dir, **{"vocab_size": 60_000, "seq_length": 16, **changes})
     config, _ = parse(flags(values))
     tokenizer = build_tokenizer("NullTokenizer", None, 60_000)
-    return open_data(config, tokenizer, 60_001, num_samples, global_batch_size=8, manifest=manifest).train
+    return open_data(
+        config, tokenizer, 60_001, num_samples, batch_sizes=BatchSizes.constant(8), manifest=manifest
+    ).train
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.data import reading
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.data.packing import PackedSamples, SequentialSamples
@@ -30,7 +31,7 @@ def source(samples: Any) -> MicroBatchSource:
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
 def test_micro_batches_are_those_of_the_source(samples: PackedSamples, num_threads: int) -> None:
-    ahead = Prefetcher(source(samples), num_micro_batches=2, num_samples=64, num_threads=num_threads)
+    ahead = Prefetcher(source(samples), batch_sizes=BatchSizes.constant(8), num_samples=64, num_threads=num_threads)
     plain = source(samples)
     for consumed in range(0, 64, 8):
         assert ahead.prepare(consumed) is None
@@ -44,7 +45,7 @@ def test_micro_batches_are_those_of_the_source(samples: PackedSamples, num_threa
 
 
 def test_the_next_steps_micro_batches_may_be_taken_early(samples: PackedSamples) -> None:
-    ahead = Prefetcher(source(samples), num_micro_batches=2, num_samples=64, num_threads=2)
+    ahead = Prefetcher(source(samples), batch_sizes=BatchSizes.constant(8), num_samples=64, num_threads=2)
     ahead.prepare(0)
     taken = [ahead.micro_batch(0, micro_step).sample_b.tolist() for micro_step in range(4)]
     assert ahead.prepare(8) is None
@@ -74,7 +75,7 @@ def test_a_corpus_that_stays_unreadable_is_reported_before_the_step(
 ) -> None:
     monkeypatch.setattr(reading, "RETRY_SECONDS", (0.0,))
     path = Path(f"{samples.name}.bin")
-    ahead = Prefetcher(source(samples), num_micro_batches=2, num_samples=64, num_threads=1)
+    ahead = Prefetcher(source(samples), batch_sizes=BatchSizes.constant(8), num_samples=64, num_threads=1)
     os.truncate(path, path.stat().st_size // 2)
     errors = [ahead.prepare(consumed) for consumed in range(0, 64, 8)]
     found = [error for error in errors if error is not None]

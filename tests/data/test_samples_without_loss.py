@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
@@ -59,7 +60,9 @@ PROMPTS = [[0] * 40 + [1] * 3, [0] * 64, [0, 1] * 16]
 
 def opened(folder: Path, num_samples: int, **changes: str) -> BlendedSamples:
     config, _ = parse(flags(run_flags(folder / "c", folder / "run", vocab_size=60, seq_length=8, **changes)))
-    return open_data(config, build_tokenizer("NullTokenizer", None, 60), 61, num_samples, global_batch_size=2).train
+    return open_data(
+        config, build_tokenizer("NullTokenizer", None, 60), 61, num_samples, batch_sizes=BatchSizes.constant(2)
+    ).train
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best-fit"])

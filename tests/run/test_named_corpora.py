@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import Sidecar
 from megatron_slm.data.packing import _numbers
@@ -56,7 +57,7 @@ def test_numbers_of_sequences_beyond_int32_do_not_wrap_around() -> None:
 def opened(folder: Path, **changes: Any) -> tuple[RunData, Any]:
     config, _ = parse(flags(run_flags(folder / "c", folder / "run", vocab_size=60, seq_length=8, **changes)))
     tokenizer = build_tokenizer("NullTokenizer", None, 60)
-    return open_data(config, tokenizer, 61, 4, global_batch_size=2), boundaries(config, tokenizer)
+    return open_data(config, tokenizer, 61, 4, batch_sizes=BatchSizes.constant(2)), boundaries(config, tokenizer)
 
 
 def test_documents_end_where_the_corpus_was_told(tmp_path: Path) -> None:
