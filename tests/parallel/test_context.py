@@ -24,7 +24,9 @@ from megatron_slm.parallel.groups import ContextParallel, DataParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.activations import block_activations
-from megatron_slm.planning.layouts import Layout
+from megatron_slm.planning.layouts import Layout, candidate_layouts, configured_layout
+from megatron_slm.planning.memory import OneForwardOneBackward, stage_memory
+from megatron_slm.planning.planned_run import plan_run
 from megatron_slm.types import Documents, MicroBatch
 from tests.support.runs import flags, run_flags
 from tests.support.saved import saved_bytes
@@ -169,3 +171,22 @@ def test_what_cannot_be_cut_is_refused() -> None:
         config(context_parallel_size=2, backward_rows="sampled", backward_row_share=0.7)
     with pytest.raises(ConfigError, match="--compile-blocks is True: must be off with --context-parallel-size 2"):
         config(context_parallel_size=2, compile_blocks=True)
+
+
+def test_the_planner_shares_sequences_too() -> None:
+    whole, cut = (
+        plan_run(config(seq_length=64, global_batch_size=8, context_parallel_size=size, micro_batch_size=1))
+        for size in (1, 2)
+    )
+    one, layout = configured_layout(whole, 2), configured_layout(cut, 4)
+    assert (layout.data, layout.context, layout.topology.copies) == (2, 2, 4)
+    assert layout.flags()["context-parallel-size"] == 2
+    assert {found.context for found in candidate_layouts(cut, 8, max_tensor=2)} == {2}
+    memory = [
+        stage_memory(run, its, OneForwardOneBackward(1, its.num_micro_batches))[0]
+        for run, its in ((whole, one), (cut, layout))
+    ]
+    assert 0.5 < memory[1].activations / memory[0].activations < 0.7  # the keys and values of all positions are kept
+    assert memory[1].optimizer == pytest.approx(memory[0].optimizer / 2, rel=0.01)
+    with pytest.raises(LayoutError, match="--context-parallel-size is 2: must divide the number of GPUs, 3"):
+        next(candidate_layouts(cut, 3, max_tensor=1))

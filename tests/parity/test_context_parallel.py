@@ -85,13 +85,13 @@ def check(folder: Path, out: Path, runs: Runs, world: int) -> None:
     for (name, (what, _)), mine, kept in zip(runs.items(), cut, train(world, cut), strict=True):
         assert_same_lines(mine["run-dir"], plain[str(what)]["run-dir"], name)
         assert kept == expected[str(what)], name
-        assert 100 < len(kept) < 5 * 8 * LENGTH
+        assert 100 < len(kept) < 5 * 8 * LENGTH or what in KEEP_ALL, name
 
 
 def assert_same_lines(found: Path, expected: Path, name: str) -> None:
     """All metrics: losses, counts, quantiles of scores, gradient norms, and an evaluation."""
     lines, wanted = recorded(found), recorded(expected)
-    assert len(lines) == len(wanted) == 6
+    assert len(lines) == len(wanted) >= 6  # five steps and an evaluation, or more
     for line, other in zip(lines, wanted, strict=True):
         assert line.keys() == other.keys()
         for metric, value in other.items():
@@ -136,18 +136,23 @@ def test_every_layout(folder: Path, tmp_path: Path, world: int) -> None:
     check(folder, tmp_path, matrix(world), world)
 
 
+KEEP_ALL: list[dict[str, Any]] = [
+    {"slm_policy": "weights", "slm_temperature": 0.7},
+    {"objective": "clm", "reference_load": None},
+]
+"""What keeps every token."""
 SELECTIONS: Runs = {
     name: (what, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2})
     for name, what in {
         "sequence": {"slm_scope": "sequence"},
         "quantile": {"slm_policy": "quantile"},
         "sample": {"slm_policy": "sample"},
-        "weights": {"slm_policy": "weights", "slm_temperature": 0.7},
+        "weights": KEEP_ALL[0],
         "peaking": {"slm_policy": "peaking", "slm_scope": "sequence"},
         "kl": {"loss": "kl"},
         "recomputed": {"recompute_granularity": "full"},
         "probed": {"slm_probe_interval": 2},
-        "clm": {"objective": "clm", "reference_load": None},
+        "clm": KEEP_ALL[1],
         "own loss": {"reference_load": None, "slm_score": "loss"},
     }.items()
 }
@@ -168,7 +173,7 @@ def assert_same_stores(found: Path, expected: Path) -> None:
         for key, value in theirs.items():
             if value.is_floating_point():
                 assert torch.allclose(mine[key].float(), value.float(), rtol=2e-3, atol=1e-3), (name, key)
-            else:
+            elif key != "score_digest":  # of the losses' bits
                 assert torch.equal(mine[key], value), (name, key)
 
 
