@@ -39,7 +39,7 @@ def run_backends(config: RunConfig, user_deepspeed: dict[str, Any], architecture
         updates_on_host=ds_config.offloads_optimizer(user_deepspeed),
         keeps_documents_apart=config.data.reset_attention_mask,
         resets_positions=config.data.reset_position_ids,
-        samples_rows=not config.backward.is_exact,
+        own_backward=not config.backward.is_exact or config.parallel.recompute_granularity == "selective",
         cuts_sequences=config.parallel.context_parallel_size > 1,
     )
 
@@ -53,7 +53,7 @@ def choose_backends(
     updates_on_host: bool = False,
     keeps_documents_apart: bool = False,
     resets_positions: bool = False,
-    samples_rows: bool = False,
+    own_backward: bool = False,
     cuts_sequences: bool = False,
 ) -> Backends:
     """Resolve `auto` to a backend that works.
@@ -63,7 +63,7 @@ def choose_backends(
         updates_on_host: the optimizer is offloaded.
         keeps_documents_apart: attention runs inside documents, of any length.
         resets_positions: positions start again in each document.
-        samples_rows: blocks' backward passes run on some of the gradient's rows.
+        own_backward: the blocks' backward passes are written out (sampled rows, selective recomputation).
         cuts_sequences: context-parallel ranks share every sequence.
 
     Raises:
@@ -80,7 +80,7 @@ def choose_backends(
     notes: dict[str, str] = {}
     can_compile = config.compiles_on_gpu(
         zero_stage=zero_stage,
-        samples_rows=samples_rows,
+        own_backward=own_backward,
         resets_documents=keeps_documents_apart or resets_positions,
         cuts_sequences=cuts_sequences,
     )

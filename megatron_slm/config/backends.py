@@ -28,19 +28,24 @@ class BackendConfig:
     compiled at start). auto: apex where it works, else torch."""
     compile_blocks: bool | None = None
     """Compile each decoder block with torch.compile: faster steps, of which the first take minutes longer. Not with
-    ZeRO-3, sampled rows, context parallelism, or documents kept apart. Default: on a GPU where it works."""
+    ZeRO-3, sampled rows, selective recomputation, context parallelism, or documents kept apart. Default: on a GPU where
+    it works."""
 
     compile_elementwise: bool | None = None
     """Compile norms, rotations and the gated activation, each by itself, where whole blocks are not compiled: less
     memory traffic, fewer activations. Default: on a GPU where it works."""
 
     def compiles_on_gpu(
-        self, *, zero_stage: int, samples_rows: bool, resets_documents: bool, cuts_sequences: bool
+        self, *, zero_stage: int, own_backward: bool, resets_documents: bool, cuts_sequences: bool
     ) -> bool:
-        """Tell whether a run on GPUs compiles its blocks, if the compiler works there."""
+        """Tell whether a run on GPUs compiles its blocks, if the compiler works there.
+
+        Args:
+            own_backward: the blocks' backward passes are written out (sampled rows, selective recomputation).
+        """
         if self.compile_blocks is not None:
             return self.compile_blocks
-        return zero_stage < 3 and not (samples_rows or resets_documents or cuts_sequences)
+        return zero_stage < 3 and not (own_backward or resets_documents or cuts_sequences)
 
     def fuses_elementwise_on_gpu(self, *, compiles_blocks: bool) -> bool:
         """Tell whether a run on GPUs compiles element-wise work alone, if the compiler works there."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_slm.config.rules import require, require_not_negative, require_positive
+from megatron_slm.config.recomputation import Recomputation
+from megatron_slm.config.rules import require, require_given, require_not_negative, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,19 @@ class ParallelConfig:
     first with the last, and so on, so that all have the same work), and attends to the gathered keys and values."""
     sequence_parallel: bool = False
     """Partition norms and the residual stream along the sequence over the tensor-parallel ranks."""
-    recompute_granularity: Literal["full"] | None = None
-    """full: recompute each block's activations in the backward pass. Default: store them."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """full: compute blocks again in the backward pass, from their inputs. selective: keep the results of matrix
+    products, and compute norms, attention's core and activations again (blocks are not compiled then). Default: store
+    all activations."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With --recompute-granularity full. uniform: cut a stage's blocks into runs of --recompute-num-layers, which keep
+    the input of their first block. block: compute only the first --recompute-num-layers blocks of a stage again, each
+    from its input. Default: uniform."""
+    recompute_num_layers: int | None = None
+    """Number of blocks for --recompute-method. Default: 1."""
+    offload_activations: bool = False
+    """Keep the blocks' activations in the host's memory (pinned, on GPUs) until the backward pass; each is copied
+    there and back by torch's save_on_cpu, beside nothing: step times grow by the copies."""
     reference_schedule: Literal["skewed", "bubble", "sequential", "ride-along"] = "skewed"
     """Schedule of the reference's forward passes; losses are bit-identical. skewed: ahead of time in idle slots of the
     pipeline, on later stages partly in the next step's. bubble: in idle slots of the preceding step. sequential: all
@@ -45,10 +57,27 @@ class ParallelConfig:
             "distributed_timeout_minutes",
         )
         require_not_negative(self, "reference_schedule_warmup_steps")
+        require_positive(self, "recompute_num_layers")
+        for name in ("recompute_method", "recompute_num_layers"):
+            rule = "be used with --recompute-granularity full, which has blocks to choose"
+            is_of_use = getattr(self, name) is None or self.recompute_granularity == "full"
+            require(is_of_use, self, name, rule, "add --recompute-granularity full, or remove it")
+        fix = "add --recompute-num-layers N, the number of blocks of a stage to compute again"
+        counts = self.recompute_method != "block" or self.recompute_num_layers is not None
+        require_given(counts, "recompute_num_layers", "--recompute-method block", fix)
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             self,
             "sequence_parallel",
             "be used with --tensor-model-parallel-size of 2 or more",
             "raise the tensor-parallel size, or remove it",
+        )
+
+    @property
+    def recomputation(self) -> Recomputation:
+        """The rule of what blocks keep for their backward passes."""
+        return Recomputation(
+            granularity=self.recompute_granularity,
+            method=self.recompute_method or "uniform",
+            num_layers=self.recompute_num_layers or 1,
         )

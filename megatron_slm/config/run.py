@@ -53,6 +53,7 @@ class RunConfig:
         self._check_distillation()
         self._check_reference()
         self._check_context()
+        self._check_recomputation()
         if self.checkpoint.keep_best is not None:
             saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
             require(
@@ -87,6 +88,21 @@ class RunConfig:
             require(temperature == 1, loss, "distillation_temperature", rule, "remove it, or use --reference-load")
             rule = f"be one store with --loss {loss.loss}, which has one reference"
             require(len(selection.reference_scores) == 1, selection, "reference_scores", rule, "name one of them")
+
+    def _check_recomputation(self) -> None:
+        parallel, kind = self.parallel, self.backward.backward_rows
+        rule = "be left out with --recompute-granularity selective, whose blocks are one function of their own"
+        selects = parallel.recompute_granularity == "selective"
+        fix = "leave it out, or use --recompute-granularity full"
+        require(not (selects and self.backend.compile_blocks), self.backend, "compile_blocks", rule, fix)
+        rule = f"be 1 with --backward-rows {kind} and --recompute-method uniform, because each block draws its own rows"
+        fix = "remove it, or use --recompute-method block or --backward-rows exact"
+        is_of_one = parallel.recomputation.method == "block" or parallel.recomputation.num_layers == 1
+        require(self.backward.is_exact or is_of_one, parallel, "recompute_num_layers", rule, fix)
+        rule = f"be left out with --backward-rows {kind}, whose blocks keep graphs of their own"
+        is_kept = self.backward.is_exact or parallel.recompute_granularity is not None
+        fix = "leave it out, or add --recompute-granularity selective"
+        require(not parallel.offload_activations or is_kept, parallel, "offload_activations", rule, fix)
 
     def _check_reference(self) -> None:
         selection, update = self.selection, self.reference_update

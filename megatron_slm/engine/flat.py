@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.recomputation import KEEP_ALL, Recomputation
 from megatron_slm.engine.diagnostics import MicroBatchDiagnostics, StepDiagnostics
 from megatron_slm.engine.gradients import gradient_factor, limited_norm, scaled_gradients, sum_over_world
 from megatron_slm.engine.module import GradientHook, output_rows, run_layers
+from megatron_slm.engine.offload import saved_activations
 from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.programs import Kind
 from megatron_slm.engine.timers import Timers
@@ -166,10 +168,12 @@ class FlatModule(nn.Module):
     the module runs.
     """
 
-    def __init__(self, arch: Architecture, layers: ParallelLayers, *, recompute: bool) -> None:
+    def __init__(
+        self, arch: Architecture, layers: ParallelLayers, *, recomputation: Recomputation, offloads: bool = False
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(maker.make() for maker in layer_list(arch, layers))
-        self.recompute = recompute
+        self.recomputation, self.offloads = recomputation, offloads
 
     def forward(
         self,
@@ -184,7 +188,9 @@ class FlatModule(nn.Module):
             hook: is called with the gradient of the embedding's output, in the backward pass.
             rows: choice of the rows that the blocks' backward passes run on; None for all.
         """
-        recomputes = self.recompute and self.training
-        x_sbd = run_layers(self.layers, batch.tokens_bs, batch.documents, recomputes=recomputes, hook=hook, rows=rows)
+        rule = self.recomputation if self.training else KEEP_ALL
+        tokens_bs, documents = batch.tokens_bs, batch.documents
+        with saved_activations(self, offloads=self.offloads):
+            x_sbd = run_layers(self.layers, tokens_bs, documents, recomputation=rule, hook=hook, rows=rows)
         embedding, *_, last = self.layers
         return head(x_sbd, output_rows(last, last.output or embedding.embed_tokens))  # type: ignore[arg-type]

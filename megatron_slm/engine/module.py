@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.recomputation import KEEP_ALL, Granularity, Recomputation
 from megatron_slm.engine.grid import Grid
+from megatron_slm.engine.offload import saved_activations
 from megatron_slm.loss.objective import OutputWeight
 from megatron_slm.model.block import Block
 from megatron_slm.model.llama import Embedding, Head, layer_list
@@ -37,7 +40,15 @@ class StageModule(PipelineModule):
     first stage's. Parameters start at zero; `checkpoint/fragments.py` fills them.
     """
 
-    def __init__(self, arch: Architecture, layers: ParallelLayers, grid: Grid) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        layers: ParallelLayers,
+        grid: Grid,
+        recomputation: Recomputation = KEEP_ALL,
+        *,
+        offloads: bool = False,
+    ) -> None:
         specs: list[LayerSpec] = [LayerSpec(maker.kind, *maker.args) for maker in layer_list(arch, layers)]
         self._bounds = stage_bounds(arch.num_layers, grid.ours.pipeline)
         if arch.tied:
@@ -47,6 +58,7 @@ class StageModule(PipelineModule):
             self._bounds[-1] += 1
         with contextlib.redirect_stdout(io.StringIO()), _given(grid):  # its constructor prints its partition
             super().__init__(specs, topology=grid.topology(), partition_method="given")
+        self._recomputation, self._offloads = recomputation, offloads
 
     def _partition_layers(self, method: str = "given") -> None:
         self.parts = self._bounds
@@ -79,8 +91,9 @@ class StageModule(PipelineModule):
 
         It takes the place of DeepSpeed's own, which passes one value from layer to layer and nothing beside it.
         """
-        recomputes = self.activation_checkpoint_interval > 0 and torch.is_grad_enabled()
-        return run_layers(self.forward_funcs, x, documents, recomputes=recomputes, hook=hook, rows=rows)
+        rule = self._recomputation if torch.is_grad_enabled() else KEEP_ALL
+        with saved_activations(self, offloads=self._offloads):
+            return run_layers(self.forward_funcs, x, documents, recomputation=rule, hook=hook, rows=rows)
 
     def output_weight(self) -> OutputWeight:
         """Return the output weight's token rows held here; on the last stage only."""
@@ -104,30 +117,57 @@ def run_layers(
     x: Tensor,
     documents: Documents | None,
     *,
-    recomputes: bool,
+    recomputation: Recomputation = KEEP_ALL,
     hook: GradientHook | None = None,
     rows: BackwardRows | None = None,
 ) -> Tensor:
     """Run layers one after the other on a micro-batch; only blocks take its documents.
 
     Args:
-        recomputes: do not keep the blocks' activations for their backward passes (with `rows`, these decide).
+        recomputation: what the blocks keep for their backward passes.
         hook: is called with the gradient of the first layer's output.
         rows: choice of the rows that the blocks' backward passes run on; None for all.
     """
-    beside = () if documents is None else (documents,)
-    for number, layer in enumerate(layers):
-        if not isinstance(layer, Block):
-            x = layer(x)
-        elif rows is not None:
-            x = layer(x, documents, rows)
-        elif recomputes:
-            x = checkpoint(layer, x, *beside, use_reentrant=False)
-        else:
-            x = layer(x, *beside)
-        if number == 0 and hook is not None and x.requires_grad:
-            x.register_hook(hook)
+    layers = list(layers)
+    run = _Layers(layers, documents, rows, hook)
+    first = next((number for number, layer in enumerate(layers) if isinstance(layer, Block)), len(layers))
+    end = first + sum(isinstance(layer, Block) for layer in layers)
+    for number in range(first):
+        x = run.one(number, x)
+    for size in recomputation.units(end - first):
+        unit = range(first, first + size)
+        first += size
+        if rows is None:
+            x = checkpoint(run.several, x, unit, use_reentrant=False)
+        else:  # the blocks are functions that do it themselves
+            x = run.several(x, unit, "full")
+    for number in range(first, len(layers)):
+        x = run.one(number, x, "selective" if recomputation.granularity == "selective" else None)
     return x
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Layers of a micro-batch's forward pass."""
+
+    layers: Sequence[Callable[..., Tensor]]
+    documents: Documents | None
+    rows: BackwardRows | None
+    hook: GradientHook | None
+
+    def one(self, number: int, x: Tensor, recompute: Granularity | None = None) -> Tensor:
+        """Run the layer of this number."""
+        layer = self.layers[number]
+        x = layer(x, self.documents, self.rows, recompute) if isinstance(layer, Block) else layer(x)
+        if number == 0 and self.hook is not None and x.requires_grad:
+            x.register_hook(self.hook)
+        return x
+
+    def several(self, x: Tensor, numbers: Iterable[int], recompute: Granularity | None = None) -> Tensor:
+        """Run these layers one after the other."""
+        for number in numbers:
+            x = self.one(number, x, recompute)
+        return x
 
 
 def _pass_on(embedding: nn.Module, x_sbd: Tensor) -> Tensor:

@@ -68,7 +68,6 @@ class RowSampler:
     length: int
     data_rank: int
     data_size: int
-    recomputes: bool
     counts_here: bool
     """True on the one rank that reports of rows that several ranks hold."""
     last: RowSums | None = None
@@ -89,7 +88,6 @@ class RowSampler:
             kind="kept" if self.config.backward_rows == "kept" else "sampled",
             share=shares.__getitem__,
             key=(self.seed, settings.step, number * self.data_size + self.data_rank),
-            recomputes=self.recomputes,
         )
         return self._passes[number]
 

@@ -32,9 +32,9 @@ _CALLED = {
     "yaml-cfg": "--config",
     "timing-log-option": "--timing-log-level (least and most of all ranks)",
     "distributed-backend": "the choice of device: NCCL on GPUs, gloo on CPUs",
-    "recompute-activations": "--recompute-granularity full",
+    "recompute-activations": "--recompute-granularity selective",
     "checkpoint-activations": "--recompute-granularity full",
-    "checkpoint-num-layers": "--recompute-granularity full (every block)",
+    "checkpoint-num-layers": "--recompute-granularity full --recompute-num-layers N",
     "use-torch-fsdp2": "ds_configs/zero3_bf16.json with --deepspeed-config",
     "use-megatron-fsdp": "ds_configs/zero3_bf16.json with --deepspeed-config",
     "data-parallel-sharding-strategy": "the ZeRO stage of --deepspeed-config",
@@ -192,8 +192,8 @@ _NOT_SUPPORTED = {
         "multi-latent-attention q-lora-rank kv-lora-rank qk-pos-emb-head-dim qk-head-dim v-head-dim mscale "
         "mscale-all-dim cache-mla-latents"
     ),
-    "partial recomputation (use --recompute-granularity full)": (
-        "recompute-method recompute-num-layers recompute-modules distribute-saved-activations cpu-offloading-num-layers"
+    "a choice of recomputed modules (use --recompute-granularity selective)": (
+        "recompute-modules distribute-saved-activations cpu-offloading-num-layers"
     ),
     "batches of other sizes than asked for": "decrease-batch-size-if-needed",
     "fill-in-the-middle and other objectives": "mask-prob short-seq-prob test-mode sample-rate",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model.attention import Attention
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.mlp import MLP
@@ -13,6 +14,7 @@ from megatron_slm.model.norm import RMSNorm
 from megatron_slm.model.rope import rotation
 from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.model.sampled_block import SampledBlock
+from megatron_slm.model.selective_block import SelectiveBlock
 from megatron_slm.types import Documents
 
 COMPILER = "inductor"
@@ -58,15 +60,24 @@ class Block(nn.Module):
         self.mlp = MLP(arch, layers, f"{prefix}mlp.")
         self.residual_multiplier = arch.residual_multiplier
 
-    def forward(self, x_sbd: Tensor, documents: Documents | None = None, rows: BackwardRows | None = None) -> Tensor:
+    def forward(
+        self,
+        x_sbd: Tensor,
+        documents: Documents | None = None,
+        rows: BackwardRows | None = None,
+        recompute: Granularity | None = None,
+    ) -> Tensor:
         """[s, b, d] to [s, b, d].
 
         Args:
             documents: document boundaries; None to attend to whole samples.
             rows: choice of the rows that the backward pass runs on; None for all.
+            recompute: what the backward pass computes again; of all rows, `full` is the caller's to do.
         """
         if rows is not None:
-            return SampledBlock.apply(self, documents, rows, x_sbd, *self.parameters())
+            return SampledBlock.apply(self, documents, rows, recompute, x_sbd, *self.parameters())
+        if recompute == "selective":
+            return SelectiveBlock.apply(self, documents, x_sbd, *self.parameters())
         attended_sbd = self.attention_output_norm(self.self_attn(self.attention_norm(x_sbd), documents))
         x_sbd = x_sbd + self.scaled(attended_sbd)
         return x_sbd + self.scaled(self.mlp_output_norm(self.mlp(self.mlp_norm(x_sbd))))

@@ -121,8 +121,6 @@ class BackwardRows:
     """Share of the rows, by block (counted through the model)."""
     key: tuple[int, ...]
     """Key of the draws of this micro-batch: the run's seed, the step, the micro-batch's number in the step."""
-    recomputes: bool = False
-    """True if blocks save nothing but their input for the backward pass."""
     measured: dict[int, tuple[float, Measured | None]] = field(default_factory=dict)
     """By block: the share of the rows, and the sums of a sampled one."""
 

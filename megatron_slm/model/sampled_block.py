@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model.layers import HasParameters
 from megatron_slm.model.row_sampling import BackwardRows, Drawn
 from megatron_slm.types import Documents
@@ -53,39 +54,68 @@ class _Inner(NamedTuple):
 
 
 class SampledBlock(torch.autograd.Function):
-    """The function of (block, documents, rows, input, the block's parameters) described above."""
+    """The function of (block, documents, rows, what to recompute, input, the block's parameters) described above."""
 
     @staticmethod
     def forward(
-        ctx: Any, block: Block, documents: Documents | None, rows: BackwardRows, x_sbd: Tensor, *_: Tensor
+        ctx: Any,
+        block: Block,
+        documents: Documents | None,
+        rows: BackwardRows,
+        recompute: Granularity | None,
+        x_sbd: Tensor,
+        *_: Tensor,
     ) -> Tensor:
         """[s, b, d] to [s, b, d]."""
         attended = _attend(block, x_sbd, documents)
         y_sbd = x_sbd + block.scaled(block.self_attn.o_proj(attended.mixed_sbf))
         gate_up = block.mlp.gate_up(block.mlp_norm(y_sbd))
-        ctx.block, ctx.documents, ctx.rows = block, documents, rows
-        # plain attributes: the graphs inside hold their own tensors, and the backward pass lets go of them
-        ctx.kept = x_sbd if rows.recomputes else (attended, _Inner(y_sbd, gate_up))
+        ctx.block, ctx.documents, ctx.rows, ctx.recompute = block, documents, rows, recompute
+        if recompute is None:  # plain attributes: the graphs inside hold their own tensors
+            ctx.kept = attended, _Inner(y_sbd, gate_up)
+        elif recompute == "selective":
+            ctx.save_for_backward(x_sbd, *attended.qkv, y_sbd, *gate_up)
+        else:
+            ctx.save_for_backward(x_sbd)
         return y_sbd + block.scaled(block.mlp.down_proj(block.mlp.activate(*gate_up)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input and of the parameters."""
-        assert ctx.kept is not None, "one backward pass for a forward pass"
-        kept, ctx.kept = ctx.kept, None
-        attended, inner = (_attend(ctx.block, kept, ctx.documents), None) if ctx.rows.recomputes else kept
+        attended, inner = _kept(ctx)
         passed = _Pass(ctx.block, attended, inner)
         dx_sbd = passed.run(grads[0], ctx.rows)
-        return None, None, None, dx_sbd, *(passed.found[id(p)] for p in ctx.block.parameters())
+        return None, None, None, None, dx_sbd, *(passed.found[id(p)] for p in ctx.block.parameters())
 
 
-def _attend(block: Block, x_sbd: Tensor, documents: Documents | None) -> _Attended:
+def _kept(ctx: Any) -> tuple[_Attended, _Inner | None]:
+    """Complete what the forward pass left: without the second half where that is made again of the rows alone."""
+    if ctx.recompute is None:
+        assert ctx.kept is not None, "one backward pass for a forward pass"
+        kept, ctx.kept = ctx.kept, None  # the backward pass lets go of it
+        return kept
+    x_sbd, *products = ctx.saved_tensors
+    if not products:
+        return _attend(ctx.block, x_sbd, ctx.documents), None
+    *qkv, y_sbd = products[:4]
+    return _attend(ctx.block, x_sbd, ctx.documents, qkv), _Inner(y_sbd, tuple(products[4:]))
+
+
+def _attend(
+    block: Block, x_sbd: Tensor, documents: Documents | None, projected: Sequence[Tensor] | None = None
+) -> _Attended:
+    """Run a block's first half.
+
+    Args:
+        projected: queries, keys and values where they are known.
+    """
     with torch.enable_grad():
         x_sbd = x_sbd.detach().requires_grad_()
         normed_sbd = block.attention_norm(x_sbd)
-    with torch.no_grad():
-        projected = block.self_attn.qkv(normed_sbd)
+    if projected is None:
+        with torch.no_grad():
+            projected = block.self_attn.qkv(normed_sbd)
     with torch.enable_grad():
         qkv = tuple(part.detach().requires_grad_() for part in projected)
         return _Attended(x_sbd, normed_sbd, qkv, block.self_attn.mix(*qkv, documents=documents, sparse_gradient=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.recomputation import Granularity
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.parameters import StageParameters
 from megatron_slm.planning.planned_run import PlannedRun
@@ -17,19 +18,19 @@ from megatron_slm.planning.planned_run import PlannedRun
 class BlockActivations:
     """Bytes per token that one block keeps on a rank, by part."""
 
-    stream: float
-    """The residual stream between attention and the feed-forward layer, and at the block's input, where they are kept
+    stream: float = 0.0
+    """The residual stream at the block's input, and between attention and the feed-forward layer, where they are kept
     in its own dtype."""
-    norms: float
+    norms: float = 0.0
     """Inputs in fp32, and outputs before the weight."""
-    linear_inputs: float
+    linear_inputs: float = 0.0
     """Inputs of the linear layers that leave the residual stream: under sequence parallelism this rank's part."""
-    projected: float
+    projected: float = 0.0
     """Queries, keys and values."""
-    attention: float
+    attention: float = 0.0
     """Rotated queries and keys, output and log-sum-exp."""
-    feed_forward: float
-    """The two inner layers, the activation of one (unless fused), and their product."""
+    feed_forward: float = 0.0
+    """The two inner layers; the activation of one (unless fused), and their product."""
 
     @property
     def total(self) -> float:
@@ -44,12 +45,22 @@ def fuses_elementwise(run: PlannedRun, layout: Layout) -> bool:
     return (
         asked
         and has_compiled_kinds
-        and not run.compiles_blocks(zero_stage=layout.zero_stage, cuts_sequences=layout.context > 1)
+        and not run.compiles_blocks(
+            zero_stage=layout.zero_stage,
+            cuts_sequences=layout.context > 1,
+            recomputes_selectively=layout.recomputation.granularity == "selective",
+        )
     )
 
 
 def block_activations(
-    arch: Architecture, layout: Layout, *, e: int, some_rows: bool = False, fused: bool = False
+    arch: Architecture,
+    layout: Layout,
+    *,
+    e: int,
+    some_rows: bool = False,
+    fused: bool = False,
+    recompute: Granularity | None = None,
 ) -> BlockActivations:
     """Return what one block keeps.
 
@@ -58,11 +69,18 @@ def block_activations(
 
     Args:
         fused: element-wise work is compiled by itself: norms keep their input as it is, and the activation nothing.
+        recompute: what the block computes again.
     """
     d, shards, tensor = arch.hidden_size, layout.sequence_shards, layout.tensor
     q = arch.num_attention_heads * arch.kv_channels / tensor
     shares_heads = arch.num_query_groups < tensor
     kv = arch.kv_channels if shares_heads else arch.num_query_groups * arch.kv_channels / tensor
+    if recompute == "full":
+        return BlockActivations(stream=e * d / shards)
+    inner = 2 * e * arch.ffn_hidden_size / tensor
+    if recompute == "selective":  # of keys and values what is projected here, gathered heads or not
+        projected = e * (q + 2 * arch.num_query_groups * arch.kv_channels / tensor)
+        return BlockActivations(stream=2 * e * d / shards, projected=projected, feed_forward=inner)
     whole_norms = 1 if some_rows else 2
     normed_heads = (4 + e) * (q + kv) if arch.qk_norm_of_all_heads else 0
     if layout.context > 1:  # the gathered keys and values of all positions, and the output in stretches and as a whole
@@ -77,7 +95,7 @@ def block_activations(
         linear_inputs=whole_norms * e * d / shards,
         projected=e * projected + normed_heads,
         attention=e * attended + 4 * arch.num_attention_heads / tensor,
-        feed_forward=(2 if some_rows else 3 if fused else 4) * e * arch.ffn_hidden_size / tensor,
+        feed_forward=inner if some_rows else (1.5 if fused else 2) * inner,
     )
 
 
@@ -86,23 +104,75 @@ def _norm(width: int, *, e: int, fused: bool) -> int:
     return (e if fused else 4 + e) * width + 4
 
 
-def stage_activations(run: PlannedRun, layout: Layout, parameters: StageParameters) -> int:
-    """Return the bytes that one micro-batch keeps for backward on a stage, without the loss head."""
-    arch, e, fused = run.architecture, run.dtype_bytes, fuses_elementwise(run, layout)
-    residual = e * arch.hidden_size / layout.sequence_shards
-    per_token = 0.0
-    if layout.recomputes:  # the input of each layer
-        per_token += residual * parameters.num_blocks
-    else:
-        some_rows = not run.config.backward.is_exact
-        per_token += (
-            parameters.num_blocks * block_activations(arch, layout, e=e, some_rows=some_rows, fused=fused).total
-        )
-        as_it_is = e == 4 or fused  # the first norm keeps the same tensor
-        if not as_it_is and not parameters.has_embedding:  # the stage's input
-            per_token += residual
+def recomputed_at_once(arch: Architecture, layout: Layout, *, num_blocks: int, e: int, fused: bool = False) -> float:
+    """Return the bytes per token that a backward pass makes again and holds at the same time.
+
+    Of a whole run of blocks where they are computed again; else of the larger half of a block, whose products are
+    kept.
+    """
+    rule, block = layout.recomputation, block_activations(arch, layout, e=e, fused=fused)
+    if rule.granularity == "full":
+        return max(rule.units(num_blocks), default=0) * block.total
+    if rule.granularity == "selective" and num_blocks:
+        return (block.norms + block.linear_inputs) / 2 + max(block.attention, block.feed_forward / 2)
+    return 0.0
+
+
+def offloaded_block(arch: Architecture, layout: Layout, *, e: int, recompute: Granularity | None) -> float:
+    """Return the bytes per token of one block that go to the host: torch copies a tensor as often as it is saved.
+
+    A norm saves its fp32 input and its scale twice, attention's output is saved as the next layer's input as well,
+    and each rotation its four tables.
+    """
+    kept = block_activations(arch, layout, e=e, recompute=recompute)
+    if recompute is not None:
+        return kept.total
+    q = arch.num_attention_heads * arch.kv_channels / layout.tensor
+    kv = arch.num_query_groups * arch.kv_channels / layout.tensor
+    if arch.num_query_groups < layout.tensor:
+        kv = arch.kv_channels
+    twice = 2 * (4 * arch.hidden_size + 4) / layout.sequence_shards
+    tables = 16 * arch.kv_channels / layout.micro_batch_size
+    attention = e * (3 * q + 2 * kv) + 4 * arch.num_attention_heads / layout.tensor
+    if layout.context > 1:
+        attention = kept.projected + kept.attention + e * q
+    return kept.norms + twice + kept.linear_inputs + attention + tables + kept.feed_forward
+
+
+def offloaded_activations(run: PlannedRun, layout: Layout, parameters: StageParameters) -> int:
+    """Return the bytes in host memory of one micro-batch's activations on a stage."""
+    if not layout.offloads:
+        return 0
+    arch, e, rule = run.architecture, run.dtype_bytes, layout.recomputation
+    per_token = e * arch.hidden_size / layout.sequence_shards * len(rule.units(parameters.num_blocks))
+    for count, recompute in rule.kinds(parameters.num_blocks):
+        if recompute != "full":
+            per_token += count * offloaded_block(arch, layout, e=e, recompute=recompute)
     if parameters.has_head:
-        per_token += _norm(arch.hidden_size, e=e, fused=fused) / layout.sequence_shards
+        per_token += ((8 + e) * arch.hidden_size + 8) / layout.sequence_shards
+    return round(per_token * layout.micro_batch_size * run.config.data.seq_length // layout.context)
+
+
+def stage_activations(run: PlannedRun, layout: Layout, parameters: StageParameters) -> int:
+    """Return the bytes that one micro-batch keeps for backward on a stage's device, without the loss head."""
+    arch, e, rule = run.architecture, run.dtype_bytes, layout.recomputation
+    fused = fuses_elementwise(run, layout)
+    residual = e * arch.hidden_size / layout.sequence_shards
+    some_rows = not run.config.backward.is_exact
+    per_token = 0.0
+    if not layout.offloads:
+        per_token += residual * len(rule.units(parameters.num_blocks))  # inputs of blocks that are computed again
+        for count, recompute in rule.kinds(parameters.num_blocks):
+            if recompute != "full":
+                kept = block_activations(arch, layout, e=e, some_rows=some_rows, fused=fused, recompute=recompute)
+                per_token += count * kept.total
+        if parameters.has_head:
+            per_token += _norm(arch.hidden_size, e=e, fused=fused) / layout.sequence_shards
+    as_it_is = e == 4 or fused  # the first norm keeps the same tensor
+    keeps_inputs = not layout.offloads and (rule.granularity is not None or some_rows or as_it_is)
+    if not keeps_inputs and not parameters.has_embedding:
+        per_token += residual  # the stage's input
+    if parameters.has_head:
         per_token += e * arch.hidden_size  # rows for the loss head
     rows_are_copied = layout.micro_batch_size > 1 or layout.sequence_shards > 1
     if layout.zero_stage == 1 and (rows_are_copied or not parameters.has_head):  # the engine holds the output

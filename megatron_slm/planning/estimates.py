@@ -11,7 +11,7 @@ from megatron_slm.engine.schedule.search import MAX_COMPUTATIONS, choose_schedul
 from megatron_slm.engine.schedule.simulate import Simulation
 from megatron_slm.errors import LayoutError
 from megatron_slm.planning.gpus import Cluster
-from megatron_slm.planning.layouts import Layout, candidate_layouts
+from megatron_slm.planning.layouts import GRANULARITIES, Layout, candidate_layouts
 from megatron_slm.planning.memory import OneForwardOneBackward, StageMemory, stage_memory
 from megatron_slm.planning.planned_run import PlannedRun
 from megatron_slm.planning.throughput import Durations, StepTime, stage_durations, step_time
@@ -166,7 +166,11 @@ def _is_better(one: Estimate, other: Estimate) -> bool:
     if abs(one.time.total - other.time.total) > EQUAL * other.time.total:
         return one.time.total < other.time.total
     ours, theirs = one.layout, other.layout
-    return (not ours.recomputes, ours.micro_batch_size) > (not theirs.recomputes, theirs.micro_batch_size)
+    return (_work_again(theirs), ours.micro_batch_size) > (_work_again(ours), theirs.micro_batch_size)
+
+
+def _work_again(layout: Layout) -> int:
+    return GRANULARITIES.index(layout.recomputation.granularity)
 
 
 def _nothing_fits(run: PlannedRun, cluster: Cluster, found: int, smallest: int) -> LayoutError:

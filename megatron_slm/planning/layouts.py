@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_slm.config import deepspeed as ds_config
+from megatron_slm.config.recomputation import KEEP_ALL, Granularity, Recomputation
 from megatron_slm.errors import LayoutError
 from megatron_slm.model.partition import check_stages
 from megatron_slm.parallel.batches import check_lengths, divided_batch_sizes, samples_together
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.planned_run import PlannedRun
 
+GRANULARITIES: tuple[Granularity | None, ...] = (None, "selective", "full")
+"""Recomputation that a search tries, the least first."""
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 """Sizes that a search tries."""
 
@@ -30,7 +33,10 @@ class Layout:
     num_micro_batches: int
     """Micro-batches per step and data-parallel rank."""
     sequence_parallel: bool
-    recomputes: bool
+    recomputation: Recomputation = KEEP_ALL
+    """The rule of what blocks keep for their backward passes."""
+    offloads: bool = False
+    """True if they keep it in the host's memory."""
 
     @property
     def topology(self) -> Topology:
@@ -53,13 +59,18 @@ class Layout:
             flags["context-parallel-size"] = self.context
         if self.sequence_parallel:
             flags["sequence-parallel"] = True
-        if self.recomputes:
-            flags["recompute-granularity"] = "full"
+        rule = self.recomputation
+        if rule.granularity is not None:
+            flags["recompute-granularity"] = rule.granularity
+        if rule.method == "block" or rule.num_layers > 1:
+            flags |= {"recompute-method": rule.method, "recompute-num-layers": rule.num_layers}
+        if self.offloads:
+            flags["offload-activations"] = True
         return flags
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-compatible values."""
-        return asdict(self)
+        return asdict(self) | {"recomputes": self.recomputation.granularity == "full"}
 
 
 def configured_layout(run: PlannedRun, world_size: int) -> Layout:
@@ -87,7 +98,8 @@ def configured_layout(run: PlannedRun, world_size: int) -> Layout:
         micro_batch_size=run.config.training.micro_batch_size,
         num_micro_batches=num_micro_batches,
         sequence_parallel=parallel.sequence_parallel and topology.tensor > 1,
-        recomputes=parallel.recompute_granularity == "full",
+        recomputation=parallel.recomputation,
+        offloads=parallel.offload_activations,
     )
 
 
@@ -119,7 +131,7 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
                 if samples % (data * micro_batch_size):
                     continue
                 for zero_stage in (1, 2, 3) if pipeline == 1 and data * context > 1 else (1,):
-                    for recomputes in (False, True):
+                    for granularity in _granularities(run):
                         yield Layout(
                             tensor=tensor,
                             pipeline=pipeline,
@@ -129,8 +141,15 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
                             micro_batch_size=micro_batch_size,
                             num_micro_batches=samples // (data * micro_batch_size),
                             sequence_parallel=tensor > 1 and length // context % tensor == 0,
-                            recomputes=recomputes,
+                            recomputation=Recomputation(granularity=granularity),
+                            offloads=run.config.parallel.offload_activations,
                         )
+
+
+def _granularities(run: PlannedRun) -> list[Granularity | None]:
+    """Those that a run may have: selective recomputation is of eager blocks with norms before attention and MLP."""
+    selects = not run.config.backend.compile_blocks and run.architecture.norm_placement == "before"
+    return [granularity for granularity in GRANULARITIES if granularity != "selective" or selects]
 
 
 def _divides(run: PlannedRun, tensor: int) -> bool:

@@ -20,7 +20,12 @@ from megatron_slm.loss.blocks import block_size, block_sizes
 from megatron_slm.loss.dense_distillation import chunk_rows
 from megatron_slm.loss.variants import StashPlan
 from megatron_slm.parallel.channels import Channel
-from megatron_slm.planning.activations import block_activations, fuses_elementwise, stage_activations
+from megatron_slm.planning.activations import (
+    fuses_elementwise,
+    offloaded_activations,
+    recomputed_at_once,
+    stage_activations,
+)
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.parameters import StageParameters, stage_parameters
 from megatron_slm.planning.planned_run import PlannedRun
@@ -62,7 +67,7 @@ class StageMemory:
     step_buckets: int
     """DeepSpeed's buffers in the optimizer's step (ZeRO-1)."""
     host: int = 0
-    """Offloaded state in host memory; not part of the total."""
+    """Offloaded state and activations in host memory; not part of the total."""
 
     @property
     def total(self) -> int:
@@ -116,6 +121,7 @@ def stage_memory(run: PlannedRun, layout: Layout, saved: SavedActivations) -> li
     stages = []
     for stage, parameters in enumerate(models):
         states = zero_states(parameters, layout, e=run.dtype_bytes, deepspeed=run.deepspeed)
+        states["host"] += saved.activations(stage) * offloaded_activations(run, layout, parameters)
         frozen_parameters = sum(of_stages[stage].total for of_stages in references)
         frozen = frozen_parameters * run.dtype_bytes  # never partitioned, at any ZeRO stage
         if run.config.reference_update.updates:
@@ -185,8 +191,8 @@ def working_bytes(run: PlannedRun, layout: Layout, parameters: StageParameters) 
     """Estimate the temporary bytes of a stage's largest pass.
 
     Backward of the model: gradients of the MLP's inner layers and of a norm in fp32, under sequence parallelism the
-    gathered input of a linear layer and its gradient, and with recomputation the activations of one block. Forward of
-    a reference: the MLP's inner layers and a norm.
+    gathered input of a linear layer and its gradient, and what is computed again. Forward of a reference: the MLP's
+    inner layers and a norm.
     """
     e, tokens = run.dtype_bytes, _tokens(run, layout)
 
@@ -197,9 +203,8 @@ def working_bytes(run: PlannedRun, layout: Layout, parameters: StageParameters) 
 
     model = inner(run.architecture) if parameters.num_blocks else 0.0
     model += e * max(parameters.sizes, default=0) / tokens  # a gradient until it is added to its fp32 sum
-    if layout.recomputes and parameters.num_blocks:
-        fused = fuses_elementwise(run, layout)
-        model += block_activations(run.architecture, layout, e=e, fused=fused).total
+    fused, num_blocks = fuses_elementwise(run, layout), parameters.num_blocks
+    model += recomputed_at_once(run.architecture, layout, num_blocks=num_blocks, e=e, fused=fused)
     return round(max(model, *(inner(arch) for arch in run.references), 0.0) * tokens)
 
 

@@ -61,11 +61,11 @@ class PlannedRun:
         """True if the loss has the distribution of a reference that runs."""
         return self.reference is not None and self.config.distillation.distills
 
-    def compiles_blocks(self, *, zero_stage: int, cuts_sequences: bool) -> bool:
+    def compiles_blocks(self, *, zero_stage: int, cuts_sequences: bool, recomputes_selectively: bool) -> bool:
         """Tell whether the run compiles its blocks on GPUs."""
         return self.config.backend.compiles_on_gpu(
             zero_stage=zero_stage,
-            samples_rows=not self.config.backward.is_exact,
+            own_backward=recomputes_selectively or not self.config.backward.is_exact,
             resets_documents=self.config.data.reset_attention_mask or self.config.data.reset_position_ids,
             cuts_sequences=cuts_sequences,
         )

@@ -114,7 +114,7 @@ def search_table(found: Sequence[Estimate], gpu: str) -> Table:
             str(layout.data),
             str(layout.zero_stage),
             f"{layout.micro_batch_size} x {layout.num_micro_batches}",
-            "full" if layout.recomputes else "-",
+            layout.recomputation.granularity or "-",
             f"{planned.peak_bytes / 2**30:.1f}",
             f"{planned.time.total:.3f}",
             f"{planned.simulation.ratio:.3f}",

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import BackwardConfig, planned_share
+from megatron_slm.config.recomputation import Granularity
 from megatron_slm.engine.schedule.costs import Costs, planned_passes
 from megatron_slm.model.partition import stage_blocks
+from megatron_slm.planning.activations import offloaded_activations
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.memory import loss_head_plan, model_parameters
@@ -86,14 +88,19 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     recomputes their logits. Distillation from a reference that runs does the latter forward, and a product with the
     reference's output weight more. Tensor parallelism adds two all-reduces (or their halves) per block and direction,
     and a gather of the keys and values where ranks share a head; context parallelism gathers those of a sequence. None
-    overlaps with computation.
+    overlaps with computation, nor do copies of offloaded activations.
     """
     roofline = Roofline(cluster=cluster, bf16=run.config.training.bf16)
     length = run.config.data.seq_length
     tokens = layout.micro_batch_size * length // layout.context
-    compiles = run.compiles_blocks(zero_stage=layout.zero_stage, cuts_sequences=layout.context > 1)
+    compiles = run.compiles_blocks(
+        zero_stage=layout.zero_stage,
+        cuts_sequences=layout.context > 1,
+        recomputes_selectively=layout.recomputation.granularity == "selective",
+    )
     fused = compiles or run.config.backend.fuses_elementwise_on_gpu(compiles_blocks=compiles)
-    sums = [roofline.gradient_sum_seconds(stage.total) for stage in model_parameters(run, layout)]
+    stages = model_parameters(run, layout)
+    sums = [roofline.gradient_sum_seconds(stage.total) for stage in stages]
 
     def forward_pass(arch: Architecture) -> _Forward:
         work = block_forward(
@@ -120,19 +127,32 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
 
     def backward_pass(rows: BackwardConfig) -> tuple[float, ...]:
         share = planned_share(rows, run.keep_ratio)
-        num_passes = planned_passes(run.architecture, length, rows, run.keep_ratio, recomputes=layout.recomputes)
-        work = block_backward(
-            model.work, num_passes=num_passes, row_share=share, recomputes=layout.recomputes, fused=fused
-        )
-        # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
-        block = tokens * roofline.seconds(work) + (1 + layout.recomputes) * (1 + share) / 2 * model.communication
-        backward = [block * count + added for count, added in zip(model.blocks, sums, strict=True)]
+
+        def block(recompute: Granularity | None) -> float:
+            num_passes = planned_passes(run.architecture, length, rows, run.keep_ratio, recompute=recompute)
+            work = block_backward(
+                model.work,
+                num_passes=num_passes,
+                row_share=share,
+                recomputes=recompute is not None,
+                fused=fused,
+            )
+            # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
+            rounds = 2 if recompute == "full" else 1
+            return tokens * roofline.seconds(work) + rounds * (1 + share) / 2 * model.communication
+
+        backward = [
+            sum(num * block(kind) for num, kind in layout.recomputation.kinds(count)) + added + copied
+            for count, added, copied in zip(model.blocks, sums, copies, strict=True)
+        ]
         backward[0] += 2 * model.embedding
         if not run.distills_live:
             backward[-1] += run.keep_ratio * tokens * roofline.seconds(kept_head)
         return tuple(backward)
 
-    reference, forward = [0.0] * layout.pipeline, list(model.stages)
+    copies = [offloaded_activations(run, layout, stage) / HOST_BYTES_PER_SECOND for stage in stages]
+    reference = [0.0] * layout.pipeline
+    forward = [computed + copied for computed, copied in zip(model.stages, copies, strict=True)]
     for arch in run.references:
         frozen = forward_pass(arch)
         reference = [before + seconds for before, seconds in zip(reference, frozen.stages, strict=True)]

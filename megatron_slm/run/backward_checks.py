@@ -13,7 +13,7 @@ MOST_PREDICTED_VARIANCE = 0.5
 
 
 def check_backward_rows(config: RunConfig, selector: Selector, arch: Architecture) -> None:
-    """Validate --backward-rows.
+    """Validate --backward-rows and --recompute-granularity.
 
     Args:
         arch: of the model.
@@ -23,6 +23,13 @@ def check_backward_rows(config: RunConfig, selector: Selector, arch: Architectur
         LayoutError: the layout cannot be.
     """
     kind, share = config.backward.backward_rows, config.backward.backward_row_share
+    if config.parallel.recompute_granularity == "selective" and arch.norm_placement != "before":
+        raise ConfigError(
+            "--recompute-granularity",
+            "selective",
+            f"be full with a model whose norms are {arch.norm_placement} attention and MLP",
+            "use --recompute-granularity full",
+        )
     if config.backward.is_exact:
         return
     if arch.norm_placement != "before":

@@ -53,7 +53,7 @@ def counted_schedule(
         num_stages,
         seq_length=config.data.seq_length,
         keep_ratio=keep_ratio,
-        recomputes=config.parallel.recompute_granularity == "full",
+        recomputation=config.parallel.recomputation,
         rows=config.backward,
         distillation=config.distillation,
     )

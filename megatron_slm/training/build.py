@@ -165,11 +165,14 @@ def _following(plan: Plan, reference: FrozenStage | ReferencePair) -> FollowingR
 def _pipeline_trainer(
     plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | ReferencePair | None
 ) -> Trainer:
-    module = StageModule(plan.models.architecture, layers, grid)
+    parallel = plan.config.parallel
+    module = StageModule(
+        plan.models.architecture, layers, grid, parallel.recomputation, offloads=parallel.offload_activations
+    )
     if plan.backends.compile_blocks:
         compile_blocks(module)
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
-    tp, parallel = objective.tp, plan.config.parallel
+    tp = objective.tp
     length = plan.config.data.seq_length // plan.topology.context // (tp.size if tp.sequence_parallel else 1)
     schedule = plan_schedule(plan)
     sizes = message_sizes(plan, message_length=length)
@@ -195,15 +198,18 @@ def _pipeline_trainer(
 def _flat_trainer(
     plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | ReferencePair | None
 ) -> Trainer:
-    recompute = plan.config.parallel.recompute_granularity == "full"
+    recomputation = plan.config.parallel.recomputation
     # backward passes reduce gradients: they wait for other ranks
     timers = Timers(plan.config.logging.timing_log_level, work=[name for name in WORK if name != "backward-compute"])
-    module = FlatModule(plan.models.architecture, layers, recompute=recompute).to(local_device())
+    offloads = plan.config.parallel.offload_activations
+    module = FlatModule(plan.models.architecture, layers, recomputation=recomputation, offloads=offloads)
+    module = module.to(local_device())
     if plan.backends.compile_blocks:
         compile_blocks(module)
     updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, updates_on)
-    if plan.zero_stage == 3 and not plan.config.backward.is_exact:
+    written_out = not plan.config.backward.is_exact or recomputation.granularity == "selective"
+    if plan.zero_stage == 3 and written_out:
         set_z3_leaf_modules(module, [Block])  # its backward pass is one function, which needs all of its weights
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
     return FlatTrainer(
@@ -231,7 +237,6 @@ def _row_sampler(plan: Plan, tp: TensorParallel) -> RowSampler | None:
         length=config.data.seq_length,
         data_rank=plan.topology.coordinate(dist.get_rank()).data,
         data_size=plan.topology.data,
-        recomputes=config.parallel.recompute_granularity == "full",
         counts_here=tp.rank == 0 or tp.sequence_parallel,
     )
 

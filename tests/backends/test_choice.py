@@ -38,7 +38,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def chosen(
         files: dict[str, str], *, gpu: bool = True, bf16: bool = True, width: int = 64, zero_stage: int = 1,
         updates_on_host: bool = False, capability: tuple[int, int] = (8, 0), documents: bool = False,
-        window: int | None = None, softcap: float | None = None, compiles: bool = False, positions: bool = False, samples_rows: bool = False,
+        window: int | None = None, softcap: float | None = None, compiles: bool = False, positions: bool = False, own_backward: bool = False,
         **asked: Any,
     ) -> Backends:  # fmt: skip
         install(monkeypatch, tmp_path, files)
@@ -52,7 +52,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             updates_on_host=updates_on_host,
             keeps_documents_apart=documents,
             resets_positions=positions,
-            samples_rows=samples_rows,
+            own_backward=own_backward,
         )
 
     return chosen
@@ -84,10 +84,10 @@ HOPPER = {"capability": (9, 0)}
         ({"compiles": True, "zero_stage": 3}, {}, PIECES),
         ({"compiles": True, "documents": True}, {}, PIECES),
         ({"compiles": True, "positions": True}, {}, PIECES),
-        ({"compiles": True, "samples_rows": True}, {}, PIECES),
-        ({"compiles": True, "samples_rows": True, "compile_elementwise": False}, {}, PLAIN),
+        ({"compiles": True, "own_backward": True}, {}, PIECES),
+        ({"compiles": True, "own_backward": True, "compile_elementwise": False}, {}, PLAIN),
         ({"compiles": True, "compile_elementwise": True}, {}, Backends(compile_blocks=True)),
-        ({"gpu": False, "samples_rows": True}, {}, PLAIN),
+        ({"gpu": False, "own_backward": True}, {}, PLAIN),
         ({"gpu": False, "compile_elementwise": True}, {}, PIECES),
         # Hopper: flash-attn 3, else torch's (cuDNN), which is behind flash-attn 2 for windows and documents
         (HOPPER, CORRECT, Backends(attention="flash3", norm="apex", optimizer="apex")),

@@ -23,7 +23,6 @@ def sampler(**changes: Any) -> RowSampler:
         "length": 8,
         "data_rank": 0,
         "data_size": 1,
-        "recomputes": False,
         "counts_here": True,
     }
     return RowSampler(**{**values, **changes})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model import row_sampling, sampled_block
 from megatron_slm.model.row_sampling import Drawn
 from megatron_slm.types import Documents
@@ -54,33 +55,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("recomputes", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_equals_the_masked_dense_one(name: str, documents: Documents | None, recomputes: bool) -> None:
+def test_equals_the_masked_dense_one(name: str, documents: Documents | None, recompute: Granularity | None) -> None:
     stack, (x, grad) = blocks(architecture(**OPTIONS[name])), problem()
     plain, exact = gradients(stack, x, grad, documents=documents)
-    rows = RecordedRows(0.4, recomputes=recomputes)
-    out, found = gradients(stack, x, grad, rows, documents=documents)
+    rows = RecordedRows(0.4)
+    out, found = gradients(stack, x, grad, rows, documents=documents, recompute=recompute)
     assert torch.equal(out, plain), "the forward pass is another one"
     assert largest_error(found, masked(stack, x, grad, rows, documents=documents)) < 1e-10
     assert largest_error(found, exact) > 0.05, "nothing was sampled"
     assert [rows.measured[index][0] for index in range(3)] == [15 / 36] * 3
     for kind in ("sampled", "kept"):
-        whole = gradients(stack, x, grad, RecordedRows(1.0, kind=kind, recomputes=recomputes), documents=documents)[1]
+        whole = gradients(stack, x, grad, RecordedRows(1.0, kind=kind), documents=documents, recompute=recompute)[1]
         if kind == "sampled":
             assert largest_error(whole, exact) < 1e-12
 
 
-@pytest.mark.parametrize("recomputes", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_kept_takes_keys_and_values_of_other_tokens_as_constants(
-    name: str, documents: Documents | None, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, documents: Documents | None, recompute: Granularity | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack, (x, grad) = blocks(architecture(**OPTIONS[name])), problem()
-    rows = RecordedRows(0.7, kind="kept", recomputes=recomputes)
-    out, found = gradients(stack, x, grad, rows, documents=documents)
+    rows = RecordedRows(0.7, kind="kept")
+    out, found = gradients(stack, x, grad, rows, documents=documents, recompute=recompute)
     kept_sb1 = (grad != 0).any(-1, keepdim=True)
     assert 0 < kept_sb1.sum() < 26 == len(rows.drawn[0].row_M), "some rows fill up"
     plain, exact = gradients(stack, x, grad, documents=documents)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_slm.checkpoint.weights import cut_range, fill_module
+from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model.block import Block
 from megatron_slm.parallel.groups import create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.layers import ParallelLayers
@@ -52,7 +53,7 @@ def logical_tensors(stack: list[Block], values: list[torch.Tensor]) -> dict[str,
 
 
 def rank_main(
-    options: dict[str, Any], kind: str, sequence_parallel: bool, recomputes: bool, size: int
+    options: dict[str, Any], kind: str, sequence_parallel: bool, recompute: Granularity | None, size: int
 ) -> dict[str, Any]:
     init_distributed()
     tp = create_tensor_parallel_group(Topology(tensor=size), sequence_parallel=sequence_parallel, num_query_groups=[2])
@@ -67,10 +68,10 @@ def rank_main(
     for block in stack:
         fill_module(block, source)
     share = 0.7 if kind == "kept" else SHARE
-    rows, whole_rows = RecordedRows(share, kind=kind, recomputes=recomputes), RecordedRows(share, kind=kind)
+    rows, whole_rows = RecordedRows(share, kind=kind), RecordedRows(share, kind=kind)
     if sequence_parallel:
         x, grad = (t.chunk(size)[tp.rank] for t in (x, grad))
-    out, found = gradients(stack, x, grad, rows)
+    out, found = gradients(stack, x, grad, rows, recompute=recompute)
     x, grad = problem()
     num_rows = LENGTH * SAMPLES // (size if sequence_parallel else 1)
     weights = [rows.weights(index, num_rows) for index in range(2)]
@@ -103,17 +104,17 @@ def rank_main(
     }
 
 
-@pytest.mark.parametrize("recomputes", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
 @pytest.mark.parametrize(
     ("kind", "sequence_parallel", "size"),
     [("sampled", False, 2), ("sampled", True, 2), ("kept", False, 2), ("sampled", True, 4)],
     ids=["tp", "sp", "kept", "shared-heads"],
 )
 def test_ranks_together_have_the_masked_gradient(
-    kind: str, sequence_parallel: bool, size: int, recomputes: bool
+    kind: str, sequence_parallel: bool, size: int, recompute: Granularity | None
 ) -> None:
     for options in OPTIONS.values():
-        reports = run_world(rank_main, size, options, kind, sequence_parallel, recomputes, size)
+        reports = run_world(rank_main, size, options, kind, sequence_parallel, recompute, size)
         one, other, *_ = reports
         for report in reports:
             assert report["output"] < 1e-12

@@ -135,6 +135,56 @@ def test_recomputing_activations_changes_nothing(train: Train, layout: str) -> N
     assert recomputed.column("grad_norm") == stored.column("grad_norm")
 
 
+SELECTIVE: dict[str, tuple[str, dict[str, Any]]] = {
+    "pipeline and sequence parallel": ("221", {"sequence_parallel": True}),
+    "tensor parallel": ("121", {}),
+    "zero 1": ("112", {}),
+    "zero 2": ("112", {"deepspeed_config": zero_config(2)}),
+    "zero 3": ("122", {"deepspeed_config": zero_config(3), "sequence_parallel": True}),
+}
+
+
+@pytest.mark.parametrize("name", some_by_default(SELECTIVE, "pipeline and sequence parallel"))
+def test_selective_recomputation_changes_nothing(train: Train, name: str) -> None:
+    layout, changes = SELECTIVE[name]
+    recomputed, stored = train(layout, **changes, recompute_granularity="selective"), train(layout, **changes)
+    for column in ("loss", "grad_norm"):
+        expected: Any = stored.column(column)
+        if name == "zero 3":  # it gathers a block's weights together, and products round by their place in memory
+            expected = pytest.approx(expected, rel=1e-6)
+        assert recomputed.column(column) == expected
+    for one, other in zip(recomputed.reports, stored.reports, strict=True):
+        assert one["block_calls"] == other["block_calls"]
+
+
+OFFLOADED: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero 3": ("112", {"deepspeed_config": zero_config(3)}),
+    "recomputed by halves": ("221", {"sequence_parallel": True, "recompute_granularity": "selective"}),
+    "recomputed": ("211", {"recompute_granularity": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", some_by_default(OFFLOADED, "zero 3"))
+def test_offloading_activations_changes_nothing(train: Train, name: str) -> None:
+    layout, changes = OFFLOADED[name]
+    offloaded, kept = train(layout, **changes, offload_activations=True), train(layout, **changes)
+    assert offloaded.column("loss") == kept.column("loss")
+    assert offloaded.column("grad_norm") == kept.column("grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("layout", "method", "num_layers", "again"), [("111", "uniform", 3, 4), ("211", "block", 1, 1)]
+)
+def test_some_blocks_are_recomputed(train: Train, layout: str, method: str, num_layers: int, again: int) -> None:
+    """Units of three and one block are all recomputed; of two blocks a stage, one is."""
+    flags = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": num_layers}
+    recomputed, stored = train(layout, **flags), train(layout)
+    assert recomputed.column("loss") == stored.column("loss")
+    assert recomputed.column("grad_norm") == stored.column("grad_norm")
+    for one, other in zip(recomputed.reports, stored.reports, strict=True):
+        assert one["block_calls"] - other["block_calls"] == 4 * 5 * again, "micro-batches, steps, blocks"
+
+
 def test_keeping_everything_is_clm_bit_for_bit(train: Train) -> None:
     everything = train("211", slm_keep_ratio=1.0)
     plain = train("211", objective="clm", reference_load=None)

@@ -43,6 +43,17 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {  # pipeline, tensor, data
     "zero1-bf16-sequence-parallel": ("221", {"bf16": True, "sequence_parallel": True}),
     "zero1-bf16-tensor-parallel": ("121", {"bf16": True}),
     "zero1-bf16-recompute": ("211", {"bf16": True, "recompute_granularity": "full"}),
+    "zero1-bf16-selective": ("221", {"bf16": True, "sequence_parallel": True, "recompute_granularity": "selective"}),
+    "zero2-bf16-units": ("112", {"bf16": True, "recompute_granularity": "full", "recompute_num_layers": 3, **zero(2)}),
+    "zero1-bf16-some-blocks": (
+        "211",
+        {
+            "bf16": True,
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": 1,
+        },
+    ),
     "zero1-bf16-sampled-rows": (
         "221",
         {"bf16": True, "sequence_parallel": True, "backward_rows": "sampled", "backward_row_share": 0.75},

@@ -31,6 +31,7 @@ def check(norms: str = "before", **changes: Any) -> None:
     ("changes", "field", "words"),
     [
         ({**KEPT, "norms": "around"}, "--backward-rows", "whose norms are around attention and MLP"),
+        ({"recompute_granularity": "selective", "norms": "after"}, "--recompute-granularity", "whose norms are after"),
         ({**KEPT, "compile_blocks": True}, "--compile-blocks", "--backward-rows exact"),
         ({"backward_rows": "sampled", "backward_row_share": 0.5, "compile_blocks": True}, "--compile-blocks", "leave it out"),
         ({"backward_rows": "sampled", "backward_row_share": 0.5}, "--backward-row-share", "add 0.78"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.config.architecture import Architecture
+from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model.block import Block
 from megatron_slm.model.row_sampling import BackwardRows, Drawn
 from megatron_slm.parallel.layers import ParallelLayers
@@ -86,18 +87,20 @@ def gradients(
     *,
     documents: Documents | None = None,
     weights: Sequence[Tensor] | None = None,
+    recompute: Granularity | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The stack's output, and the gradients of its input and of all parameters.
 
     Args:
         rows: choose the backward passes' rows; None is plain autograd.
         weights: of plain autograd's rows, by block.
+        recompute: what the blocks compute again.
     """
     x_sbd = x_sbd.detach().requires_grad_()
     parameters = [p for block in stack for p in block.parameters()]
     out = x_sbd
     for index, block in enumerate(stack):
-        below, out = out, block(out, documents, rows)
+        below, out = out, block(out, documents, rows, recompute)
         if weights is not None:
             out = _Route.apply(out, below, weights[index])
     return out.detach(), list(torch.autograd.grad(out, [x_sbd, *parameters], grad_sbd))

@@ -180,7 +180,7 @@ class Stepper:
         if not config.is_exact:
             self.rows = RowSampler(
                 config=config, selector=selector, seed=0, num_blocks=arch.num_layers, num_samples=shape["samples"],
-                length=shape["length"], data_rank=0, data_size=1, recomputes=False, counts_here=True,
+                length=shape["length"], data_rank=0, data_size=1, counts_here=True,
             )  # fmt: skip
             self.shares = self.rows.first_shares([])
 
@@ -212,7 +212,7 @@ class Stepper:
             batch = self._batch()
             self.number += 1
             rows = None if self.rows is None else self.rows.of_micro_batch(number, settings)
-            x_sbd = run_layers(self.layers, batch.tokens_bs, None, recomputes=False, rows=rows)
+            x_sbd = run_layers(self.layers, batch.tokens_bs, None, rows=rows)
             weight = output_rows(self.layers[-1], self.layers[-1].output)
             loss, sums = self.objective.loss(x_sbd, weight, batch, None, settings)
             loss /= self.objective.sum_layout.unpack(sums).kept_tokens * self.shape["micro_batches"]

@@ -225,7 +225,7 @@ def _backward_share(job: dict[str, Any]) -> float:
 
     if job["emulated"]:
         return EMULATED_BACKWARD_SHARE
-    return backward_passes(_architecture(job), SEQ_LENGTH[False], recomputes=False, row_share=ROW_SHARE) / 2
+    return backward_passes(_architecture(job), SEQ_LENGTH[False], row_share=ROW_SHARE) / 2
 
 
 def _architecture(job: dict[str, Any]) -> Any:
@@ -256,7 +256,6 @@ def _row_sampler(context: Any, job: dict[str, Any]) -> Any:
         length=SEQ_LENGTH[job["emulated"]],
         data_rank=0,
         data_size=1,
-        recomputes=False,
         counts_here=True,
     )
 

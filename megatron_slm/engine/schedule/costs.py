@@ -10,6 +10,7 @@ from enum import Enum
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import BackwardConfig, planned_share
 from megatron_slm.config.distillation import DistillationConfig
+from megatron_slm.config.recomputation import KEEP_ALL, Granularity, Recomputation
 from megatron_slm.model.partition import stage_blocks
 
 
@@ -132,9 +133,15 @@ def attention_flops(arch: Architecture, seq_length: int) -> float:
 
 
 def backward_passes(
-    arch: Architecture, seq_length: int, *, recomputes: bool, row_share: float = 1.0, all_keys: bool = True
+    arch: Architecture,
+    seq_length: int,
+    *,
+    recompute: Granularity | None = None,
+    row_share: float = 1.0,
+    all_keys: bool = True,
 ) -> float:
-    """Length of a block's backward pass, in forward passes: 2 on all rows, or 3 where activations are recomputed.
+    """Length of a block's backward pass, in forward passes: 2 on all rows, 3 where the block is computed again, and
+    between them where attention's core is.
 
     On a share of the rows, attention's own products and (with `all_keys`) the projections of keys and values stay
     whole; recomputed are attention with all projections before it, and the rest on the rows.
@@ -146,7 +153,9 @@ def backward_passes(
     attention = attention_flops(arch, seq_length)
     on_rows = whole - key_value - attention
     flops = 2 * (row_share * on_rows + (1.0 if all_keys else row_share) * key_value + attention)
-    if recomputes:
+    if recompute == "selective":
+        flops += attention
+    elif recompute == "full":
         flops += attention + key_value + projected + row_share * (on_rows - projected)
     return flops / whole
 
@@ -182,26 +191,32 @@ def arithmetic_costs(
     *,
     seq_length: int,
     keep_ratio: float,
-    recomputes: bool,
+    recomputation: Recomputation = KEEP_ALL,
     rows: BackwardConfig | None = None,
     distillation: DistillationConfig | None = None,
 ) -> Costs:
-    """Count the costs of operations; a backward pass is two forwards, or three where activations are recomputed.
+    """Count the costs of operations; a block's backward pass is two forwards, and what it computes again.
 
     Sampled rows shorten it. The loss head computes all rows forwards, and recomputes and differentiates the kept ones:
     1 and 3 * keep ratio (see `loss/variants.py`). A reference's head computes all rows forwards. Distillation from
     it does the head's work on the kept rows forwards, and the reference's products with them.
     """
     stages, head = forward_flops(model, num_stages, seq_length)
-    lengths = [backward_passes(model, seq_length, recomputes=recomputes)]
+    blocks = stage_blocks(model.num_layers, num_stages)
+    ways: list[BackwardConfig] = [BackwardConfig()]
     if rows is not None and not rows.is_exact:
-        lengths.append(planned_passes(model, seq_length, rows, keep_ratio, recomputes=recomputes))
-    forward, (exact, *sampled) = list(stages), [[length * cost for cost in stages] for length in lengths]
+        ways.append(rows)
+    lengths = [
+        [mean_passes(model, seq_length, way, keep_ratio, recomputation, num_blocks=count) for count in blocks]
+        for way in ways
+    ]
+    forward = list(stages)
+    exact, *sampled = [[a * cost for a, cost in zip(length, stages, strict=True)] for length in lengths]
     forward[-1] += head
     frozen, distills = [0.0 if references else 1.0] * num_stages, False
     for reference in references:
-        blocks, frozen_head = forward_flops(reference, num_stages, seq_length)
-        frozen = [before + cost for before, cost in zip(frozen, blocks, strict=True)]
+        frozen_stages, frozen_head = forward_flops(reference, num_stages, seq_length)
+        frozen = [before + cost for before, cost in zip(frozen, frozen_stages, strict=True)]
         frozen[-1] += frozen_head
         if distillation is not None and distillation.distills:
             distills = True
@@ -213,8 +228,27 @@ def arithmetic_costs(
 
 
 def planned_passes(
-    arch: Architecture, seq_length: int, rows: BackwardConfig, keep_ratio: float, *, recomputes: bool
+    arch: Architecture, seq_length: int, rows: BackwardConfig, keep_ratio: float, *, recompute: Granularity | None
 ) -> float:
     """Length of a block's backward pass, in forward passes, as a run is configured."""
     share, all_keys = planned_share(rows, keep_ratio), rows.backward_rows != "kept"
-    return backward_passes(arch, seq_length, recomputes=recomputes, row_share=share, all_keys=all_keys)
+    return backward_passes(arch, seq_length, recompute=recompute, row_share=share, all_keys=all_keys)
+
+
+def mean_passes(
+    arch: Architecture,
+    seq_length: int,
+    rows: BackwardConfig,
+    keep_ratio: float,
+    recomputation: Recomputation,
+    *,
+    num_blocks: int,
+) -> float:
+    """Mean of `planned_passes` over the blocks of a stage, of which some may be computed again and others not."""
+    (first, found), *others = [
+        (count, planned_passes(arch, seq_length, rows, keep_ratio, recompute=recompute))
+        for count, recompute in recomputation.kinds(num_blocks)
+    ]
+    for count, passes in others:
+        found = (first * found + count * passes) / (first + count)
+    return found

@@ -9,6 +9,7 @@ import pytest
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.config.distillation import DistillationConfig
+from megatron_slm.config.recomputation import Recomputation
 from megatron_slm.engine.schedule.costs import Costs, arithmetic_costs, backward_passes, block_flops, forward_flops
 from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.search import choose_schedule
@@ -41,8 +42,10 @@ def test_uneven_stages_and_the_ends_of_the_model() -> None:
 
 def test_costs_of_model_and_reference() -> None:
     half = replace(ARCH, num_layers=4)
-    costs = arithmetic_costs(ARCH, [half], 4, seq_length=32, keep_ratio=0.5, recomputes=False)
-    again = arithmetic_costs(ARCH, [half], 4, seq_length=32, keep_ratio=0.5, recomputes=True)
+    costs = arithmetic_costs(ARCH, [half], 4, seq_length=32, keep_ratio=0.5)
+    again = arithmetic_costs(
+        ARCH, [half], 4, seq_length=32, keep_ratio=0.5, recomputation=Recomputation(granularity="full")
+    )
     assert costs.forward[1] == pytest.approx(2 * costs.reference[1], abs=1)
     assert costs.backward[1] == pytest.approx(2 * costs.forward[1], abs=1)
     assert again.backward[1] / again.forward[1] == pytest.approx(3, rel=1e-3)
@@ -54,7 +57,7 @@ def test_costs_of_model_and_reference() -> None:
 
 def test_costs_of_distillation() -> None:
     """The kept rows' passes over both output weights are the last stage's, and forwards."""
-    options = {"seq_length": 32, "keep_ratio": 0.5, "recomputes": False}
+    options = {"seq_length": 32, "keep_ratio": 0.5}
     costs = arithmetic_costs(ARCH, [ARCH], 4, **options, distillation=DistillationConfig(loss="jsd"))
     head = costs.reference[3] - costs.reference[1]
     assert costs.forward[3] - costs.forward[1] == pytest.approx(head * (1 + 0.5 * (2 * 2 + 2)), abs=3)
@@ -64,7 +67,7 @@ def test_costs_of_distillation() -> None:
 
 
 def test_a_reference_with_fewer_layers_than_stages() -> None:
-    costs = arithmetic_costs(ARCH, [replace(ARCH, num_layers=2)], 4, seq_length=32, keep_ratio=0.6, recomputes=False)
+    costs = arithmetic_costs(ARCH, [replace(ARCH, num_layers=2)], 4, seq_length=32, keep_ratio=0.6)
     assert costs.reference[2] == 1
     assert costs.reference[0] > costs.reference[1] > 1 < costs.reference[3]
 
@@ -81,28 +84,26 @@ def test_backward_passes_on_some_of_the_rows() -> None:
     """By hand: keys' and values' projections and attention stay whole; the rest is the share."""
     block, keys, attention = block_flops(ARCH, 32), 2 * 64 * 32 * 2, 4 * 16 * 64
     on_rows = block - keys - attention
-    assert backward_passes(ARCH, 32, recomputes=False) == pytest.approx(2.0)
-    assert backward_passes(ARCH, 32, recomputes=True) == pytest.approx(3.0)
-    half = backward_passes(ARCH, 32, recomputes=False, row_share=0.5)
+    assert backward_passes(ARCH, 32) == pytest.approx(2.0)
+    assert backward_passes(ARCH, 32, recompute="full") == pytest.approx(3.0)
+    half = backward_passes(ARCH, 32, row_share=0.5)
     assert half * block == pytest.approx(2 * (0.5 * on_rows + keys + attention))
-    kept = backward_passes(ARCH, 32, recomputes=False, row_share=0.5, all_keys=False)
+    kept = backward_passes(ARCH, 32, row_share=0.5, all_keys=False)
     assert (half - kept) * block == pytest.approx(keys)
-    again = backward_passes(ARCH, 32, recomputes=True, row_share=0.5)
+    again = backward_passes(ARCH, 32, recompute="full", row_share=0.5)
     queries = 2 * 64 * 64
     assert (again - half) * block == pytest.approx(attention + keys + queries + 0.5 * (on_rows - queries))
 
 
 def test_costs_with_sampled_rows_are_compared_with_plain_training() -> None:
     rows = BackwardConfig(backward_rows="sampled", backward_row_share=0.65)
-    options = {"seq_length": 32, "keep_ratio": 0.6, "recomputes": False}
+    options = {"seq_length": 32, "keep_ratio": 0.6}
     exact = arithmetic_costs(ARCH, [ARCH], 4, **options)
     costs = arithmetic_costs(ARCH, [ARCH], 4, **options, rows=rows)
     assert costs.exact_backward is not None
     scale = exact.forward[1] / costs.forward[1]
     assert [x * scale for x in costs.exact_backward] == pytest.approx(list(exact.backward), rel=1e-3)
-    assert costs.backward[1] / costs.forward[1] == pytest.approx(
-        backward_passes(ARCH, 32, recomputes=False, row_share=0.65), rel=1e-3
-    )
+    assert costs.backward[1] / costs.forward[1] == pytest.approx(backward_passes(ARCH, 32, row_share=0.65), rel=1e-3)
     assert arithmetic_costs(ARCH, [ARCH], 4, **options, rows=BackwardConfig()) == exact
 
 
