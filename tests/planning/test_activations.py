@@ -99,7 +99,9 @@ def rank_main(size: int, sequence_parallel: bool) -> list[tuple[str, Granularity
             for recompute in KINDS:
                 kept = block_activations(architecture(shape), layout_of(tp), e=dtype.itemsize, recompute=recompute)
                 name = f"{shape}, {dtype}, {recompute}"
-                found.append((name, recompute, measured(shape, dtype, tp, recompute), kept.total * LENGTH, whole, of_others))
+                found.append(
+                    (name, recompute, measured(shape, dtype, tp, recompute), kept.total * LENGTH, whole, of_others)
+                )
     return found
 
 
