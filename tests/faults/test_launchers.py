@@ -23,17 +23,19 @@ SUPERVISED = [sys.executable, "tools/supervise.py", "--backoff-seconds", "0.1", 
 
 
 class Launched:
-    """A run of four ranks, two stages, under the `deepspeed` command."""
+    """A run of two stages under the `deepspeed` command."""
 
-    def __init__(self, folder: Path, *, supervised: bool = False, train_iters: int = 100_000) -> None:
+    def __init__(
+        self, folder: Path, *, num_ranks: int = 4, supervised: bool = False, train_iters: int = 100_000
+    ) -> None:
         self.run_dir = folder / "run"
         values = run_flags(
             write_corpus(folder / "corpus"), self.run_dir, pipeline_model_parallel_size=2, train_iters=train_iters,
             save_interval=2 if supervised else 1000_000, keep_last=2,
         )  # fmt: skip
         command = [
-            str(BIN / "deepspeed"), "--num_gpus", "4", "--master_port", str(free_port()), "tools/pretrain_slm.py",
-            *flags(values),
+            str(BIN / "deepspeed"), "--num_gpus", str(num_ranks), "--master_port", str(free_port()),
+            "tools/pretrain_slm.py", *flags(values),
         ]  # fmt: skip
         keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
         self.log = (folder / "log").open("w+")
@@ -88,7 +90,7 @@ class Launched:
 
 def test_sigterm_to_the_command(tmp_path: Path) -> None:
     """It ends at once and passes nothing on; the ranks miss it."""
-    run = Launched(tmp_path)
+    run = Launched(tmp_path, num_ranks=2)
     run.wait_for_step(3)
     run.process.terminate()
     assert run.wait() == -signal.SIGTERM
