@@ -15,7 +15,7 @@ from megatron_slm.cli.plan_schedule import add_schedule
 from megatron_slm.errors import LayoutError
 from megatron_slm.files import write_json
 from megatron_slm.flags.load import parse
-from megatron_slm.planning.gpus import GPUS, Cluster
+from megatron_slm.planning.gpus import GPUS, HOST_GIB_PER_GPU, Cluster
 
 if TYPE_CHECKING:
     from megatron_slm.config.run import RunConfig
@@ -83,6 +83,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         default = getattr(Cluster, name.replace("-", "_"))
         shown = "from a roofline model" if default is None else default
         assumed.add_argument(f"--{name}", type=float, default=default, help=f"{text} (default: {shown})")
+    assumed.add_argument(
+        "--host-memory",
+        type=float,
+        metavar="GIB",
+        help=f"host memory of a node, where its ranks build the models (default: {HOST_GIB_PER_GPU} GiB a GPU)",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - prints JSON only")
 
 
@@ -96,6 +102,7 @@ def _open(args: argparse.Namespace) -> tuple[PlannedRun, Cluster]:
         efficiency=args.efficiency,
         link_efficiency=args.link_efficiency,
         memory_share=args.memory_share,
+        host_memory=args.host_memory,
     )
     run = plan_run(args.run_config, model_config=args.model_config, reference_config=args.reference_config)
     return run, cluster
@@ -133,6 +140,7 @@ def plan_layout(args: argparse.Namespace) -> None:
         console.print(memory_table(planned, args.gpu))
         console.print(speed_table(planned, args.gpu))
     _write_json(args.json, planned.to_dict(), args)
+    planned.building.check(cluster, planned.layout)
     if not planned.fits:
         raise LayoutError(
             "memory per rank",
@@ -163,5 +171,5 @@ def plan_search(args: argparse.Namespace) -> None:
 def _write_json(path: str | None, plan: dict[str, object], args: argparse.Namespace) -> None:
     if path is None:
         return
-    names = ("gpu", "nodes", "gpus_per_node", "efficiency", "link_efficiency", "memory_share")
+    names = ("gpu", "nodes", "gpus_per_node", "efficiency", "link_efficiency", "memory_share", "host_memory")
     write_json(path, {"assumed": {name: getattr(args, name) for name in names}, **plan})

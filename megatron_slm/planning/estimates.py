@@ -10,6 +10,7 @@ from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.search import MAX_COMPUTATIONS, choose_schedule
 from megatron_slm.engine.schedule.simulate import Simulation
 from megatron_slm.errors import LayoutError
+from megatron_slm.planning.building import BuildMemory, build_memory
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.layouts import GRANULARITIES, Layout, candidate_layouts
 from megatron_slm.planning.memory import OneForwardOneBackward, StageMemory, stage_memory
@@ -39,6 +40,7 @@ class Estimate:
     cluster: Cluster
     peak_flops: float
     """Peak FLOP/s of one GPU."""
+    building: BuildMemory
 
     @property
     def peak_bytes(self) -> int:
@@ -47,8 +49,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """True if the tensors of every rank fit into the usable memory."""
-        return self.peak_bytes <= self.cluster.usable_bytes
+        """True if the tensors of every rank fit into the usable memory, in training and while the models are built."""
+        return self.peak_bytes <= self.cluster.usable_bytes and self.building.fits(self.cluster)
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,6 +81,7 @@ class Estimate:
             "peak_bytes": self.peak_bytes,
             "usable_bytes": int(self.cluster.usable_bytes),
             "stages": [stage.to_dict() for stage in self.stages],
+            "building": self.building.to_dict(),
             "step_seconds": {**asdict(self.time), "total": self.time.total},
             "step_over_clm": self.simulation.ratio,
             "tokens_per_second": self.tokens_per_second,
@@ -109,9 +112,10 @@ def estimate(
     time = step_time(run, layout, cluster, schedule_seconds=seconds)
     samples = layout.num_micro_batches * layout.micro_batch_size * layout.data
     tokens = samples * run.config.data.seq_length
+    stages = stage_memory(run, layout, simulation)
     return Estimate(
         layout=layout,
-        stages=tuple(stage_memory(run, layout, simulation)),
+        stages=tuple(stages),
         durations=durations,
         time=time,
         simulation=simulation,
@@ -120,6 +124,7 @@ def estimate(
         model_flops_per_second=training_flops(run.architecture, run.config.data.seq_length) * tokens / time.total,
         cluster=cluster,
         peak_flops=cluster.gpu.flops(bf16=run.config.training.bf16),
+        building=build_memory(run, layout, stages, cluster),
     )
 
 
@@ -134,15 +139,23 @@ def search(run: PlannedRun, cluster: Cluster, *, num_results: int) -> list[Estim
     """
     bounds: list[tuple[float, int, Layout]] = []
     found = smallest = 0
+    unbuildable: tuple[BuildMemory, Layout] | None = None
     candidates = list(candidate_layouts(run, cluster.num_gpus, max_tensor=cluster.gpus_per_node))
     for layout in track(candidates, "memory of layouts", "layouts"):
         found += 1
         saved = OneForwardOneBackward(layout.pipeline, layout.num_micro_batches)
-        peak = max(stage.total for stage in stage_memory(run, layout, saved))
+        stages = stage_memory(run, layout, saved)
+        peak = max(stage.total for stage in stages)
         smallest = min(smallest or peak, peak)
-        if peak <= cluster.usable_bytes:
+        building = build_memory(run, layout, stages, cluster)
+        if peak <= cluster.usable_bytes and not building.fits(cluster):
+            if unbuildable is None or building.host < unbuildable[0].host:
+                unbuildable = building, layout
+        elif peak <= cluster.usable_bytes:
             least = stage_durations(run, layout, cluster).least_step_seconds(layout.num_micro_batches)
             bounds.append((step_time(run, layout, cluster, schedule_seconds=least).total, found, layout))
+    if not bounds and unbuildable is not None:
+        unbuildable[0].check(cluster, unbuildable[1])
     if not bounds:
         raise _nothing_fits(run, cluster, found, smallest)
     best: dict[tuple[int, int, int], Estimate] = {}

@@ -74,6 +74,10 @@ def named_gpu(driver_name: str) -> Gpu | None:
     return next((GPUS[name] for part, name in _DRIVER_NAMES.items() if part in driver_name), None)
 
 
+HOST_GIB_PER_GPU = 128
+"""Host memory of a node for each of its GPUs, by default: nodes of eight usually have 1 TiB or more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """The machines, and assumptions about them beyond the data sheets."""
@@ -89,10 +93,15 @@ class Cluster:
     memory_share: float = 0.9
     """Share of memory available to tensors; the rest is for CUDA, NCCL and fragmentation."""
 
+    host_memory: float | None = None
+    """GiB of a node's host memory; None for `HOST_GIB_PER_GPU` a GPU."""
+
     def __post_init__(self) -> None:
         for flag, number in (("--nodes", self.num_nodes), ("--gpus-per-node", self.gpus_per_node)):
             if number < 1:
                 raise ConfigError(flag, number, "be at least 1", "give a positive number")
+        if self.host_memory is not None and not self.host_memory > 0:
+            raise ConfigError("--host-memory", self.host_memory, "be above 0", "give GiB of a node")
         for name in ("efficiency", "link_efficiency", "memory_share"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
@@ -102,6 +111,12 @@ class Cluster:
     def num_gpus(self) -> int:
         """Total number of GPUs."""
         return self.num_nodes * self.gpus_per_node
+
+    @property
+    def host_bytes(self) -> float:
+        """Host memory of a node."""
+        gib = self.gpus_per_node * HOST_GIB_PER_GPU if self.host_memory is None else self.host_memory
+        return gib * 2**30
 
     @property
     def usable_bytes(self) -> float:

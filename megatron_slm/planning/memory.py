@@ -162,8 +162,7 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
 
     ZeRO-3 with an offloaded optimizer holds gradients and optimizer in host memory.
     """
-    zero, c = deepspeed["zero_optimization"], ds_config.communication_bytes(deepspeed)
-    options = {**_ZERO_DEFAULTS, **{k: v for k, v in zero.items() if v is not None}}
+    options, c = zero_options(deepspeed), ds_config.communication_bytes(deepspeed)
     n, data = parameters.total, layout.topology.copies
     bucket = int(options["reduce_bucket_size"])
     share = ceil_div(n, data)
@@ -185,6 +184,12 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     if ds_config.offloads_optimizer(deepspeed):  # the host holds the summed gradients twice
         held |= {"gradients": 0, "optimizer": 0, "host": 20 * share}
     return held
+
+
+def zero_options(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `zero_optimization`, with DeepSpeed's defaults for those that are not given."""
+    given = {name: value for name, value in deepspeed["zero_optimization"].items() if value is not None}
+    return {**_ZERO_DEFAULTS, **given}
 
 
 def working_bytes(run: PlannedRun, layout: Layout, parameters: StageParameters) -> int:
@@ -213,7 +218,7 @@ def _reduction_copy(run: PlannedRun, layout: Layout, parameters: StageParameters
     c = ds_config.communication_bytes(run.deepspeed)
     if layout.zero_stage != 2 or c <= run.dtype_bytes:
         return 0
-    bucket = run.deepspeed["zero_optimization"].get("reduce_bucket_size") or _ZERO_DEFAULTS["reduce_bucket_size"]
+    bucket = zero_options(run.deepspeed)["reduce_bucket_size"]
     return c * min(parameters.total, int(bucket))
 
 

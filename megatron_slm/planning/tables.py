@@ -42,6 +42,11 @@ def memory_table(planned: Estimate, gpu: str) -> Table:
     shown = _shown(planned.stages)
     verdicts = ("yes" if planned.stages[stage].total <= cluster.usable_bytes else "NO" for stage in shown)
     table.add_row("fits", *verdicts)
+    building = planned.building
+    table.add_section()
+    table.add_row("host memory of a node while building", f"{building.host / 2**30:.1f}")
+    if building.device:
+        table.add_row("a GPU's memory while building", f"{building.device / 2**30:.2f}")
     return table
 
 

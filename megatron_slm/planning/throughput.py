@@ -14,6 +14,13 @@ from megatron_slm.config.recomputation import Granularity
 from megatron_slm.engine.schedule.costs import Costs, planned_passes
 from megatron_slm.model.partition import stage_blocks
 from megatron_slm.planning.activations import offloaded_activations
+from megatron_slm.planning.communication import (
+    all_reduce_seconds,
+    exposed_seconds,
+    num_buckets,
+    num_gathered,
+    ring_seconds,
+)
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.layouts import Layout
 from megatron_slm.planning.memory import loss_head_plan, model_parameters
@@ -107,11 +114,11 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
             arch, length, tensor=layout.tensor, sequence_shards=layout.sequence_shards, e=run.dtype_bytes,
             fused=fused,
         )  # fmt: skip
-        ring = _all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
+        ring = all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
         num_sharing = max(1, layout.tensor // arch.num_query_groups)
-        heads = _ring_seconds(2 * tokens * arch.kv_channels * run.dtype_bytes, num_sharing, 1, cluster)
+        heads = ring_seconds(2 * tokens * arch.kv_channels * run.dtype_bytes, num_sharing, 1, cluster)
         held = 2 * max(1, arch.num_query_groups // layout.tensor) * arch.kv_channels * run.dtype_bytes
-        sequences = _ring_seconds(tokens * layout.context * held, layout.context, layout.tensor, cluster)
+        sequences = ring_seconds(tokens * layout.context * held, layout.context, layout.tensor, cluster)
         return _Forward(
             blocks=stage_blocks(arch.num_layers, layout.pipeline),
             work=work,
@@ -195,23 +202,29 @@ def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_sec
     """Return the time of a step, given that of its schedule.
 
     ZeRO-1 all-reduces gradients once per step, after the last backward pass and in communication_data_type; ZeRO-2
-    after every micro-batch; neither overlaps with computation. ZeRO-3 gathers parameters twice and scatters gradients
-    once per micro-batch, and overlaps both. An offloaded optimizer is bound by host memory bandwidth.
+    after every micro-batch; neither overlaps with computation. ZeRO-3 gathers each large parameter in every forward and
+    backward pass (and recomputation) and scatters gradients bucket by bucket once per micro-batch, beside the
+    computation (`exposed_seconds`). An offloaded optimizer is bound by host memory bandwidth.
 
     Args:
         schedule_seconds: duration of all passes in the schedule's order.
     """
-    size = max(stage.total for stage in model_parameters(run, layout))
+    largest = max(model_parameters(run, layout), key=lambda stage: stage.total)
+    size = largest.total
     weights = size * run.dtype_bytes
     rounds = layout.num_micro_batches if layout.zero_stage > 1 else 1
     copies = layout.topology.copies
-    gather = _ring_seconds(weights, copies, layout.tensor, cluster)
+    buckets = num_buckets(largest, run.deepspeed)
+    gather = ring_seconds(weights, copies, layout.tensor, cluster, num_calls=buckets)
     sums = size * ds_config.communication_bytes(run.deepspeed)
-    scatter = _ring_seconds(sums, copies, layout.tensor, cluster)  # an all-reduce is two of these
-    gradients = 2 * scatter * rounds
+    scatter = ring_seconds(sums, copies, layout.tensor, cluster, num_calls=buckets)
+    gradients = 2 * scatter * rounds  # an all-reduce is two of these
     update = size / copies * 32 / cluster.gpu.memory_bytes_per_second  # about 16 bytes read and 16 written
     if layout.zero_stage == 3:
-        gradients, gather = max(0.0, (2 * gather + scatter) * rounds - schedule_seconds), 0.0
+        calls = num_gathered(largest, run.deepspeed)
+        fetch = ring_seconds(weights, copies, layout.tensor, cluster, num_calls=calls)
+        passes = 3 if layout.recomputation.granularity == "full" else 2
+        gradients, gather = exposed_seconds((passes * fetch + scatter) * rounds, schedule_seconds), 0.0
         if ds_config.offloads_optimizer(run.deepspeed):
             update = size / copies * HOST_UPDATE_BYTES / HOST_BYTES_PER_SECOND
     length = layout.micro_batch_size * run.config.data.seq_length // layout.context // layout.sequence_shards
@@ -224,14 +237,3 @@ def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_sec
         gradients=gradients,
         optimizer=update + gather,
     )
-
-
-def _ring_seconds(num_bytes: float, num_ranks: int, stride: int, cluster: Cluster) -> float:
-    """Return the time of an all-gather or reduce-scatter of `num_bytes` in total."""
-    if num_ranks == 1:
-        return 0.0
-    return (num_ranks - 1) / num_ranks * num_bytes / cluster.ring_bytes_per_second(num_ranks, stride)
-
-
-def _all_reduce_seconds(num_bytes: float, num_ranks: int, stride: int, cluster: Cluster) -> float:
-    return 2 * _ring_seconds(num_bytes, num_ranks, stride, cluster)
