@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.cli.plan import main
+from megatron_slm.config.recomputation import KEEP_ALL, Recomputation
 from megatron_slm.errors import LayoutError
 from megatron_slm.flags.load import parse
 from megatron_slm.planning.building import PROCESS_BYTES
@@ -41,7 +42,7 @@ def planned(
     layout = Layout(
         tensor=tensor, pipeline=pipeline, data=machines.num_gpus // tensor // pipeline, zero_stage=sizes.get("zero", 3),
         micro_batch_size=samples, num_micro_batches=steps, sequence_parallel=tensor > 1,
-        recomputes=sizes.get("recomputes", False),
+        recomputation=Recomputation(granularity="full") if sizes.get("recomputes") else KEEP_ALL,
     )  # fmt: skip
     return estimate(run_of(model, **{"seq-length": seq}), layout, machines)
 
