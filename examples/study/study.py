@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import rows  # beside this file
+import losses  # beside this file
+import rows
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
@@ -110,6 +111,21 @@ def planned_rows(out: Path, seed: int) -> list[Planned]:
     return runs + [_variant(exact, name, flags) for name, flags in rows.METHODS.items()]
 
 
+def planned_losses(out: Path, seed: int) -> list[Planned]:
+    """List the runs of a seed that compare losses: those they need of the study, and their own."""
+    needed = ("base", "reference", *losses.COMPARED_WITH)
+    runs = [run for run in planned(out, seed, (0.6,)) if run.name in needed]
+    clm, reference = (next(run for run in runs if run.name == name) for name in ("clm", "reference"))
+    start = tuple(word for word in clm.flags if word not in ("--objective", "clm"))
+    by_reference = ("--objective", "slm", "--reference-load", f"{reference.folder}/checkpoints")
+    for name, (selection, loss) in losses.METHODS.items():
+        flags = (*start, *by_reference, *selection, *loss)
+        runs.append(
+            replace(clm, name=name, folder=clm.folder.with_name(name), wave=2, flags=flags, selection=selection)
+        )
+    return runs
+
+
 def _variant(run: Planned, name: str, flags: tuple[str, ...]) -> Planned:
     """Return the same run with further flags."""
     return replace(run, name=name, folder=run.folder.with_name(name), flags=(*run.flags, *flags))
@@ -159,11 +175,17 @@ def main() -> None:
     parser.add_argument(
         "--rows", action="store_true", help="train or report the runs that compare backward passes (rows.py)"
     )
+    parser.add_argument(
+        "--losses", action="store_true", help="train or report the runs that compare losses (losses.py)"
+    )
     args = parser.parse_args()
+    if args.rows and args.losses:
+        parser.error("use --rows or --losses, not both")
     default = rows.SEEDS if args.rows else SEEDS
     seeds, ratios = (SEEDS[:1], RATIOS[:2]) if args.fast else (args.seeds or default, RATIOS)
     # seed by seed within each kind of run, so that an interrupted study has several seeds of the first kinds
-    plans = [planned_rows(args.out, seed) if args.rows else list(planned(args.out, seed, ratios)) for seed in seeds]
+    plan = planned_rows if args.rows else planned_losses if args.losses else None
+    plans = [plan(args.out, seed) if plan else list(planned(args.out, seed, ratios)) for seed in seeds]
     runs = [run for alike in zip(*plans, strict=True) for run in alike]
     if args.command == "train":
         train(args.out, runs, fast=args.fast, jobs=args.jobs)
@@ -171,6 +193,9 @@ def main() -> None:
     from analyses import analyze  # both modules are in this folder
     from results import Results, write_results
 
+    if args.losses:
+        print(f"wrote {losses.write_losses(args.out, Results(runs))}")
+        return
     analyze(args.out, runs)
     if args.rows:
         benchmark = HERE.parents[1] / "docs/benchmarks/backward.json"

@@ -46,6 +46,26 @@ def test_every_planned_run_is_a_configuration(modules: tuple[ModuleType, ModuleT
             assert config.selection.reference_load is None
 
 
+def test_the_runs_that_compare_losses(modules: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    study, results = modules
+    runs = study.planned_losses(tmp_path, 1)
+    assert [run.name for run in runs] == ["base", "reference", "clm", "slm-0.6", "se-kd", "dft"]
+    parsed = {run.name: parse(["--config", str(ROOT / "examples/study/train.yaml"), *run.flags])[0] for run in runs}
+    selection, loss = parsed["se-kd"].selection, parsed["se-kd"].distillation
+    assert (selection.slm_score, selection.slm_keep_ratio, loss.loss) == (["entropy"], 0.2, "kl")
+    assert (parsed["dft"].selection.slm_weight, parsed["dft"].selection.slm_keep_ratio) == ("dft", 0.6)
+    for name in ("slm-0.6", "se-kd", "dft"):
+        assert parsed[name].selection.reference_load == f"{tmp_path}/seed1/reference/checkpoints"
+        assert parsed[name].model.init_from == f"{tmp_path}/seed1/base/checkpoints"
+        assert parsed[name].data.data_path == parsed["clm"].data.data_path
+    for run, final in zip(runs[1:], (0.4, 0.6, 0.5, 0.7, 0.65), strict=True):
+        write_run(run.folder, final=final)
+        (run.folder / "finished").touch()
+    page = study.losses.write_losses(tmp_path, results.Results(runs)).read_text()
+    assert "| se-kd | 1 | 0.700 | +0.100 (+0.100 to +0.100) |" in page
+    assert "| slm-0.6 | 1 | 0.500 | -0.100" in page
+
+
 def finish(run: Any, final: float, clean_kept: float) -> None:
     """Pretend that a run is done: its metrics, and what it keeps of 60 clean and 40 other tokens."""
     write_run(run.folder, final=final)
