@@ -9,6 +9,7 @@ checkpoints independent of the layout they were saved at.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -52,6 +53,17 @@ def new_parameter(shape: tuple[int, ...], parts: tuple[Part, ...]) -> nn.Paramet
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         parameter.model_parallel = True  # type: ignore[attr-defined]
     return parameter
+
+
+@contextmanager
+def parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """Make parameters in this dtype inside the context."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def parts_of(parameter: nn.Parameter) -> tuple[Part, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,7 +17,7 @@ from megatron_slm.model.llama import EMBEDDING_NAME, OUTPUT_NAME, Embedding, Hea
 from megatron_slm.model.partition import stage_bounds
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.meeting import raise_on_all_ranks
-from megatron_slm.parallel.shards import Part
+from megatron_slm.parallel.shards import Part, parameters_in
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents, MicroBatch, TokenStatistics
 
@@ -108,20 +106,10 @@ def build_reference(
 ) -> FrozenStage:
     """Build this rank's stage of a frozen reference and load its weights. Collective over the world."""
     stage = topology.coordinate(dist.get_rank()).pipeline
-    with _parameters_in(dtype), local_device():  # created in its final dtype, on its device
+    with parameters_in(dtype), local_device():  # created in its final dtype, on its device
         reference = FrozenStage(arch, layers, stage=stage, num_stages=topology.pipeline)
     with raise_on_all_ranks():
         fill_module(reference, source)
     if layers.backends.compile_blocks:
         compile_blocks(reference)
     return reference
-
-
-@contextmanager
-def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

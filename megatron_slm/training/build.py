@@ -47,6 +47,7 @@ from megatron_slm.parallel.groups import (
 )
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.meeting import raise_on_all_ranks
+from megatron_slm.parallel.shards import parameters_in
 from megatron_slm.reference.following import FILE_KIND, FollowingReference
 from megatron_slm.reference.frozen import FirstTokens, FrozenStage, build_reference
 from megatron_slm.reference.pair import ReferencePair
@@ -166,9 +167,9 @@ def _pipeline_trainer(
     plan: Plan, layers: ParallelLayers, grid: Grid, objective: Objective, reference: FrozenStage | ReferencePair | None
 ) -> Trainer:
     parallel = plan.config.parallel
-    module = StageModule(
-        plan.models.architecture, layers, grid, parallel.recomputation, offloads=parallel.offload_activations
-    )
+    rule, offloads = parallel.recomputation, parallel.offload_activations
+    with parameters_in(plan.dtype), local_device():
+        module = StageModule(plan.models.architecture, layers, grid, rule, offloads=offloads)
     if plan.backends.compile_blocks:
         compile_blocks(module)
     optimizer = build_optimizer(module, plan.config.optimizer, plan.backends.optimizer, local_device())
@@ -202,8 +203,8 @@ def _flat_trainer(
     # backward passes reduce gradients: they wait for other ranks
     timers = Timers(plan.config.logging.timing_log_level, work=[name for name in WORK if name != "backward-compute"])
     offloads = plan.config.parallel.offload_activations
-    module = FlatModule(plan.models.architecture, layers, recomputation=recomputation, offloads=offloads)
-    module = module.to(local_device())
+    with parameters_in(plan.dtype), local_device():
+        module = FlatModule(plan.models.architecture, layers, recomputation=recomputation, offloads=offloads)
     if plan.backends.compile_blocks:
         compile_blocks(module)
     updates_on = torch.device("cpu") if ds_config.offloads_optimizer(plan.deepspeed) else local_device()
