@@ -62,8 +62,8 @@ def test_the_runs_that_compare_losses(modules: tuple[ModuleType, ModuleType], tm
         write_run(run.folder, final=final)
         (run.folder / "finished").touch()
     page = study.losses.write_losses(tmp_path, results.Results(runs)).read_text()
-    assert "| se-kd | 1 | 0.700 | +0.100 (+0.100 to +0.100) |" in page
-    assert "| slm-0.6 | 1 | 0.500 | -0.100" in page
+    assert "| se-kd | 1 | 0.825 | +0.100 (+0.100 to +0.100) |" in page
+    assert "| slm-0.6 | 1 | 0.625 | -0.100" in page
 
 
 def finish(run: Any, final: float, clean_kept: float) -> None:
