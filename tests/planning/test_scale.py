@@ -21,7 +21,7 @@ from tests.support.fake_gpu import TOOLS
 
 FLAGS = {"vocab-size": 31999, "data-path": "none", "tokenizer-type": "NullTokenizer", "objective": "clm"}
 EAGER = ("--no-compile-blocks", "--no-compile-elementwise")
-"""As the published speeds were measured: without compiled or fused element-wise work."""
+"""Without compiled element-wise work: nothing published says that these speeds were measured with it."""
 GIB = 2**30
 
 
@@ -94,22 +94,20 @@ def test_collectives_take_time_without_bytes() -> None:
     assert exposed_seconds(10.0, 1.0) == pytest.approx(9.1)
 
 
-def test_memory_while_building_is_that_of_a_simulated_rank() -> None:
-    """`tools/benchmark.py scale` measures a rank's peak above its process, where host and device are one."""
+def test_layers_are_built_in_their_dtype_whole_at_any_zero_stage() -> None:
+    """`tools/benchmark.py scale` measures a rank's peak, where host and device are one: no copy in fp32 is in it."""
     records = json.loads((TOOLS.parent / "docs" / "benchmarks" / "scale.json").read_text())
     (record,) = [r for r in records if "ZeRO-3" in r["name"] and r["build_bytes_per_parameter"]]
+    assert 2 < record["build_bytes_per_parameter"] < 4, "DeepSpeed's buckets come on top of the layers"
     building = planned("llama-2-7b", cluster(64)).building
-    parameters = 6_738_415_616
-    assert (building.host / 8 - PROCESS_BYTES) / parameters == pytest.approx(
-        record["build_bytes_per_parameter"], rel=0.03
-    )
-    assert building.device == 4 * parameters
+    assert building.device == 2 * 6_738_415_616
+    assert building.host == 8 * (PROCESS_BYTES + 3 * 4 * 32000 * 4096)
 
 
-def test_a_node_of_several_stages_holds_what_they_hold() -> None:
+def test_a_node_of_several_stages_fills_their_largest_weights() -> None:
     plan = planned("llama-2-7b", cluster(8), steps=8, zero=1, pipeline=8)
     whole = planned("llama-2-7b", cluster(8), steps=8, zero=1, tensor=1)
-    assert plan.building.host - 8 * PROCESS_BYTES == (whole.building.host - 8 * PROCESS_BYTES) // 8
+    assert plan.building.host - 8 * PROCESS_BYTES == 3 * 4 * 4096 * (2 * 32000 + 6 * 11008)
     assert plan.building.device == whole.building.device == 0
 
 
@@ -118,17 +116,19 @@ def test_a_layout_that_cannot_be_built_is_refused_with_the_way_out(capsys: pytes
     words += [word for name, value in FLAGS.items() for word in (f"--{name}", str(value))]
     words += ["--micro-batch-size", "1", "--global-batch-size", "1024", "--train-iters", "10", "--nodes", "128"]
     tensor = ["--tensor-model-parallel-size", "8"]
-    assert main([*words, *tensor, "--deepspeed-config", "ds_configs/zero3_bf16.json", "--host-memory", "256"]) == 1
+    assert main([*words, *tensor, "--deepspeed-config", "ds_configs/zero3_bf16.json", "--host-memory", "24"]) == 1
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: --host-memory is '256 GiB': must be at least 261 GiB: the 8 ranks of a node build")
-    assert "Fix: shard the model over more tensor-parallel ranks or stages" in error
+    assert error.startswith(
+        "error: --host-memory is '24 GiB': must be at least 27 GiB: through it the 8 ranks of a node"
+    )
+    assert "Fix: take nodes with more host memory" in error
     assert main([*words, *tensor, "--deepspeed-config", "ds_configs/zero3_bf16.json"]) == 0
     assert "while building" in capsys.readouterr().out
     whole = planned("llama-2-70b", cluster(1024, host_memory=4096.0))
     assert whole.peak_bytes < cluster(1024).usable_bytes, "in training it would fit"
     assert not whole.fits
     with pytest.raises(
-        LayoutError, match=r"GPU memory while building is '257.0 GiB'.*after all of them are on the GPU"
+        LayoutError, match=r"GPU memory while building is '128.5 GiB'.*after all of them are on the GPU"
     ):
         whole.building.check(whole.cluster, whole.layout)
 
