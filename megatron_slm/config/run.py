@@ -100,8 +100,9 @@ class RunConfig:
         is_of_one = parallel.recomputation.method == "block" or parallel.recomputation.num_layers == 1
         require(self.backward.is_exact or is_of_one, parallel, "recompute_num_layers", rule, fix)
         rule = f"be left out with --backward-rows {kind}, whose blocks keep graphs of their own"
-        is_kept = self.backward.is_exact or parallel.recompute_granularity is not None
-        fix = "leave it out, or add --recompute-granularity selective"
+        recomputes_all = parallel.recompute_granularity is not None and parallel.recomputation.method != "block"
+        is_kept = self.backward.is_exact or recomputes_all
+        fix = "leave it out, or use --recompute-granularity selective, or full with --recompute-method uniform"
         require(not parallel.offload_activations or is_kept, parallel, "offload_activations", rule, fix)
 
     def _check_reference(self) -> None:

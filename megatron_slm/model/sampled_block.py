@@ -18,11 +18,13 @@ feed-forward layer see the rows of all ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model.layers import HasParameters
@@ -67,7 +69,10 @@ class SampledBlock(torch.autograd.Function):
         *_: Tensor,
     ) -> Tensor:
         """[s, b, d] to [s, b, d]."""
-        attended = _attend(block, x_sbd, documents)
+        # a graph that will be made again is not offloaded
+        hooks = nullcontext() if recompute is None else saved_tensors_hooks(_itself, _itself)
+        with hooks:
+            attended = _attend(block, x_sbd, documents)
         y_sbd = x_sbd + block.scaled(block.self_attn.o_proj(attended.mixed_sbf))
         gate_up = block.mlp.gate_up(block.mlp_norm(y_sbd))
         ctx.block, ctx.documents, ctx.rows, ctx.recompute = block, documents, rows, recompute
@@ -87,6 +92,10 @@ class SampledBlock(torch.autograd.Function):
         passed = _Pass(ctx.block, attended, inner)
         dx_sbd = passed.run(grads[0], ctx.rows)
         return None, None, None, None, dx_sbd, *(passed.found[id(p)] for p in ctx.block.parameters())
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _kept(ctx: Any) -> tuple[_Attended, _Inner | None]:

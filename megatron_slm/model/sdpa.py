@@ -74,8 +74,11 @@ def _attend_behind(q: Tensor, k: Tensor, v: Tensor, kernels: Sequence[SDPBackend
     """Causal attention of the last positions, [b, heads, positions, k] all."""
     if not q.is_cuda:
         return PrefixAttention.apply(q, k, v)
-    if _flash_takes(q) and q.shape[-1] % 8 == 0:  # causal attention of this kernel ends with the last key
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
+    if _flash_takes(q):  # causal attention of this kernel ends with the last key; it takes widths that 8 divides
+        width = q.shape[-1]
+        q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
+        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True, scale=width**-0.5)[0]
+        return out[..., :width]
     mask = seen(k.shape[2], None, q.device)[-q.shape[2] :]
     with _fused_only(q, kernels):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

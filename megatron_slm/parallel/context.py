@@ -43,6 +43,8 @@ def in_sequence_order(parts: Tensor, dim: int, ranks: ContextParallel) -> Tensor
     Args:
         dim: of the positions in one rank's part.
     """
+    if ranks.size == 1:
+        return parts.squeeze(0)
     firsts, seconds = parts.unflatten(dim + 1, (2, -1)).movedim(dim + 1, 1).unbind(1)
     return torch.cat([firsts, seconds.flip(0)]).movedim(0, dim).flatten(dim, dim + 1)
 

@@ -94,12 +94,18 @@ def rounds_waited() -> int:
     return _rounds_waited
 
 
+_BEATING = ("watchdog", "heartbeats", "reach")
+"""Threads that use some time while their rank hangs (`operations`)."""
+
+
 def _cpu_seconds() -> float:
-    """CPU time of Python's threads but the calling one; where the system does not tell it, of the whole process.
+    """CPU time of Python's threads but the calling one and those that beat; where the system does not tell it, of the
+    whole process.
 
     Threads of the communication library use some while others only wait for this rank.
     """
-    others = (thread.native_id for thread in threading.enumerate() if thread is not threading.current_thread())
+    own = threading.current_thread()
+    others = (t.native_id for t in threading.enumerate() if t is not own and t.name not in _BEATING)
     try:
         return sum(int(Path(f"/proc/self/task/{tid}/schedstat").read_text().split()[0]) for tid in others) / 1e9
     except OSError:

@@ -90,7 +90,7 @@ def block_activations(
     return BlockActivations(
         stream=(e * d if e == 4 or fused else 2 * e * d) / shards if some_rows else 0.0,
         norms=(2 * whole_norms if arch.norm_placement == "around" else whole_norms)
-        * _norm(d, e=e, fused=fused)
+        * (_zero_centered_norm(d) if arch.zero_centered_norms else _norm(d, e=e, fused=fused))
         / shards,
         linear_inputs=whole_norms * e * d / shards,
         projected=e * projected + normed_heads,
@@ -104,7 +104,25 @@ def _norm(width: int, *, e: int, fused: bool) -> int:
     return (e if fused else 4 + e) * width + 4
 
 
-def recomputed_at_once(arch: Architecture, layout: Layout, *, num_blocks: int, e: int, fused: bool = False) -> float:
+def _zero_centered_norm(width: int) -> int:
+    """A norm's input and its output before the weight, both in fp32, and a number, for a row."""
+    return 8 * width + 4
+
+
+def capped_tables(arch: Architecture, layout: Layout, length: int) -> float:
+    """Return the bytes per token of one block's attention tables, which a soft cap needs of every pair of positions.
+
+    Hyperbolic tangents and shares, the latter in fp32: 8 bytes a head and pair in bf16 and in fp32.
+
+    Args:
+        length: positions of a sample.
+    """
+    return 0.0 if arch.attention_softcap is None else 8 * arch.num_attention_heads / layout.tensor * length
+
+
+def recomputed_at_once(
+    arch: Architecture, layout: Layout, *, num_blocks: int, e: int, length: int, fused: bool = False
+) -> float:
     """Return the bytes per token that a backward pass makes again and holds at the same time.
 
     Of a whole run of blocks where they are computed again; else of the larger half of a block, whose products are
@@ -112,7 +130,7 @@ def recomputed_at_once(arch: Architecture, layout: Layout, *, num_blocks: int, e
     """
     rule, block = layout.recomputation, block_activations(arch, layout, e=e, fused=fused)
     if rule.granularity == "full":
-        return max(rule.units(num_blocks), default=0) * block.total
+        return max(rule.units(num_blocks), default=0) * (block.total + capped_tables(arch, layout, length))
     if rule.granularity == "selective" and num_blocks:
         return (block.norms + block.linear_inputs) / 2 + max(block.attention, block.feed_forward / 2)
     return 0.0
@@ -145,9 +163,10 @@ def offloaded_activations(run: PlannedRun, layout: Layout, parameters: StagePara
         return 0
     arch, e, rule = run.architecture, run.dtype_bytes, layout.recomputation
     per_token = e * arch.hidden_size / layout.sequence_shards * len(rule.units(parameters.num_blocks))
+    tables = capped_tables(arch, layout, run.config.data.seq_length)
     for count, recompute in rule.kinds(parameters.num_blocks):
         if recompute != "full":
-            per_token += count * offloaded_block(arch, layout, e=e, recompute=recompute)
+            per_token += count * (offloaded_block(arch, layout, e=e, recompute=recompute) + tables)
     if parameters.has_head:
         per_token += ((8 + e) * arch.hidden_size + 8) / layout.sequence_shards
     return round(per_token * layout.micro_batch_size * run.config.data.seq_length // layout.context)
@@ -165,7 +184,7 @@ def stage_activations(run: PlannedRun, layout: Layout, parameters: StageParamete
         for count, recompute in rule.kinds(parameters.num_blocks):
             if recompute != "full":
                 kept = block_activations(arch, layout, e=e, some_rows=some_rows, fused=fused, recompute=recompute)
-                per_token += count * kept.total
+                per_token += count * (kept.total + capped_tables(arch, layout, run.config.data.seq_length))
         if parameters.has_head:
             per_token += _norm(arch.hidden_size, e=e, fused=fused) / layout.sequence_shards
     as_it_is = e == 4 or fused  # the first norm keeps the same tensor

@@ -147,9 +147,15 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
 
 
 def _granularities(run: PlannedRun) -> list[Granularity | None]:
-    """Those that a run may have: selective recomputation is of eager blocks with norms before attention and MLP."""
+    """Those that a run may have.
+
+    Selective recomputation is of eager blocks with norms before attention and MLP; sampled rows offload only what is
+    kept for a recomputation.
+    """
     selects = not run.config.backend.compile_blocks and run.architecture.norm_placement == "before"
-    return [granularity for granularity in GRANULARITIES if granularity != "selective" or selects]
+    keeps = run.config.backward.is_exact or not run.config.parallel.offload_activations
+    ways = {"selective": selects, None: keeps}
+    return [granularity for granularity in GRANULARITIES if ways.get(granularity, True)]
 
 
 def _divides(run: PlannedRun, tensor: int) -> bool:

@@ -21,6 +21,7 @@ from megatron_slm.loss.dense_distillation import chunk_rows
 from megatron_slm.loss.variants import StashPlan
 from megatron_slm.parallel.channels import Channel
 from megatron_slm.planning.activations import (
+    capped_tables,
     fuses_elementwise,
     offloaded_activations,
     recomputed_at_once,
@@ -197,19 +198,20 @@ def working_bytes(run: PlannedRun, layout: Layout, parameters: StageParameters) 
 
     Backward of the model: gradients of the MLP's inner layers and of a norm in fp32, under sequence parallelism the
     gathered input of a linear layer and its gradient, and what is computed again. Forward of a reference: the MLP's
-    inner layers and a norm.
+    inner layers and a norm. Either with the tables of a capped attention.
     """
-    e, tokens = run.dtype_bytes, _tokens(run, layout)
+    e, tokens, length = run.dtype_bytes, _tokens(run, layout), run.config.data.seq_length
 
     def inner(arch: Architecture) -> float:
         gathered = 2 * e * arch.hidden_size if layout.sequence_shards > 1 else 0
         stream = (8 + 2 * e) * arch.hidden_size / layout.sequence_shards
-        return 4 * e * arch.ffn_hidden_size / layout.tensor + stream + gathered
+        tables = capped_tables(arch, layout, length)
+        return 4 * e * arch.ffn_hidden_size / layout.tensor + stream + gathered + tables
 
     model = inner(run.architecture) if parameters.num_blocks else 0.0
     model += e * max(parameters.sizes, default=0) / tokens  # a gradient until it is added to its fp32 sum
     fused, num_blocks = fuses_elementwise(run, layout), parameters.num_blocks
-    model += recomputed_at_once(run.architecture, layout, num_blocks=num_blocks, e=e, fused=fused)
+    model += recomputed_at_once(run.architecture, layout, num_blocks=num_blocks, e=e, length=length, fused=fused)
     return round(max(model, *(inner(arch) for arch in run.references), 0.0) * tokens)
 
 

@@ -123,7 +123,8 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
             blocks=stage_blocks(arch.num_layers, layout.pipeline),
             work=work,
             compute=tokens * roofline.seconds(work),
-            communication=2 * ring + heads + sequences,
+            sums=2 * ring,
+            gathers=heads + sequences,
             embedding=2 * tokens * arch.hidden_size * run.dtype_bytes / cluster.gpu.memory_bytes_per_second,
             head=tokens * roofline.seconds(head_forward(arch, tensor=layout.tensor)),
         )
@@ -145,8 +146,9 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
                 fused=fused,
             )
             # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
-            rounds = 2 if recompute == "full" else 1
-            return tokens * roofline.seconds(work) + rounds * (1 + share) / 2 * model.communication
+            sums = (2 if recompute == "full" else 1) * (1 + share) / 2 * model.sums
+            gathers = (1 if recompute is None else 2) * model.gathers
+            return tokens * roofline.seconds(work) + sums + gathers
 
         backward = [
             sum(num * block(kind) for num, kind in layout.recomputation.kinds(count)) + added + copied
@@ -184,15 +186,18 @@ class _Forward:
     work: Work
     """Of a block, for one token."""
     compute: float
-    communication: float
-    """Of a block, each."""
+    """Of a block, as the two that follow."""
+    sums: float
+    """Sums over tensor-parallel ranks."""
+    gathers: float
+    """Gathers of keys and values."""
     embedding: float
     head: float
 
     @property
     def stages(self) -> list[float]:
         """Seconds on each stage."""
-        stages = [count * (self.compute + self.communication) for count in self.blocks]
+        stages = [count * (self.compute + self.sums + self.gathers) for count in self.blocks]
         stages[0] += self.embedding
         stages[-1] += self.head
         return stages

@@ -32,7 +32,9 @@ def print_outline(config: RunConfig, world_size: int) -> None:
         check_layout(reference, config, topology, what="reference")
     check_backward_rows(config, run.selector, run.architecture)
     check_ranks(config, topology)
-    ds_config.resolve(run.deepspeed, config, data_parallel_size=layout.data, num_micro_batches=layout.num_micro_batches)
+    ds_config.resolve(
+        run.deepspeed, config, data_parallel_size=topology.copies, num_micro_batches=layout.num_micro_batches
+    )
     warn_of_long_sequences(config, run.architecture, run.references)
     schedule = counted_schedule(
         config, run.architecture, run.references, layout.pipeline, layout.num_micro_batches, keep_ratio=run.keep_ratio

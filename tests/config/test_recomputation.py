@@ -38,6 +38,16 @@ def test_refused_by_name(values: dict[str, Any], field: str) -> None:
         ({"recompute_granularity": "selective", "compile_blocks": True}, "--compile-blocks"),
         ({"recompute_granularity": "full", "recompute_num_layers": 2, **SAMPLED}, "--recompute-num-layers"),
         ({"offload_activations": True, **SAMPLED}, "--offload-activations"),
+        (
+            {
+                "recompute_granularity": "full",
+                "recompute_method": "block",
+                "recompute_num_layers": 1,
+                "offload_activations": True,
+                **SAMPLED,
+            },
+            "--offload-activations",
+        ),
     ],
 )
 def test_what_cannot_be_combined_is_refused_by_name(values: dict[str, Any], field: str, tmp_path: Path) -> None:

@@ -149,6 +149,17 @@ def resolved(imported: Architecture, *, starts: bool, **given: Any) -> Architect
     return resolve_architecture(parse(flags(values))[0], imported, 97, starts=starts)
 
 
+def test_blocks_with_a_window_stay_unscaled() -> None:
+    raw = written_by_transformers_5("olmo 3")
+    plain = {"rope_type": "default", "rope_theta": 500.0}
+    raw = {**raw, "rope_parameters": {"full_attention": plain, "sliding_attention": plain}}
+    yarn = {"rope_type": "yarn", "factor": 4.0, **OLD_LENGTH}
+    arch = resolved(architecture_of(raw, "config.json"), starts=True, rope_scaling=json.dumps(yarn))
+    assert (arch.rope_scaling, arch.rotary_base, arch.local_rotary_base) == (yarn, 500.0, 500.0)
+    config = exported_config(arch, raw, dtype=None, special_ids={}, is_trained=True)
+    assert architecture_of(config, "config.json") == arch
+
+
 def test_flags_may_encode_the_positions_of_a_start_in_another_way() -> None:
     imported = architecture_of(OLD_CONFIG, "config.json")
     yarn = {"rope_type": "yarn", "factor": 4.0, **OLD_LENGTH}

@@ -202,3 +202,15 @@ def test_a_wrong_weight_is_not_the_masked_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(RecordedRows, "draw", wrong)
     found = gradients(stack, x, grad, rows)[1]
     assert largest_error(found, masked(stack, x, grad, rows)) > 1e-3
+
+
+@pytest.mark.parametrize(("recompute", "count"), [("selective", 7), ("full", 1)])
+def test_what_is_made_again_is_not_packed(recompute: Granularity, count: int) -> None:
+    """Hooks of saved tensors, which offload them, see none of the graph that the backward pass makes again."""
+    stack, (x_sbd, _) = blocks(architecture()), problem()
+    packed: list[Tensor] = []
+    x_sbd.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (packed.append(x), x)[1], lambda x: x):
+        for block in stack:
+            x_sbd = block(x_sbd, None, RecordedRows(0.5), recompute)
+    assert len(packed) == count * len(stack)

@@ -74,6 +74,11 @@ def test_tables_of_the_ranks_are_put_together_in_sequence_order(data: int) -> No
     assert torch.equal(found, whole.flatten(1))
 
 
+def test_one_rank_may_hold_an_odd_number_of_positions() -> None:
+    parts = torch.arange(2 * 14).view(2, 1, 14)
+    assert torch.equal(whole_rows(parts, 2, ContextParallel(), DataParallel(size=2)), parts.movedim(0, 1).flatten(1))
+
+
 def grads(out: Tensor, weight: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((out * weight).sum(), leaves)
 

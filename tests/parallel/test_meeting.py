@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -77,9 +79,18 @@ def test_a_watchdog_counts_a_wait_anew_while_the_other_rank_works(monkeypatch: p
     assert watchdog._seconds_waited() > 0
 
 
+def beat() -> None:
+    """Use a little time for ever, as the watchdog and heartbeats do."""
+    while True:
+        json.dumps(list(range(1000)))
+        time.sleep(0.05)
+
+
 def lose_one(how: str) -> tuple[str, float]:
     """What the others say, and after how long, where rank 1 does not come back from its work."""
     init_distributed(timedelta(seconds=TIME_OUT))
+    for name in ("watchdog", "heartbeats"):
+        threading.Thread(target=beat, name=name, daemon=True).start()
     rank, started = dist.get_rank(), time.monotonic()
     try:
         with translate_peer_errors("meeting"), raise_on_all_ranks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from megatron_slm.parallel import layers
 from megatron_slm.parallel.collectives import gather_sequence
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.planning.activations import block_activations, offloaded_block
+from megatron_slm.planning.activations import block_activations, capped_tables, offloaded_block
 from megatron_slm.planning.layouts import Layout
 from tests.support.saved import alone_of, saved_bytes
 from tests.support.world import run_world
@@ -85,6 +86,20 @@ def test_copies_on_the_host() -> None:
                 layout, e = layout_of(TensorParallel()), dtype.itemsize
                 predicted = offloaded_block(architecture(shape), layout, e=e, recompute=recompute) * LENGTH
                 assert found == pytest.approx(predicted, rel=0.001), (shape, dtype, recompute)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_of_capped_attention(dtype: torch.dtype) -> None:
+    """A Gemma 2 block, without its activation function's inner results."""
+    changes = {"attention_softcap": 50.0, "norm_placement": "around", "zero_centered_norms": True}
+    arch, tp = replace(architecture("as many keys"), **changes), TensorParallel()
+    block = Block(arch, ParallelLayers(tp), 0).to(dtype)
+    x_sbd = torch.randn(LENGTH, 1, 512).to(dtype).requires_grad_()
+    tables = rotation(LENGTH, *block.self_attn.rope, x_sbd.device)
+    saved = saved_bytes(lambda: block(x_sbd), besides=[*block.parameters(), *tables])
+    kept = block_activations(arch, layout_of(tp), e=dtype.itemsize).total
+    predicted = (kept + capped_tables(arch, layout_of(tp), LENGTH)) * LENGTH
+    assert saved == pytest.approx(predicted, rel=0.02)
 
 
 def rank_main(size: int, sequence_parallel: bool) -> list[tuple[str, Granularity | None, int, float, int, int]]:

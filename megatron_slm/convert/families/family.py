@@ -92,8 +92,7 @@ class Family:
                 rule = "be default: blocks with a window have no scaling"
                 raise LayoutError(f"rope_parameters.{SLIDING}.rope_type", local["rope_type"], rule, "use another model")
             has_windows = options.get("sliding_window") is not None
-            same = rope.get("rope_type", "default") == "default" and local["rope_theta"] == rope["rope_theta"]
-            options["local_rotary_base"] = float(local["rope_theta"]) if has_windows and not same else None
+            options["local_rotary_base"] = float(local["rope_theta"]) if has_windows else None
         rope = {key: value for key, value in rope.items() if key != "type"}  # old name of rope_type
         base = float(rope.pop("rope_theta"))
         rotary_percent = rope.pop("partial_rotary_factor", 1.0) if self.partial_rotary else 1.0
