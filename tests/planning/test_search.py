@@ -41,3 +41,12 @@ def test_what_does_not_fit_under_its_schedule_is_not_proposed(run: PlannedRun, m
     monkeypatch.setattr(Estimate, "fits", property(lambda self: False))
     with pytest.raises(LayoutError, match=r"--gpu is .*must hold one of \d+ layouts on 4 GPUs"):
         search(run, CLUSTER, num_results=3)
+
+
+def test_no_layout_is_proposed_that_the_run_refuses(tmp_path: Path) -> None:
+    offloads = {"offload_activations": True, "recompute_granularity": "selective"}
+    for rows, expected in (({}, {None, "selective", "full"}), ({"backward_row_share": 0.7}, {"selective", "full"})):
+        kind = {"backward_rows": "sampled" if rows else "exact"}
+        values = run_flags(tmp_path / "none", tmp_path, **offloads, **kind, **rows)
+        candidates = candidate_layouts(plan_run(parse(flags(values))[0]), 4, max_tensor=2)
+        assert {layout.recomputation.granularity for layout in candidates} == expected
