@@ -38,13 +38,17 @@ class BlockActivations:
         return sum(astuple(self))
 
 
+def has_compiled_kinds(arch: Architecture) -> bool:
+    """Tell whether the model's norms and activation are of the kinds that are compiled by themselves."""
+    return arch.activation == "silu" and not arch.zero_centered_norms
+
+
 def fuses_elementwise(run: PlannedRun, layout: Layout) -> bool:
     """Tell whether element-wise work surely keeps less: where it is asked for by name, and compiled by itself."""
-    arch, asked = run.architecture, run.config.backend.compile_elementwise is True
-    has_compiled_kinds = arch.activation == "silu" and not arch.zero_centered_norms
+    asked = run.config.backend.compile_elementwise is True
     return (
         asked
-        and has_compiled_kinds
+        and has_compiled_kinds(run.architecture)
         and not run.compiles_blocks(
             zero_stage=layout.zero_stage,
             cuts_sequences=layout.context > 1,

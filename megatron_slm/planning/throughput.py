@@ -13,7 +13,7 @@ from megatron_slm.config.backward import BackwardConfig, planned_share
 from megatron_slm.config.recomputation import Granularity
 from megatron_slm.engine.schedule.costs import Costs, planned_passes
 from megatron_slm.model.partition import stage_blocks
-from megatron_slm.planning.activations import offloaded_activations
+from megatron_slm.planning.activations import has_compiled_kinds, offloaded_activations
 from megatron_slm.planning.communication import (
     all_reduce_seconds,
     exposed_seconds,
@@ -105,14 +105,14 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
         cuts_sequences=layout.context > 1,
         recomputes_selectively=layout.recomputation.granularity == "selective",
     )
-    fused = compiles or run.config.backend.fuses_elementwise_on_gpu(compiles_blocks=compiles)
+    fuses = run.config.backend.fuses_elementwise_on_gpu(compiles_blocks=compiles)
     stages = model_parameters(run, layout)
     sums = [roofline.gradient_sum_seconds(stage.total) for stage in stages]
 
     def forward_pass(arch: Architecture) -> _Forward:
         work = block_forward(
             arch, length, tensor=layout.tensor, sequence_shards=layout.sequence_shards, e=run.dtype_bytes,
-            fused=fused,
+            fused=compiles or (fuses and has_compiled_kinds(arch)),
         )  # fmt: skip
         ring = all_reduce_seconds(tokens * arch.hidden_size * run.dtype_bytes, layout.tensor, 1, cluster)
         num_sharing = max(1, layout.tensor // arch.num_query_groups)
@@ -143,7 +143,7 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
                 num_passes=num_passes,
                 row_share=share,
                 recomputes=recompute is not None,
-                fused=fused,
+                fused=compiles or (fuses and has_compiled_kinds(run.architecture)),
             )
             # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
             sums = (2 if recompute == "full" else 1) * (1 + share) / 2 * model.sums
