@@ -25,7 +25,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder`, with a checksum of its own; durable on return."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "state"}
-        content = {**self.state.to_json(), **own, "architecture": asdict(self.architecture)}
+        content = {**self.state.to_json(), **own, "architecture": self.architecture.to_dict()}
         content["manifest_sha256"] = _content_sha256(content)
         write_durably(folder / MANIFEST, json.dumps(content, indent=1).encode())
 

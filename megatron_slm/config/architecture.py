@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_slm.config.rope_scaling import check_rope_scaling
@@ -15,6 +15,24 @@ _OPTIONAL_NUMBERS = (
     "logit_softcap",
     "local_rotary_base",
 )
+_LATER = (
+    "rotary_percent",
+    "rotary_interleaved",
+    "local_rotary_base",
+    "unrotated_interval",
+    "qk_norm_of_all_heads",
+    "norm_placement",
+    "full_attention_interval",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logit_divisor",
+    "attention_softcap",
+    "logit_softcap",
+    "activation",
+    "zero_centered_norms",
+)
+"""Fields that version 0.2 did not have."""
 ACTIVATIONS = ("silu", "gelu-tanh")
 NORM_PLACEMENTS = ("before", "after", "around")
 
@@ -150,6 +168,16 @@ class Architecture:
             "use fewer blocks with full attention, or no sliding window",
         )
         check_rope_scaling(self.rope_scaling, num_pairs=self.rotary_width // 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-compatible values.
+
+        Fields that version 0.2 did not have are left out where they have their default, so that it reads the
+        checkpoints of the models it knows, and the fingerprints of models stay as they were.
+        """
+        defaults = {f.name: f.default for f in fields(self)}
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in _LATER or value != defaults[name]}
 
     def window_of(self, block: int) -> int | None:
         """Return the sliding window of one block; None for full attention."""

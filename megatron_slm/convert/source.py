@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_slm.checkpoint.format import Manifest, find_checkpoint, verify_files
@@ -29,7 +29,7 @@ class Model:
 
     def content_sha256(self) -> str:
         """Return the SHA-256 over architecture and weights; for a Hugging Face folder this reads every file."""
-        parts = [json.dumps(asdict(self.architecture), sort_keys=True), self.source.content_sha256()]
+        parts = [json.dumps(self.architecture.to_dict(), sort_keys=True), self.source.content_sha256()]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

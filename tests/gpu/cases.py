@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Backends
+from megatron_slm.config.recomputation import KEEP_ALL, Recomputation
 from megatron_slm.engine.flat import FlatModule
 from megatron_slm.loss import blocks, selective_ce
 from megatron_slm.loss.distillation import Distillation
@@ -155,7 +156,8 @@ def whole_model(
             where = Documents(where.lengths, torch.zeros(5, dtype=torch.int32), torch.zeros(2, 128, dtype=torch.int64))
         with DEVICE:
             torch.set_default_dtype(getattr(torch, dtype))
-            model = FlatModule(arch, layers, recompute=recompute)
+            rule = Recomputation(granularity="full") if recompute else KEEP_ALL
+            model = FlatModule(arch, layers, recomputation=rule)
             shallow = replace(arch, num_layers=1, full_attention_layers=0)
             reference = FrozenStage(shallow, layers, stage=0, num_stages=1)
             torch.set_default_dtype(torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.config.backends import Backends
+from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model import fused, norm, rope
 from megatron_slm.model.block import Block
 from megatron_slm.model.row_sampling import BackwardRows
@@ -105,27 +106,36 @@ DOCUMENTS = Documents((5, 7, 12), torch.tensor([0, 5, 12, 24], dtype=torch.int32
 
 
 def block_outcome(
-    documents: Documents | None, rows: BackwardRows | None, *, fuses: bool, dtype: torch.dtype = torch.float64
+    documents: Documents | None,
+    rows: BackwardRows | None,
+    *,
+    fuses: bool,
+    dtype: torch.dtype = torch.float64,
+    recompute: Granularity | None = None,
 ) -> list[Tensor]:
     block = Block(ARCH, ParallelLayers(backends=Backends(fuses_elementwise=fuses)), 0).to(dtype)
     DRAW.manual_seed(3)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=DRAW)
     x_sbd = drawn(12, 2, 32, dtype=dtype).requires_grad_()
-    y_sbd = block(x_sbd, documents, rows)
+    y_sbd = block(x_sbd, documents, rows, recompute)
     y_sbd.backward(drawn(12, 2, 32, dtype=dtype))
     return [y_sbd.detach(), *(x.grad for x in (x_sbd, *block.parameters()) if x.grad is not None)]
 
 
-def sampled(kind: Any = "sampled", *, recomputes: bool = False) -> BackwardRows:
-    return BackwardRows(kind=kind, share=lambda _: 0.5, key=(1, 2, 3), recomputes=recomputes)
+def sampled(kind: Any) -> BackwardRows:
+    return BackwardRows(kind=kind, share=lambda _: 0.5, key=(1, 2, 3))
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
 def test_blocks_are_the_same(documents: Documents | None) -> None:
-    for make in (lambda: None, sampled, lambda: sampled("kept"), lambda: sampled(recomputes=True)):
-        plain = block_outcome(documents, make(), fuses=False)
-        ours = block_outcome(documents, make(), fuses=True)
+    cases: list[tuple[str | None, Granularity | None]] = [(None, None), ("kept", None)]
+    cases += [("sampled", None), ("sampled", "full"), ("sampled", "selective"), (None, "selective")]
+    for kind, recompute in cases:
+        plain, ours = (
+            block_outcome(documents, kind and sampled(kind), fuses=fuses, recompute=recompute)
+            for fuses in (False, True)
+        )
         assert len(ours) == 2 + 10
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 

@@ -144,7 +144,7 @@ def block_bytes(size: int, length: int) -> tuple[int, float]:
     saved = saved_bytes(lambda: block(x_sbd), besides=[*block.parameters(), *tables])
     layout = Layout(
         tensor=1, pipeline=1, data=1, context=size, zero_stage=1, micro_batch_size=1, num_micro_batches=1,
-        sequence_parallel=False, recomputes=False,
+        sequence_parallel=False,
     )  # fmt: skip
     own_tables = sum(x.numel() * 4 for x in held) if size > 1 else 0
     return saved - own_tables, block_activations(arch, layout, e=4).total * length / size
