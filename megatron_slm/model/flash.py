@@ -5,9 +5,14 @@ The kernels support grouped heads and windows; their window excludes the current
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from torch import Tensor
 
 from megatron_slm.types import Documents, Pieces
+
+T = TypeVar("T")
 
 
 def attend(
@@ -43,7 +48,14 @@ def attend_in_pieces(q_Mhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | 
     """Attend as `sdpa.attend_in_pieces` does, with all pieces in one call: the last query of each sees its last key."""
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(
+    return call_in_pieces(flash_attn_varlen_func, q_Mhk, k_Ngk, v_Ngk, window, pieces)
+
+
+def call_in_pieces(
+    function: Callable[..., T], q_Mhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | None, pieces: Pieces
+) -> T:
+    """Call flash-attn's function of many lengths, or flash-attn 3's, with all pieces at once."""
+    return function(
         q_Mhk,
         k_Ngk[pieces.key_K],
         v_Ngk[pieces.key_K],

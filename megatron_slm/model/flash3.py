@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_slm.model.flash import sides
+from megatron_slm.model.flash import call_in_pieces, sides
 from megatron_slm.types import Documents, Pieces
 
 
@@ -46,19 +46,7 @@ def attend_in_pieces(q_Mhk: Tensor, k_Ngk: Tensor, v_Ngk: Tensor, window: int | 
     """Like `sdpa.attend_in_pieces`; all pieces in one call: the last query of each sees its last key."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    return _output(
-        flash_attn_varlen_func(
-            q_Mhk,
-            k_Ngk[pieces.key_K],
-            v_Ngk[pieces.key_K],
-            pieces.cumulative_queries,
-            pieces.cumulative_keys,
-            max(pieces.queries),
-            max(count for _, count in pieces.keys),
-            causal=True,
-            window_size=sides(window),
-        )
-    )
+    return _output(call_in_pieces(flash_attn_varlen_func, q_Mhk, k_Ngk, v_Ngk, window, pieces))
 
 
 def _output(returned: Tensor | tuple[Tensor, ...]) -> Tensor:
