@@ -125,11 +125,12 @@ def dense_pass(
     """
     assert reference_weight_Vd.shape[0] == weight_Vd.shape[0], "both models have the same part of the vocabulary here"
     hidden_Kd = rows.hidden_Kd
-    grad_weight_Vd = torch.zeros_like(weight_Vd)
     grad_hidden_Kd = torch.zeros_like(hidden_Kd, dtype=accumulation_dtype(hidden_Kd))
     moments_2K = grad_hidden_Kd.new_zeros(2, len(hidden_Kd))
     if not len(hidden_Kd):
-        return DensePass(moments_2K[0], grad_hidden_Kd, grad_weight_Vd)
+        return DensePass(moments_2K[0], grad_hidden_Kd, torch.zeros_like(weight_Vd))
+    # not zeros: its pages are first written block by block, as the stash's blocks are freed
+    grad_weight_Vd = torch.empty_like(weight_Vd)
     shared = {"temperature": temperature, "kernels": kernels, "part": part}
     model = _LogProbabilities(rows, weight_Vd, len(hidden_Kd), stash=stash, **shared)  # type: ignore[arg-type]
     most_rows = chunk_rows(len(hidden_Kd))

@@ -107,8 +107,8 @@ class _JensenShannon:
 
 def _expected(log_weight_KB: Tensor, log_ratio_KB: Tensor) -> Tensor:
     """Sum `weight * log_ratio` over the columns; 0 for a weight of 0, whatever the ratio."""
-    weight_KB = log_weight_KB.exp()
-    return log_ratio_KB.masked_fill_(weight_KB == 0, 0.0).mul_(weight_KB).sum(1)
+    most = torch.finfo(log_ratio_KB.dtype).max  # 0 times it is 0, where 0 times infinity is not a number
+    return log_ratio_KB.clamp_(-most, most).mul_(log_weight_KB.exp()).sum(1)
 
 
 def divergence_named(name: DivergenceName, *, skew: float) -> Divergence:

@@ -47,21 +47,22 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     sizes, keeps = (SIZES[:1], KEEPS[:1]) if arguments.quick else (SIZES, KEEPS)
     records = report.read("loss-head") if arguments.resume else []
-    done = {(tuple(record["size"]), record["keep"]) for record in records}
+    done = {(tuple(record["size"]), record["keep"], record["name"]) for record in records}
     missing: dict[str, str] = {}
     for keep in keeps:
         for size in sizes:
-            if (size, keep) in done:
+            names = [n for n in _contenders(keep, arguments.only) if (size, keep, n) not in done]
+            if not names:
                 continue
-            only = arguments.only or ("" if keep == PEERS_AT else "ours")
             job = {"size": size, "keep": keep, "rounds": arguments.rounds, "threads": arguments.threads}
-            timed = _spawn({**job, "what": "time", "only": only}, RETAIN)
+            timed = _spawn({**job, "what": "time", "names": names}, RETAIN)
             missing |= timed["missing"]
             memory = {}
             if keep in MEMORY_KEEPS:
                 memory = {n: _spawn({**job, "what": "memory", "name": n}, RETURN)["bytes"] for n in timed["names"]}
-            records += _records(size, keep, timed, memory)
-            records.sort(key=lambda record: (KEEPS.index(record["keep"]), SIZES.index(tuple(record["size"]))))
+            new = _records(size, keep, timed, memory)
+            records += [r for r in new if (size, keep, r["name"]) not in done]
+            records.sort(key=_order)
             report.write(
                 "loss-head", _markdown(records, missing, arguments), records, arguments.json
             )  # it takes an hour
@@ -69,6 +70,22 @@ def run(arguments: argparse.Namespace) -> int:
     report.write("loss-head", markdown, records, arguments.json)
     print(markdown)
     return 0
+
+
+def _contenders(keep: float, only: str | None) -> list[str]:
+    """Names of the steps that are compared at a keep ratio, without the baseline."""
+    from benchmarks.loss_peers import BASELINE, STEPS
+
+    only = only or ("" if keep == PEERS_AT else "ours")
+    return [name for name in STEPS if name != BASELINE and only in name]
+
+
+def _order(record: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a record stands in the report."""
+    from benchmarks.loss_peers import STEPS
+
+    size = SIZES.index(tuple(record["size"]))
+    return KEEPS.index(record["keep"]), size, list(STEPS).index(record["name"])
 
 
 def _spawn(job: dict[str, Any], malloc: dict[str, str]) -> dict[str, Any]:
@@ -95,7 +112,7 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
     problems[1].predictor = problems[0].predictor
     names, missing = [], {}
     for name, step in STEPS.items():
-        if job["only"] and job["only"] not in name and name != BASELINE:
+        if name not in job["names"] and name != BASELINE:
             continue
         try:
             for problem in problems:
