@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_slm.config.batch_sizes import SCHEDULE
 from megatron_slm.engine.schedule.costs import training_flops
 from megatron_slm.engine.schedule.modes import Mode
 from megatron_slm.engine.schedule.search import MAX_COMPUTATIONS, choose_schedule
@@ -188,11 +189,14 @@ def _work_again(layout: Layout) -> int:
 
 def _nothing_fits(run: PlannedRun, cluster: Cluster, found: int, smallest: int) -> LayoutError:
     if found == 0:
+        training, evaluated = run.config.training, run.config.logging.eval_global_batch_size
+        schedule = training.step_batch_size_schedule
+        named = "batch" if evaluated is None else f"batch, --eval-global-batch-size ({evaluated})"
         return LayoutError(
-            "--global-batch-size",
-            run.config.batch_sizes(default=1).largest,
-            f"allow a layout on {cluster.num_gpus} GPUs that divides batch and models evenly",
-            "choose a multiple of the number of GPUs, or another number of nodes",
+            "--global-batch-size" if schedule is None else SCHEDULE,
+            training.global_batch_size if schedule is None else schedule,
+            f"allow a layout on {cluster.num_gpus} GPUs that divides {named} and models evenly",
+            "choose multiples of the number of GPUs, or another number of nodes",
         )
     return LayoutError(
         "--gpu",

@@ -10,7 +10,7 @@ from megatron_slm.config import deepspeed as ds_config
 from megatron_slm.config.recomputation import KEEP_ALL, Granularity, Recomputation
 from megatron_slm.errors import LayoutError
 from megatron_slm.model.partition import check_stages
-from megatron_slm.parallel.batches import check_lengths, divided_batch_sizes, samples_together
+from megatron_slm.parallel.batches import check_lengths, divided_batch_sizes, evaluation_batch_size, samples_together
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.planning.planned_run import PlannedRun
 
@@ -88,6 +88,7 @@ def configured_layout(run: PlannedRun, world_size: int) -> Layout:
     )
     check_lengths(run.config, topology)
     check_stages(run.architecture.num_layers, topology.pipeline)
+    evaluation_batch_size(run.config, topology)
     num_micro_batches = divided_batch_sizes(run.config, topology).largest // samples_together(run.config, topology)
     return Layout(
         tensor=topology.tensor,
@@ -104,9 +105,9 @@ def configured_layout(run: PlannedRun, world_size: int) -> Layout:
 
 
 def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> Iterator[Layout]:
-    """Yield every layout on `world_size` ranks that keeps the global batch and that fits the models' shapes.
+    """Yield every layout on `world_size` ranks that divides all batches of the run and that fits the models' shapes.
 
-    The context-parallel size is the configured one.
+    The context-parallel size is the configured one. Of scheduled batch sizes the layout has the largest.
 
     Args:
         max_tensor: maximum tensor-parallel size (the GPUs of a node).
@@ -123,12 +124,12 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
         rule, fix = f"divide the number of GPUs, {world_size}", "choose another"
         raise LayoutError("--context-parallel-size", context, rule, fix)
     world_size //= context
-    samples = run.config.batch_sizes(default=1).largest
+    samples, divided = run.config.batch_sizes(default=1).largest, _batch_sizes(run)
     for tensor in (t for t in range(1, max_tensor + 1) if world_size % t == 0 and _divides(run, t)):
         for pipeline in (p for p in range(1, run.architecture.num_layers + 1) if world_size // tensor % p == 0):
             data = world_size // tensor // pipeline
             for micro_batch_size in MICRO_BATCH_SIZES:
-                if samples % (data * micro_batch_size):
+                if any(size % (data * micro_batch_size) for size in divided):
                     continue
                 for zero_stage in (1, 2, 3) if pipeline == 1 and data * context > 1 else (1,):
                     for granularity in _granularities(run):
@@ -144,6 +145,12 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
                             recomputation=Recomputation(granularity=granularity),
                             offloads=run.config.parallel.offload_activations,
                         )
+
+
+def _batch_sizes(run: PlannedRun) -> list[int]:
+    """Samples of the run's global batches, in training and in evaluations."""
+    evaluated = run.config.logging.eval_global_batch_size
+    return [*run.config.batch_sizes(default=1).sizes, *([] if evaluated is None else [evaluated])]
 
 
 def _granularities(run: PlannedRun) -> list[Granularity | None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_slm.errors import LayoutError
 from megatron_slm.flags.load import parse
+from megatron_slm.parallel.batches import divided_batch_sizes, evaluation_batch_size
 from megatron_slm.planning.estimates import EQUAL, Estimate, estimate, search
 from megatron_slm.planning.gpus import GPUS, Cluster
 from megatron_slm.planning.layouts import candidate_layouts
@@ -50,3 +52,39 @@ def test_no_layout_is_proposed_that_the_run_refuses(tmp_path: Path) -> None:
         values = run_flags(tmp_path / "none", tmp_path, **offloads, **kind, **rows)
         candidates = candidate_layouts(plan_run(parse(flags(values))[0]), 4, max_tensor=2)
         assert {layout.recomputation.granularity for layout in candidates} == expected
+
+
+@pytest.mark.parametrize(
+    ("batches", "largest"),
+    [
+        ({"global_batch_size": None, "step_batch_size_schedule": "0:8 1M:12"}, 12),
+        ({"global_batch_size": 8, "eval_global_batch_size": 12}, 8),
+    ],
+    ids=["scheduled", "evaluated"],
+)
+def test_proposed_layouts_divide_every_batch_of_a_run(tmp_path: Path, batches: dict[str, Any], largest: int) -> None:
+    def planned(**changes: Any) -> PlannedRun:
+        return plan_run(parse(flags(run_flags(tmp_path / "none", tmp_path, **batches | changes)))[0])
+
+    together = set()
+    for layout in candidate_layouts(planned(), 4, max_tensor=2):
+        together.add(layout.data * layout.micro_batch_size)
+        assert layout.num_micro_batches * layout.data * layout.micro_batch_size == largest
+        config = planned(micro_batch_size=layout.micro_batch_size).config
+        divided_batch_sizes(config, layout.topology), evaluation_batch_size(config, layout.topology)
+    assert together == {1, 2, 4}, "8 divides one of the batches alone"
+
+
+def test_a_batch_that_no_layout_divides_is_refused(tmp_path: Path) -> None:
+    cluster = Cluster(gpu=GPUS["l40s"], num_nodes=8, gpus_per_node=2)
+    for batches, said in (
+        ({"global_batch_size": 9}, r"--global-batch-size is 9: must allow a layout on 16 GPUs that divides batch and"),
+        (
+            {"eval_global_batch_size": 9},
+            r"--global-batch-size is 8: .*divides batch, --eval-global-batch-size \(9\) and",
+        ),
+        ({"global_batch_size": None, "step_batch_size_schedule": "0:9 1M:16"}, "--step-batch-size-schedule is '0:9 1M"),
+    ):
+        run = plan_run(parse(flags(run_flags(tmp_path / "none", tmp_path, **batches)))[0])
+        with pytest.raises(LayoutError, match=said):
+            search(run, cluster, num_results=1)
