@@ -130,9 +130,6 @@ class RunConfig:
         size = self.parallel.context_parallel_size
         if size == 1:
             return
-        rule = f"be exact with {flag('context_parallel_size')} {size}, whose ranks hold a part of a sequence's rows"
-        fix = "leave it out, or use a context-parallel size of 1"
-        require(self.backward.is_exact, self.backward, "backward_rows", rule, fix)
         rule = f"be off with {flag('context_parallel_size')} {size}, which is not compiled"
         require(not self.backend.compile_blocks, self.backend, "compile_blocks", rule, "leave it out")
 

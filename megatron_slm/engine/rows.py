@@ -68,6 +68,8 @@ class RowSampler:
     length: int
     data_rank: int
     data_size: int
+    cuts_sequences: bool = False
+    """A micro-batch's rows lie on several ranks, unevenly."""
     counts_here: bool
     """True on the one rank that reports of rows that several ranks hold."""
     last: RowSums | None = None
@@ -88,6 +90,7 @@ class RowSampler:
             kind="kept" if self.config.backward_rows == "kept" else "sampled",
             share=shares.__getitem__,
             key=(self.seed, settings.step, number * self.data_size + self.data_rank),
+            is_bounded=not self.cuts_sequences,
         )
         return self._passes[number]
 

@@ -107,8 +107,11 @@ class Attention(nn.Module):
         if self.query_multiplier != 1.0:
             q_sbhk = q_sbhk * self.query_multiplier
         if share.is_cut:
-            whole, runs = share.whole(k_sbgk, v_sbgk), share.stretches(share.whole_length(held))
-            out_sbhk = attend_from(runs, self.attend, self.attend_in_pieces, q_sbhk, *whole, self.window, documents)
+            runs = share.stretches(share.whole_length(held))
+            attend = partial(attend_from, runs, self.attend, self.attend_in_pieces, q_sbhk)
+            out_sbhk = share.over_whole(
+                lambda k_sbgk, v_sbgk: attend(k_sbgk, v_sbgk, self.window, documents), k_sbgk, v_sbgk
+            )
         elif documents is None or documents.lengths is None:
             out_sbhk = self.attend(q_sbhk, k_sbgk, v_sbgk, self.window, sparse_gradient=sparse_gradient)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -84,8 +84,8 @@ class SequenceShare(Protocol):
         """Return what is held here of a value of every position, [s, ...] to [l, ...]."""
         ...
 
-    def whole(self, k_lbgk: Tensor, v_lbgk: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather the keys and values of all positions, [s, b, g, k] each."""
+    def over_whole(self, attend: Callable[[Tensor, Tensor], Tensor], k_lbgk: Tensor, v_lbgk: Tensor) -> Tensor:
+        """Call a function of the keys and values of all positions, [s, b, g, k] each, that keeps views of them."""
         ...
 
 

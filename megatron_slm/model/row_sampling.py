@@ -121,8 +121,12 @@ class BackwardRows:
     """Share of the rows, by block (counted through the model)."""
     key: tuple[int, ...]
     """Key of the draws of this micro-batch: the run's seed, the step, the micro-batch's number in the step."""
+    is_bounded: bool = True
+    """Rows of the kind `kept` are at most their share of those held here: no device is waited for. Of a micro-batch
+    whose rows lie on several ranks one may have more: they are counted once, in the first backward pass."""
     measured: dict[int, tuple[float, Measured | None]] = field(default_factory=dict)
     """By block: the share of the rows, and the sums of a sampled one."""
+    _count: list[int] = field(default_factory=list)
 
     def draw(self, norm_N: Tensor, *, block: int, part: int) -> Drawn:
         """Draw the rows of one block's backward pass.
@@ -134,6 +138,7 @@ class BackwardRows:
         num_rows = len(norm_N)
         count = row_count(self.share(block), num_rows)
         if self.kind == "kept":
+            count = count if self.is_bounded else self._counted(norm_N)
             self.measured[block] = count / num_rows, None
             return nonzero_rows(norm_N, count)
         probability_N = inclusion(norm_N, count)
@@ -147,3 +152,9 @@ class BackwardRows:
             ),
         )
         return systematic(probability_N, count, uniform_number(*self.key, block, part))
+
+    def _counted(self, norm_N: Tensor) -> int:
+        """Rows that have a gradient in the first block of a backward pass; no other row gets one below it."""
+        if not self._count:
+            self._count.append(max(1, int((norm_N != 0.0).sum())))
+        return self._count[0]

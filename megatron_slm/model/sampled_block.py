@@ -4,7 +4,7 @@ Forwards it is the block, bit for bit. Backwards, with gradient rows dZ and a dr
 
 - the feed-forward layer, the output projection, the queries' projection and their norms run on `w * dZ` of R;
 - attention gives gradients to the queries of R and to **all** keys and values, whose projections run on all rows; on a
-  CPU it runs on the queries of R alone;
+  CPU, where sequences are whole, it runs on the queries of R alone;
 - the residual stream passes dZ on as it is: `dX = dZ + (what R's branches add)`.
 
 Given dZ, all of this is linear in the weighted rows, and these are on average dZ; so the gradient is an unbiased

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_slm.parallel.collectives import all_gather_dim0, gather_from
+from megatron_slm.parallel.collectives import all_gather_dim0
 from megatron_slm.parallel.groups import ContextParallel, DataParallel
 from megatron_slm.parallel.pieces import pieces_of
 from megatron_slm.types import DenseDistribution, MicroBatch, TokenStatistics
@@ -47,6 +47,18 @@ def in_sequence_order(parts: Tensor, dim: int, ranks: ContextParallel) -> Tensor
         return parts.squeeze(0)
     firsts, seconds = parts.unflatten(dim + 1, (2, -1)).movedim(dim + 1, 1).unbind(1)
     return torch.cat([firsts, seconds.flip(0)]).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def by_rank(whole: Tensor, dim: int, ranks: ContextParallel) -> Tensor:
+    """Cut positions into the ranks' parts, [...] to [size, ...]: the way back from `in_sequence_order`.
+
+    Args:
+        dim: of the positions.
+    """
+    if ranks.size == 1:
+        return whole.unsqueeze(0)
+    firsts, seconds = whole.unflatten(dim, (2 * ranks.size, -1)).movedim(dim, 0).chunk(2)
+    return torch.stack([firsts, seconds.flip(0)], dim + 1).flatten(dim + 1, dim + 2)
 
 
 def cut_batch(batch: MicroBatch, ranks: ContextParallel) -> MicroBatch:
@@ -101,34 +113,6 @@ def gather_samples(x_blk: Tensor, ranks: ContextParallel, device: torch.device) 
     bytes_blk = x_blk.contiguous().unsqueeze(-1).view(torch.uint8).to(device)  # not every dtype can be sent
     parts = all_gather_dim0(bytes_blk[None], ranks)
     return in_sequence_order(parts, 1, ranks).contiguous().cpu().view(x_blk.dtype).squeeze(-1)
-
-
-class SequenceShare:
-    """The positions of every sample that are held here, for attention; all of them by default."""
-
-    def __init__(self, ranks: ContextParallel) -> None:
-        self.ranks = ranks
-        self.is_cut = ranks.size > 1
-
-    def whole_length(self, held: int) -> int:
-        """Return the positions of a sample of which `held` are here."""
-        return held * self.ranks.size
-
-    def stretches(self, length: int) -> tuple[range, ...]:
-        """Return the runs of a sample's positions that are held here."""
-        return stretches(length, self.ranks)
-
-    def held(self, value_s: Tensor) -> Tensor:
-        """Return what is held here of a value of every position, [s, ...] to [l, ...]."""
-        if not self.is_cut:
-            return value_s
-        return torch.cat([value_s[run.start : run.stop] for run in self.stretches(len(value_s))])
-
-    def whole(self, k_lbgk: Tensor, v_lbgk: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather the keys and values of all positions, [s, b, g, k] each."""
-        parts = gather_from(torch.stack([k_lbgk, v_lbgk]), self.ranks).unflatten(0, (self.ranks.size, 2))
-        k_sbgk, v_sbgk = in_sequence_order(parts, 1, self.ranks)
-        return k_sbgk, v_sbgk
 
 
 def whole_rows(

@@ -27,11 +27,11 @@ from megatron_slm.parallel.collectives import (
     leave_parallel_region,
     reduce_from_tensor_parallel,
 )
-from megatron_slm.parallel.context import SequenceShare
 from megatron_slm.parallel.gathered_linear import gathered_linear
 from megatron_slm.parallel.groups import ContextParallel, TensorParallel
 from megatron_slm.parallel.heads import KeyValueHeads
 from megatron_slm.parallel.replay import KnownLinear, UnreadLinear
+from megatron_slm.parallel.sequence_share import SequenceShare
 from megatron_slm.parallel.shards import Part, new_parameter
 
 
@@ -230,7 +230,8 @@ class ParallelLayers:
     @property
     def sequence_part(self) -> int:
         """Number of the part of the residual stream's positions that this rank holds."""
-        return self.tp.rank if self.tp.sequence_parallel else 0
+        context, tp = self.sequence_share.ranks, self.tp
+        return context.rank * tp.size + tp.rank if tp.sequence_parallel else context.rank
 
     def agreed(self, value_N: Tensor) -> Tensor:
         """The first rank's value of rows that all ranks hold; each rank's own of a stream that is cut."""

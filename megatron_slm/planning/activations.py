@@ -78,7 +78,7 @@ def block_activations(
     d, shards, tensor = arch.hidden_size, layout.sequence_shards, layout.tensor
     q = arch.num_attention_heads * arch.kv_channels / tensor
     shares_heads = arch.num_query_groups < tensor
-    kv = arch.kv_channels if shares_heads else arch.num_query_groups * arch.kv_channels / tensor
+    kv = key_width(arch, layout)
     if recompute == "full":
         return BlockActivations(stream=e * d / shards)
     inner = 2 * e * arch.ffn_hidden_size / tensor
@@ -87,8 +87,9 @@ def block_activations(
         return BlockActivations(stream=2 * e * d / shards, projected=projected, feed_forward=inner)
     whole_norms = 1 if some_rows else 2
     normed_heads = (4 + e) * (q + kv) if arch.qk_norm_of_all_heads else 0
-    if layout.context > 1:  # the gathered keys and values of all positions, and the output in stretches and as a whole
-        projected, attended = 2 * kv * layout.context, 3 * q
+    if layout.context > 1:  # keys and values of the own positions, and the output in stretches and as a whole
+        projected, attended = 2 * kv, 3 * q
+        projected += q + 2 * kv if some_rows else 0  # as they were projected, too
     else:
         projected, attended = (0 if shares_heads else q) + 2 * kv, 2 * q + kv  # a gathered head is kept without queries
     return BlockActivations(
@@ -101,6 +102,20 @@ def block_activations(
         attention=e * attended + 4 * arch.num_attention_heads / tensor,
         feed_forward=inner if some_rows else (1.5 if fused else 2) * inner,
     )
+
+
+def key_width(arch: Architecture, layout: Layout) -> float:
+    """Return the width of the keys, or values, of a position that a rank's queries attend to."""
+    if arch.num_query_groups < layout.tensor:
+        return arch.kv_channels
+    return arch.num_query_groups * arch.kv_channels / layout.tensor
+
+
+def gathered_at_once(arch: Architecture, layout: Layout, *, e: int) -> float:
+    """Return the bytes per token of the keys and values of whole sequences, and of their gradients, while one block's
+    attention runs.
+    """
+    return 4 * e * key_width(arch, layout) * layout.context if layout.context > 1 else 0.0
 
 
 def _norm(width: int, *, e: int, fused: bool) -> int:
@@ -150,14 +165,12 @@ def offloaded_block(arch: Architecture, layout: Layout, *, e: int, recompute: Gr
     if recompute is not None:
         return kept.total
     q = arch.num_attention_heads * arch.kv_channels / layout.tensor
-    kv = arch.num_query_groups * arch.kv_channels / layout.tensor
-    if arch.num_query_groups < layout.tensor:
-        kv = arch.kv_channels
+    kv = key_width(arch, layout)
     twice = 2 * (4 * arch.hidden_size + 4) / layout.sequence_shards
     tables = 16 * arch.kv_channels / layout.micro_batch_size
     attention = e * (3 * q + 2 * kv) + 4 * arch.num_attention_heads / layout.tensor
     if layout.context > 1:
-        attention = kept.projected + kept.attention + e * q
+        attention = kept.projected + kept.attention + e * q + 4 * e * kv * layout.context  # keys and values as a whole
     return kept.norms + twice + kept.linear_inputs + attention + tables + kept.feed_forward
 
 

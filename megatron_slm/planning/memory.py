@@ -23,6 +23,7 @@ from megatron_slm.parallel.channels import Channel
 from megatron_slm.planning.activations import (
     capped_tables,
     fuses_elementwise,
+    gathered_at_once,
     offloaded_activations,
     recomputed_at_once,
     stage_activations,
@@ -198,14 +199,15 @@ def working_bytes(run: PlannedRun, layout: Layout, parameters: StageParameters) 
 
     Backward of the model: gradients of the MLP's inner layers and of a norm in fp32, under sequence parallelism the
     gathered input of a linear layer and its gradient, and what is computed again. Forward of a reference: the MLP's
-    inner layers and a norm. Either with the tables of a capped attention.
+    inner layers and a norm. Either with the tables of a capped attention, and with the keys and values that context
+    parallelism gathers.
     """
     e, tokens, length = run.dtype_bytes, _tokens(run, layout), run.config.data.seq_length
 
     def inner(arch: Architecture) -> float:
         gathered = 2 * e * arch.hidden_size if layout.sequence_shards > 1 else 0
         stream = (8 + 2 * e) * arch.hidden_size / layout.sequence_shards
-        tables = capped_tables(arch, layout, length)
+        tables = capped_tables(arch, layout, length) + gathered_at_once(arch, layout, e=e)
         return 4 * e * arch.ffn_hidden_size / layout.tensor + stream + gathered + tables
 
     model = inner(run.architecture) if parameters.num_blocks else 0.0

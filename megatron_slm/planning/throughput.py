@@ -94,8 +94,8 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     The loss head computes one matrix product over all rows forward, and over the kept rows two backward, or three if it
     recomputes their logits. Distillation from a reference that runs does the latter forward, and a product with the
     reference's output weight more. Tensor parallelism adds two all-reduces (or their halves) per block and direction,
-    and a gather of the keys and values where ranks share a head; context parallelism gathers those of a sequence. None
-    overlaps with computation, nor do copies of offloaded activations.
+    and a gather of the keys and values where ranks share a head; context parallelism gathers those of a sequence, for
+    the backward pass once more. None overlaps with computation, nor do copies of offloaded activations.
     """
     roofline = Roofline(cluster=cluster, bf16=run.config.training.bf16)
     length = run.config.data.seq_length
@@ -125,6 +125,7 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
             compute=tokens * roofline.seconds(work),
             sums=2 * ring,
             gathers=heads + sequences,
+            sequences=sequences,
             embedding=2 * tokens * arch.hidden_size * run.dtype_bytes / cluster.gpu.memory_bytes_per_second,
             head=tokens * roofline.seconds(head_forward(arch, tensor=layout.tensor)),
         )
@@ -147,7 +148,7 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
             )
             # one of a block's two all-reduces has the rows alone, in its backward pass and in its recomputation
             sums = (2 if recompute == "full" else 1) * (1 + share) / 2 * model.sums
-            gathers = (1 if recompute is None else 2) * model.gathers
+            gathers = (1 if recompute is None else 2) * model.gathers + model.sequences
             return tokens * roofline.seconds(work) + sums + gathers
 
         backward = [
@@ -191,6 +192,8 @@ class _Forward:
     """Sums over tensor-parallel ranks."""
     gathers: float
     """Gathers of keys and values."""
+    sequences: float
+    """Those over sequences alone."""
     embedding: float
     head: float
 

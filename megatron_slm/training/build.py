@@ -238,6 +238,7 @@ def _row_sampler(plan: Plan, tp: TensorParallel) -> RowSampler | None:
         length=config.data.seq_length,
         data_rank=plan.topology.coordinate(dist.get_rank()).data,
         data_size=plan.topology.data,
+        cuts_sequences=plan.topology.context > 1,
         counts_here=tp.rank == 0 or tp.sequence_parallel,
     )
 

@@ -15,10 +15,12 @@ import torch
 from megatron_slm.engine import rows as engine_rows
 from megatron_slm.model import row_sampling
 from megatron_slm.model.sampled_block import _Pass
+from megatron_slm.parallel.context import positions
+from megatron_slm.parallel.groups import ContextParallel
 from tests.parity.test_layouts import layout_flags, world_size
 from tests.parity.test_resume import assert_bit_equal, metrics
 from tests.support.rows import train_and_report_rows
-from tests.support.runs import run_flags, save_hf_llama, write_corpus, zero_config
+from tests.support.runs import SEQ_LENGTH, run_flags, save_hf_llama, write_corpus, zero_config
 from tests.support.world import run_world
 
 SHARE = {"backward_rows": "sampled", "backward_row_share": 0.6}
@@ -59,7 +61,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         if key not in done:
             run_dir: Path = folder / str(len(done))
             values = {"objective": "slm", "reference_load": reference, **SHARE, **layout_flags(layout), **changes}
-            reports = run_world(target, world_size(layout), run_flags(corpus, run_dir, **values), *args)
+            size = world_size(layout) * changes.get("context_parallel_size", 1)
+            reports = run_world(target, size, run_flags(corpus, run_dir, **values), *args)
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
             done[key] = Outcome(lines, merged(reports), reports)
         return done[key]
@@ -136,14 +139,57 @@ def test_zero_3_recomputing(train: Train) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["121", "222"])
-def test_sequence_parallel_ranks_draw_from_their_own_rows(train: Train, layout: str) -> None:
-    outcome, single = train(layout, sequence_parallel=True), train("111")
-    assert {key[-1] for key in outcome.drawn} == {0, 1}
-    assert {len(rows) for rows, _ in outcome.drawn.values()} == {10}  # ceil(0.6 x 32 / 2)
-    assert len(outcome.drawn) == 2 * len(single.drawn)
+@pytest.mark.parametrize(
+    ("layout", "changes", "parts"),
+    [
+        ("121", {"sequence_parallel": True}, 2),
+        ("222", {"sequence_parallel": True}, 2),
+        ("111", {"context_parallel_size": 2}, 2),
+        ("212", {"context_parallel_size": 2}, 2),
+        ("121", {"context_parallel_size": 2, "sequence_parallel": True}, 4),
+        ("111", {"context_parallel_size": 4, "deepspeed_config": zero_config(3)}, 4),
+    ],
+)
+def test_ranks_draw_from_their_own_part_of_a_sequence(
+    train: Train, layout: str, changes: dict[str, Any], parts: int
+) -> None:
+    outcome, single = train(layout, **changes), train("111")
+    assert {key[-1] for key in outcome.drawn} == set(range(parts))
+    assert {len(rows) for rows, _ in outcome.drawn.values()} == {{2: 10, 4: 5}[parts]}  # ceil(0.6 x 32 / parts)
+    assert len(outcome.drawn) == parts * len(single.drawn)
     assert outcome.column("loss")[0] == pytest.approx(single.column("loss")[0], rel=1e-5)
     assert outcome.column("backward_added_variance") == pytest.approx(single.column("backward_added_variance"), rel=0.9)
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"), [("111", 2), slow("111", 4), slow("121", 2), slow("212", 2)], ids=["c2", "c4", "tp2", "pp2-dp2"]
+)
+def test_kept_rows_of_cut_sequences_are_those_of_whole_ones(train: Train, layout: str, size: int) -> None:
+    changes = {**KEPT, "backward_row_share": None}
+    outcome, single = train(layout, context_parallel_size=size, **changes), train("111", **changes)
+    for name in ("loss", "loss_all", "kept_tokens", "grad_norm"):
+        assert outcome.column(name) == pytest.approx(single.column(name), rel=1e-5), name
+    whole: dict[tuple[int, ...], set[int]] = {}
+    for (*key, part), (rows, weights) in outcome.drawn.items():
+        held = positions(SEQ_LENGTH, ContextParallel(size=size, rank=part))
+        mine = [row for row, weight in zip(rows, weights, strict=True) if weight > 0]
+        assert len(mine) >= len(rows) - 1, "as many as there are, and one where there is none"
+        whole.setdefault(tuple(key), set()).update(int(held[row // 2]) * 2 + row % 2 for row in mine)
+    for (*key, _), (rows, weights) in single.drawn.items():
+        assert whole.pop(tuple(key)) == {row for row, weight in zip(rows, weights, strict=True) if weight > 0}
+    assert not whole
+
+
+@pytest.mark.slow
+def test_shares_of_cut_sequences_are_controlled_alike_on_all_ranks(train: Train) -> None:
+    outcome = train("211", context_parallel_size=2, **CONTROLLED, backward_row_share=None)
+    shares = outcome.column("backward_row_share")
+    assert shares[0] == 1.0
+    assert sorted(shares, reverse=True) == shares != [1.0] * 5
+    counts = {}
+    for (_, step, _, block, _), (rows, _) in outcome.drawn.items():
+        counts.setdefault((step, block), set()).add(len(rows))
+    assert all(len(found) == 1 for found in counts.values())
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,24 @@ from tests.support.training import train_and_report
 from tests.support.world import run_world
 
 LAYOUTS = ("111", "211", "121", "112", "221", "122", "212", "222")
-"""Stages, tensor-parallel ranks and data-parallel ranks."""
+"""Stages, tensor-parallel ranks and data-parallel ranks; context-parallel ranks behind them."""
+CUT_LAYOUTS = ("111", "1112", "1114", "1122", "1212", "2112")
 SAVED_AT, LAST = 3, 8
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}}
+SELECTIVE = {
+    "objective": "slm", "slm_score": "loss", "reset_attention_mask": True, "reset_position_ids": True,
+    "eod_mask_loss": True,
+}  # fmt: skip
 
 
 def size(layout: str) -> int:
-    return int(layout[0]) * int(layout[1]) * int(layout[2])
+    return math.prod(map(int, layout))
 
 
 def values(folder: Path, layout: str, name: str, **changes: Any) -> dict[str, Any]:
     common = {
         "pipeline_model_parallel_size": layout[0], "tensor_model_parallel_size": layout[1],
-        "lr_decay_iters": LAST, "train_iters": LAST,
+        "context_parallel_size": layout[3:] or 1, "lr_decay_iters": LAST, "train_iters": LAST,
     }  # fmt: skip
     return run_flags(folder / "corpus", folder / name, **{**common, **changes})
 
@@ -125,3 +132,22 @@ def test_every_layout_goes_on_at_every_other(precision: str, tmp_path: Path) -> 
     found = {pair: check(tmp_path, *pair, bf16=precision == "bf16") for pair in pairs}
     assert len(found) == 56
     print(f"{precision}: largest relative difference of a loss {max(found.values()):.1e}")
+
+
+def check_cut_sequences(folder: Path, layouts: tuple[str, ...]) -> None:
+    write_corpus(folder / "corpus")
+    for layout in layouts:
+        write(folder, layout, SELECTIVE)
+    for layout in layouts:
+        read(folder, list(layouts), layout, SELECTIVE)
+    for wrote, reads in itertools.permutations(layouts, 2):
+        check(folder, wrote, reads, bf16=False)
+
+
+def test_a_checkpoint_moves_to_another_context_size(tmp_path: Path) -> None:
+    check_cut_sequences(tmp_path, ("1112", "112"))
+
+
+@pytest.mark.slow
+def test_every_context_size_goes_on_at_every_other(tmp_path: Path) -> None:
+    check_cut_sequences(tmp_path, CUT_LAYOUTS)

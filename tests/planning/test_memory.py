@@ -58,6 +58,11 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {  # pipeline, tensor, data
         "221",
         {"bf16": True, "sequence_parallel": True, "backward_rows": "sampled", "backward_row_share": 0.75},
     ),
+    "zero1-bf16-context-parallel": ("112", {"bf16": True, "context_parallel_size": 2, "num_query_groups": 4}),
+    "zero1-bf16-context-parallel-sampled-rows": (
+        "112",
+        {"bf16": True, "context_parallel_size": 2, "backward_rows": "sampled", "backward_row_share": 0.75},
+    ),
     "zero2-bf16": ("112", {"bf16": True, **zero(2)}),
     "zero2-fp32-recompute": ("112", {"recompute_granularity": "full", **zero(2)}),
     "zero3-bf16": ("112", {"bf16": True, **zero(3)}),
