@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_slm.checkpoint.weights import Quantity, WeightSource, read_range
+from megatron_slm.checkpoint.weights import Quantity, WeightSource, copy_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +88,10 @@ def fill_optimizer(optimizer: Any, source: WeightSource, *, adam_step: int | Non
         if adam_step is not None:
             _prepare_state(fragment, optimizer, adam_step)
             for quantity in ("exp_avg", "exp_avg_sq"):
-                fragment.view(quantity).copy_(_read(fragment, source, quantity))
+                _fill(fragment, source, quantity)
         else:
             fragment.state.clear()
-        fragment.view("weight").copy_(_read(fragment, source, "weight"))
+        _fill(fragment, source, "weight")
         if hasattr(fragment.parameter, "ds_tensor"):
             held = fragment.parameter.ds_tensor.data
             held[: fragment.end - fragment.begin].copy_(fragment.view("weight"))
@@ -106,8 +106,8 @@ def share_weights(optimizer: Any) -> None:
         optimizer.update_lp_params()
 
 
-def _read(fragment: Fragment, source: WeightSource, quantity: Quantity) -> Tensor:
-    return read_range(fragment.parameter, source, quantity, fragment.begin, fragment.end)
+def _fill(fragment: Fragment, source: WeightSource, quantity: Quantity) -> None:
+    copy_range(fragment.view(quantity), fragment.parameter, source, quantity, fragment.begin, fragment.end)
 
 
 def _prepare_state(fragment: Fragment, optimizer: Any, adam_step: int) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.parallel.random import normal_
+from megatron_slm.parallel.random import normal_range
 from megatron_slm.parallel.shards import Part, parts_with_offsets
 
 Quantity = Literal["weight", "exp_avg", "exp_avg_sq"]
 """A weight (fp32 master), or one of Adam's two moments of it."""
+
+
+READ_ELEMENTS = 2**24
+"""The most elements that pass through the host's memory at once while weights are filled."""
 
 
 class WeightSource(Protocol):
@@ -37,34 +40,17 @@ class RandomWeights:
 
     def __init__(self, arch: Architecture, seed: int) -> None:
         self.arch, self.seed = arch, seed
-        self._last: tuple[str, Tensor] | None = None
 
     def read(self, quantity: Quantity, part: Part, begin: int, end: int) -> Tensor:
-        """Make elements [begin, end) of the flattened `part`; moments are zero."""
-        if quantity != "weight":
+        """Make elements [begin, end) of the flattened `part`, and no others of a large tensor; moments are zero."""
+        if quantity != "weight" or part.name.endswith(".bias"):
             return torch.zeros(end - begin)
-        return cut_range(self._whole(part), part, begin, end)
-
-    def _whole(self, part: Part) -> Tensor:
-        if self._last is None or self._last[0] != part.name:
-            self._last = (part.name, self._make(part))
-        return self._last[1]
-
-    def _make(self, part: Part) -> Tensor:
         if part.name.endswith("norm.weight"):
-            return torch.zeros(part.shape) if self.arch.zero_centered_norms else torch.ones(part.shape)
-        if part.name.endswith(".bias"):
-            return torch.zeros(part.shape)
+            return torch.full((end - begin,), 0.0 if self.arch.zero_centered_norms else 1.0)
         std = self.arch.initializer_range
         if part.name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= (2 * self.arch.num_layers) ** 0.5
-        return normal_(part.name, part.shape, std=std, seed=self.seed)
-
-
-def cut_range(whole: Tensor, part: Part, begin: int, end: int) -> Tensor:
-    """Cut elements [begin, end) of the flattened `part` from a whole logical tensor."""
-    held = whole if part.dim is None else whole.narrow(part.dim, part.start, part.length)
-    return held.reshape(-1)[begin:end]
+        return normal_range(part, begin, end, std=std, seed=self.seed)
 
 
 def read_range(parameter: nn.Parameter, source: WeightSource, quantity: Quantity, begin: int, end: int) -> Tensor:
@@ -77,8 +63,16 @@ def read_range(parameter: nn.Parameter, source: WeightSource, quantity: Quantity
     return out
 
 
+def copy_range(
+    target: Tensor, parameter: nn.Parameter, source: WeightSource, quantity: Quantity, begin: int, end: int
+) -> None:
+    """Copy elements [begin, end) of the flattened parameter into a flat tensor, through little of the host's memory."""
+    for low in range(begin, end, READ_ELEMENTS):
+        high = min(low + READ_ELEMENTS, end)
+        target[low - begin : high - begin].copy_(read_range(parameter, source, quantity, low, high))
+
+
 def fill_module(module: nn.Module, source: WeightSource) -> None:
     """Load the weights of a module that no optimizer owns (the reference, a dense model)."""
     for parameter in module.parameters():
-        numel = prod(parameter.shape)
-        parameter.data.copy_(read_range(parameter, source, "weight", 0, numel).view(parameter.shape))
+        copy_range(parameter.data.view(-1), parameter, source, "weight", 0, parameter.numel())

@@ -140,7 +140,7 @@ def plan_layout(args: argparse.Namespace) -> None:
         console.print(memory_table(planned, args.gpu))
         console.print(speed_table(planned, args.gpu))
     _write_json(args.json, planned.to_dict(), args)
-    planned.building.check(cluster, planned.layout)
+    planned.building.check(cluster)
     if not planned.fits:
         raise LayoutError(
             "memory per rank",

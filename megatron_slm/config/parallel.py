@@ -42,6 +42,9 @@ class ParallelConfig:
     idle)."""
     reference_schedule_warmup_steps: int = 0
     """Number of first steps to time for fitting the schedule; 0: use costs computed from the architectures."""
+    whole_reference: bool = False
+    """With ZeRO-3, keep the frozen reference whole on every rank. By default data-parallel ranks share its weights, as
+    they do the model's, and gather each block just before it computes: less memory, more communication."""
     distributed_timeout_minutes: float = 10.0
     """Longest wait for another rank, in minutes, before the run ends with an error."""
     deepspeed_config: str | None = None

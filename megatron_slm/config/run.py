@@ -161,6 +161,10 @@ class RunConfig:
         named = self.selection.reference_base
         return self.model.init_from if named == START_MODEL else named
 
+    def shares_reference(self, *, zero_stage: int, copies: int) -> bool:
+        """Tell whether data-parallel ranks, `copies` of them, share the weights of the references that run."""
+        return zero_stage == 3 and copies > 1 and not self.parallel.whole_reference
+
     @property
     def save_folder(self) -> str:
         """Folder of the run's checkpoints."""

@@ -47,10 +47,10 @@ def reduce_scatter_dim0(x: Tensor, tp: TensorParallel) -> Tensor:
     return out
 
 
-def start_all_gather_dim0(x: Tensor, tp: TensorParallel) -> tuple[Tensor, dist.Work]:
+def start_all_gather_dim0(x: Tensor, ranks: TensorParallel | DataParallel) -> tuple[Tensor, dist.Work]:
     """Start `all_gather_dim0`; the result is there after the work was waited for."""
-    out = x.new_empty((x.shape[0] * tp.size, *x.shape[1:]))
-    return out, dist.all_gather_into_tensor(out, x.contiguous(), group=tp.group, async_op=True)
+    out = x.new_empty((x.shape[0] * ranks.size, *x.shape[1:]))
+    return out, dist.all_gather_into_tensor(out, x.contiguous(), group=ranks.group, async_op=True)
 
 
 def start_reduce_scatter_dim0(x: Tensor, tp: TensorParallel) -> tuple[Tensor, dist.Work]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def new_parameter(shape: tuple[int, ...], parts: tuple[Part, ...]) -> nn.Paramet
     DeepSpeed sums the norms of marked parameters over the tensor-parallel ranks and takes rank 0's for others; an
     unmarked partitioned parameter gives a wrong gradient norm without an error.
     """
-    parameter = nn.Parameter(torch.zeros(shape))
+    parameter = nn.Parameter(no_values(shape) if _WITHOUT_VALUES.get() else torch.zeros(shape))
     parameter.parts = parts  # type: ignore[attr-defined]
     if any(part.dim is not None for part in parts):
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -55,15 +56,28 @@ def new_parameter(shape: tuple[int, ...], parts: tuple[Part, ...]) -> nn.Paramet
     return parameter
 
 
+_WITHOUT_VALUES = ContextVar("without values", default=False)
+
+
+def no_values(shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor with the memory of one element, NaN: what is computed with it shows."""
+    return torch.full((), torch.nan).expand(shape)
+
+
 @contextmanager
-def parameters_in(dtype: torch.dtype) -> Iterator[None]:
-    """Make parameters in this dtype inside the context."""
-    before = torch.get_default_dtype()
+def parameters_in(dtype: torch.dtype, *, without_values: bool = False) -> Iterator[None]:
+    """Make parameters in this dtype inside the context.
+
+    Args:
+        without_values: they take no memory, for those who give the ranks their shares of them.
+    """
+    before, token = torch.get_default_dtype(), _WITHOUT_VALUES.set(without_values)
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
+        _WITHOUT_VALUES.reset(token)
 
 
 def parts_of(parameter: nn.Parameter) -> tuple[Part, ...]:
@@ -77,3 +91,9 @@ def parts_with_offsets(parameter: nn.Parameter) -> Iterator[tuple[Part, int]]:
     for part in parts_of(parameter):
         yield part, offset
         offset += part.numel
+
+
+def cut_range(whole: Tensor, part: Part, begin: int, end: int) -> Tensor:
+    """Cut elements [begin, end) of the flattened `part` from a whole logical tensor."""
+    held = whole if part.dim is None else whole.narrow(part.dim, part.start, part.length)
+    return held.reshape(-1)[begin:end]

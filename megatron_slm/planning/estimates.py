@@ -140,7 +140,7 @@ def search(run: PlannedRun, cluster: Cluster, *, num_results: int) -> list[Estim
     """
     bounds: list[tuple[float, int, Layout]] = []
     found = smallest = 0
-    unbuildable: tuple[BuildMemory, Layout] | None = None
+    unbuildable: BuildMemory | None = None
     candidates = list(candidate_layouts(run, cluster.num_gpus, max_tensor=cluster.gpus_per_node))
     for layout in track(candidates, "memory of layouts", "layouts"):
         found += 1
@@ -150,13 +150,13 @@ def search(run: PlannedRun, cluster: Cluster, *, num_results: int) -> list[Estim
         smallest = min(smallest or peak, peak)
         building = build_memory(run, layout, stages, cluster)
         if peak <= cluster.usable_bytes and not building.fits(cluster):
-            if unbuildable is None or building.host < unbuildable[0].host:
-                unbuildable = building, layout
+            if unbuildable is None or building.host < unbuildable.host:
+                unbuildable = building
         elif peak <= cluster.usable_bytes:
             least = stage_durations(run, layout, cluster).least_step_seconds(layout.num_micro_batches)
             bounds.append((step_time(run, layout, cluster, schedule_seconds=least).total, found, layout))
     if not bounds and unbuildable is not None:
-        unbuildable[0].check(cluster, unbuildable[1])
+        unbuildable.check(cluster)
     if not bounds:
         raise _nothing_fits(run, cluster, found, smallest)
     best: dict[tuple[int, int, int], Estimate] = {}

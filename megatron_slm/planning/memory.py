@@ -8,6 +8,7 @@ the same, e bytes of an element, c bytes of an element in gradient communication
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +60,7 @@ class StageMemory:
     """Temporary memory of one forward or backward pass, of the model or the reference."""
     loss_head: int
     reference: int
-    """Weights of the reference."""
+    """Weights of the references, and those that are gathered where ranks share them."""
     window: int
     """Micro-batches read ahead, their reference results, and unread messages of the reference."""
     messages: int
@@ -118,16 +119,16 @@ class OneForwardOneBackward:
 def stage_memory(run: PlannedRun, layout: Layout, saved: SavedActivations) -> list[StageMemory]:
     """Return the memory of one rank of each stage under a schedule."""
     models = model_parameters(run, layout)
-    references = [_parameters(run, layout, arch) for arch in run.references]
+    references = [arch_parameters(run, layout, arch) for arch in run.references]
     sizes = schedule_sizes(run, layout)
     stages = []
     for stage, parameters in enumerate(models):
         states = zero_states(parameters, layout, e=run.dtype_bytes, deepspeed=run.deepspeed)
         states["host"] += saved.activations(stage) * offloaded_activations(run, layout, parameters)
-        frozen_parameters = sum(of_stages[stage].total for of_stages in references)
-        frozen = frozen_parameters * run.dtype_bytes  # never partitioned, at any ZeRO stage
-        if run.config.reference_update.updates:
-            frozen += 4 * frozen_parameters  # the average in fp32
+        frozen = sum(
+            reference_bytes(run, layout, arch, of_stages[stage])
+            for arch, of_stages in zip(run.references, references, strict=True)
+        )
         stages.append(
             StageMemory(
                 **states,
@@ -142,12 +143,29 @@ def stage_memory(run: PlannedRun, layout: Layout, saved: SavedActivations) -> li
     return stages
 
 
+def reference_bytes(run: PlannedRun, layout: Layout, arch: Architecture, parameters: StageParameters) -> int:
+    """Return the bytes of a reference's weights on one rank of a stage.
+
+    Where data-parallel ranks share them, those of the layer that computes and of the next one are gathered, and an
+    embedding that is the output weight as well, from its first use to its last.
+    """
+    copies = layout.topology.copies
+    if not run.config.shares_reference(zero_stage=layout.zero_stage, copies=copies):
+        averages = 4 if run.config.reference_update.updates else 0  # in fp32
+        return (run.dtype_bytes + averages) * parameters.total
+    shares = [ceil_div(size, copies) for size in parameters.layers]
+    gathered = [copies * share for share in shares]
+    kept = gathered.pop(0) if arch.tied else 0
+    return run.dtype_bytes * (sum(shares) + kept + max(map(sum, pairwise(gathered))))
+
+
 def model_parameters(run: PlannedRun, layout: Layout) -> list[StageParameters]:
     """Return the trained parameters of one rank of each stage, before ZeRO partitions them."""
-    return _parameters(run, layout, run.architecture)
+    return arch_parameters(run, layout, run.architecture)
 
 
-def _parameters(run: PlannedRun, layout: Layout, arch: Architecture) -> list[StageParameters]:
+def arch_parameters(run: PlannedRun, layout: Layout, arch: Architecture) -> list[StageParameters]:
+    """Return the parameters of a model on one rank of each stage, before data-parallel ranks share them."""
     divisible = run.config.model.make_vocab_size_divisible_by
     return stage_parameters(arch, tensor=layout.tensor, num_stages=layout.pipeline, vocabulary_divisible_by=divisible)
 

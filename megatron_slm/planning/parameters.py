@@ -24,6 +24,8 @@ class StageParameters:
     has_head: bool
     sizes: tuple[int, ...]
     """Number of elements of each parameter."""
+    layers: tuple[int, ...]
+    """Number of elements of each layer."""
 
     @property
     def total(self) -> int:
@@ -50,12 +52,18 @@ def stage_parameters(
         num_blocks = end - begin - is_first - is_last
         has_embedding_weight = is_first or (is_last and arch.tied)
         held = [
-            *(sizes[Embedding] if has_embedding_weight else ()),
-            *sizes[Block] * num_blocks,
-            *(sizes[Head] if is_last else ()),
+            *([sizes[Embedding]] if has_embedding_weight else ()),
+            *[sizes[Block]] * num_blocks,
+            *([sizes[Head]] if is_last else ()),
         ]
         stages.append(
-            StageParameters(num_blocks=num_blocks, has_embedding=is_first, has_head=is_last, sizes=tuple(held))
+            StageParameters(
+                num_blocks=num_blocks,
+                has_embedding=is_first,
+                has_head=is_last,
+                sizes=tuple(size for layer in held for size in layer),
+                layers=tuple(sum(layer) for layer in held),
+            )
         )
     return stages
 

@@ -23,7 +23,7 @@ from megatron_slm.planning.communication import (
 )
 from megatron_slm.planning.gpus import Cluster
 from megatron_slm.planning.layouts import Layout
-from megatron_slm.planning.memory import loss_head_plan, model_parameters
+from megatron_slm.planning.memory import arch_parameters, loss_head_plan, model_parameters
 from megatron_slm.planning.planned_run import PlannedRun
 from megatron_slm.planning.roofline import Roofline, Work, block_backward, block_forward, head_backward, head_forward
 
@@ -178,6 +178,18 @@ def stage_durations(run: PlannedRun, layout: Layout, cluster: Cluster) -> Durati
     )
 
 
+def reference_fetch_seconds(run: PlannedRun, layout: Layout, cluster: Cluster) -> float:
+    """Return the time to gather the references' weights once, layer by layer; 0 where every rank has them."""
+    copies = layout.topology.copies
+    if not run.config.shares_reference(zero_stage=layout.zero_stage, copies=copies):
+        return 0.0
+    stages = (parameters for arch in run.references for parameters in arch_parameters(run, layout, arch))
+    return sum(
+        ring_seconds(stage.total * run.dtype_bytes, copies, layout.tensor, cluster, num_calls=len(stage.layers))
+        for stage in stages
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Forward:
     """Seconds of one micro-batch's forward pass."""
@@ -211,8 +223,9 @@ def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_sec
 
     ZeRO-1 all-reduces gradients once per step, after the last backward pass and in communication_data_type; ZeRO-2
     after every micro-batch; neither overlaps with computation. ZeRO-3 gathers each large parameter in every forward and
-    backward pass (and recomputation) and scatters gradients bucket by bucket once per micro-batch, beside the
-    computation (`exposed_seconds`). An offloaded optimizer is bound by host memory bandwidth.
+    backward pass (and recomputation), each layer of shared references once, and scatters gradients bucket by bucket
+    once per micro-batch, beside the computation (`exposed_seconds`). An offloaded optimizer is bound by host memory
+    bandwidth.
 
     Args:
         schedule_seconds: duration of all passes in the schedule's order.
@@ -232,7 +245,8 @@ def step_time(run: PlannedRun, layout: Layout, cluster: Cluster, *, schedule_sec
         calls = num_gathered(largest, run.deepspeed)
         fetch = ring_seconds(weights, copies, layout.tensor, cluster, num_calls=calls)
         passes = 3 if layout.recomputation.granularity == "full" else 2
-        gradients, gather = exposed_seconds((passes * fetch + scatter) * rounds, schedule_seconds), 0.0
+        communication = passes * fetch + reference_fetch_seconds(run, layout, cluster) + scatter
+        gradients, gather = exposed_seconds(communication * rounds, schedule_seconds), 0.0
         if ds_config.offloads_optimizer(run.deepspeed):
             update = size / copies * HOST_UPDATE_BYTES / HOST_BYTES_PER_SECOND
     length = layout.micro_batch_size * run.config.data.seq_length // layout.context // layout.sequence_shards

@@ -15,10 +15,12 @@ from megatron_slm.loss.objective import Objective, OutputWeight
 from megatron_slm.model.block import Block, compile_blocks
 from megatron_slm.model.llama import EMBEDDING_NAME, OUTPUT_NAME, Embedding, Head, layer_list
 from megatron_slm.model.partition import stage_bounds
+from megatron_slm.parallel.groups import DataParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.meeting import raise_on_all_ranks
 from megatron_slm.parallel.shards import Part, parameters_in
 from megatron_slm.parallel.topology import Topology
+from megatron_slm.reference.shared import SharedLayers
 from megatron_slm.types import Documents, MicroBatch, TokenStatistics
 
 
@@ -44,7 +46,12 @@ class FrozenStage(nn.Module):
 
     It is kept beside the trained module, never inside it, so that DeepSpeed neither broadcasts, partitions,
     optimizes nor saves it. Its depth and width are its own; a stage may hold none of its blocks.
+
+    Attributes:
+        shared: its layers where data-parallel ranks share their weights; None where each rank has them.
     """
+
+    shared: SharedLayers | None = None
 
     def __init__(self, arch: Architecture, layers: ParallelLayers, *, stage: int, num_stages: int) -> None:
         super().__init__()
@@ -80,7 +87,7 @@ class FrozenStage(nn.Module):
         Args:
             documents: of the micro-batch, where attention keeps them apart; None for whole samples.
         """
-        for layer in self.layers:
+        for layer in self.layers if self.shared is None else self.shared.in_turn():
             x = layer(x, documents) if documents is not None and isinstance(layer, Block) else layer(x)
         return x
 
@@ -92,24 +99,44 @@ class FrozenStage(nn.Module):
         Args:
             trains: of a micro-batch of a training step, whose distribution is distilled if the objective does.
         """
-        return objective.statistics(
+        found = objective.statistics(
             x_sbd,
             self.output_weight(),
             batch,
             with_entropy=objective.selector.needs("reference-entropy"),
             with_distribution=trains and objective.distillation is not None,
         )
+        if self.shared is not None:
+            self.shared.release()  # a distribution keeps the output weight for as long as it needs it
+        return found
 
 
 def build_reference(
-    arch: Architecture, source: WeightSource, topology: Topology, layers: ParallelLayers, dtype: torch.dtype
+    arch: Architecture,
+    source: WeightSource,
+    topology: Topology,
+    layers: ParallelLayers,
+    dtype: torch.dtype,
+    *,
+    shared_by: DataParallel | None = None,
 ) -> FrozenStage:
-    """Build this rank's stage of a frozen reference and load its weights. Collective over the world."""
+    """Build this rank's stage of a frozen reference and load its weights. Collective over the world.
+
+    Args:
+        shared_by: data-parallel ranks that each hold a share of its only stage's weights, and run it together.
+    """
     stage = topology.coordinate(dist.get_rank()).pipeline
-    with parameters_in(dtype), local_device():  # created in its final dtype, on its device
+    with parameters_in(dtype, without_values=shared_by is not None), local_device():  # in its final dtype and place
         reference = FrozenStage(arch, layers, stage=stage, num_stages=topology.pipeline)
+    if shared_by is not None:
+        *_, head = reference.layers
+        kept = reference.layers[0] if arch.tied else head
+        reference.shared = SharedLayers(list(reference.layers), shared_by, kept=kept, device=local_device())
     with raise_on_all_ranks():
-        fill_module(reference, source)
+        if reference.shared is None:
+            fill_module(reference, source)
+        else:
+            reference.shared.fill(source)
     if layers.backends.compile_blocks:
         compile_blocks(reference)
     return reference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_slm.engine.context import StageContext
 from megatron_slm.engine.flat import FlatModule, FlatTrainer
 from megatron_slm.engine.grid import Grid
 from megatron_slm.engine.module import StageModule
+from megatron_slm.engine.partition import Partition
 from megatron_slm.engine.pipeline import pipeline_engine
 from megatron_slm.engine.rows import RowSampler
 from megatron_slm.engine.schedule.simulate import describe
@@ -110,7 +112,7 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
         observer=observer,
         num_sources=len(plan.data.train.sources),
     )
-    reference = _reference(plan, layers)
+    reference = _reference(plan, layers, dp)
     if reference is not None and plan.topology.pipeline == 1:
         logger.info("one pipeline stage has no idle slots: the reference rides along")
     make = _pipeline_trainer if plan.zero_stage == 1 else _flat_trainer
@@ -132,8 +134,12 @@ def build_run(plan: Plan, *, observer: Observer | None = None) -> Run:
     )
 
 
-def _reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | ReferencePair | None:
+def _reference(plan: Plan, layers: ParallelLayers, dp: DataParallel) -> FrozenStage | ReferencePair | None:
     """Build this rank's stage of the reference, or of two; None where none runs."""
+    shares = plan.config.shares_reference(zero_stage=plan.zero_stage, copies=dp.size)
+    build = partial(
+        build_reference, topology=plan.topology, layers=layers, dtype=plan.dtype, shared_by=dp if shares else None
+    )
     frozen = plan.models.reference
     if frozen is None:
         return None
@@ -142,11 +148,11 @@ def _reference(plan: Plan, layers: ParallelLayers) -> FrozenStage | ReferencePai
     if plan.config.distillation.distills:  # both models' distributions are over the same rows, cut alike
         source = FirstTokens(source, arch.vocab_size)
         arch = replace(arch, vocab_size=plan.models.architecture.vocab_size)
-    reference = build_reference(arch, source, plan.topology, layers, plan.dtype)
+    reference = build(arch, source)
     base = plan.models.reference_base
     if base is None:
         return reference
-    return ReferencePair(reference, build_reference(base.architecture, base.source, plan.topology, layers, plan.dtype))
+    return ReferencePair(reference, build(base.architecture, base.source))
 
 
 def _following(plan: Plan, reference: FrozenStage | ReferencePair) -> FollowingReference | None:
@@ -203,7 +209,7 @@ def _flat_trainer(
     # backward passes reduce gradients: they wait for other ranks
     timers = Timers(plan.config.logging.timing_log_level, work=[name for name in WORK if name != "backward-compute"])
     offloads = plan.config.parallel.offload_activations
-    with parameters_in(plan.dtype), local_device():
+    with parameters_in(plan.dtype, without_values=plan.zero_stage == 3), local_device():
         module = FlatModule(plan.models.architecture, layers, recomputation=recomputation, offloads=offloads)
     if plan.backends.compile_blocks:
         compile_blocks(module)
@@ -212,6 +218,8 @@ def _flat_trainer(
     written_out = not plan.config.backward.is_exact or recomputation.granularity == "selective"
     if plan.zero_stage == 3 and written_out:
         set_z3_leaf_modules(module, [Block])  # its backward pass is one function, which needs all of its weights
+    if plan.zero_stage == 3:
+        Partition(module, grid, plan.deepspeed, plan.dtype)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed, mpu=grid)
     return FlatTrainer(
         engine,

@@ -12,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from megatron_slm.checkpoint import load
+from megatron_slm.checkpoint import load, weights
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.checkpoint.slices import TABLE, Slice, slices_in, slices_in_headers
-from megatron_slm.checkpoint.weights import Quantity, RandomWeights, cut_range, read_range
+from megatron_slm.checkpoint.weights import Quantity, RandomWeights, read_range
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.parallel.shards import Part, parts_with_offsets
+from megatron_slm.parallel.shards import Part, cut_range, parts_with_offsets
 
 WHOLE = torch.arange(12.0 * 8).view(12, 8)
 
@@ -137,6 +138,25 @@ def test_a_parameter_of_several_parts_reads_across_their_borders() -> None:
     values = read_range(padded, source, "weight", 0, padded.numel())
     assert (values[20:] == 0).all()
     assert (values[:20] != 0).all()
+
+
+def test_weights_pass_through_the_host_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = Architecture(num_layers=1, hidden_size=4, ffn_hidden_size=4, num_attention_heads=2, num_query_groups=2,
+                        kv_channels=2, vocab_size=5)  # fmt: skip
+    source = RandomWeights(arch, seed=0)
+    layer = ParallelLayers(TensorParallel(size=2, rank=1)).linear_in("m.", 4, {"a": 4, "b": 6})
+    sizes, real = [], weights.read_range
+
+    def counted(*args: Any) -> Tensor:
+        sizes.append(args[4] - args[3])
+        return real(*args)
+
+    monkeypatch.setattr(weights, "READ_ELEMENTS", 6)
+    monkeypatch.setattr(weights, "read_range", counted)
+    target = torch.full((17,), torch.nan, dtype=torch.bfloat16)
+    weights.copy_range(target, layer.weight, source, "weight", 2, 19)
+    assert sizes == [6, 6, 5]
+    assert torch.equal(target, read_range(layer.weight, source, "weight", 2, 19).bfloat16())
 
 
 @pytest.mark.parametrize("dim", [0, 1])

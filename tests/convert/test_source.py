@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_slm.checkpoint.weights import cut_range
 from megatron_slm.convert.hf_source import HuggingFaceSource
 from megatron_slm.convert.imports import import_folder
 from megatron_slm.convert.source import open_model
-from megatron_slm.parallel.shards import Part
+from megatron_slm.parallel.shards import Part, cut_range
 from tests.support.runs import save_hf_llama
 
 

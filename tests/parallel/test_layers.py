@@ -11,7 +11,6 @@ from megatron_slm.config.architecture import Architecture
 from megatron_slm.errors import LayoutError
 from megatron_slm.parallel.groups import TensorParallel, create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.parallel.random import normal_, tensor_seed
 from megatron_slm.parallel.shards import parts_of
 from megatron_slm.parallel.topology import Topology
 from tests.support.world import run_world
@@ -104,8 +103,3 @@ def test_widths_that_cannot_be_cut_are_refused() -> None:
         layers.linear_in("x.", 8, {"a": 6})
     with pytest.raises(LayoutError, match="padded vocabulary is 14"):
         layers.embedding("e", 13, 8)
-
-
-def test_initial_weights_depend_on_name_and_seed_only() -> None:
-    assert torch.equal(normal_("a", (3, 4), std=0.1, seed=1), normal_("a", (3, 4), std=0.1, seed=1))
-    assert tensor_seed(1, "a") != tensor_seed(2, "a") != tensor_seed(2, "b")

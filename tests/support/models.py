@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_slm.checkpoint.weights import Quantity, cut_range, fill_module
+from megatron_slm.checkpoint.weights import Quantity, fill_module
 from megatron_slm.config.architecture import Architecture
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.parallel.shards import Part
+from megatron_slm.parallel.shards import Part, cut_range
 from megatron_slm.reference.frozen import FrozenStage
 
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}

@@ -1,41 +1,12 @@
-"""The most bytes of tensors alive at once, counted from the allocations of every operation."""
+"""The most bytes of tensors alive at once (tools/benchmarks/tensor_bytes.py)."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
-from typing import Any
+import sys
+from pathlib import Path
 
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
+from benchmarks.tensor_bytes import Peak
 
-class Peak(TorchDispatchMode):
-    """Counts inside of a `with` block.
-
-    Args:
-        given: tensors that were there before, which do not count.
-
-    Attributes:
-        peak_bytes: the most so far.
-    """
-
-    def __init__(self, given: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self._given = [x.untyped_storage() for x in given]
-        self._alive: dict[int, int] = {storage._cdata: 0 for storage in self._given}
-        self._now = self.peak_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._alive:
-                self._alive[key] = storage.nbytes()
-                self._now += storage.nbytes()
-                self.peak_bytes = max(self.peak_bytes, self._now)
-                weakref.finalize(storage, self._end, key)
-        return out
-
-    def _end(self, key: int) -> None:
-        self._now -= self._alive.pop(key, 0)
+__all__ = ["Peak"]

@@ -7,12 +7,14 @@ Each rank is simulated by a process of its own (`simulated_rank.py`), which runs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,8 @@ def simulate(case: Case, folder: Path, heard: list[Any] | None = None) -> tuple[
     """
     import torch
 
-    from benchmarks.simulated_rank import FileOpens, SimulatedRank, peak_host_bytes
+    from benchmarks.simulated_rank import FileOpens, SimulatedRank, import_what_engines_need, peak_host_bytes
+    from benchmarks.tensor_bytes import Peak
 
     torch.set_num_threads(1)
     rank = case.rank % case.world_size
@@ -123,11 +126,15 @@ def simulate(case: Case, folder: Path, heard: list[Any] | None = None) -> tuple[
 
     opens = FileOpens(folder / "saved")
     config, _ = parse(_flags(case, folder, rank))
+    import_what_engines_need()
+    tensors, layers = Peak(), [0]
     started = time.perf_counter()
-    with peak_host_bytes() as peak:
+    with peak_host_bytes() as peak, tensors, before_engines(lambda: layers.append(tensors.peak_bytes)):
         run = prepare(config)
     seconds = time.perf_counter() - started
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.trainer.engine.module.parameters())
+    held, shared = _parameters(run.trainer)
+    num_parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in held)
+    share = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in held) + shared
     record = {
         "name": case.name,
         "layout": [case.tensor, case.pipeline, case.data],
@@ -135,6 +142,7 @@ def simulate(case: Case, folder: Path, heard: list[Any] | None = None) -> tuple[
         "parameters": num_parameters,
         "new_groups": simulated.new_groups,
         "nocolor_splits": simulated.nocolor_splits,
+        "layer_bytes_per_parameter": layers[-1] / share,
         "build_bytes_per_parameter": peak() / num_parameters if num_parameters >= MEASURED_BYTES else None,
         "file_opens": opens.count,
         "collectives_at_start": simulated.collectives,
@@ -154,6 +162,37 @@ def simulate(case: Case, folder: Path, heard: list[Any] | None = None) -> tuple[
         record["collectives_per_step"] = at_step[-1] - at_step[-2]
     opens.stop()
     return record, simulated.said
+
+
+@contextlib.contextmanager
+def before_engines(note: Callable[[], None]) -> Iterator[None]:
+    """Call `note` when a rank's layers are there, model and reference, and DeepSpeed's engine is made next."""
+    from megatron_slm.training import build
+
+    with contextlib.ExitStack() as stack:
+        for module, name in ((build, "pipeline_engine"), (build.deepspeed, "initialize")):
+            real = getattr(module, name)
+
+            def noted(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+                note()
+                return real(*args, **kwargs)
+
+            setattr(module, name, noted)
+            stack.callback(setattr, module, name, real)
+        yield
+
+
+def _parameters(trainer: Any) -> tuple[list[Any], int]:
+    """Return the model's parameters on a rank, and the number of the reference's elements there."""
+    reference = getattr(trainer, "reference", None) or getattr(
+        getattr(trainer.engine, "context", None), "reference", None
+    )
+    held = list(trainer.engine.module.parameters())
+    if reference is None:
+        return held, 0
+    if reference.shared is not None:
+        return held, reference.shared.num_elements
+    return held, sum(p.numel() for p in reference.parameters())
 
 
 def _flags(case: Case, folder: Path, rank: int) -> list[str]:
@@ -236,10 +275,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _markdown(records: list[dict[str, Any]]) -> str:
     columns = {
-        "new_groups": "groups created", "nocolor_splits": "splits for others", "file_opens": "checkpoint files opened",
-        "build_bytes_per_parameter": "host bytes a parameter", "collectives_at_start": "collectives at start",
-        "collectives_per_step": "collectives a step", "seconds": "seconds to build",
-    }  # fmt: skip
+        "new_groups": "groups created",
+        "nocolor_splits": "splits for others",
+        "file_opens": "checkpoint files opened",
+        "layer_bytes_per_parameter": "bytes of layers a parameter of the share",
+        "build_bytes_per_parameter": "bytes a parameter with the engine",
+        "collectives_at_start": "collectives at start",
+        "collectives_per_step": "collectives a step",
+        "seconds": "seconds to build",
+    }
 
     def text(value: Any) -> str:
         return "" if value is None else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import importlib
 import os
 import sys
 import threading
@@ -163,6 +164,18 @@ class FileOpens:
             return function(path, *args, **kwargs)
 
         return counted
+
+
+def import_what_engines_need() -> None:
+    """Import what DeepSpeed imports while it makes an engine, so that its memory does not count as the engine's."""
+    for name in (
+        "torch._dynamo",
+        "deepspeed.comm.mori",
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ):
+        importlib.import_module(name)
 
 
 @contextlib.contextmanager
