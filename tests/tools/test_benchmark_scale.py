@@ -61,7 +61,7 @@ LAYERS = {
 
 def built_in_small_blocks(case: scale.Case, folder: str) -> tuple[dict[str, Any], list[Any]]:
     """Weights pass through as little memory, for models as small as these, as they do for large ones."""
-    weights.READ_ELEMENTS = 2**9
+    weights.READ_ELEMENTS = 2**9 if case.zero_stage == 3 else 2**12
     return prepared(case, folder)
 
 

@@ -6,9 +6,13 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_OVER_A_FILE = torch.ops.aten.set_.source_Storage
+"""Makes a tensor over memory that is there, as safetensors does over a file's pages."""
 
 
 class Peak(TorchDispatchMode):
@@ -31,8 +35,9 @@ class Peak(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._alive:
-                self._alive[key] = storage.nbytes()
-                self._now += storage.nbytes()
+                held = 0 if x.is_meta or func is _OVER_A_FILE else storage.nbytes()
+                self._alive[key] = held
+                self._now += held
                 self.peak_bytes = max(self.peak_bytes, self._now)
                 weakref.finalize(storage, self._end, key)
         return out
