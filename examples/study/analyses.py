@@ -53,11 +53,17 @@ def analyze(out: Path, runs: Sequence[Planned]) -> None:
             )  # fmt: skip
         if run.followed and not (folder / "followed.json").exists():
             write_durably(folder / "followed.json", (json.dumps(follow(folder, text)) + "\n").encode())
-        if not (folder / "inside.json").exists():
-            write_durably(folder / "inside.json", (json.dumps(inside(out, folder)) + "\n").encode())
+        look_inside(out, run)
         if run.name == "clm" and not (folder / "dynamics.json").exists():
             page = folder / "dynamics.html"
             _call(analyze_tokens, "dynamics", "--load", folder, "--text-file", text, "--output", page)
+
+
+def look_inside(out: Path, run: Planned) -> None:
+    """Write the target loss inside problems, and at their ends, into a finished run's folder."""
+    path = run.folder / "inside.json"
+    if run.is_finished and run.name != "base" and not path.exists():
+        write_durably(path, (json.dumps(inside(out, run.folder)) + "\n").encode())
 
 
 def inside(out: Path, run: Path) -> dict[str, list[float]]:

@@ -5,8 +5,9 @@
     python examples/study/real_text.py results --out runs/study_real
 
 A part of the curated documents is held out, a part trains the reference, and the rest is mixed into the web documents
-that CLM and SLM train on, with the exact backward pass and with those of `rows.py`. Every step is a process of its own;
-what is finished is not made again.
+that CLM and SLM train on, with the exact backward pass and with those of `rows.py`; the reference's training is
+repeated with sampled rows. Every run is a process of its own; what is finished is not made again. Flags that are not
+listed here are those of tools/pretrain_slm.py, for every run: `train --hidden-size 96` trains narrower models.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rows import KEEP_RATIO, METHODS, write_rows
-from study import HERE, Planned, train
+from rows import CLEAN, KEEP_RATIO, METHODS, SAMPLED, write_rows
+from study import HERE, Planned, joined, train
 
 SEEDS = (1, 2, 3)
 NUM_HELD_OUT = 300
@@ -49,16 +50,15 @@ def read(paths: Sequence[Path]) -> list[str]:
     return [json.loads(line)["text"] for path in paths for line in path.read_text().splitlines() if line.strip()]
 
 
-def make(out: Path, curated: Sequence[Path], web: Sequence[Path], *, fast: bool) -> None:
+def make(out: Path, curated: Sequence[Path], web: Sequence[Path], *, vocabulary: int, held_out: int) -> None:
     """Write the texts, a tokenizer, and the corpora."""
-    parts = split(read(curated), read(web), 0, held_out=20 if fast else NUM_HELD_OUT)
+    parts = split(read(curated), read(web), 0, held_out=held_out)
     (out / "text").mkdir(parents=True, exist_ok=True)
     for name, texts in parts.items():
         path = out / "text" / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     texts = [str(out / "text" / f"{name}_train.jsonl") for name in ("curated", "noisy")]
-    size = str(512 if fast else VOCABULARY)
-    _tool("train_tokenizer", "--input", *texts, "--vocab-size", size, "--output", f"{out}/tokenizer/")
+    _tool("train_tokenizer", "--input", *texts, "--vocab-size", str(vocabulary), "--output", f"{out}/tokenizer/")
     model = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{out}/tokenizer/tokenizer.model")
     for name in parts:
         prefix = f"{out}/corpora/{name}"
@@ -71,49 +71,65 @@ def _tool(name: str, *flags: str) -> None:
     subprocess.run([sys.executable, f"tools/{name}.py", *flags], check=True)
 
 
-def planned(out: Path, seed: int, steps: int = STEPS) -> list[Planned]:
-    """All runs of a seed."""
+def planned(
+    out: Path, seed: int, steps: int = STEPS, reference_steps: int = REFERENCE_STEPS, flags: Sequence[str] = ()
+) -> list[Planned]:
+    """All runs of a seed.
+
+    Args:
+        steps, reference_steps: of CLM and SLM, and of the reference.
+        flags: of every run, in the place of `MODEL`'s.
+    """
     folder = out / f"seed{seed}"
-    length = ("--train-iters", str(steps), "--save-interval", str(steps))
 
-    def run(name: str, wave: int, corpus: str, *flags: str) -> Planned:
+    def run(name: str, wave: int, corpus: str, length: int, *own: str) -> Planned:
         data = ("--data-path", f"{out}/corpora/{corpus}_train_text_document")
+        iterations = ("--train-iters", str(length), "--save-interval", str(length))
         return Planned(name=name, folder=folder / name, seed=seed, wave=wave, selection=(),
-                       flags=(*MODEL, *length, *data, *flags))  # fmt: skip
+                       flags=joined(MODEL, flags, iterations, data, own))  # fmt: skip
 
-    by_reference = ("--objective", "slm", "--slm-keep-ratio", str(KEEP_RATIO))
-    by_reference += ("--reference-load", f"{folder}/reference/checkpoints")
-    shorter = ("--train-iters", str(REFERENCE_STEPS), "--save-interval", str(REFERENCE_STEPS))
-    runs = [run("reference", 0, "curated", "--objective", "clm", *shorter)]
-    runs += [run("clm", 0, "noisy", "--objective", "clm"), run(f"slm-{KEEP_RATIO}", 1, "noisy", *by_reference)]
-    return runs + [run(name, 1, "noisy", *by_reference, *flags) for name, flags in METHODS.items()]
+    clm = ("--objective", "clm")
+    load = ("--reference-load", f"{folder}/reference/checkpoints")
+    by_reference = ("--objective", "slm", "--slm-keep-ratio", str(KEEP_RATIO), *load)
+    runs = [run("reference", 0, "curated", reference_steps, *clm), run("clm", 0, "noisy", steps, *clm)]
+    runs.append(run(f"slm-{KEEP_RATIO}", 1, "noisy", steps, *by_reference))
+    runs += [run(name, 1, "noisy", steps, *by_reference, *rows) for name, rows in METHODS.items()]
+    return [*runs, run(CLEAN, 1, "curated", reference_steps, *clm, *SAMPLED)]
 
 
 def main() -> None:
     """Make, train, or write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("what", choices=["make", "train", "results"])
     parser.add_argument("--out", type=Path, default=Path("runs/study_real"), help="where everything is")
     parser.add_argument("--curated", type=Path, nargs="+", default=[], help="JSON lines of curated text (for make)")
     parser.add_argument("--web", type=Path, nargs="+", default=[], help="JSON lines of other text (for make)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="only these")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of CLM and SLM (default {STEPS})")
+    length, size = f"of the reference (default {REFERENCE_STEPS})", f"of the BPE (for make; default {VOCABULARY})"
+    parser.add_argument("--reference-steps", type=int, default=REFERENCE_STEPS, help=length)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help=size)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one core")
     parser.add_argument("--fast", action="store_true", help="a few steps, with one seed")
-    args = parser.parse_args()
+    args, further = parser.parse_known_args()
+    if further and args.what != "train":
+        parser.error(f"{further[0]} is a flag of runs: use it with train alone")
     if args.what == "make":
-        make(args.out, args.curated, args.web, fast=args.fast)
+        vocabulary, held_out = (512, 20) if args.fast else (args.vocabulary, NUM_HELD_OUT)
+        make(args.out, args.curated, args.web, vocabulary=vocabulary, held_out=held_out)
         return
     seeds = SEEDS[:1] if args.fast else args.seeds
-    runs = [
-        run for alike in zip(*(planned(args.out, seed, args.steps) for seed in seeds), strict=True) for run in alike
-    ]
+    plans = [planned(args.out, seed, args.steps, args.reference_steps, further) for seed in seeds]
+    runs = [run for alike in zip(*plans, strict=True) for run in alike]
     if args.what == "train":
         train(args.out, runs, fast=args.fast, jobs=args.jobs, held_out={"target": "curated"})
         return
     from results import Results
 
-    print(f"wrote {write_rows(args.out, Results(runs), HERE.parents[1] / 'docs/benchmarks/backward.json')}")
+    benchmark = HERE.parents[1] / "docs/benchmarks/backward.json"
+    command = "real_text.py results"
+    print(f"wrote {write_rows(args.out, Results(runs), benchmark, command=command)}")
 
 
 if __name__ == "__main__":

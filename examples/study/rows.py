@@ -15,6 +15,8 @@ from megatron_slm.pages.charts import COLORS, MARKERS, Curve, Panel, png
 if TYPE_CHECKING:
     from results import Results
 
+    from megatron_slm.analysis.runs import RunMetrics
+
 SEEDS = (1, 2, 3, 4, 5)
 KEEP_RATIO = 0.6
 SAMPLED = ("--backward-rows", "sampled", "--backward-row-variance", "0.02")
@@ -81,8 +83,11 @@ class RowResults:
         return fmean(values) if values else None
 
 
-def write_rows(out: Path, results: Results, benchmark: Path) -> Path:
+def write_rows(out: Path, results: Results, benchmark: Path, *, command: str = "study.py results --rows") -> Path:
     """Write rows.md, rows.json and rows.png into `out`/results.
+
+    Args:
+        command: what the page says that it was made by.
 
     Raises:
         SystemExit: nothing can be compared yet.
@@ -102,13 +107,17 @@ def write_rows(out: Path, results: Results, benchmark: Path) -> Path:
         for name in methods
     }
     numbers["exact"] = {"clipped": found.metric(found.exact, "clipped_share")}
+    names = ("clm", found.exact, *methods)
+    numbers["final"] = {name: {measure: found.losses(name, measure) for measure in measures} for name in names}
     numbers["clean"] = {name: results.final(name) for name in ("reference", CLEAN) if results.runs[name]}
     folder = out / "results"
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "rows.json", (json.dumps(numbers, indent=1) + "\n").encode())
     ratios = step_ratios(benchmark)
     write_durably(folder / "rows.png", png([_panel(found, methods, measures[-1], ratios)]))
-    write_durably(folder / "rows.md", "\n".join(_page(numbers, methods, measures, ratios)).encode())
+    intro = f"Made by `python examples/study/{command}`. {_setting(next(iter(results.runs[found.exact].values())))}"
+    lines = [_HEADING, intro, _EXPLANATION, *_page(numbers, methods, measures, ratios)]
+    write_durably(folder / "rows.md", "\n".join(lines).encode())
     return folder / "rows.md"
 
 
@@ -128,16 +137,27 @@ def _panel(found: RowResults, methods: Sequence[str], measure: str, ratios: Mapp
     return Panel(title=f"Gain kept ({measure})", x_label=label, y_label="share of the exact run's gain", curves=lines)
 
 
+_HEADING = "# The backward pass on some of the rows: results\n"
+_EXPLANATION = (
+    "Gain kept: the share of exact SLM's gain over CLM in the final held-out loss, with the 95 % interval of the "
+    "paired differences. Hoped for: at least 0.90, its interval from 0.75 on. Times are not of these runs but of "
+    "`python tools/benchmark.py backward`, a larger model's.\n"
+)
+
+
+def _setting(run: RunMetrics) -> str:
+    """Size and length of a run, where its configuration says them all."""
+    names = ("num_layers", "hidden_size", "train_iters", "global_batch_size", "seq_length")
+    values = [run.config.get(name) for name in names]
+    if None in values:
+        return ""
+    layers, width, steps, samples, length = values
+    return f"{layers} layers, hidden size {width}, {steps} steps of {samples} x {length} tokens."
+
+
 def _page(
     numbers: Mapping[str, Any], methods: Sequence[str], measures: Sequence[str], ratios: Mapping[str, float]
 ) -> Iterator[str]:
-    yield "# The backward pass on some of the rows: results\n"
-    yield (
-        "Made by `python examples/study/study.py results --rows`. Gain kept: the share of exact SLM's gain over CLM in "
-        "the final held-out loss, with the 95 % interval of the paired differences. Hoped for: at least 0.90, its "
-        "interval from 0.75 on. Times are not of these runs but of `python tools/benchmark.py backward`, a larger "
-        "model's.\n"
-    )
     head = ["run", *(f"gain kept, {measure}" for measure in measures), "seeds", "rows", "added variance", "clipped"]
     yield "| " + " | ".join([*head, "step / plain"]) + " |"
     yield "|" + "---|" * (len(head) + 1)
@@ -148,6 +168,10 @@ def _page(
         yield "| " + " | ".join([name, *cells, _shown(ratios.get(name))]) + " |"
     exact = ["", *[""] * (len(measures) - 1), "", "1.000", "0.000", _shown(numbers["exact"]["clipped"])]
     yield "| " + " | ".join(["exact", *exact, _shown(ratios.get("exact"))]) + " |"
+    for measure in measures:
+        values = {name: list(of[measure].values()) for name, of in numbers["final"].items()}
+        means = [f"{name} {fmean(losses):.4f}" for name, losses in values.items() if losses]
+        yield f"\nFinal losses, {measure} (means, nats): {', '.join(means)}."
     for measure in measures:
         for name in methods:
             kept = numbers[name][measure]

@@ -73,6 +73,17 @@ class Planned:
         return (self.folder / "finished").exists()
 
 
+def joined(*groups: Sequence[str]) -> tuple[str, ...]:
+    """Join flags; one that comes again takes the place of the earlier, since a run is given a flag once."""
+    found: dict[str, list[str]] = {}
+    for word in (word for group in groups for word in group):
+        if word.startswith("--"):
+            found[word] = words = [word]
+        else:
+            words.append(word)
+    return tuple(word for words in found.values() for word in words)
+
+
 def planned(out: Path, seed: int, ratios: Sequence[float] = RATIOS) -> Iterator[Planned]:
     """Yield all runs of a seed."""
     folder = out / f"seed{seed}"
@@ -154,14 +165,19 @@ def _train_one(out: Path, run: Planned, fast: bool, held_out: Mapping[str, str] 
     shutil.rmtree(run.folder, ignore_errors=True)  # left by an interrupted call
     run.folder.mkdir(parents=True)
     print(f"-- seed {run.seed}: {run.name}", flush=True)
-    command = [sys.executable, "tools/pretrain_slm.py", "--config", str(HERE / "train.yaml"), *run.flags]
-    command += ["--tokenizer-model", f"{out}/tokenizer/tokenizer.model", "--valid-data-path"]
-    command += [f"{name}={out}/corpora/{corpus}_heldout_text_document" for name, corpus in held_out.items()]
-    command += ["--seed", str(run.seed), "--run-dir", str(run.folder), *(FAST if fast else ())]
+    command = [sys.executable, "tools/pretrain_slm.py", *flags_of(out, run, fast, held_out)]
     with (run.folder / "log.txt").open("w") as log:
         if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
             raise SystemExit(f"{run.name} of seed {run.seed} failed: see {run.folder}/log.txt")
     (run.folder / "finished").touch()
+
+
+def flags_of(out: Path, run: Planned, fast: bool, held_out: Mapping[str, str] = HELD_OUT) -> tuple[str, ...]:
+    """Return all flags of a run."""
+    sets = [f"{name}={out}/corpora/{corpus}_heldout_text_document" for name, corpus in held_out.items()]
+    own = ("--seed", str(run.seed), "--run-dir", str(run.folder), "--valid-data-path", *sets)
+    tokenizer = ("--tokenizer-model", f"{out}/tokenizer/tokenizer.model")
+    return joined(("--config", str(HERE / "train.yaml")), run.flags, tokenizer, own, FAST if fast else ())
 
 
 def main() -> None:
@@ -190,10 +206,12 @@ def main() -> None:
     if args.command == "train":
         train(args.out, runs, fast=args.fast, jobs=args.jobs)
         return
-    from analyses import analyze  # both modules are in this folder
+    from analyses import analyze, look_inside  # both modules are in this folder
     from results import Results, write_results
 
     if args.losses:
+        for run in runs:
+            look_inside(args.out, run)
         print(f"wrote {losses.write_losses(args.out, Results(runs))}")
         return
     analyze(args.out, runs)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 PROSE = (
     "The ship sailed on the 3rd of June, 1851, with 27 men and a captain who feared nothing at all.",
     "Natalia sold 48 clips in April, and half as many clips in May. She sold 48/2 = 24 clips in May.",
@@ -28,6 +30,16 @@ TEXTS = (*PROSE, *CODE, *SCRIPTS, *EDGES)
 def training_texts() -> list[str]:
     """Return enough text to train a few hundred pieces."""
     return [*PROSE, *CODE, *SCRIPTS] * 5 + [f"{text} {at}" for at, text in enumerate(PROSE * 10)]
+
+
+def mixtures(count: int) -> list[str]:
+    """Return random mixtures of all scripts, cut anywhere between characters."""
+    generator, pool = np.random.default_rng(0), "".join(TEXTS) + "🙂👩‍👧你好Привет한국어naïve"
+    made = []
+    for _ in range(count):
+        starts = generator.integers(0, len(pool), generator.integers(1, 6))
+        made.append(" ".join(pool[start : start + generator.integers(1, 60)] for start in starts))
+    return made
 
 
 def write_json_lines(path: Path, texts: Sequence[object], key: str = "text") -> Path:

@@ -58,12 +58,23 @@ def test_the_runs_that_compare_losses(modules: tuple[ModuleType, ModuleType], tm
         assert parsed[name].selection.reference_load == f"{tmp_path}/seed1/reference/checkpoints"
         assert parsed[name].model.init_from == f"{tmp_path}/seed1/base/checkpoints"
         assert parsed[name].data.data_path == parsed["clm"].data.data_path
-    for run, final in zip(runs[1:], (0.4, 0.6, 0.5, 0.7, 0.65), strict=True):
-        write_run(run.folder, final=final)
+    more = [run for seed in (1, 2) for run in study.planned_losses(tmp_path, seed) if run.name != "base"]
+    finals = {"reference": 0.4, "clm": 0.6, "slm-0.6": 0.5, "se-kd": 0.7, "dft": 0.65}
+    for run in more:
+        write_run(run.folder, final=finals[run.name] + 0.01 * run.seed * (run.name == "se-kd"))
         (run.folder / "finished").touch()
-    page = study.losses.write_losses(tmp_path, results.Results(runs)).read_text()
-    assert "| se-kd | 1 | 0.825 | +0.100 (+0.100 to +0.100) |" in page
-    assert "| slm-0.6 | 1 | 0.625 | -0.100" in page
+        if run.name != "dft":
+            found = {"steps": [0, 40], "inside": [2.0, finals[run.name] - 0.3], "ends": [2.0, 1.0]}
+            (run.folder / "inside.json").write_text(json.dumps(found))
+    path = study.losses.write_losses(tmp_path, results.Results(more))
+    rows = {line.split(" | ")[0][2:]: line for line in path.read_text().splitlines() if line.startswith("| ")}
+    assert list(rows) == ["run", "clm", "slm-0.6", "se-kd", "dft", "reference"]
+    target = "| 0.840 ± 0.064 | +0.115 (+0.110 to +0.120) | +0.215 (+0.210 to +0.220) |"
+    assert rows["se-kd"].startswith(f"| se-kd | 2 {target} 0.400 ± 0.000 | +0.100 (+0.100 to +0.100) |")
+    assert rows["dft"].endswith("| – | – | – | – |"), "neither inside of problems nor on noisy pages"
+    assert rows["clm"].startswith("| clm | 2 | 0.725 ± 0.000 | – | +0.100"), "nothing less itself"
+    assert json.loads(path.with_suffix(".json").read_text())["se-kd"]["inside"] == {"1": 0.4, "2": 0.4}
+    assert path.with_name("losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def finish(run: Any, final: float, clean_kept: float) -> None:

@@ -37,7 +37,7 @@ def test_the_runs_differ_in_their_backward_pass_alone(modules: tuple[ModuleType,
     plans = {"study": study.planned_rows(Path("out"), 4), "real": real_text.planned(Path("out"), 2)}
     for kind, runs in plans.items():
         by_name = {run.name: run for run in runs}
-        assert len({run.folder for run in runs}) == len(runs) == (8 if kind == "study" else 6)
+        assert len({run.folder for run in runs}) == len(runs) == (8 if kind == "study" else 7)
         exact = by_name["slm-0.6"]
         for name, flags in rows.METHODS.items():
             run = by_name[name]
@@ -46,11 +46,28 @@ def test_the_runs_differ_in_their_backward_pass_alone(modules: tuple[ModuleType,
         for run in runs:
             earlier = {f"{other.folder}/checkpoints" for other in runs if other.wave < run.wave}
             assert {word for word in run.flags if word.endswith("/checkpoints")} <= earlier
-    for run, kind in ((plans["study"][-1], "kept"), (plans["real"][-2], "sampled")):
-        config, _ = parse(["--config", str(FOLDER / "train.yaml"), *run.flags])
+        assert by_name["clean-rows"].flags == (*by_name["reference"].flags, *rows.SAMPLED)
+    for run, kind in ((plans["study"][-1], "kept"), (plans["real"][-1], "sampled")):
+        config, _ = parse(study.flags_of(Path("out"), run, fast=False))
         assert config.backward.backward_rows == kind
-    clean = {run.name: run for run in plans["study"]}
-    assert clean["clean-rows"].flags == (*clean["reference"].flags, *rows.SAMPLED)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_every_run_is_a_configuration(modules: tuple[ModuleType, ...], fast: bool) -> None:
+    """No flag is given twice: not by a run that is shorter than the others, by a few steps, or by flags of one's own."""
+    study, _, _, real_text = modules
+    out, own = Path("out"), ("--hidden-size", "96", "--lr", "1e-3")
+    real = real_text.planned(out, 1, 300, 200, own)
+    for run in [*study.planned(out, 1), *study.planned_rows(out, 1), *study.planned_losses(out, 1), *real]:
+        config, _ = parse(study.flags_of(out, run, fast))
+        length = {"base": 480, "reference": 160}.get(run.name, 240)
+        if run in real:
+            length = 200 if run.name in ("reference", "clean-rows") else 300
+            assert (config.model.num_layers, config.model.hidden_size, config.optimizer.lr) == (6, 96, 1e-3)
+        if run not in real and run.name == "clean-rows":
+            length = 160
+        assert config.training.train_iters == (6 if fast else length)
+        assert config.training.seed == run.seed
 
 
 def test_gain_kept_by_hand(modules: tuple[ModuleType, ...]) -> None:
@@ -96,6 +113,8 @@ def test_the_page_has_what_is_finished(tmp_path: Path, modules: tuple[ModuleType
     assert "- Reached by rows-0.02 (target)" in page
     assert "**Not reached** by rows-kept (inside)" in page
     assert "by seed: +0.0100, +0.0100 nats" in page
+    assert "Final losses, inside (means, nats): clm 2.0050, slm-0.6 1.0050, rows-0.02 1.0250, rows-kept 1.5050." in page
+    assert "Made by `python examples/study/study.py results --rows`." in page
     assert path.with_name("rows.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -222,7 +222,7 @@ def test_a_sample_has_the_gradient_of_the_distribution_on_average() -> None:
         assert (found - exact).abs().max() < 2e-3 * exact.abs().max()
 
 
-def cut_main(size: int, vocab: int) -> list[dict[str, Tensor]]:
+def cut_main(size: int, vocab: int, width: int) -> list[dict[str, Tensor]]:
     """Every case over a cut vocabulary, from hidden states and from the largest probabilities."""
     dense_distillation.LEAST_CHUNK_ROWS = 7
     init_distributed()
@@ -230,7 +230,7 @@ def cut_main(size: int, vocab: int) -> list[dict[str, Tensor]]:
     rows = -(-vocab // size)  # the last rank holds fewer, and with 9 tokens on 4 ranks none at all
     start = min(tp.rank * rows, vocab)
     part = VocabularyPart(tp=tp, start=start, rows=rows)
-    p, teacher = Problem.random(40, vocab), Problem.random(40, vocab, seed=1, width=5)
+    p, teacher = Problem.random(40, vocab), Problem.random(40, vocab, seed=1, width=width)
     weight_Vd = p.weight_Vd[start : start + rows].detach().clone().requires_grad_()
     reference_Vd, theirs_Nd = teacher.weight_Vd[start : start + rows].detach(), teacher.hidden_Nd.detach()
     of_rows = row_statistics(theirs_Nd, reference_Vd, p.label_N, part=part)
@@ -250,11 +250,11 @@ def cut_main(size: int, vocab: int) -> list[dict[str, Tensor]]:
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("size", "vocab"), [(2, 4999), (4, 4999), (4, 9)])
-def test_a_cut_vocabulary(size: int, vocab: int) -> None:
-    """Bit-equal losses on all ranks, and the gradients of one."""
-    (single,) = run_world(cut_main, 1, 1, vocab)
-    ranks = run_world(cut_main, size, size, vocab)
+@pytest.mark.parametrize(("size", "vocab", "width"), [(2, 4999, 31), (4, 4999, 5), (4, 9, 5)])
+def test_a_cut_vocabulary(size: int, vocab: int, width: int) -> None:
+    """Bit-equal losses on all ranks, and the gradients of one; references wider and narrower than the model, 12."""
+    (single,) = run_world(cut_main, 1, 1, vocab, width)
+    ranks = run_world(cut_main, size, size, vocab, width)
     for number, alone in enumerate(single):
         for rank in ranks:
             for name in ("loss", "divergence", "hidden"):

@@ -13,7 +13,7 @@ from megatron_slm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_slm.data.tokenizers.training import train_sentencepiece, write_tokenizer
 from megatron_slm.reference.alignment import Alignment
 from tests.data.byte_level import byte_level_folder
-from tests.data.texts import TEXTS, training_texts
+from tests.data.texts import mixtures, training_texts
 
 
 def spread(source_ends: list[int], target_ends: list[int], losses: list[float]) -> list[float]:
@@ -60,21 +60,11 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
     ]
 
 
-def documents(count: int) -> list[str]:
-    """Random mixtures of all scripts, cut anywhere between characters."""
-    generator, pool = np.random.default_rng(0), "".join(TEXTS) + "🙂👩‍👧你好Привет한국어naïve"
-    made = []
-    for _ in range(count):
-        starts = generator.integers(0, len(pool), generator.integers(1, 6))
-        made.append(" ".join(pool[start : start + generator.integers(1, 60)] for start in starts))
-    return made
-
-
 @pytest.mark.parametrize("order", [0, 1], ids=["bytes to pieces", "pieces to bytes"])
 def test_sums_of_a_thousand_documents_are_preserved(order: int, tokenizers: list[Tokenizer]) -> None:
     source, target = tokenizers if order == 0 else tokenizers[::-1]
     generator, others = np.random.default_rng(1), 0
-    for text in documents(1000):
+    for text in mixtures(1000):
         source_ends, target_ends = source.encode_with_ends(text)[1], target.encode_with_ends(text)[1]
         losses = (generator.exponential(3.0, len(source_ends)) * 10.0 ** generator.integers(-4, 1)).astype(np.float32)
         found = np.array(spread(source_ends, target_ends, losses.tolist()), np.float32)
@@ -89,7 +79,7 @@ def test_sums_of_a_thousand_documents_are_preserved(order: int, tokenizers: list
 def test_equal_tokenizers_give_equal_bits(tokenizers: list[Tokenizer]) -> None:
     generator = np.random.default_rng(2)
     for tokenizer in tokenizers:
-        for text in documents(200):
+        for text in mixtures(200):
             ends = tokenizer.encode_with_ends(text)[1]
             losses = generator.exponential(3.0, len(ends)).astype(np.float32)
             assert np.array_equal(np.array(spread(ends, ends, losses.tolist()), np.float32), losses)

@@ -7,13 +7,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_slm.errors import ConfigError, ScoreStoreError, SlmError
 from megatron_slm.flags.load import parse
-from megatron_slm.reference.manifest import StoreManifest, shard_name
+from megatron_slm.reference.manifest import StoredDistribution, StoreManifest, shard_name
+from megatron_slm.run.checks import check_distributions
 from megatron_slm.run.dry_run import print_dry_run
 from megatron_slm.run.plan import make_plan
 from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus
@@ -72,6 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "several, not combined": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"]}, r"--reference-scores-combine is missing: required by several"),
     "one, combined": ({"reference_scores_combine": "mean"}, "--reference-scores-combine is 'mean'"),
     "several and a model": ({"reference_scores": ["{folder}/of_reference", "{folder}/of_other_reference"], "reference_scores_combine": "mean", "reference_load": "{folder}/reference"}, r"--reference-load is .*must not be used with several"),
+    "losses alone, distilled": ({"loss": "jsd"}, r"--reference-scores is .*hold log-probabilities, required by --loss jsd"),
     "plain objective": ({"objective": "clm"}, "--reference-scores is "),
 }  # fmt: skip
 
@@ -88,6 +91,22 @@ def test_a_store_of_something_else_is_refused_by_name(name: str, folder: Path) -
     with pytest.raises((ScoreStoreError, ConfigError)) as refused:
         plan(folder, **{k: filled(v, folder) for k, v in changes.items()})
     assert re.search(pattern, str(refused.value)), refused.value
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "count", "message"),
+    [
+        ("reverse-kl", "sample", 4, "--loss reverse-kl: --reference-scores is .*sampled ids .* for --loss kl alone"),
+        ("kl", "top", 90, "--reference-scores: vocabulary size is 90: must be the model's, 97, where all"),
+    ],
+)
+def test_stored_probabilities_that_cannot_be_distilled(loss: str, kind: Any, count: int, message: str) -> None:
+    config, _ = parse(["--train-iters", "3", "--reference-scores", "store", "--loss", loss])
+    stored = StoredDistribution(kind=kind, count=count, dtype="bfloat16", vocabulary_size=90)
+    with pytest.raises(ScoreStoreError, match=message):
+        check_distributions(config, SimpleNamespace(distribution=stored), 97)  # type: ignore[arg-type]
+    fewer = StoredDistribution(kind="top", count=89, dtype="bfloat16", vocabulary_size=90)
+    check_distributions(config, SimpleNamespace(distribution=fewer), 97)  # type: ignore[arg-type]
 
 
 def remove(path: Path) -> None:

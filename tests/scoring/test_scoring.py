@@ -91,6 +91,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown flag": ({"score_dtypes": "float16"}, "score.dtypes.*known flag"),
     "unknown dtype": ({"score_dtype": "int8"}, "score-dtype.*int8"),
     "plain objective": ({"objective": "clm"}, "--reference-load"),
+    "more ids than there are": ({"top_logprobs": 98}, "--top-logprobs is 98: must be at most the tokenizer's 97 ids"),
     "two references": (
         {"reference_base": "{folder}/base", "slm_score": "reference-loss"},
         "--reference-base is .*must not be used in scoring",

@@ -60,7 +60,7 @@ def weighting(name: str, **options: Any) -> Selector:
     return Selector(policy="weights", weight=weight_named(name), **options)
 
 
-FIGURES = {
+FIGURES: dict[str, tuple[dict[str, Any], float, float]] = {
     # the loss on these rows of TRL (loss_type dft), LLaMA-Factory (use_dft_loss), ms-swift (enable_dft_loss) and Liger
     # (use_token_scaling): the sum of p * loss, divided by the rows
     "dft": ({}, 0.048214184009440976, 1.0),
@@ -73,7 +73,16 @@ FIGURES = {
     # the authors' trainer: (1 + H)^gamma over its mean
     "mile": ({}, 5.054570422390364, 1.0),
     "mile squared": ({"weight_power": 2.0}, 5.052393718983207, 1.0),
-}
+    # no code of TALR's authors is public: the paper's exp(-L / T) over its mean, with T the mean loss of the one
+    # sequence, and with T = 3 and a least weight of 0.3; both in 40 digits, as the two that follow
+    "talr": ({}, 4.767219408654789, 1.0),
+    "talr floor": ({"temperature": 3.0, "weight_floor": 0.3}, 4.984882888055542, 1.0),
+    # a Gibbs distribution over the losses, and at temperature 2 with a tenth of it spread evenly
+    "gibbs": ({"scores": (SCORES["loss"],)}, 6.097788083442016, 1.0),
+    "gibbs floor": (
+        {"scores": (SCORES["loss"],), "temperature": 2.0, "weight_floor": 0.1}, 5.616981406779333, 1.0,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FIGURES)
@@ -94,7 +103,7 @@ FORMULAS: dict[str, list[float]] = {
 
 
 def test_every_weight_is_tested() -> None:
-    assert set(FORMULAS) == set(WEIGHTS) == set(_BASES)
+    assert set(FORMULAS) == {case.split()[0] for case in FIGURES} == set(WEIGHTS) == set(_BASES)
 
 
 @pytest.mark.parametrize("normalization", ["mean", "none", None])

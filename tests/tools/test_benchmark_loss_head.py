@@ -1,4 +1,4 @@
-"""The loss head's benchmark: what it measures again, and the memory of distillation as the operating system counts it."""
+"""The loss head's benchmark: what it measures again, what it reports, and distillation's memory by the system's count."""
 
 from __future__ import annotations
 
@@ -56,3 +56,30 @@ def test_distillation_takes_no_more_pages_than_cross_entropy() -> None:
 def _peak_bytes(name: str) -> int:
     job = {"size": [640, 256, 16384], "keep": 0.6, "threads": 1, "what": "memory", "name": name}
     return int(loss_head._spawn(job, loss_head.RETURN)["bytes"])
+
+
+BASE, CE, KL = "full logits + mask", "ours: stash bf16", "kl: stash bf16"
+
+
+def records_of(size: tuple[int, ...], keep: float, memory: dict[str, int]) -> list[dict[str, Any]]:
+    seconds = {BASE: [2.0, 4.0, 4.0], CE: [1.0, 3.0, 2.0], KL: [1.8, 3.2, 3.0]}
+    return loss_head._records(size, keep, {"names": list(seconds), "cpu": seconds, "wall": seconds}, memory)
+
+
+def test_distillation_is_compared_with_the_same_variant() -> None:
+    found = records_of((2048, 1024, 32000), 0.6, {BASE: 1000, CE: 200, KL: 210})
+    found += records_of((2048, 512, 128256), 0.3, {})
+    assert [record["cpu_ratio"] for record in found[:3]] == [1.0, 0.5, 0.8]
+    page = loss_head._markdown(found, {}, argparse.Namespace(threads=1, rounds=3, only="stash"))
+    section = page.partition("## Distillation over cross-entropy")[2]
+    assert "at most 1.6 of the time and 1.1 of the memory at keep 0.6" in section
+    rows = [line for line in section.splitlines() if line.startswith("| stash")]
+    assert rows == [
+        "| stash bf16 | 32,000 | 0.6 | 1.60 | 1.05 |",
+        "| stash bf16 | 128,256 | 0.3 | 1.60 | not measured |",
+    ]
+
+
+def test_without_distillation_there_is_no_such_section() -> None:
+    found = [record for record in records_of((2048, 1024, 32000), 0.6, {}) if record["name"] != KL]
+    assert "Distillation" not in loss_head._markdown(found, {}, argparse.Namespace(threads=1, rounds=3, only="ours"))

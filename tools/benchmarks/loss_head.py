@@ -24,6 +24,8 @@ SIZES = [(2048, 1024, 32000), (4096, 576, 49152), (2048, 512, 128256)]
 KEEPS = [0.6, 1.0, 0.3, 0.5, 0.7]
 MEMORY_KEEPS = [0.6, 1.0]
 PEERS_AT = 0.6
+KL_TIME, KL_MEMORY = 1.6, 1.1
+"""Hoped for of distillation, over cross-entropy at keep 0.6."""
 RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
 """Nothing is mapped for itself (glibc ignores thresholds beyond 32 MiB), so nothing is unmapped when it is freed."""
 RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -204,6 +206,7 @@ def _markdown(records: list[dict[str, Any]], missing: dict[str, str], arguments:
             rows.append([name, *cells, memory or "not measured"])
         rows.append(["floor: the products alone", *([f"{floor[keep]:.2f}"] * len(sizes)), ""])
         out += [f"\n## Keep ratio {keep}\n\n", report.table(header, rows)]
+    out += _distillation(records)
     if not arguments.only:  # of a report that is gone on with, the reasons are not known any more
         from benchmarks.loss_peers import STEPS
 
@@ -212,3 +215,25 @@ def _markdown(records: list[dict[str, Any]], missing: dict[str, str], arguments:
     if missing:
         out += ["\n## Missing here\n\n", *(f"- {name}: {reason}\n" for name, reason in missing.items())]
     return "".join(out)
+
+
+def _distillation(records: list[dict[str, Any]]) -> list[str]:
+    """What distillation adds to the same variant's cross-entropy: the rows of `kl` over those of `ours`."""
+    of = {(record["name"], tuple(record["size"]), record["keep"]): record for record in records}
+    rows = []
+    for (name, size, keep), kl in of.items():
+        base = of.get((name.replace("kl: ", "ours: "), size, keep))
+        if not name.startswith("kl: ") or base is None:
+            continue
+        time_ratio = kl["cpu_ratio"] / base["cpu_ratio"]
+        measured = kl["memory_ratio"] is not None and base["memory_ratio"]
+        memory = f"{kl['memory_ratio'] / base['memory_ratio']:.2f}" if measured else "not measured"
+        rows.append([name.removeprefix("kl: "), f"{size[2]:,}", str(keep), f"{time_ratio:.2f}", memory])
+    if not rows:
+        return []
+    return [
+        "\n## Distillation over cross-entropy\n\n"
+        "Rows of `kl` (a reference as wide as the model) divided by those of the same variant without it: ratios of "
+        f"the medians above. Hoped for: at most {KL_TIME} of the time and {KL_MEMORY} of the memory at keep 0.6.\n\n",
+        report.table(["variant", "V", "keep", "time", "memory"], rows),
+    ]
