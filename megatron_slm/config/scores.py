@@ -44,6 +44,11 @@ class ScoreDefinition:
         """True for the excess loss and functions of it."""
         return self.name.endswith("excess")
 
+    @property
+    def has_sign(self) -> bool:
+        """True if the score is a difference, or a number of one's own: above and below 0 are not the same."""
+        return self.is_excess or "external" in self.needs
+
 
 _LOSS: frozenset[ScoreInput] = frozenset({"reference-loss"})
 _DEFINITIONS = (

@@ -181,6 +181,12 @@ class SelectionConfig:
         if policy == "positive":
             rule = f"be at least --slm-keep-ratio, {ratio}"
             require(most >= ratio, self, "slm_keep_most", rule, "raise it, or lower --slm-keep-ratio")
+            has_pair = self.reference_base is not None or self.reference_scores_combine == "difference"
+            has_sign = score_definition(self.slm_score[0]).has_sign or (
+                self.slm_score == ["reference-loss"] and has_pair
+            )
+            rule = "be a difference with --slm-policy positive: an excess, external:NAME, or that of two references"
+            require(has_sign, self, "slm_score", rule, "use --slm-score excess, or --slm-policy top-k")
         else:
             require(most == 1, self, "slm_keep_most", "be used with --slm-policy positive", "remove it")
         require(_is_share(share), self, "slm_peaking_share", "be in (0, 1]", "use a share such as 0.6")

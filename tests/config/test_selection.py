@@ -130,6 +130,8 @@ def test_the_written_configuration_repeats_a_selection(tmp_path: Path) -> None:
         (["--slm-keep-most", "0.8"], "must be used with --slm-policy positive"),
         (["--slm-policy", "positive", "--slm-keep-most", "0.5"], "must be at least --slm-keep-ratio, 0.6"),
         (["--slm-policy", "positive", "--slm-keep-most", "1.5"], "must be in"),
+        (["--slm-policy", "positive", "--slm-score", "entropy"], "be a difference with --slm-policy positive"),
+        (["--slm-policy", "positive", "--slm-score", "reference-loss"], "be a difference with --slm-policy positive"),
         (["--slm-policy", "peaking", "--slm-peaking-share", "0.3"], "must be at least 1 - --slm-keep-ratio, 0.4"),
         (["--slm-policy", "peaking", "--slm-peaking-length", "0"], "--slm-peaking-length is 0: must be positive"),
         (["--slm-peaking-length", "4"], "must be used with --slm-policy peaking"),
@@ -159,6 +161,19 @@ def test_the_written_configuration_repeats_a_selection(tmp_path: Path) -> None:
 def test_refused(argv: list[str], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         parse([*BASE, *argv])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--slm-score", "clipped-excess"],
+        ["--slm-score", "external:quality"],
+        ["--slm-score", "reference-loss", "--reference-load", "a", "--reference-base", "b"],
+        ["--slm-score", "reference-loss", "--reference-scores", "a", "b", "--reference-scores-combine", "difference"],
+    ],
+)
+def test_differences_have_a_positive_part(argv: list[str]) -> None:
+    assert parse([*BASE, "--slm-policy", "positive", *argv])[0].selection.slm_policy == "positive"
 
 
 def build(**options: Any) -> Any:
