@@ -14,6 +14,7 @@ from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.checkpoint import CheckpointConfig
 from megatron_slm.config.data import DataConfig
 from megatron_slm.config.distillation import DistillationConfig
+from megatron_slm.config.fill_in_middle import FillInMiddleConfig
 from megatron_slm.config.health import HealthConfig
 from megatron_slm.config.logging import LoggingConfig
 from megatron_slm.config.loss_head import LossHeadConfig
@@ -34,6 +35,7 @@ class RunConfig:
     model: ModelConfig
     parallel: ParallelConfig
     data: DataConfig
+    fill_in_middle: FillInMiddleConfig
     selection: SelectionConfig
     reference_update: ReferenceUpdateConfig
     distillation: DistillationConfig
@@ -54,6 +56,7 @@ class RunConfig:
         self._check_reference()
         self._check_context()
         self._check_recomputation()
+        self._check_fill_in_middle()
         if self.checkpoint.keep_best is not None:
             saves, evaluates = self.checkpoint.save_interval, self.logging.eval_interval
             require(
@@ -104,6 +107,20 @@ class RunConfig:
         is_kept = self.backward.is_exact or recomputes_all
         fix = "leave it out, or use --recompute-granularity selective, or full with --recompute-method uniform"
         require(not parallel.offload_activations or is_kept, parallel, "offload_activations", rule, fix)
+
+    def _check_fill_in_middle(self) -> None:
+        settings = self.fill_in_middle
+        if not settings.fim_data:
+            return
+        rule = f"be a tokenizer of text with {flag('fim_data')}, which cuts documents between characters"
+        is_text = self.data.tokenizer_type != "NullTokenizer"
+        require(
+            is_text, self.data, "tokenizer_type", rule, f"name the corpora's tokenizer, or remove {flag('fim_data')}"
+        )
+        names = ", ".join(self.selection.columns)
+        rule = f"not be used with columns beside the corpora ({names}): their numbers belong to tokens, which it moves"
+        fix = f"remove {flag('fim_data')}, or the flags that name them"
+        require(not names, settings, "fim_data", rule, fix)
 
     def _check_reference(self) -> None:
         selection, update = self.selection, self.reference_update

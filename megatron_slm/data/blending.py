@@ -19,7 +19,7 @@ from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.sidecar import read_sidecar_of
 from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.interleave import Interleave
-from megatron_slm.data.reading import Piece, Sample
+from megatron_slm.data.reading import Piece, Rewrite, Sample
 from megatron_slm.data.samples import OrderedSamples
 
 _SURPLUS = 0.005
@@ -142,11 +142,18 @@ class BlendedSamples:
         phases: phases by rising first sample, the first from sample 0.
         num_samples: number of samples that the run draws.
         cache: cache of the indices; None keeps them in memory.
+        rewrite: makes of each sample, by its number in the run, the one that is trained on; None: it stays as it is.
     """
 
     def __init__(
-        self, sources: Sequence[Source], phases: Sequence[Phase], num_samples: int, cache: IndexCache | None = None
+        self,
+        sources: Sequence[Source],
+        phases: Sequence[Phase],
+        num_samples: int,
+        cache: IndexCache | None = None,
+        rewrite: Rewrite | None = None,
     ) -> None:
+        self._rewrite = rewrite
         self.sources, self.phases, self._num_samples = tuple(sources), tuple(phases), num_samples
         self.sequence_length = self.sources[0].orders[0].sequence_length
         self._firsts = [phase.first_sample for phase in phases]
@@ -181,7 +188,8 @@ class BlendedSamples:
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self.name}, of which the run draws {self._num_samples}")
         source, number = self.locate(index)
-        return self.sources[source][number]._replace(source=source)
+        sample = self.sources[source][number]._replace(source=source)
+        return sample if self._rewrite is None else self._rewrite(sample, index)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the source of a sample, and the sample's number in that source."""

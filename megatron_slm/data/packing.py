@@ -21,7 +21,7 @@ from typing_extensions import override
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.index_cache import Arrays
-from megatron_slm.data.reading import Piece
+from megatron_slm.data.reading import Piece, Rewrite, Sample
 from megatron_slm.data.samples import CorpusSamples, OrderedSamples
 from megatron_slm.data.trained_tokens import TrainedTokens
 from megatron_slm.errors import ConfigError
@@ -193,6 +193,10 @@ class SequentialSamples(CorpusSamples):
     The last sample is padded with `PADDING_ID`, whose labels are not valid. (Megatron shuffles and repeats held-out
     documents too, so its validation loss depends on the number of batches.)
 
+    Args:
+        corpus, start, stop, sequence_length, loss_mask: see `CorpusSamples`.
+        rewrite: makes of each sample, by its number, the one that is evaluated; None: it stays as it is.
+
     Raises:
         ConfigError: a number is out of range.
         CorpusError: the sequences hold fewer than two tokens, or the mask is of another corpus.
@@ -206,8 +210,10 @@ class SequentialSamples(CorpusSamples):
         *,
         sequence_length: int,
         loss_mask: IndexedCorpus | None = None,
+        rewrite: Rewrite | None = None,
     ) -> None:
         super().__init__(corpus, start, stop, sequence_length=sequence_length, loss_mask=loss_mask)
+        self._rewrite = rewrite
         self._documents = np.arange(start, stop, dtype=np.int64)
         self._ends = np.cumsum(self._lengths, dtype=np.int64)
         self.num_tokens = int(self._ends[-1]) if self._ends.size else 0
@@ -218,6 +224,11 @@ class SequentialSamples(CorpusSamples):
     def __len__(self) -> int:
         """Samples, the padded last one included."""
         return ceil_div(self.num_tokens - 1, self.sequence_length)
+
+    @override
+    def __getitem__(self, index: int, /) -> Sample:
+        sample = super().__getitem__(index)
+        return sample if self._rewrite is None else self._rewrite(sample, index)
 
     @override
     def _pieces(self, index: int) -> list[Piece]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -54,6 +54,10 @@ class Sample(NamedTuple):
     """Number of the source among the run's corpora."""
     columns: Mapping[str, npt.NDArray[np.float32]] = {}
     """Numbers of the labels from the corpus's columns, by name, fp32 [s] each; 0 for padding."""
+
+
+Rewrite = Callable[[Sample, int], Sample]
+"""Makes another sample of one, by its number in its set."""
 
 
 class SequenceReader:

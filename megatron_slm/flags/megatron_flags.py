@@ -196,7 +196,7 @@ _NOT_SUPPORTED = {
         "recompute-modules distribute-saved-activations cpu-offloading-num-layers"
     ),
     "batches of other sizes than asked for": "decrease-batch-size-if-needed",
-    "fill-in-the-middle and other objectives": "mask-prob short-seq-prob test-mode sample-rate",
+    "objectives of other models": "mask-prob short-seq-prob test-mode sample-rate",
     "BERT, retrieval and biencoders": (
         "titles-data-path query-in-block-prob use-one-sent-docs evidence-data-path block-data-path embedding-path "
         "output-bert-embeddings"
@@ -254,7 +254,6 @@ _PREFIXES: dict[str, tuple[Kind, str]] = {
     "cuda-graph-": ("not supported", "CUDA graphs"),
     "dino-": ("not supported", "vision models"),
     "disable-tp-comm-": ("not needed", "chosen by the backends found at start"),
-    "fim-": ("not supported", "fill-in-the-middle and other objectives"),
     "fp4-": ("not supported", "fp8 and fp4 training"),
     "fp8-": ("not supported", "fp8 and fp4 training"),
     "grpo-": ("not supported", "reinforcement learning"),

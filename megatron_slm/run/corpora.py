@@ -21,6 +21,7 @@ from megatron_slm.config.run import RunConfig
 from megatron_slm.data.best_fit import BestFitSamples
 from megatron_slm.data.blending import BlendedSamples, MakeSamples, Phase, Source, needed_samples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
+from megatron_slm.data.fill_in_middle import FillInMiddle
 from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.interleave import normalized
 from megatron_slm.data.loader import Boundaries
@@ -31,6 +32,7 @@ from megatron_slm.data.texts import TextSamples, read_texts
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError, CorpusError
 from megatron_slm.run.data_paths import DataPaths, read_paths
+from megatron_slm.run.fill_in_middle import check_unmasked, fill_in_middle
 from megatron_slm.run.opened_corpora import CorpusOpener, OpenedCorpus, eod_id
 from megatron_slm.run.resume import Resume, num_run_samples
 from megatron_slm.run.sample_order import check_order
@@ -126,15 +128,18 @@ def open_data(
         share=share,
     )
     opened = {prefix: opener.open(prefix) for prefix in named}
-    valid = _held_out(_VALID, paths, list(named.values()), opener, config.data.seq_length)
-    test = _held_out(_TEST, paths, list(named.values()), opener, config.data.seq_length)
+    rewrite = fill_in_middle(config, tokenizer)
+    valid = _held_out(_VALID, paths, list(named.values()), opener, config.data.seq_length, rewrite)
+    test = _held_out(_TEST, paths, list(named.values()), opener, config.data.seq_length, rewrite)
+    if rewrite is not None:
+        check_unmasked(opener.opened)
     for title in valid.keys() & test.keys():
         raise ConfigError("--valid-data-path", title, "be named unlike every test set", "write NAME=PREFIX")
     index_cache = IndexCache(None if dry and config.data.data_cache_path is None else cache)
     laid_out = {}
     if manifest is not None and not config.checkpoint.accept_new_sample_order:
         laid_out = manifest.data.get("laid_out", {})
-    corpora = _TrainingCorpora(config, paths.split, named, opened, index_cache)
+    corpora = _TrainingCorpora(config, paths.split, named, opened, index_cache, rewrite)
     train = corpora.samples(blends, num_samples, laid_out)
     return RunData(train=train, keeps_order=check_order(config, manifest, train), valid=valid, test=test)
 
@@ -154,8 +159,9 @@ class _TrainingCorpora:
         named: dict[str, NamedPrefix],
         opened: dict[str, OpenedCorpus],
         cache: IndexCache,
+        rewrite: FillInMiddle | None,
     ) -> None:
-        self._named, self._opened, self._cache = named, opened, cache
+        self._named, self._opened, self._cache, self._rewrite = named, opened, cache, rewrite
         self._sequences: dict[str, tuple[int, int]] = {}
         self._makers: dict[str, MakeSamples] = {}
         for prefix, corpus in opened.items():
@@ -196,7 +202,7 @@ class _TrainingCorpora:
         for source, corpus in zip(sources, self._opened.values(), strict=True):
             if corpus.loss_mask is not None:
                 _report_samples_without_loss(source, corpus, self._cache)
-        return BlendedSamples(sources, phases, num_samples, self._cache)
+        return BlendedSamples(sources, phases, num_samples, self._cache, self._rewrite)
 
     def _weights(self, blend: Blend) -> dict[str, float]:
         """Weights by prefix, with sum 1; corpora without weights weigh their samples of one epoch."""
@@ -274,14 +280,24 @@ _VALID, _TEST = _HeldOutKind("valid", 1), _HeldOutKind("test", 2)
 
 
 def _held_out(
-    kind: _HeldOutKind, paths: DataPaths, trained: Sequence[NamedPrefix], opener: CorpusOpener, sequence_length: int
+    kind: _HeldOutKind,
+    paths: DataPaths,
+    trained: Sequence[NamedPrefix],
+    opener: CorpusOpener,
+    sequence_length: int,
+    rewrite: FillInMiddle | None,
 ) -> dict[str, SequentialSamples]:
     """Open the held-out sets of a kind, by name: shares of the training corpora, and corpora of their own."""
     found = {}
 
     def add(title: str, corpus: OpenedCorpus, start: int, stop: int) -> None:
         found[title] = SequentialSamples(
-            corpus.tokens, start, stop, sequence_length=sequence_length, loss_mask=corpus.loss_mask
+            corpus.tokens,
+            start,
+            stop,
+            sequence_length=sequence_length,
+            loss_mask=corpus.loss_mask,
+            rewrite=None if rewrite is None else rewrite.of_set(title),
         )
 
     if paths.split is not None and has_share(paths.split, kind.part):

@@ -112,7 +112,7 @@ def _batch_table(plan: Plan) -> Table:
     for line in describe_sources(samples):
         name, _, text = line.partition(": ")
         rows[name] = text
-    rows["documents"] = document_treatment(config.data)
+    rows["documents"] = document_treatment(config)
     for reader in plan.scores.readers if plan.scores else ():
         stored = reader.manifest
         rows[f"scores {reader.folder}"] = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from megatron_slm.checkpoint.format import Manifest
-from megatron_slm.config.data import DataConfig
 from megatron_slm.config.run import RunConfig
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.errors import CheckpointError
@@ -13,13 +12,16 @@ from megatron_slm.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def document_treatment(data: DataConfig) -> str:
-    """Describe the packing and the resets at document ends, on which a reference's losses depend."""
+def document_treatment(config: RunConfig) -> str:
+    """Describe the packing, the resets at document ends and fill-in-the-middle: a reference's losses depend on them."""
+    data = config.data
     words: list[str] = [data.packing]
     if data.reset_attention_mask:
         words.append("attention reset")
     if data.reset_position_ids:
         words.append("positions reset")
+    if config.fill_in_middle.fim_data:
+        words.append(config.fill_in_middle.describe())
     return ", ".join(words)
 
 

@@ -55,9 +55,7 @@ class RunSamples:
     def describe(self) -> str:
         """Describe the run's samples, one line a corpus."""
         length = f"a run of {len(self.samples):,} samples of {self.samples.sequence_length:,} tokens"
-        return "\n".join(
-            [f"{length}, documents: {document_treatment(self.config.data)}", *describe_sources(self.samples)]
-        )
+        return "\n".join([f"{length}, documents: {document_treatment(self.config)}", *describe_sources(self.samples)])
 
     def show(self, first: int, count: int) -> Iterator[str]:
         """Yield samples from number `first` on as text, each with a title.
@@ -85,7 +83,8 @@ class RunSamples:
             corpus = self.samples.sources[number]
             batch = source.micro_batch(index, 0)
             tokens = [*batch.tokens_bs[0].tolist(), int(batch.labels_bs[0, -1])]
-            spans = sample_spans(corpus.corpus, corpus.pieces(sample), tokens, batch.valid_bs[0].numpy())
+            pieces, starts = corpus.pieces(sample), self.samples[index].starts
+            spans = sample_spans(corpus.corpus, pieces, starts, tokens, batch.valid_bs[0].numpy())
             step, place = self.batch_sizes.step_of(index)
             title = f"sample {index} of {total}: place {place} of step {step + 1}, sample {sample} of {corpus.name}"
             yield f"━━ {title}{self._phase(index)}\n{render(spans, self.tokenizer)}"

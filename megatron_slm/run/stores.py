@@ -34,7 +34,7 @@ def scored_data(config: RunConfig, tokenizer: Tokenizer, samples: BlendedSamples
         num_epochs=sum(order.num_epochs for source in samples.sources for order in source.orders),
         sample_order=samples.order_fingerprint,
         num_samples=len(samples),
-        documents=document_treatment(config.data),
+        documents=document_treatment(config),
     )
 
 

@@ -147,6 +147,9 @@ def make_scoring_plan(
             "scoring (its default depends on the layout, and the number of samples with it)",
             "pass the run's, as to tools/pretrain_slm.py",
         )
+    if options.retokenize and config.fill_in_middle.fim_data:
+        rule = "not be used with --retokenize, which tokenizes documents as they are in the corpus"
+        raise ConfigError("--fim-data", True, rule, "score with a reference of the run's tokenizer, or remove it")
     share = (0, 1) if dry else (rank, world_size)
     reference = open_model(path, field="--reference-load", share=share)
     tokenizer = open_run_tokenizer(config)

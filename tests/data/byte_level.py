@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,9 +27,11 @@ def byte_level(vocab_size: int = 600) -> Tokenizer:
     return tokenizer
 
 
-def byte_level_folder(folder: Path) -> Path:
-    """Write it as a Hugging Face folder."""
-    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token=END, bos_token=END)
+def byte_level_folder(folder: Path, *, special: Sequence[str] = (), bos: str = END) -> Path:
+    """Write it as a Hugging Face folder, with more special tokens behind the last one."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(list(special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=bos)
     fast.save_pretrained(str(folder))
     return folder
 

@@ -30,7 +30,9 @@ class Span(NamedTuple):
     sequence: int | None
     """Number of the sequence; None for padding."""
     offset: int
-    """Position of the first token in its sequence."""
+    """Position in its sequence of the first token that it is made from."""
+    length: int
+    """Number of these tokens."""
     tokens: npt.NDArray[np.int64]
     """Token ids, [n]."""
     trained: npt.NDArray[np.bool_]
@@ -75,27 +77,32 @@ def document_spans(corpus: IndexedCorpus, mask: IndexedCorpus | None, document: 
 
 
 def sample_spans(
-    corpus: IndexedCorpus, pieces: Sequence[Piece], tokens: Sequence[int], valid: npt.NDArray[np.bool_]
+    corpus: IndexedCorpus,
+    pieces: Sequence[Piece],
+    starts: npt.NDArray[np.int64],
+    tokens: Sequence[int],
+    valid: npt.NDArray[np.bool_],
 ) -> list[Span]:
     """Return the spans of a training sample, in order, padding last.
 
     Args:
         corpus: source of the sample.
-        pieces: its pieces (see `CorpusSamples.pieces`).
+        pieces: its pieces (see `CorpusSamples.pieces`). Fill-in-the-middle may have cut off the last ones.
+        starts: positions at which its pieces and its padding start (see `Sample.starts`).
         tokens: its token ids as training reads them, [s + 1].
         valid: True where the label counts, [s]; the first token is no label.
     """
     ids = np.asarray(tokens, np.int64)
     trained = np.append(False, valid)
-    filled = 0
     spans = []
-    for piece in pieces:
-        place = slice(filled, filled + piece.length)
+    edges = itertools.pairwise([0, *starts.tolist(), ids.size])
+    for (begin, stop), piece in itertools.zip_longest(edges, pieces[: len(starts) + 1]):
+        place = slice(begin, stop)
+        if piece is None:
+            spans.append(Span(None, 0, 0, ids[place], trained[place], True))
+            continue
         ends = piece.offset + piece.length == int(corpus.sequence_lengths[piece.sequence])
-        spans.append(Span(piece.sequence, piece.offset, ids[place], trained[place], ends))
-        filled += piece.length
-    if filled < ids.size:
-        spans.append(Span(None, 0, ids[filled:], trained[filled:], True))
+        spans.append(Span(piece.sequence, piece.offset, piece.length, ids[place], trained[place], ends))
     return spans
 
 
@@ -111,7 +118,7 @@ def render(spans: Sequence[Span], decoder: Decoder) -> str:
         if span.sequence is None:
             lines.append(f"── padding, {span.tokens.size} tokens, {trained}")
             continue
-        stop = span.offset + span.tokens.size
+        stop = span.offset + span.length
         end = "ends here" if span.ends else "continues"
         lines.append(f"── sequence {span.sequence}, tokens [{span.offset}, {stop}), {trained}, {end}")
         lines.append("".join(_runs(span.tokens, span.trained, decoder)))
@@ -165,4 +172,4 @@ def _sidecar_rows(sidecar: Sidecar | None) -> list[tuple[str, str]]:
 def _whole_sequence(corpus: IndexedCorpus, mask: IndexedCorpus | None, sequence: int) -> Span:
     tokens = corpus.get(sequence).astype(np.int64)
     trained = np.ones(tokens.size, np.bool_) if mask is None else mask.get(sequence).astype(np.bool_)
-    return Span(sequence, 0, tokens, trained, ends=True)
+    return Span(sequence, 0, tokens.size, tokens, trained, ends=True)

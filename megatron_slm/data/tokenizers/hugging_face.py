@@ -98,15 +98,20 @@ class HuggingFaceTokenizer(Tokenizer):
                 "input_ids"
             ]
             return [list(row) for row in ids]
-        self._backend.encode_special_tokens = self.special_tokens_are_plain
+        self._set_special_tokens(self._backend)
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def _set_special_tokens(self, backend: Any) -> None:
+        """Tell the backend how to treat special tokens in a text; it raises if it is told while a thread encodes."""
+        if backend.encode_special_tokens != self.special_tokens_are_plain:
+            backend.encode_special_tokens = self.special_tokens_are_plain
 
     @override
     def encode_ragged(self, texts: Sequence[str]) -> Ragged:
         if self._backend is None:
             return super().encode_ragged(texts)
-        self._backend.encode_special_tokens = self.special_tokens_are_plain
+        self._set_special_tokens(self._backend)
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
@@ -116,7 +121,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         if self._backend is None:
             return super().encode_with_ends(text)
-        self._backend.encode_special_tokens = self.special_tokens_are_plain
+        self._set_special_tokens(self._backend)
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, ends_of_spans(encoding.offsets, len(text))
 

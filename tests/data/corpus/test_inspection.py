@@ -44,7 +44,7 @@ def test_spans_are_the_samples_of_training(corpus: IndexedCorpus, kind: type, se
     )  # fmt: skip
     for index in range(len(samples)):
         sample = samples[index]
-        spans = sample_spans(corpus, samples.pieces(index), sample.tokens.tolist(), sample.valid)
+        spans = sample_spans(corpus, samples.pieces(index), sample.starts, sample.tokens.tolist(), sample.valid)
         np.testing.assert_array_equal(np.concatenate([span.tokens for span in spans]), sample.tokens)
         assert not spans[0].trained[0], "the first token is no label"
         for at, span in enumerate(spans):
@@ -71,9 +71,9 @@ def test_documents(corpus: IndexedCorpus) -> None:
 
 def test_what_is_not_trained_on_is_marked() -> None:
     spans = [
-        Span(4, 2, np.array([1, 2, 100]), np.array([False, True, True]), True),
-        Span(9, 0, np.array([3, 4, 5]), np.array([False, True, False]), False),
-        Span(None, 0, np.array([0, 0]), np.array([False, False]), True),
+        Span(4, 2, 3, np.array([1, 2, 100]), np.array([False, True, True]), True),
+        Span(9, 0, 3, np.array([3, 4, 5]), np.array([False, True, False]), False),
+        Span(None, 0, 0, np.array([0, 0]), np.array([False, False]), True),
     ]
     assert render(spans, TOKENIZER).splitlines() == [
         "── sequence 4, tokens [2, 5), 2 trained on, ends here",
