@@ -18,6 +18,7 @@ BENCHMARKS = {
     "loss-head": ("loss_head", "the loss against full logits and other libraries' losses"),
     "scale": ("scale", "one rank of up to 1,024, simulated: process groups, memory, files, collectives"),
     "pipeline": ("pipeline", "the reference's schedules against plain training"),
+    "weak-scaling": ("weak_scaling", "efficiency of layouts of one to eight ranks whose work grows with them"),
 }
 
 

@@ -16,15 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, world
+from benchmarks import emulation, report, world
 
 EMULATED = [(2, 4), (2, 8), (4, 8), (4, 16)]
 REAL = [(2, 4)]
@@ -38,8 +34,6 @@ attention's own products stay."""
 SEQ_LENGTH = {True: 8, False: 256}
 WIDTH = {True: 16, False: 512}
 MEASURED_STEPS = 3
-TIMED_STEPS = 2
-VOCAB_SIZE = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,26 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prepare(folder: Path, *, emulated: bool) -> None:
     """A corpus of random tokens, and a reference as large as the model."""
-    import numpy as np
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
-
-    with IndexedCorpusWriter(folder / "corpus", np.uint16) as writer:
-        writer.add_document(np.random.default_rng(0).integers(0, VOCAB_SIZE - 1, 64 * SEQ_LENGTH[emulated]))
-    torch.manual_seed(0)
     width = WIDTH[emulated]
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=SEQ_LENGTH[emulated],
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "reference")
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    emulation.write_inputs(folder, seq_length=SEQ_LENGTH[emulated], shape=shape)
 
 
 def _store_scores(job: dict[str, Any]) -> None:
@@ -117,21 +100,11 @@ def _store_scores(job: dict[str, Any]) -> None:
 
 
 def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    from megatron_slm.flags.load import parse
-    from megatron_slm.log import setup_logging
-    from megatron_slm.parallel.groups import init_distributed
-    from megatron_slm.run.plan import make_plan
-    from megatron_slm.training.build import build_run
-
-    setup_logging(int(os.environ["RANK"]))
-    init_distributed()
-    run_ = build_run(make_plan(parse(_flags(job))[0], dist.get_world_size(), rank=dist.get_rank()))
+    run_ = emulation.built_run(_flags(job))
     engine = run_.trainer.engine
-    stepper = _Stepper(engine, run_.train_source.micro_batch, job["micro_batches"])
+    stepper = emulation.Stepper(engine, run_.train_source.micro_batch, batch_size=job["micro_batches"])
     costs = _costs(job, stepper)
     contexts = _contenders(engine.context, costs, job)
     seconds: dict[str, list[float]] = {name: [] for name in contexts}
@@ -145,48 +118,46 @@ def _child(job: dict[str, Any]) -> list[dict[str, Any]]:
 def _flags(job: dict[str, Any]) -> list[str]:
     folder, width = job["folder"], WIDTH[job["emulated"]]
     values = {
+        **emulation.input_flags(folder),
         "num-layers": 4,
         "hidden-size": width,
         "ffn-hidden-size": 2 * width,
         "num-attention-heads": 4,
-        "data-path": f"{folder}/corpus",
-        "reference-load": f"{folder}/reference",
-        "reference-schedule": "ride-along",
-        "run-dir": f"{folder}/run",
-        "tokenizer-type": "NullTokenizer",
-        "vocab-size": VOCAB_SIZE - 1,
         "seq-length": SEQ_LENGTH[job["emulated"]],
         "pipeline-model-parallel-size": job["stages"],
         "micro-batch-size": 1,
         "global-batch-size": job["micro_batches"],
-        "train-iters": MEASURED_STEPS + 2 + job["rounds"] * (len(MODES) + 4) * (TIMED_STEPS + 2),
+        "train-iters": MEASURED_STEPS + 2 + job["rounds"] * (len(MODES) + 4) * emulation.STEPS_A_ROUND,
     }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def _costs(job: dict[str, Any], stepper: _Stepper) -> Any:
+def _costs(job: dict[str, Any], stepper: emulation.Stepper) -> Any:
     from megatron_slm.engine.schedule.costs import Costs, Work
 
     if not job["emulated"]:
-        return stepper.measured_costs()
-    unit = job["unit_seconds"]
+        return _measured_costs(stepper)
+    engine, unit = stepper.engine, job["unit_seconds"]
     lengths = {Work.FORWARD: unit, Work.BACKWARD: 2 * unit, Work.REFERENCE: unit}
-    stepper.engine._timing = _slept_out(stepper.engine, lengths)
+
+    def seconds_of(work: Work) -> float:
+        sampled = work is Work.BACKWARD and engine.context.rows is not None
+        return lengths[work] * (EMULATED_BACKWARD_SHARE if sampled else 1.0)
+
+    engine._timing = emulation.slept_out(seconds_of)
     return Costs.uniform(job["stages"])
 
 
-def _slept_out(engine: Any, lengths: dict[Any, float]) -> Callable[[Any], AbstractContextManager[None]]:
-    """In place of the engine's timers: each computation ends when its length has passed."""
-    from megatron_slm.engine.schedule.costs import Work
+def _measured_costs(stepper: emulation.Stepper) -> Any:
+    """What each computation takes on each stage."""
+    from megatron_slm.engine.measure import measured_costs
 
-    @contextmanager
-    def sleeping(work: Any) -> Iterator[None]:
-        sampled = work is Work.BACKWARD and engine.context.rows is not None
-        end = time.perf_counter() + lengths[work] * (EMULATED_BACKWARD_SHARE if sampled else 1.0)
-        yield
-        time.sleep(max(0.0, end - time.perf_counter()))
-
-    return sleeping
+    stepper.take(is_last=False)  # the first is slower
+    context = stepper.engine.context
+    context.timers.keep_intervals()
+    for step in range(MEASURED_STEPS):
+        stepper.take(is_last=step == MEASURED_STEPS - 1)
+    return measured_costs(context.timers.take_intervals(), context.topology, stepper.engine.device)
 
 
 def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]:
@@ -196,10 +167,9 @@ def _contenders(context: Any, costs: Any, job: dict[str, Any]) -> dict[str, Any]
     from megatron_slm.reference.manifest import StoreManifest
     from megatron_slm.reference.store import ScoreReader
     from megatron_slm.reference.stored import StoredScores
-    from megatron_slm.selection.selector import Selector
 
     alone = replace(context, schedule=choose_schedule(Mode.CLM, costs, job["micro_batches"]))
-    found = {BASELINE: replace(alone, objective=replace(context.objective, selector=Selector()))}
+    found = {BASELINE: emulation.without_reference(context, costs, job["micro_batches"])}
     for mode in MODES:
         found[mode] = replace(context, schedule=choose_schedule(Mode(mode), costs, job["micro_batches"]))
     folder = Path(job["folder"]) / "scores"
@@ -239,7 +209,7 @@ def _architecture(job: dict[str, Any]) -> Any:
         num_attention_heads=4,
         num_query_groups=4,
         kv_channels=width // 4,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=emulation.VOCAB_SIZE,
     )
 
 
@@ -260,57 +230,11 @@ def _row_sampler(context: Any, job: dict[str, Any]) -> Any:
     )
 
 
-class _Stepper:
-    """Takes training steps, one after the other through the corpus."""
-
-    def __init__(self, engine: Any, micro_batch: Callable[[int, int], Any], micro_batches: int) -> None:
-        self.engine, self.micro_batch, self.micro_batches, self.step = engine, micro_batch, micro_batches, 0
-
-    def take(self, *, is_last: bool) -> None:
-        """One step."""
-        from megatron_slm.loss.objective import StepSettings
-
-        source = partial(self.micro_batch, self.step * self.micro_batches)
-        self.engine.train_step(source, StepSettings(step=self.step), is_last=is_last)
-        self.step += 1
-
-    def time(self, context: Any) -> float:
-        """Seconds of a step in the middle of a run: the prologue and the last step's form are not timed."""
-        import torch
-        import torch.distributed as dist
-
-        self.engine.context = context
-        self.engine.adopt(context.schedule)
-        self.take(is_last=False)
-        seconds = []
-        for _ in range(TIMED_STEPS):
-            dist.barrier()
-            started = time.perf_counter()
-            self.take(is_last=False)
-            slowest = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            seconds.append(float(slowest))
-        self.take(is_last=True)
-        return statistics.median(seconds)
-
-    def measured_costs(self) -> Any:
-        """What each computation takes on each stage."""
-        from megatron_slm.engine.measure import measured_costs
-
-        self.take(is_last=False)  # the first is slower
-        context = self.engine.context
-        context.timers.keep_intervals()
-        for step in range(MEASURED_STEPS):
-            self.take(is_last=step == MEASURED_STEPS - 1)
-        return measured_costs(context.timers.take_intervals(), context.topology, self.engine.device)
-
-
 def _record(job: dict[str, Any], name: str, context: Any, seconds: dict[str, list[float]]) -> dict[str, Any]:
     from megatron_slm.engine.schedule.simulate import Simulation
 
     simulation = Simulation(context.schedule)
     ratios = [mine / clm for mine, clm in zip(seconds[name], seconds[BASELINE], strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return {
         "mode": name,
         "stages": job["stages"],
@@ -319,7 +243,7 @@ def _record(job: dict[str, Any], name: str, context: Any, seconds: dict[str, lis
         "ratio": round(statistics.median(ratios), 4),
         "predicted": round(simulation.ratio, 4),
         "lower_bound": round(simulation.lower_bound, 4),
-        "spread": round(quartiles[2] - quartiles[0], 4),
+        "spread": round(emulation.quartile_distance(ratios), 4),
         "step_seconds": round(statistics.median(seconds[name]), 4),
     }
 
