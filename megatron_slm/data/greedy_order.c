@@ -23,7 +23,7 @@ typedef struct {
     int32_t *members, *start, *group_of; /* sources by group; where each group's begin; the group of each source */
     int32_t *next;                       /* the member of each group to be drawn next */
     double *weight, *drawn, *source;     /* of each group: its weight; how often `source`, the next member, was drawn */
-    int64_t k;
+    int64_t k, comparisons;              /* the next sample; values compared for those before it */
     int32_t block, wanted;               /* samples of a block, and the candidates it should have */
     double threshold;                    /* of the candidates' values at the end of the block */
     int32_t num_candidates;
@@ -86,6 +86,9 @@ void greedy_drawn(const Order *o, int64_t *drawn) {
             drawn[o->members[i]] = (int64_t)o->drawn[g] + (i < o->next[g]);
 }
 
+/* How many values were compared: what the samples so far have cost. */
+int64_t greedy_comparisons(const Order *o) { return o->comparisons; }
+
 /* The rank-th largest of `count` values, which are reordered. */
 static double largest(double *values, int32_t count, int32_t rank) {
     int32_t low = 0, high = count - 1;
@@ -116,6 +119,7 @@ static Chord choose_candidates(Order *o, int64_t end) {
     int32_t groups = o->num_groups, enough = 0, count = 0;
     const double *weight = o->weight, *drawn = o->drawn;
     double *ends = o->ends, first = position(o->k), last = position(end - 1);
+    o->comparisons += 2 * groups; /* with the threshold, and of what is below it */
     for (int32_t g = 0; g < groups; g++) {
         ends[g] = weight[g] * last - drawn[g];
         enough += ends[g] >= o->threshold;
@@ -190,6 +194,7 @@ void greedy_next(Order *o, int64_t size, uint16_t *choice) {
             double best = compare(o->num_candidates, at, o->candidate_weight, o->candidate_drawn, o->candidate_source,
                                   o->values, &source);
             is_sure = best > others.first + others.slope * (double)(o->k - begin);
+            o->comparisons += o->num_candidates + (is_sure ? 0 : o->num_groups);
             if (!is_sure) compare(o->num_groups, at, o->weight, o->drawn, o->source, o->values, &source);
             choice[o->k - first] = (uint16_t)source;
             draw(o, source);

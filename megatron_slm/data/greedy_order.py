@@ -29,7 +29,7 @@ class GreedyOrder:
 
     def __init__(self, weights: npt.NDArray[np.float64], library: ctypes.CDLL) -> None:
         self._library, self._num_corpora = library, len(weights)
-        library.greedy_new.restype = ctypes.c_void_p
+        library.greedy_new.restype, library.greedy_comparisons.restype = ctypes.c_void_p, ctypes.c_int64
         weights = np.ascontiguousarray(weights, dtype=np.float64)
         self._state = ctypes.c_void_p(library.greedy_new(ctypes.c_int32(len(weights)), _address(weights)))
         if not self._state:
@@ -46,6 +46,11 @@ class GreedyOrder:
         counts = np.empty(self._num_corpora, dtype=np.int64)
         self._library.greedy_drawn(self._state, _address(counts))
         return counts
+
+    @property
+    def comparisons(self) -> int:
+        """Number of values compared so far: the work, where a plain loop has corpora x samples."""
+        return int(self._library.greedy_comparisons(self._state))
 
     def __del__(self) -> None:
         self._library.greedy_free(self._state)

@@ -89,6 +89,23 @@ def test_hundreds_of_corpora_equal_megatrons_helper(kind: str) -> None:
     np.testing.assert_array_equal(order.draw(size), megatron(list(weights), size)[0])
 
 
+def test_the_work_a_sample_grows_with_the_root_of_the_corpora_and_not_with_the_samples() -> None:
+    """A plain loop compares all of them at each sample: 10^11 values for 10^8 samples of 1,000 corpora."""
+
+    def work(num_corpora: int, num_samples: int) -> float:
+        order = compiled_order(np.array(normalized((np.random.default_rng(0).random(num_corpora) + 0.01).tolist())))
+        assert order is not None
+        order.draw(num_samples)
+        before = order.comparisons
+        order.draw(num_samples)
+        return (order.comparisons - before) / num_samples
+
+    thousand = work(1000, 100_000)
+    assert thousand < 5 * 1000**0.5
+    assert work(1000, 400_000) < 1.1 * thousand
+    assert work(4000, 100_000) < 2.5 * thousand
+
+
 def test_more_corpora_than_an_order_can_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="65,537 corpora"):
         Interleave([1.0] * (MOST_CORPORA + 1), 10)

@@ -21,11 +21,13 @@ def test_index_in_a_process_and_the_report() -> None:
     index = data_loading.measure_index(10**5, 100)
     assert index["samples"] == 48
     assert all(index[state]["seconds"] > 0 for state in ("in memory", "cache made", "cache read"))
-    blend = data_loading.measure_blend(1000)
+    blend = data_loading.measure_blend(1000, data_loading.uneven_weights(300))
+    assert (blend["corpora"], blend["samples"]) == (300, 1000)
     run = {"share_of_the_time": 0.0125, "step_seconds": 2.0, "tokens_per_second": 64.0}
     share = {"micro_batches": 4, "seq_length": 32, "runs": {"2 threads": run}}
     loading = {"micro_batch_size": 4, "seq_length": 2048, "best-fit": {"milliseconds": 1.5, "tokens_per_second": 2e6}}
     text = data_loading._markdown([index], [blend], loading, share, 7.25)
     assert "7.2 processes running on average" in text
+    assert "| 300 | 1,000 | " in text
     assert "| best-fit | 1.50 | 2.0 |" in text
     assert "| 2 threads | 1.250% | 2.00 s | 64 |" in text

@@ -87,14 +87,24 @@ def first_sample(prefix: str, num_samples: int, packing: str, cache: str | None)
 
 
 def measure_blend(num_samples: int = 10**7, weights: tuple[float, ...] = (0.6, 0.3, 0.1)) -> dict[str, Any]:
-    """Seconds and MiB of a blend's order."""
-    return {"samples": num_samples, "weights": weights, **in_a_process(_draw, num_samples, weights)}
+    """Seconds and MiB of a blend's order, which goes to the cache of indices."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = in_a_process(_draw, num_samples, weights, folder)
+    return {"samples": num_samples, "corpora": len(weights), **found}
 
 
-def _draw(num_samples: int, weights: tuple[float, ...]) -> None:
-    from megatron_slm.data.interleave import greedy_choices
+def uneven_weights(num_corpora: int) -> tuple[float, ...]:
+    """Weights between 0.01 and 1.01, no two alike, divided by their sum."""
+    from megatron_slm.data.interleave import normalized
 
-    greedy_choices(np.array(weights), num_samples)
+    return normalized((np.random.default_rng(0).random(num_corpora) + 0.01).tolist())
+
+
+def _draw(num_samples: int, weights: tuple[float, ...], folder: str) -> None:
+    from megatron_slm.data.index_cache import IndexCache
+    from megatron_slm.data.interleave import Interleave
+
+    Interleave(weights, num_samples, IndexCache(Path(folder))).drawn(num_samples)
 
 
 def measure_loading(*, micro_batch_size: int = 4, num_documents: int = 20_000, seconds: float = 3.0) -> dict[str, Any]:
@@ -255,6 +265,7 @@ def run(arguments: argparse.Namespace) -> int:
     num_tokens, num_documents = (10**7, 10**4) if arguments.quick else (10**9, 10**6)
     indices = [measure_index(num_tokens, num_documents, packing=packing) for packing in PACKINGS]
     blends = [measure_blend(count) for count in ((10**5,) if arguments.quick else (10**7, 10**8))]
+    blends.append(measure_blend(10**5 if arguments.quick else 10**8, uneven_weights(1000)))
     loading = measure_loading(seconds=0.3 if arguments.quick else 3.0)
     share = measure_share(num_steps=2, seq_length=64) if arguments.quick else measure_share()
     markdown = _markdown(indices, blends, loading, share, load)
@@ -288,10 +299,13 @@ def _markdown(
         "table.\n\n"
         f"## From opening a corpus of {tokens:,} tokens in {documents:,} documents to its first sample\n\n",
         report.table(["packing", *states], rows),
-        "\n## The order of a blend of three corpora\n\n",
+        "\n## The order of a blend, written to the cache\n\n",
         report.table(
-            ["samples", "time", "memory"],
-            [[f"{r['samples']:,}", f"{r['seconds']:.2f} s", f"{r['mib']:,.0f} MiB"] for r in blends],
+            ["corpora", "samples", "time", "memory"],
+            [
+                [f"{r['corpora']:,}", f"{r['samples']:,}", f"{r['seconds']:.2f} s", f"{r['mib']:,.0f} MiB"]
+                for r in blends
+            ],
         ),
         f"\n## A micro-batch of {loading['micro_batch_size']} x {loading['seq_length']} tokens, read by one thread\n\n",
         report.table(
