@@ -22,6 +22,7 @@ from megatron_slm.parallel.collectives import gather_sequence
 from megatron_slm.parallel.groups import TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.planning.activations import block_activations, capped_tables, offloaded_block
+from megatron_slm.planning.known_models import KNOWN_MODELS
 from megatron_slm.planning.layouts import Layout
 from tests.support.saved import alone_of, saved_bytes
 from tests.support.world import run_world
@@ -129,6 +130,15 @@ def test_predicted_bytes_are_saved(size: int, sequence_parallel: bool) -> None:
             assert whole - saved == of_others, f"{name}: two linear layers keep no other rank's part of their input"
         if sequence_parallel and recompute == "selective":
             assert saved < 0.32 * whole, name
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b", "llama-2-70b"])
+def test_keeping_the_part_alone_saves_a_third_and_more_at_eight_ranks(name: str) -> None:
+    """Of usual models in bf16, by the bytes that the test above compares with saved tensors."""
+    arch, layout = KNOWN_MODELS[name], layout_of(TensorParallel(size=8, sequence_parallel=True))
+    kept = block_activations(arch, layout, e=2).total
+    of_others = 2 * 2 * arch.hidden_size * 7 / 8
+    assert of_others / (kept + of_others) > 0.35
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,6 +19,7 @@ from megatron_slm.errors import ConfigError, CorpusError
 from megatron_slm.flags.load import parse
 from megatron_slm.run.corpora import RunData, boundaries, open_data
 from megatron_slm.run.data_paths import read_paths
+from megatron_slm.run.opened_corpora import CorpusOpener
 from tests.data.corpora import make_corpus, write_sidecar
 from tests.support.runs import flags, run_flags
 
@@ -52,6 +53,22 @@ def test_numbers_of_sequences_beyond_int32_do_not_wrap_around() -> None:
     assert _numbers(last - 1, last + 1).dtype == np.int32
     assert _numbers(last - 1, last + 3).tolist() == [last - 1, last, last + 1, last + 2]
     assert _numbers(2**33, 2**33 + 2).tolist() == [2**33, 2**33 + 1]
+
+
+def test_ranks_read_the_token_ids_of_a_corpus_once_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = [str(tmp_path / name) for name in "abcde"]
+    for prefix in prefixes:
+        make_corpus(Path(prefix), [5])
+    read: list[list[str]] = []
+    monkeypatch.setattr(IndexedCorpus, "check_vocabulary", lambda self, vocab_size: read[-1].append(str(self.prefix)))
+    tokenizer = build_tokenizer("NullTokenizer", None, 60)
+    for rank in range(3):
+        read.append([])
+        opener = CorpusOpener(tokenizer=tokenizer, num_tokens=61, eod_id=None, cache=tmp_path, share=(rank, 3))
+        for prefix in [*prefixes, *prefixes]:
+            opener.open(prefix)
+    assert sorted(prefix for mine in read for prefix in mine) == prefixes
+    assert max(map(len, read)) == 2
 
 
 def opened(folder: Path, **changes: Any) -> tuple[RunData, Any]:
