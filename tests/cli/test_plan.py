@@ -200,8 +200,34 @@ def test_names_and_flags_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
         ("mistral-7b-v0.1", 7_241_732_096), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512),
         ("smollm3-3b", 3_075_098_624), ("phi-4-mini", 3_836_021_760), ("granite-3.1-8b", 8_170_848_256),
         ("glm-4-9b-0414", 9_400_279_040), ("olmo-2-7b", 7_298_617_344), ("gemma-2-9b", 9_241_705_984),
-        ("gemma-3-1b", 999_885_952),
+        ("gemma-3-1b", 999_885_952), ("phi-4", 14_659_507_200), ("ministral-8b-2410", 8_019_808_256),
+        ("olmo-3-7b", 7_298_011_136),
     ],
 )  # fmt: skip
 def test_known_models_have_their_published_sizes(name: str, published: int) -> None:
     assert KNOWN_MODELS[name].num_parameters == published
+
+
+@pytest.mark.parametrize("name", ["smollm3-3b", "phi-4-mini", "phi-4", "ministral-8b-2410", "granite-3.1-8b",
+                                  "glm-4-9b-0414", "olmo-2-7b", "olmo-3-7b", "gemma-2-9b", "gemma-3-1b"])  # fmt: skip
+def test_families_are_planned_at_their_real_sizes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [
+        "--gpu",
+        "h100",
+        "--nodes",
+        "2",
+        "--bf16",
+        "--objective",
+        "clm",
+        "--seq-length",
+        "4096",
+        "--train-iters",
+        "10",
+    ]
+    run += ["--global-batch-size", "64", "--micro-batch-size", "1", "--recompute-granularity", "full", "--json", "-"]
+    model = KNOWN_MODELS[name]
+    one = planned(capsys, "layout", *run, "--model-config", name, "--tensor-model-parallel-size", "2")["stages"]
+    assert one[0]["parameters"] == pytest.approx(model.num_parameters, rel=2e-4), "2 bytes of half of them, norms twice"
+    two = planned(capsys, "layout", *run, "--model-config", name, "--pipeline-model-parallel-size", "2")["stages"]
+    again = model.vocab_size * model.hidden_size * model.tied  # on the last stage too
+    assert sum(stage["parameters"] for stage in two) == pytest.approx(2 * (model.num_parameters + again), rel=2e-4)
