@@ -86,9 +86,13 @@ class RowSampler:
             number: of the micro-batch on this data-parallel rank.
         """
         shares = [self._share(block, settings) for block in range(self.num_blocks)]
+        most: dict[int, int] = {}
+        if self.selector.keeps_a_share:  # what follows the last block mixes no rows: only kept tokens have a gradient
+            most[self.num_blocks - 1] = self.selector.most_kept(settings.step, self.num_samples, self.length)
         self._passes[number] = BackwardRows(
             kind="kept" if self.config.backward_rows == "kept" else "sampled",
             share=shares.__getitem__,
+            most=most.get,
             key=(self.seed, settings.step, number * self.data_size + self.data_rank),
             is_bounded=not self.cuts_sequences,
         )

@@ -6,18 +6,25 @@ head, N = b * s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.model import flash, flash3, fused, sdpa
+from megatron_slm.model import elementwise, flash, flash3, fused, sdpa
 from megatron_slm.model.capped_attention import CappedAttention
 from megatron_slm.model.cut_sequences import attend_from
 from megatron_slm.model.layers import Layers
 from megatron_slm.model.norm import RMSNorm, SharedRMSNorm
 from megatron_slm.model.rope import hashable, rotate, rotation
 from megatron_slm.types import Documents
+
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine."""
+Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of heads, by cosine and sine."""
 
 
 class Attention(nn.Module):
@@ -63,6 +70,11 @@ class Attention(nn.Module):
         self.rope = (arch.rotary_width, base, scaling, arch.max_position_embeddings)
         fuses = layers.backends.fuses_elementwise and not arch.rotary_interleaved
         self.rotate = fused.rotate if fuses else partial(rotate, interleaved=arch.rotary_interleaved)
+        rotate_by_hand, rotate_unread = elementwise.rotations(interleaved=arch.rotary_interleaved)
+        self.rotate_by_hand = fused.rotate if fuses else rotate_by_hand
+        """`rotate` for the backward pass of a sampled block."""
+        self.rotate_unread = fused.rotate if fuses else rotate_unread
+        """The same where only the gradient matters."""
         self.rotates = arch.rotates(index)
         self.query_multiplier = arch.query_multiplier
 
@@ -74,38 +86,60 @@ class Attention(nn.Module):
         """
         return self.o_proj(self.mix(*self.qkv(x_sbd), documents=documents))
 
-    def mix(
+    def mix(self, q_sbf: Tensor, k_sbf: Tensor, v_sbf: Tensor, *, documents: Documents | None) -> Tensor:
+        """Attention without its projections: queries, keys and values as they were projected here to [s, b, h * k].
+
+        Args:
+            documents: document boundaries; None to attend to whole samples.
+        """
+        angles = self.angles(len(q_sbf), documents, q_sbf.device)
+        q_sbhk = self.query_heads(q_sbf, angles, self.rotate)
+        return self.core(q_sbhk, *self.key_value_heads(k_sbf, v_sbf, angles, self.rotate), documents=documents)
+
+    def angles(self, held: int, documents: Documents | None, device: torch.device) -> Angles | None:
+        """Return cosine and sine by which the positions held here are rotated, [s, b or 1, 1, r / 2] each; None for no
+        rotation.
+        """
+        if not self.rotates:
+            return None
+        cos, sin = rotation(self.sequence_share.whole_length(held), *self.rope, device)
+        if documents is not None and documents.position_bs is not None:
+            position_sb = documents.position_bs.t()
+            return cos[position_sb, 0], sin[position_sb, 0]
+        return self.sequence_share.held(cos), self.sequence_share.held(sin)
+
+    def query_heads(self, q_sbf: Tensor, angles: Angles | None, rotate: Rotation) -> Tensor:
+        """Normalize and rotate queries, [s, b, h * k] to [s, b, h, k]; of some positions, with their angles, too."""
+        q_sbhk = self.q_norm(self.whole_q_norm(q_sbf).unflatten(-1, (self.num_heads, self.width)))
+        if angles is not None:
+            q_sbhk = rotate(q_sbhk, *angles)
+        return q_sbhk if self.query_multiplier == 1.0 else q_sbhk * self.query_multiplier
+
+    def key_value_heads(
+        self, k_sbf: Tensor, v_sbf: Tensor, angles: Angles | None, rotate: Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """Normalize and rotate keys, [s, b, g * k] to [s, b, g, k], and cut values into heads."""
+        k_sbf, v_sbf = self.kv_heads.whole(self.whole_k_norm(k_sbf), v_sbf)
+        k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.kv_heads.count, self.width)))
+        v_sbgk = v_sbf.unflatten(-1, (self.kv_heads.count, self.width))
+        return (k_sbgk if angles is None else rotate(k_sbgk, *angles)), v_sbgk
+
+    def core(
         self,
-        q_sbf: Tensor,
-        k_sbf: Tensor,
-        v_sbf: Tensor,
+        q_sbhk: Tensor,
+        k_sbgk: Tensor,
+        v_sbgk: Tensor,
         *,
         documents: Documents | None,
         sparse_gradient: bool = False,
     ) -> Tensor:
-        """Attention without its projections: queries, keys and values as they were projected here to [s, b, h * k].
+        """Attend: queries to keys and values as they are, [s, b, h * k].
 
         Args:
             documents: document boundaries; None to attend to whole samples.
             sparse_gradient: many rows of the result's gradient will be zero; kernels that can skip them do.
         """
-        q_sbf, k_sbf = self.whole_q_norm(q_sbf), self.whole_k_norm(k_sbf)
-        q_sbhk = self.q_norm(q_sbf.unflatten(-1, (self.num_heads, self.width)))
-        k_sbf, v_sbf = self.kv_heads.whole(k_sbf, v_sbf)
-        k_sbgk = self.k_norm(k_sbf.unflatten(-1, (self.kv_heads.count, self.width)))
-        v_sbgk = v_sbf.unflatten(-1, (self.kv_heads.count, self.width))
-
         share, held = self.sequence_share, q_sbhk.shape[0]
-        if self.rotates:
-            cos, sin = rotation(share.whole_length(held), *self.rope, q_sbf.device)
-            if documents is not None and documents.position_bs is not None:
-                position_sb = documents.position_bs.t()
-                cos, sin = cos[position_sb, 0], sin[position_sb, 0]
-            else:
-                cos, sin = share.held(cos), share.held(sin)
-            q_sbhk, k_sbgk = self.rotate(q_sbhk, cos, sin), self.rotate(k_sbgk, cos, sin)
-        if self.query_multiplier != 1.0:
-            q_sbhk = q_sbhk * self.query_multiplier
         if share.is_cut:
             runs = share.stretches(share.whole_length(held))
             attend = partial(attend_from, runs, self.attend, self.attend_in_pieces, q_sbhk)

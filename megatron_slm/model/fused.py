@@ -42,6 +42,16 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
     return _Gate.apply(gate, up)
 
 
+def activate(gate: Tensor, up: Tensor) -> Tensor:
+    """`gate` without a graph."""
+    return compiled(gate_forward)(gate, up)
+
+
+def activation_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the gate and of what it lets through."""
+    return compiled(gate_backward)(grad, gate, up)
+
+
 def rotate(x_sbhk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rope.rotate` in one pass."""
     return _Rotate.apply(x_sbhk, cos, sin)

@@ -37,8 +37,8 @@ class LinearIn(HasParameters, Protocol):
         ...
 
     def replay(self, x: Tensor, outputs: Sequence[Tensor], rows_M: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The same for a backward pass alone: the outputs are known, and the first one's gradient is zero outside of
-        the rows, where there are some."""
+        """The same for a backward pass alone: the outputs are known, and the first one is of some rows where they are
+        given."""
         ...
 
 

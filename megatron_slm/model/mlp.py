@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.model import fused
+from megatron_slm.model import elementwise, fused
 from megatron_slm.model.layers import Layers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,7 +24,7 @@ class MLP(nn.Module):
     def __init__(self, arch: Architecture, layers: Layers, prefix: str) -> None:
         super().__init__()
         widths = {"gate_proj": arch.ffn_hidden_size, "up_proj": arch.ffn_hidden_size}
-        self.activation = ACTIVATIONS[arch.activation]
+        self.activation_name, self.activation = arch.activation, ACTIVATIONS[arch.activation]
         self.fuses = layers.backends.fuses_elementwise and arch.activation == "silu"
         self.gate_up = layers.linear_in(prefix, arch.hidden_size, widths, bias=arch.mlp_bias)
         self.down_proj = layers.linear_out(
@@ -38,3 +38,21 @@ class MLP(nn.Module):
     def activate(self, gate_sbf: Tensor, up_sbf: Tensor) -> Tensor:
         """The gated activation: [..., f] and [..., f] to [..., f]."""
         return fused.gate(gate_sbf, up_sbf) if self.fuses else self.activation(gate_sbf) * up_sbf
+
+    def activate_rows(self, gate_Nf: Tensor, up_Nf: Tensor, row_M: Tensor | None) -> Tensor:
+        """`activate` some rows, or all, without a graph: [M, f]."""
+        if self.fuses:
+            return fused.activate(*_taken(row_M, gate_Nf, up_Nf))
+        return elementwise.gate_rows(gate_Nf, up_Nf, self.activation_name, row_M)
+
+    def activation_gradients(
+        self, grad_Mf: Tensor, gate_Nf: Tensor, up_Nf: Tensor, row_M: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `activate_rows` for both of its inputs, [M, f] each."""
+        if self.fuses:
+            return fused.activation_gradients(grad_Mf, *_taken(row_M, gate_Nf, up_Nf))
+        return elementwise.gate_gradients(grad_Mf, gate_Nf, up_Nf, self.activation_name, row_M)
+
+
+def _taken(row_M: Tensor | None, *of_N: Tensor) -> tuple[Tensor, ...]:
+    return of_N if row_M is None else tuple(x.index_select(0, row_M) for x in of_N)

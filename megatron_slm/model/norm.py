@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_slm.model import fused
+from megatron_slm.model import elementwise, fused
 from megatron_slm.model.layers import Layers
 
 
@@ -54,6 +54,13 @@ class SharedRMSNorm(nn.Module):
         x_fp32 = x_sbf.to(torch.promote_types(x_sbf.dtype, torch.float32))
         square_sb1 = self.mean_over_shares(x_fp32.square().mean(-1, keepdim=True))
         return self.weight * (x_fp32 * torch.rsqrt(square_sb1 + self.epsilon)).to(x_sbf.dtype)
+
+
+def run_by_hand(norm: nn.Module, x_sbd: Tensor) -> Tensor:
+    """Run a norm, with a gradient written by hand where there is one: [..., d] to [..., d]."""
+    if not isinstance(norm, RMSNorm) or norm.normalize is not normalize:
+        return norm(x_sbd)
+    return elementwise.Normalize.apply(x_sbd, norm.as_used(norm.weight), norm.epsilon)
 
 
 def normalize(x_sbd: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:

@@ -5,14 +5,14 @@ weighted rows are on average all of them (importance sampling; what it adds to t
 the norms alone). Nothing here waits for the device: the number of rows is fixed, and missing ones are filled up with
 rows of weight 0.
 
-Shapes: N gradient rows held here, M of them drawn.
+Shapes: N gradient rows held here, M of them drawn; C numbers of rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -46,18 +46,26 @@ def inclusion(norm_N: Tensor, count: int) -> Tensor:
         norm_N: norms of the gradient rows, 0 or more.
         count: rows to draw, at least 1.
     """
+    return inclusions(norm_N, [count])[0]
+
+
+def inclusions(norm_N: Tensor, counts: Sequence[int]) -> Tensor:
+    """`inclusion` for each of several counts, fp64 [C, N]."""
     bad_N = ~norm_N.isfinite()
     norm_N = norm_N.double().masked_fill(bad_N, 0.0)
-    left = (count - bad_N.sum()).clamp(min=0)
+    num_bad, is_positive_N = bad_N.sum(), norm_N > 0
+    left_C1 = torch.stack([count - num_bad for count in counts]).clamp(min=0)[:, None]
     sorted_N = norm_N.sort(descending=True).values
     tail_N = sorted_N.flip(0).cumsum(0).flip(0)  # [k]: sum of all but the k largest
-    free_N = left - torch.arange(len(norm_N), device=norm_N.device)  # [k]: draws left if the k largest are sure
-    fits_N = (sorted_N * free_N <= tail_N) & (free_N > 0)
-    sure = fits_N.byte().argmax(keepdim=True)  # the first k that fits: the largest of the others is drawn at most once
-    probability_N = (norm_N * (free_N[sure] / tail_N[sure])).clamp(max=1.0)
-    all_fit = (norm_N > 0).sum() <= left
-    probability_N = torch.where(all_fit, (norm_N > 0).double(), probability_N.nan_to_num(0.0))
-    return probability_N.masked_fill(bad_N, 1.0)
+    free_CN = left_C1 - torch.arange(len(norm_N), device=norm_N.device)  # [k]: draws left if the k largest are sure
+    fits_CN = (sorted_N * free_CN <= tail_N) & (free_CN > 0)
+    # the first k that fits: the largest of the others is drawn at most once
+    sure_C1 = fits_CN.byte().argmax(dim=1, keepdim=True)
+    factor_C1 = free_CN.gather(1, sure_C1) / tail_N[sure_C1]
+    probability_CN = (norm_N * factor_C1).clamp(max=1.0)
+    all_fit_C1 = is_positive_N.sum() <= left_C1
+    probability_CN = torch.where(all_fit_C1, is_positive_N.double(), probability_CN.nan_to_num(0.0))
+    return probability_CN.masked_fill(bad_N, 1.0)
 
 
 def systematic(probability_N: Tensor, count: int, uniform: float) -> Drawn:
@@ -85,9 +93,13 @@ def nonzero_rows(norm_N: Tensor, count: int) -> Drawn:
 
 
 def added_variance(norm_N: Tensor, probability_N: Tensor) -> Tensor:
-    """The variance that a draw with these probabilities adds to the gradient: `sum((1/p - 1) n^2)`, fp64 []."""
+    """The variance that a draw with these probabilities adds to the gradient: `sum((1/p - 1) n^2)`, fp64 [...].
+
+    Args:
+        probability_N: [..., N].
+    """
     excess_N = torch.where(probability_N > 0, 1.0 / probability_N.clamp(min=1e-300) - 1.0, 0.0)
-    return (excess_N * _squares(norm_N)).sum()
+    return (excess_N * _squares(norm_N)).sum(-1)
 
 
 def _squares(norm_N: Tensor) -> Tensor:
@@ -119,6 +131,8 @@ class BackwardRows:
     kind: Literal["sampled", "kept"]
     share: Callable[[int], float]
     """Share of the rows, by block (counted through the model)."""
+    most: Callable[[int], int | None] = lambda _: None
+    """Upper bound of a block's rows with a gradient, by block; None for all."""
     key: tuple[int, ...]
     """Key of the draws of this micro-batch: the run's seed, the step, the micro-batch's number in the step."""
     is_bounded: bool = True
@@ -141,17 +155,13 @@ class BackwardRows:
             count = count if self.is_bounded else self._counted(norm_N)
             self.measured[block] = count / num_rows, None
             return nonzero_rows(norm_N, count)
-        probability_N = inclusion(norm_N, count)
-        fewer = max(1, count - row_count(1 / STEPS, num_rows))
-        self.measured[block] = (
-            count / num_rows,
-            Measured(
-                added_variance(norm_N, probability_N),
-                added_variance(norm_N, inclusion(norm_N, fewer)),
-                _squares(norm_N).sum(),
-            ),
-        )
-        return systematic(probability_N, count, uniform_number(*self.key, block, part))
+        most = self.most(block) or num_rows
+        fewer = max(1, min(most, count - row_count(1 / STEPS, num_rows)))
+        count = min(most, count)
+        probability_CN = inclusions(norm_N, [count, fewer])
+        added, added_if_fewer = added_variance(norm_N, probability_CN)
+        self.measured[block] = count / num_rows, Measured(added, added_if_fewer, _squares(norm_N).sum())
+        return systematic(probability_CN[0], count, uniform_number(*self.key, block, part))
 
     def _counted(self, norm_N: Tensor) -> int:
         """Rows that have a gradient in the first block of a backward pass; no other row gets one below it."""

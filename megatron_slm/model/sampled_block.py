@@ -28,10 +28,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model.layers import HasParameters
+from megatron_slm.model.norm import run_by_hand
 from megatron_slm.model.row_sampling import BackwardRows, Drawn
 from megatron_slm.types import Documents
 
 if TYPE_CHECKING:
+    from megatron_slm.model.attention import Angles
     from megatron_slm.model.block import Block
 
 
@@ -42,7 +44,11 @@ class _Attended(NamedTuple):
     """The block's input, a leaf."""
     normed_sbd: Tensor
     qkv: tuple[Tensor, ...]
-    """Queries, keys and values before norms and rotation, [s, b, heads * k] each; leaves."""
+    """Queries, keys and values before norms and rotation, [s, b, heads * k] each; keys and values are leaves."""
+    q_sbhk: Tensor
+    """Queries after norms and rotation, a leaf."""
+    angles: Angles | None
+    """Of the rotation."""
     mixed_sbf: Tensor
     """Output of attention, before its projection."""
 
@@ -119,15 +125,20 @@ def _attend(
     Args:
         projected: queries, keys and values where they are known.
     """
+    attention = block.self_attn
     with torch.enable_grad():
         x_sbd = x_sbd.detach().requires_grad_()
-        normed_sbd = block.attention_norm(x_sbd)
-    if projected is None:
-        with torch.no_grad():
-            projected = block.self_attn.qkv(normed_sbd)
+        normed_sbd = run_by_hand(block.attention_norm, x_sbd)
+    with torch.no_grad():
+        q_sbf, k_sbf, v_sbf = attention.qkv(normed_sbd) if projected is None else projected
+        angles = attention.angles(len(q_sbf), documents, q_sbf.device)
+        q_sbhk = attention.query_heads(q_sbf, angles, attention.rotate).detach()
     with torch.enable_grad():
-        qkv = tuple(part.detach().requires_grad_() for part in projected)
-        return _Attended(x_sbd, normed_sbd, qkv, block.self_attn.mix(*qkv, documents=documents, sparse_gradient=True))
+        k_sbf, v_sbf = (part.detach().requires_grad_() for part in (k_sbf, v_sbf))
+        heads = attention.key_value_heads(k_sbf, v_sbf, angles, attention.rotate_by_hand)
+        q_sbhk.requires_grad_()
+        mixed_sbf = attention.core(q_sbhk, *heads, documents=documents, sparse_gradient=True)
+    return _Attended(x_sbd, normed_sbd, (q_sbf.detach(), k_sbf, v_sbf), q_sbhk, angles, mixed_sbf)
 
 
 class _Pass:
@@ -145,18 +156,17 @@ class _Pass:
         whole_M = block.layers.whole_rows(drawn.row_M, len(dz_Nd))
         dz_Md = dz_Nd.index_select(0, drawn.row_M)
         weighted_Md = (dz_Md.to(_wide(dz_Md)) * drawn.weight_M[:, None].to(_wide(dz_Md))).to(dz_Md.dtype)
-        dy_Md = self._feed_forward(weighted_Md, drawn.row_M, whole_M)
-        dqkv = self._attention(dy_Md, whole_M)
-        branches_Md = dy_Md - weighted_Md
+        branches_Md = self._feed_forward(weighted_Md, drawn.row_M, whole_M)
+        dqkv = self._attention(weighted_Md + branches_Md, whole_M)
         if rows.kind == "kept":
             dx_Nd = dz_Nd.clone()
             branches_Md = branches_Md + self._projections_of_rows(dqkv, drawn)
         else:
-            dx_Nd = dz_Nd + self._projections(dqkv, whole_M).flatten(0, 1)
+            dx_Nd = self._projections(dqkv, whole_M).flatten(0, 1).add_(dz_Nd)
         return dx_Nd.index_add_(0, drawn.row_M, branches_Md).view_as(dz_sbd)
 
     def _feed_forward(self, dz_Md: Tensor, row_M: Tensor, whole_M: Tensor) -> Tensor:
-        """The gradient of the feed-forward layer's input, the residual stream's included."""
+        """The gradient of the feed-forward layer's input, without the residual stream's."""
         block, mlp = self.block, self.block.mlp
         if self.inner is None:  # made again, of these rows alone
             mixed_Mf = _rows(self.attended.mixed_sbf.detach(), whole_M)
@@ -165,42 +175,65 @@ class _Pass:
             y_Md = _rows(self.inner.y_sbd, row_M)
         with torch.enable_grad():
             y_Md.requires_grad_()
-            normed_Md = block.mlp_norm(y_Md)
-            if self.inner is None:
-                gate_up = mlp.gate_up(normed_Md)
-            else:
-                gate_up = mlp.gate_up.replay(normed_Md, [_rows(x, whole_M) for x in self.inner.gate_up])
-            out_Md = mlp.down_proj.replay(mlp.activate(*gate_up))
-        (dy_Md,) = self._differentiate([out_Md], [block.scaled(dz_Md)], [y_Md], [block.mlp_norm, mlp])
-        return dz_Md + dy_Md
+            normed_Md = run_by_hand(block.mlp_norm, y_Md)
+        if self.inner is None:
+            with torch.no_grad():
+                gate, up = mlp.gate_up(normed_Md)
+            taken_M = None
+        else:
+            gate, up = (x.flatten(0, 1) for x in self.inner.gate_up)
+            taken_M = whole_M
+        with torch.enable_grad():
+            active_Mf = mlp.activate_rows(gate, up, taken_M).requires_grad_()
+            out_Md = mlp.down_proj.replay(active_Mf)
+        (dactive_Mf,) = self._differentiate([out_Md], [block.scaled(dz_Md)], [active_Mf], [mlp.down_proj])
+        dgate_up = mlp.activation_gradients(dactive_Mf, gate, up, taken_M)
+        with torch.enable_grad():
+            replayed = mlp.gate_up.replay(normed_Md, dgate_up)
+        (dy_Md,) = self._differentiate(replayed, dgate_up, [y_Md], [block.mlp_norm, mlp.gate_up])
+        return dy_Md
 
     def _attention(self, dy_Md: Tensor, whole_M: Tensor) -> list[Tensor]:
-        """Gradients of queries (zero outside of the rows), keys and values, [s, b, heads * k] each."""
-        attention, mixed_sbf = self.block.self_attn, self.attended.mixed_sbf
+        """Gradients of the queries of the rows, [M, h * k], and of all keys and values, [s, b, g * k] each."""
+        attention, attended, mixed_sbf = self.block.self_attn, self.attended, self.attended.mixed_sbf
         with torch.enable_grad():
             mixed_Mf = _rows(mixed_sbf.detach(), whole_M).requires_grad_()
             out_Md = attention.o_proj.replay(mixed_Mf)
         (dmixed_Mf,) = self._differentiate([out_Md], [self.block.scaled(dy_Md)], [mixed_Mf], [attention.o_proj])
-        dmixed_Nf = dmixed_Mf.new_zeros(mixed_sbf.shape).flatten(0, 1).index_copy_(0, whole_M, dmixed_Mf)
-        norms = [attention.q_norm, attention.k_norm]
-        return self._differentiate([mixed_sbf], [dmixed_Nf.view_as(mixed_sbf)], self.attended.qkv, norms)
+        dmixed_Nf = dmixed_Mf.new_zeros(mixed_sbf.shape).flatten(0, 1).index_add_(0, whole_M, dmixed_Mf)
+        leaves, norms = [attended.q_sbhk, *attended.qkv[1:]], [attention.whole_k_norm, attention.k_norm]
+        dq_sbhk, *others = self._differentiate([mixed_sbf], [dmixed_Nf.view_as(mixed_sbf)], leaves, norms)
+        return [self._queries(_rows(dq_sbhk, whole_M), whole_M), *others]
+
+    def _queries(self, dq_Mhk: Tensor, whole_M: Tensor) -> Tensor:
+        """Gradients of the rows' queries as they were projected, [M, h * k]."""
+        attention, angles = self.block.self_attn, self.attended.angles
+        if angles is not None:
+            cos, sin = (x.expand(*self.attended.q_sbhk.shape[:2], *x.shape[2:]) for x in angles)
+            angles = _rows(cos, whole_M)[:, None], _rows(sin, whole_M)[:, None]
+        with torch.enable_grad():
+            q_Mf = _rows(self.attended.qkv[0], whole_M).requires_grad_()
+            q_M1hk = attention.query_heads(q_Mf[:, None], angles, attention.rotate_unread)
+        norms = [attention.whole_q_norm, attention.q_norm]
+        (dq_Mf,) = self._differentiate([q_M1hk], [dq_Mhk[:, None]], [q_Mf], norms)
+        return dq_Mf
 
     def _projections(self, dqkv: Sequence[Tensor], whole_M: Tensor) -> Tensor:
         """The part of the input's gradient that comes from queries of the rows, and all keys and values."""
         block, attended = self.block, self.attended
         with torch.enable_grad():
-            qkv = block.self_attn.qkv.replay(attended.normed_sbd, attended.qkv, whole_M)
+            qkv = block.self_attn.qkv.replay(attended.normed_sbd, dqkv, whole_M)
         (dx_sbd,) = self._differentiate(qkv, dqkv, [attended.x_sbd], [block.attention_norm, block.self_attn.qkv])
         return dx_sbd
 
     def _projections_of_rows(self, dqkv: Sequence[Tensor], drawn: Drawn) -> Tensor:
         """The same with keys and values of all other rows as constants, [M, d]."""
         block, is_kept_M1 = self.block, (drawn.weight_M > 0)[:, None]
+        of_rows = [dqkv[0], *(_rows(grad, drawn.row_M) for grad in dqkv[1:])]
+        grads = [grad.masked_fill(~is_kept_M1, 0.0) for grad in of_rows]
         with torch.enable_grad():
             x_Md = _rows(self.attended.x_sbd.detach(), drawn.row_M).requires_grad_()
-            known = [_rows(part.detach(), drawn.row_M) for part in self.attended.qkv]
-            qkv = block.self_attn.qkv.replay(block.attention_norm(x_Md), known)
-        grads = [_rows(grad, drawn.row_M).masked_fill(~is_kept_M1, 0.0) for grad in dqkv]
+            qkv = block.self_attn.qkv.replay(run_by_hand(block.attention_norm, x_Md), grads)
         (dx_Md,) = self._differentiate(qkv, grads, [x_Md], [block.attention_norm, block.self_attn.qkv])
         return dx_Md
 

@@ -39,38 +39,58 @@ class SparseAttention(torch.autograd.Function):
         """Gradients of queries, keys and values."""
         q, k, v, out, sums_bhs = ctx.saved_tensors
         (dout,) = grads
-        dq = torch.zeros_like(q)
+        num_samples = len(q)
+        # rows of all samples one after the other, [M, h, k], each as it lies in [s, b, h, k]
+        position_M, row_M, counts = _rows_with_gradient(dout)
+        dout_M, q_M, out_M = (x.permute(2, 0, 1, 3).flatten(0, 1).index_select(0, row_M) for x in (dout, q, out))
+        sums_Mh = sums_bhs.permute(2, 0, 1).flatten(0, 1).index_select(0, row_M)
+        dq_M = torch.empty_like(q_M)
         dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for sample, row_T, keys, mask_Tn in _tiles(dout, ctx.window):
+        for sample, rows, keys, mask_Tn in _tiles(position_M, counts, ctx.window, q.dtype):
             part = slice(sample, sample + 1)
-            dout_T, q_T, out_T = (x[part].index_select(2, row_T) for x in (dout, q, out))
+            dout_T, q_T, out_T = (x[None, rows].transpose(1, 2) for x in (dout_M, q_M, out_M))
             dq_T, dk_n, dv_n = _backward(
-                dout_T, q_T, k[part, :, keys], v[part, :, keys], out_T, sums_bhs[part].index_select(2, row_T),
+                dout_T, q_T, k[part, :, keys], v[part, :, keys], out_T, sums_Mh[None, rows].transpose(1, 2),
                 0.0, False, attn_mask=mask_Tn,
             )  # fmt: skip
-            dq[sample].index_copy_(1, row_T, dq_T[0])
-            dk[part, :, keys] += dk_n
-            dv[part, :, keys] += dv_n
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+            dq_M[rows] = dq_T[0].transpose(0, 1)
+            dk[part, :, keys].add_(dk_n)
+            dv[part, :, keys].add_(dv_n)
+        dq_sbhk = q.new_zeros(q.shape[2], num_samples, *q_M.shape[1:])
+        dq_sbhk.flatten(0, 1).index_add_(0, row_M, dq_M)
+        return dq_sbhk.permute(1, 2, 0, 3), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 class _Tile(NamedTuple):
     sample: int
-    row_T: Tensor
+    rows: slice
     keys: slice
     mask_Tn: Tensor
 
 
-def _tiles(dout: Tensor, window: int | None) -> Iterator[_Tile]:
-    """Rows that have a gradient, with the keys that any of them sees and the mask between the two."""
-    has_bs = dout.abs().amax(dim=(1, 3)) != 0  # NaN is not 0
-    for sample, has_s in enumerate(has_bs):
-        for row_T in has_s.nonzero().squeeze(1).split(TILE_ROWS):
-            if len(row_T):
-                first, last = int(row_T[0]), int(row_T[-1])
-                start = 0 if window is None else max(0, first - window + 1)
-                distance_Tn = row_T[:, None] - torch.arange(start, last + 1)
-                yield _Tile(sample, row_T, slice(start, last + 1), _additive(_sees(distance_Tn, window), dout.dtype))
+def _rows_with_gradient(dout: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Positions [M] of the rows that have a gradient, sample by sample, their numbers in [s, b], and those of a sample.
+
+    A row of NaN has one: NaN is not 0.
+    """
+    dout_sbf = dout.permute(2, 0, 1, 3).flatten(2)
+    has_bs = ((dout_sbf.amax(-1) != 0) | (dout_sbf.amin(-1) != 0)).t()
+    sample_M, position_M = has_bs.nonzero(as_tuple=True)
+    return position_M, position_M * len(dout) + sample_M, has_bs.sum(1).tolist()
+
+
+def _tiles(position_M: Tensor, counts: list[int], window: int | None, dtype: torch.dtype) -> Iterator[_Tile]:
+    """Runs of a sample's rows, with the keys that any of them sees and the mask between the two."""
+    end = 0
+    for sample, count in enumerate(counts):
+        begin, end = end, end + count
+        for start in range(begin, end, TILE_ROWS):
+            rows = slice(start, min(start + TILE_ROWS, end))
+            position_T = position_M[rows]
+            first, last = int(position_T[0]), int(position_T[-1])
+            key = 0 if window is None else max(0, first - window + 1)
+            distance_Tn = position_T[:, None] - torch.arange(key, last + 1)
+            yield _Tile(sample, rows, slice(key, last + 1), _additive(_sees(distance_Tn, window), dtype))
 
 
 def seen(length: int, window: int | None, device: torch.device) -> Tensor:
@@ -83,4 +103,4 @@ def _sees(distance: Tensor, window: int | None) -> Tensor:
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return torch.where(seen, 0.0, -torch.inf).to(dtype)

@@ -91,9 +91,8 @@ class LinearIn(nn.Module):
 
         Args:
             x: [..., in].
-            outputs: one [..., width / size] per output, of all positions.
-            rows_M: outside of these rows of the flattened outputs the first one's gradient is zero; None where it
-                is not.
+            outputs: one [..., width / size] per output.
+            rows_M: rows of the flattened x that the first output is of, [M, width / size]; None for all.
         """
         entered = enter_parallel_region(x, self.tp)
         return KnownLinear.apply(entered, self.weight, self.bias, rows_M, *outputs)

@@ -5,6 +5,7 @@ Shapes: R rows (all positions, or some), i inputs, o outputs of a layer's share 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class KnownLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight_oi: Tensor, bias_o: Tensor | None, rows_M: Tensor | None, *outputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """The outputs as they are; outside of `rows_M` the first one's gradient is zero, and is not multiplied."""
+        """The outputs as they are; with `rows_M`, the first one is of these rows of x alone."""
         ctx.save_for_backward(x, weight_oi, rows_M)
         ctx.has_bias = bias_o is not None
         return tuple(output.detach() for output in outputs)
@@ -35,12 +36,12 @@ class KnownLinear(torch.autograd.Function):
         x_Ri = x.flatten(0, -2)
         first_Ro, *others = (grad.flatten(0, -2) for grad in grads)
         if rows_M is None:
-            grad_Ro = torch.cat([first_Ro, *others], dim=1)
+            grad_Ro = _side_by_side([first_Ro, *others])
             grad_x, grad_weight = grad_Ro @ weight_oi, grad_Ro.t() @ x_Ri
             grad_bias = grad_Ro.sum(0) if ctx.has_bias else None
         else:
-            width, first_Mo = first_Ro.shape[1], first_Ro.index_select(0, rows_M)
-            other_Ro = torch.cat(others, dim=1)
+            width, first_Mo = first_Ro.shape[1], first_Ro
+            other_Ro = _side_by_side(others)
             grad_x = other_Ro @ weight_oi[width:]
             grad_x.index_add_(0, rows_M, first_Mo @ weight_oi[:width])
             grad_weight = torch.empty_like(weight_oi)
@@ -68,3 +69,15 @@ class UnreadLinear(torch.autograd.Function):
         x_Ri, weight_oi = ctx.saved_tensors
         grad_Ro = all_gather_dim0(grads[0], ctx.tp) if ctx.tp.sequence_parallel else grads[0]
         return grad_Ro @ weight_oi, grad_Ro.t() @ x_Ri, None
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Columns of all parts, [R, o] each, without a copy where the parts lie so in memory."""
+    first, width = parts[0], 0
+    for part in parts:
+        follows = part.data_ptr() == first.data_ptr() + width * first.element_size()
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and follows and part.stride() == first.stride()):
+            return torch.cat(list(parts), dim=1)
+        width += part.shape[1]
+    return first.as_strided((len(first), width), first.stride())

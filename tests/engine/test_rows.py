@@ -10,6 +10,7 @@ import torch
 from megatron_slm.config.backward import BackwardConfig
 from megatron_slm.engine.rows import RowSampler, RowSums
 from megatron_slm.loss.objective import StepSettings
+from megatron_slm.selection.scores import score_named
 from megatron_slm.selection.selector import Selector
 
 
@@ -101,3 +102,37 @@ def test_sums_are_taken_in_the_order_of_the_micro_batches() -> None:
     silent = sampler(counts_here=False)
     silent.of_micro_batch(0, StepSettings(step=0, row_shares=(8, 8, 8))).draw(torch.rand(9), block=0, part=0)
     assert not silent.take_table(torch.device("cpu")).any()
+
+
+def test_the_last_block_takes_no_more_rows_than_tokens_are_kept() -> None:
+    """No other row of it has a gradient, so that it is exact all the same."""
+    config = BackwardConfig(backward_rows="sampled", backward_row_share=0.7)
+    selector = Selector(scores=(score_named("loss"),), keep_ratio=0.5)
+    rows = sampler(config=config, selector=selector).of_micro_batch(0, StepSettings(step=0))
+    norm_N = torch.arange(16.0).sub(7).clamp(min=0)
+    counts = [len(rows.draw(norm_N, block=block, part=0).row_M) for block in range(3)]
+    assert counts == [12, 12, 8]
+    drawn = rows.draw(norm_N, block=2, part=0)
+    assert drawn.row_M.tolist() == list(range(8, 16))
+    assert drawn.weight_M.tolist() == [1.0] * 8
+    assert rows.measured[2][0] == 0.5
+    measured = rows.measured[2][1]
+    assert measured is not None
+    assert measured.added == measured.added_if_fewer == 0, "of 0.7 and a sixteenth less"
+    everything = sampler(config=config).of_micro_batch(0, StepSettings(step=0))
+    assert len(everything.draw(norm_N, block=2, part=0).row_M) == 12, "nothing bounds the kept tokens"
+
+
+def test_the_last_block_is_sampled_below_the_kept_share() -> None:
+    selector = Selector(scores=(score_named("loss"),), keep_ratio=0.5)
+    rows = sampler(selector=selector).of_micro_batch(0, StepSettings(step=0, row_shares=(9, 9, 9)))
+    norm_N = torch.arange(16.0).sub(7).clamp(min=0)
+    assert len(rows.draw(norm_N, block=2, part=0).row_M) == 8
+    measured = rows.measured[2][1]
+    assert measured is not None
+    assert measured.added == measured.added_if_fewer == 0, "8 rows are enough"
+    rows = sampler(selector=selector).of_micro_batch(0, StepSettings(step=0, row_shares=(8, 8, 8)))
+    assert len(rows.draw(norm_N, block=2, part=0).row_M) == 8
+    measured = rows.measured[2][1]
+    assert measured is not None
+    assert measured.added == 0 < measured.added_if_fewer

@@ -26,6 +26,7 @@ def test_quick(
     assert {name: record["variance"] for name, record in records.items() if record["share"] in (1.0, 0.6016)} == {
         "exact": None, "kept": None,
     }  # fmt: skip
-    assert records["sampled 0.7"]["share"] == 90 / 128 or records["sampled 0.7"]["share"] == 0.7031
+    # of the last of two blocks only the kept tokens' rows have a gradient
+    assert records["sampled 0.7"]["share"] == round((90 + 77) / 2 / 128, 4)
     assert 0 < records["sampled 0.7"]["variance"] < 0.1
     assert "| sampled 0.7 | 0.6 |" in printed
