@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +38,10 @@ class MLP(nn.Module):
 
     def activate(self, gate_sbf: Tensor, up_sbf: Tensor) -> Tensor:
         """The gated activation: [..., f] and [..., f] to [..., f]."""
-        return fused.gate(gate_sbf, up_sbf) if self.fuses else self.activation(gate_sbf) * up_sbf
+        if self.fuses:
+            return fused.gate(gate_sbf, up_sbf)
+        active_sbf = self.activation(gate_sbf)
+        return active_sbf * up_sbf if torch.is_grad_enabled() else active_sbf.mul_(up_sbf)
 
     def activate_rows(self, gate_Nf: Tensor, up_Nf: Tensor, row_M: Tensor | None) -> Tensor:
         """`activate` some rows, or all, without a graph: [M, f]."""

@@ -79,7 +79,7 @@ class SampledBlock(torch.autograd.Function):
         hooks = nullcontext() if recompute is None else saved_tensors_hooks(_itself, _itself)
         with hooks:
             attended = _attend(block, x_sbd, documents)
-        y_sbd = x_sbd + block.scaled(block.self_attn.o_proj(attended.mixed_sbf))
+        y_sbd = block.scaled(block.self_attn.o_proj(attended.mixed_sbf)).add_(x_sbd)
         gate_up = block.mlp.gate_up(block.mlp_norm(y_sbd))
         ctx.block, ctx.documents, ctx.rows, ctx.recompute = block, documents, rows, recompute
         if recompute is None:  # plain attributes: the graphs inside hold their own tensors
@@ -88,7 +88,7 @@ class SampledBlock(torch.autograd.Function):
             ctx.save_for_backward(x_sbd, *attended.qkv, y_sbd, *gate_up)
         else:
             ctx.save_for_backward(x_sbd)
-        return y_sbd + block.scaled(block.mlp.down_proj(block.mlp.activate(*gate_up)))
+        return block.scaled(block.mlp.down_proj(block.mlp.activate(*gate_up))).add_(y_sbd)
 
     @staticmethod
     @once_differentiable
