@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.checkpoint.weights import cut_range, fill_module
+from megatron_slm.checkpoint.weights import fill_module
 from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model.block import Block
 from megatron_slm.parallel.context import cut_batch, positions
@@ -19,7 +19,7 @@ from megatron_slm.parallel.groups import (
     init_distributed,
 )
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.parallel.shards import parts_with_offsets
+from megatron_slm.parallel.shards import cut_range, parts_with_offsets
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.types import Documents, MicroBatch
 from tests.parallel.test_sampled_rows import OPTIONS, logical_tensors

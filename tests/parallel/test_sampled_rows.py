@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_slm.checkpoint.weights import cut_range, fill_module
+from megatron_slm.checkpoint.weights import fill_module
 from megatron_slm.config.recomputation import Granularity
 from megatron_slm.model.block import Block
 from megatron_slm.parallel.groups import create_tensor_parallel_group, init_distributed
 from megatron_slm.parallel.layers import ParallelLayers
-from megatron_slm.parallel.shards import parts_with_offsets
+from megatron_slm.parallel.shards import cut_range, parts_with_offsets
 from megatron_slm.parallel.topology import Topology
 from tests.support.masked_rows import (
     LENGTH,
