@@ -100,8 +100,11 @@ def fill_optimizer(optimizer: Any, source: WeightSource, *, adam_step: int | Non
 def share_weights(optimizer: Any) -> None:
     """Set the trained parameters to the master weights, each read by one rank. Collective over data-parallel ranks.
 
-    As at the end of an optimizer step. Under ZeRO-3 parameters are gathered where they are used.
+    As at the end of an optimizer step. Under ZeRO-3 parameters are gathered where they are used, and then cut again for
+    their second shares inside the nodes (`zero_hpz_partition_size`).
     """
+    for parameter in (p for group in getattr(optimizer, "fp16_groups", ()) for p in group):
+        parameter.ds_secondary_tensor = None
     if hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
 

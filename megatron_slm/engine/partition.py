@@ -15,6 +15,8 @@ from megatron_slm.engine.grid import Grid
 class Partition(Init):
     """Gives a rank zeros for its share of each parameter, where DeepSpeed broadcasts and cuts whole ones.
 
+    Second shares inside the nodes (`zero_hpz_partition_size`) come with the first release of gathered parameters.
+
     Args:
         module: its parameters were made `without_values` (`parallel/shards.py`); weights are filled afterwards.
         config: DeepSpeed's.
@@ -25,10 +27,6 @@ class Partition(Init):
         super().__init__(module=module, data_parallel_group=group, config_dict_or_path=config, dtype=dtype, mpu=grid)
 
     def _zero_init_param(self, param: Any) -> None:
-        if self.zero_param_process_group is not None:  # a second partition inside the nodes is cut of whole parameters
-            param.data = torch.zeros(param.shape, dtype=param.dtype, device=self.local_device)
-            super()._zero_init_param(param)
-            return
         self._convert_to_deepspeed_param(param)
         size = self._aligned_size(param)
         numel = size // self._partition_world_size(param)

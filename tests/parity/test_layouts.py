@@ -113,6 +113,13 @@ def test_zero_3_with_every_parameter_partitioned(train: Train, tied: bool, tmp_p
     assert_same(train("112", deepspeed_config=config, **changes), train("111", **changes))
 
 
+def test_zero_3_with_second_shares_inside_the_nodes(train: Train, tmp_path: Path) -> None:
+    config = tmp_path / "zero3.json"
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2}
+    config.write_text(json.dumps({"zero_optimization": zero}))
+    assert_same(train("112", deepspeed_config=config), train("111"))
+
+
 def test_zero_3_with_everything(train: Train) -> None:
     changes = {"no_untie_embeddings_and_output_weights": True}
     outcome = train(

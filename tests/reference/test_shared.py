@@ -11,10 +11,14 @@ import torch
 from megatron_slm.arithmetic import ceil_div
 from megatron_slm.checkpoint.weights import RandomWeights
 from megatron_slm.config.architecture import Architecture
-from megatron_slm.parallel.groups import create_data_parallel_group, init_distributed
+from megatron_slm.loss.objective import Objective
+from megatron_slm.parallel.groups import DataParallel, TensorParallel, create_data_parallel_group, init_distributed
 from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.parallel.topology import Topology
 from megatron_slm.reference.frozen import FrozenStage, build_reference
+from megatron_slm.selection.scores import SCORES
+from megatron_slm.selection.selector import Selector
+from megatron_slm.types import MicroBatch
 from tests.support.world import run_world
 
 ARCH = Architecture(
@@ -49,11 +53,11 @@ def inspect(tied: bool) -> dict[str, Any]:
     weight = shared.output_weight()
     same = torch.equal(hidden, whole(TOKENS)) and torch.equal(weight.weight_Vd, whole.output_weight().weight_Vd)
     after = gathered(shared)
-    shared.shared.release()
-    again = torch.equal(shared(TOKENS), hidden)
-    shared.shared.release()
+    objective = Objective(selector=Selector(scores=(SCORES["excess"],)), tp=TensorParallel(), dp=DataParallel())
+    batch = MicroBatch(TOKENS, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), torch.zeros(2, dtype=torch.int64))
+    losses = [of.statistics(of(TOKENS), objective, batch).loss_N for of in (shared, whole)]
     return {
-        "same": same and again,
+        "same": same and torch.equal(*losses),
         "finite": bool(hidden.isfinite().all() and weight.weight_Vd.isfinite().all()),
         "gathered": [at_rest, *seen[:5], after, gathered(shared)],
         "held": sum(layer._share.numel() for layer in shared.shared._shared),
