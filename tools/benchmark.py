@@ -12,6 +12,7 @@ from megatron_slm.cli.command import run_command
 BENCHMARKS = {
     "backward": ("backward", "training on sampled rows of the gradient against plain training"),
     "checkpoint": ("checkpoint", "how long training stands still for a save, synchronous and asynchronous"),
+    "context": ("context", "sequences cut over two ranks against samples of half the length"),
     "data": ("data", "preprocessing against Hugging Face and Megatron's way of sharing work"),
     "data-loading": ("data_loading", "indices, blends' orders and micro-batches of large corpora"),
     "gpu-model": ("gpu_model", "a step's speed on given GPUs, modelled without one"),

@@ -57,6 +57,7 @@ def test_training_and_weights_are_those_of_one_process(name: str, tmp_path: Path
     reference = save_hf_llama(
         tmp_path / "reference",
         hidden_size=32,
+        head_dim=8,  # every rank of eight that share a head has a slice of it
         num_attention_heads=shape.get("num_attention_heads", 4),
         num_key_value_heads=3 - shape.get("num_query_groups", 2),
     )
