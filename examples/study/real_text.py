@@ -46,8 +46,9 @@ def split(curated: Sequence[str], web: Sequence[str], seed: int, *, held_out: in
 
 
 def read(paths: Sequence[Path]) -> list[str]:
-    """The texts of JSON lines files (field `text`)."""
-    return [json.loads(line)["text"] for path in paths for line in path.read_text().splitlines() if line.strip()]
+    """The texts of JSON lines files (field `text`); other ends of lines than a newline are part of a text."""
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").split("\n")]
+    return [json.loads(line)["text"] for line in lines if line.strip()]
 
 
 def make(out: Path, curated: Sequence[Path], web: Sequence[Path], *, vocabulary: int, held_out: int) -> None:

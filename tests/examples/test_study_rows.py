@@ -129,6 +129,13 @@ def test_real_text_is_split_without_overlap(modules: tuple[ModuleType, ...]) -> 
     assert set(web) <= set(parts["noisy_train"])
 
 
+def test_real_text_has_line_ends_of_its_own(tmp_path: Path, modules: tuple[ModuleType, ...]) -> None:
+    texts = ["one\u2028two", "three\x85four\x0cfive", "six"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    (tmp_path / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert modules[3].read([tmp_path / "texts.jsonl"]) == texts
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_real_text_from_files_to_page(tmp_path: Path) -> None:
