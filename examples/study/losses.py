@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "se-kd": (("--slm-keep-ratio", "0.2", "--slm-score", "entropy"), ("--loss", "kl")),
+    "se-kd-alone": (
+        ("--slm-keep-ratio", "0.2", "--slm-score", "entropy"),
+        ("--loss", "kl", "--distillation-weight", "1.0"),
+    ),
     "dft": (("--slm-keep-ratio", "0.6"), ("--slm-weight", "dft")),
 }
 """Flags of the selection and of the loss. se-kd: the reference's distribution is distilled at the fifth of the tokens
-where the model is least sure (SE-KD, arXiv 2602.01395). dft: the tokens of slm-0.6, each weighted by its probability
-(DFT, arXiv 2508.05629)."""
+where the model is least sure (SE-KD, arXiv 2602.01395), with half of the cross-entropy; se-kd-alone: without it.
+dft: the tokens of slm-0.6, each weighted by its probability (DFT, arXiv 2508.05629)."""
 COMPARED_WITH = ("clm", "slm-0.6")
 MEASURES = ("target", "inside", "noisy")
 """Final losses on the held-out problems, inside of them (without their ends) and on noisy pages."""

@@ -49,17 +49,19 @@ def test_every_planned_run_is_a_configuration(modules: tuple[ModuleType, ModuleT
 def test_the_runs_that_compare_losses(modules: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
     study, results = modules
     runs = study.planned_losses(tmp_path, 1)
-    assert [run.name for run in runs] == ["base", "reference", "clm", "slm-0.6", "se-kd", "dft"]
+    assert [run.name for run in runs] == ["base", "reference", "clm", "slm-0.6", "se-kd", "se-kd-alone", "dft"]
     parsed = {run.name: parse(["--config", str(ROOT / "examples/study/train.yaml"), *run.flags])[0] for run in runs}
     selection, loss = parsed["se-kd"].selection, parsed["se-kd"].distillation
     assert (selection.slm_score, selection.slm_keep_ratio, loss.loss) == (["entropy"], 0.2, "kl")
+    weights = [parsed[name].distillation.distillation_weight for name in ("se-kd", "se-kd-alone")]
+    assert weights == [0.5, 1.0]
     assert (parsed["dft"].selection.slm_weight, parsed["dft"].selection.slm_keep_ratio) == ("dft", 0.6)
     for name in ("slm-0.6", "se-kd", "dft"):
         assert parsed[name].selection.reference_load == f"{tmp_path}/seed1/reference/checkpoints"
         assert parsed[name].model.init_from == f"{tmp_path}/seed1/base/checkpoints"
         assert parsed[name].data.data_path == parsed["clm"].data.data_path
     more = [run for seed in (1, 2) for run in study.planned_losses(tmp_path, seed) if run.name != "base"]
-    finals = {"reference": 0.4, "clm": 0.6, "slm-0.6": 0.5, "se-kd": 0.7, "dft": 0.65}
+    finals = {"reference": 0.4, "clm": 0.6, "slm-0.6": 0.5, "se-kd": 0.7, "se-kd-alone": 0.7, "dft": 0.65}
     for run in more:
         write_run(run.folder, final=finals[run.name] + 0.01 * run.seed * (run.name == "se-kd"))
         (run.folder / "finished").touch()
@@ -68,7 +70,7 @@ def test_the_runs_that_compare_losses(modules: tuple[ModuleType, ModuleType], tm
             (run.folder / "inside.json").write_text(json.dumps(found))
     path = study.losses.write_losses(tmp_path, results.Results(more))
     rows = {line.split(" | ")[0][2:]: line for line in path.read_text().splitlines() if line.startswith("| ")}
-    assert list(rows) == ["run", "clm", "slm-0.6", "se-kd", "dft", "reference"]
+    assert list(rows) == ["run", "clm", "slm-0.6", "se-kd", "se-kd-alone", "dft", "reference"]
     target = "| 0.840 ± 0.064 | +0.115 (+0.110 to +0.120) | +0.215 (+0.210 to +0.220) |"
     assert rows["se-kd"].startswith(f"| se-kd | 2 {target} 0.400 ± 0.000 | +0.100 (+0.100 to +0.100) |")
     assert rows["dft"].endswith("| – | – | – | – |"), "neither inside of problems nor on noisy pages"
