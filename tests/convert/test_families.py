@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from megatron_slm.checkpoint.load import CheckpointSource
 from megatron_slm.config.architecture import Architecture
@@ -20,24 +20,8 @@ from megatron_slm.convert.imports import import_folder
 from megatron_slm.convert.verify import verify
 from megatron_slm.errors import WeightsError
 from megatron_slm.planning.parameters import stage_parameters
-from tests.support.families import BASE, FAMILIES, family_model, save_family
+from tests.support.families import BASE, FAMILIES, TOKENS_BS, family_model, logits_of, our_logits, save_family
 from tests.support.models import dense_stage, logits_bsV, random_hf_model
-
-TOKENS_BS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(3))
-
-
-def logits_of(folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS_BS).logits
-
-
-def our_logits(checkpoint: Path) -> torch.Tensor:
-    from megatron_slm.checkpoint.format import Manifest
-
-    source = CheckpointSource(checkpoint)
-    state = {name: source.whole(name) for name in source.shapes()}
-    with torch.no_grad():
-        return logits_bsV(dense_stage(Manifest.read(checkpoint).architecture, state), TOKENS_BS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,4 +1,7 @@
-"""Every family trains over tensor-parallel ranks and over stages as in one process, with a reference of its kind."""
+"""Every family trains over tensor-parallel ranks and over stages as in one process, with a reference of its kind.
+
+What was trained so goes out again, and transformers computes the same from it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.checkpoint.format import find_checkpoint
+from megatron_slm.convert.export import export_checkpoint
+from megatron_slm.convert.verify import verify
 from megatron_slm.parallel.layers import ParallelLayers
 from tests.support.cases import some_by_default
-from tests.support.families import save_family
+from tests.support.families import logits_of, our_logits, save_family
 from tests.support.runs import run_flags, write_corpus
 from tests.support.training import train_and_report
 from tests.support.world import run_world
@@ -21,6 +27,8 @@ TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
 FROM_SCRATCH = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
                 "init_method_std")  # fmt: skip
+TRAINED_AND_EXPORTED = ["ministral", "smollm3", "granite 3", "phi-3", "phi-4-mini with longrope", "glm-4", "olmo 2",
+                        "olmo 3", "gemma 2", "gemma 3"]  # fmt: skip
 COLUMNS = ("loss", "loss_all", "loss_unselected", "reference_loss", "excess_selected", "kept_tokens", "grad_norm")
 
 
@@ -44,7 +52,8 @@ def train(name: str, folder: Path, run: str, **changes: Any) -> tuple[dict[str, 
         corpus, folder / run, init_from=init, reference_load=reference, objective="slm", train_iters=3, lr=1e-4,
         **{**described, **changes},
     )  # fmt: skip
-    reports = run_world(train_and_report, 1 if run == "single" else 2, values)
+    size = changes.get("tensor_model_parallel_size", 1) * changes.get("pipeline_model_parallel_size", 1)
+    reports = run_world(train_and_report, size * changes.get("context_parallel_size", 1), values)
     return read(folder / run, reports)
 
 
@@ -69,6 +78,26 @@ def test_two_tensor_parallel_ranks_and_two_stages(name: str, folder: Path) -> No
         for column in COLUMNS:
             assert columns[column] == pytest.approx(single[column], rel=1e-5, abs=1e-6), (run, column)
         assert all(its_kept[batch] == kept[batch] for batch in first_step)  # later a rounding may turn a near tie
+
+
+@pytest.mark.parametrize("name", some_by_default(TRAINED_AND_EXPORTED, "gemma 3"))
+def test_trained_at_tensor_and_pipeline_parallelism_and_out_again(name: str, folder: Path, tmp_path: Path) -> None:
+    single, kept = train(name, folder, "single")
+    columns, its_kept = train(name, folder, "both", save_interval=3, **TENSOR, **PIPELINE)
+    for column in COLUMNS:
+        assert columns[column] == pytest.approx(single[column], rel=1e-5, abs=1e-6), column
+    assert all(its_kept[batch] == kept[batch] for batch in list(kept)[:4])
+    run = folder / name.replace(" ", "-")
+    checkpoint = find_checkpoint(run / "both" / "checkpoints")
+    done = export_checkpoint(str(checkpoint), str(tmp_path / "hf"))
+    assert done.report is not None
+    assert done.report.max_nats <= 1e-5
+    theirs = logits_of(done.folder)
+    assert (our_logits(checkpoint) - theirs).abs().max() <= 1e-5
+    assert (theirs - logits_of(run / "init")).abs().max() > 1e-3, "it was trained"
+    assert verify(str(done.folder), str(checkpoint), num_tokens=64).max_nats <= 1e-5
+    before, after = (json.loads((one / "config.json").read_text()) for one in (run / "init", done.folder))
+    assert {key for key in before if before[key] != after[key]} <= {"dtype"}
 
 
 @pytest.mark.slow

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tests.support.models import random_hf_model
+from megatron_slm.checkpoint.format import Manifest
+from megatron_slm.checkpoint.load import CheckpointSource
+from tests.support.models import dense_stage, logits_bsV, random_hf_model
 
 BASE = {
     "vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -87,3 +89,23 @@ def save_family(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
     """A random model of a family on disk."""
     family_model(name, **options).to(dtype).save_pretrained(folder, max_shard_size=options.get("shard", "5GB"))
     return folder
+
+
+TOKENS_BS = torch.randint(BASE["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(3))
+"""Longer than every window and every first length of a scaling."""
+
+
+def logits_of(folder: Path) -> Tensor:
+    """Logits of `TOKENS_BS` that transformers computes from a folder."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS_BS).logits
+
+
+def our_logits(checkpoint: Path) -> Tensor:
+    """Logits of `TOKENS_BS` that our decoder computes from a checkpoint."""
+    source = CheckpointSource(checkpoint)
+    state = {name: source.whole(name) for name in source.shapes()}
+    with torch.no_grad():
+        return logits_bsV(dense_stage(Manifest.read(checkpoint).architecture, state), TOKENS_BS)
