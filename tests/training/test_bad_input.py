@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -177,12 +178,15 @@ def test_a_run_and_its_dry_run_refuse_alike(
     assert not (folder / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["unknown flag", "missing idx", "run folder is a file"])
-def test_the_ranks_print_one_error(name: str, folder: Path) -> None:
+@pytest.mark.parametrize(("name", "num_ranks"), [("unknown flag", 2), ("missing idx", 4), ("run folder is a file", 2)])
+def test_the_ranks_print_one_error(name: str, num_ranks: int, folder: Path) -> None:
     with pytest.raises(WorldError) as failed:
-        run_world(command, WORLD_SIZE, command_line(name, folder))
-    assert failed.value.codes == [2] * WORLD_SIZE
-    assert re.search(CASES[name][1], reported_error(failed.value))
+        run_world(command, num_ranks, command_line(name, folder))
+    assert failed.value.codes == [2] * num_ranks
+    line = reported_error(failed.value)
+    assert re.search(CASES[name][1], line)
+    assert line.endswith(f", host {socket.gethostname()})")
+    assert re.search(r" \(rank [0-3], host ", line), "whose error it is"
 
 
 def test_sequences_beyond_a_models_positions_are_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
