@@ -25,7 +25,11 @@ from tests.support.runs import flags, run_flags, save_hf_llama, write_corpus, ze
 from tests.support.training import train_and_report
 from tests.support.world import run_world
 
-SIZES = {"num_query_groups": 2, "qk_layernorm": True}
+SIZES = {
+    "num_query_groups": 2,
+    "qk_layernorm": True,
+    "adam_eps": 1e-3,  # Adam would make whole steps of what rounding makes of zeros
+}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and what is not as in one process
     "tp4": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
     "tp4-zero3": (4, {"tensor_model_parallel_size": 4, "deepspeed_config": zero_config(3)}),
