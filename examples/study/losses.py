@@ -26,8 +26,8 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 where the model is least sure (SE-KD, arXiv 2602.01395), with half of the cross-entropy; se-kd-alone: without it.
 dft: the tokens of slm-0.6, each weighted by its probability (DFT, arXiv 2508.05629)."""
 COMPARED_WITH = ("clm", "slm-0.6")
-MEASURES = ("target", "inside", "noisy")
-"""Final losses on the held-out problems, inside of them (without their ends) and on noisy pages."""
+MEASURES = ("target", "inside", "ends", "noisy")
+"""Final losses on the held-out problems, inside of them, at their ends, and on noisy pages."""
 
 
 def write_losses(out: Path, results: Results) -> Path:
@@ -51,9 +51,9 @@ def write_losses(out: Path, results: Results) -> Path:
 
 
 def _final(results: Results, name: str, measure: str) -> dict[int, float]:
-    if measure != "inside":
+    if measure not in ("inside", "ends"):
         return results.final(name, measure)
-    return {seed: found["inside"][-1] for seed, found in results.inside[name].items()}
+    return {seed: found[measure][-1] for seed, found in results.inside[name].items()}
 
 
 def _panel(results: Results, names: Sequence[str], title: str, held_out: str) -> Panel:

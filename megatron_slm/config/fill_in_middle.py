@@ -50,17 +50,27 @@ class FillInMiddleConfig:
         require_given(rate is not None or not splits, "fim_fragment_rate", flag("fim_split_sample"), fix)
         rule = f"be used with {flag('fim_split_sample')}"
         require(rate is None or splits, self, "fim_fragment_rate", rule, f"remove {flag('fim_fragment_rate')}")
+        parts = ("fim_prefix_token", "fim_middle_token", "fim_suffix_token")
+        for number, name in enumerate(parts):
+            others = [getattr(self, other) for other in parts[:number]]
+            rule = "not be the token of another part"
+            require(getattr(self, name) not in others, self, name, rule, "name a token of its own")
         rule = f"not be empty, which starts every text; leave {flag('fim_no_prefix')} out instead"
         require(self.fim_no_prefix != "", self, "fim_no_prefix", rule, f"remove {flag('fim_no_prefix')}")
 
-    def describe(self) -> str:
-        """Describe what becomes of a document, in full: two runs of equal words turn samples alike."""
+    def describe(self, eod_token: str | None) -> str:
+        """Describe what becomes of a document, in full: two runs of equal words turn samples alike.
+
+        Args:
+            eod_token: of the run; None: the tokenizer's own.
+        """
         tokens = " ".join((self.fim_prefix_token, self.fim_middle_token, self.fim_suffix_token, self.fim_pad_token))
-        words = [f"fill-in-the-middle {self.fim_rate:g} (suffix first {self.fim_spm_rate:g}) by {tokens}"]
+        words = [f"fill-in-the-middle {self.fim_rate} (suffix first {self.fim_spm_rate}) by {tokens}"]
         if self.fim_split_sample is not None:
-            words.append(f"fragments between {self.fim_split_sample} {self.fim_fragment_rate:g}")
+            words.append(f"fragments between {self.fim_split_sample} {self.fim_fragment_rate}")
         if self.fim_no_prefix is not None:
             words.append(f"none that starts with {self.fim_no_prefix!r}")
-        if self.fim_eod_token is not None:
-            words.append(f"ends {self.fim_eod_token}")
+        end = self.fim_eod_token or eod_token
+        if end is not None:
+            words.append(f"ends {end}")
         return ", ".join(words)

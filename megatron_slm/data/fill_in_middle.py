@@ -239,12 +239,13 @@ class FillInMiddle:
             return None
         rate = self._settings.fim_fragment_rate
         assert rate is not None
-        found = []
+        found, is_turned = [], False
         for begin, end in itertools.pairwise([-1, *at.tolist(), ids.size]):
             fragment = ids[begin + 1 : end]
             turned = self._turned(fragment, rate, draws) if fragment.size else None
+            is_turned |= turned is not None
             found += [fragment if turned is None else turned, ids[end : end + 1]]
-        return np.concatenate(found)
+        return np.concatenate(found) if is_turned else None
 
     def _turned(self, ids: _Ids, rate: float, draws: _Draws) -> _Ids | None:
         """Turn tokens into fill-in-the-middle; None if they stay as they are."""

@@ -51,7 +51,8 @@ class ScoredData:
     sample_order: str = field(metadata={"flag": "order of the samples"})
     num_samples: int = field(metadata={"flag": "samples (--train-iters x --global-batch-size)"})
     documents: str = field(
-        default="concatenate", metadata={"flag": "--packing, --reset-attention-mask and --reset-position-ids"}
+        default="concatenate",
+        metadata={"flag": "--packing, --reset-attention-mask, --reset-position-ids and --fim-..."},
     )
 
 

@@ -32,7 +32,7 @@ from megatron_slm.data.texts import TextSamples, read_texts
 from megatron_slm.data.tokenizers.registry import Tokenizer
 from megatron_slm.errors import ConfigError, CorpusError
 from megatron_slm.run.data_paths import DataPaths, read_paths
-from megatron_slm.run.fill_in_middle import check_unmasked, fill_in_middle
+from megatron_slm.run.fill_in_middle import check_corpora, fill_in_middle
 from megatron_slm.run.opened_corpora import CorpusOpener, OpenedCorpus, eod_id
 from megatron_slm.run.resume import Resume, num_run_samples
 from megatron_slm.run.sample_order import check_order
@@ -132,7 +132,7 @@ def open_data(
     valid = _held_out(_VALID, paths, list(named.values()), opener, config.data.seq_length, rewrite)
     test = _held_out(_TEST, paths, list(named.values()), opener, config.data.seq_length, rewrite)
     if rewrite is not None:
-        check_unmasked(opener.opened)
+        check_corpora(config, tokenizer, opener.opened)
     for title in valid.keys() & test.keys():
         raise ConfigError("--valid-data-path", title, "be named unlike every test set", "write NAME=PREFIX")
     index_cache = IndexCache(None if dry and config.data.data_cache_path is None else cache)

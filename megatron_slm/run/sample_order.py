@@ -21,7 +21,7 @@ def document_treatment(config: RunConfig) -> str:
     if data.reset_position_ids:
         words.append("positions reset")
     if config.fill_in_middle.fim_data:
-        words.append(config.fill_in_middle.describe())
+        words.append(config.fill_in_middle.describe(data.eod_token))
     return ", ".join(words)
 
 

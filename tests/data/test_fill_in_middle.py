@@ -191,6 +191,13 @@ def test_fragments_of_a_document(tokenizer: HuggingFaceTokenizer) -> None:
         assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / trials)
 
 
+def test_a_document_without_a_turned_fragment_stays_as_it_is(tokenizer: HuggingFaceTokenizer) -> None:
+    [file] = ids_of(tokenizer, "<file>")
+    sample = sample_of([[*tokenizer.encode(CODE[0]), file, *tokenizer.encode(CODE[1])]], 200)
+    turn = turner(tokenizer, fim_rate=1.0, fim_split_sample="<file>", fim_fragment_rate=0.0)
+    assert turn(sample, 3) is sample
+
+
 def test_special_tokens_stay_and_none_is_read_from_text(tokenizer: HuggingFaceTokenizer) -> None:
     [end, file, begin] = ids_of(tokenizer, END, "<file>", "<begin>")
     spelled = HuggingFaceTokenizer(tokenizer._path)

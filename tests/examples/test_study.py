@@ -75,7 +75,9 @@ def test_the_runs_that_compare_losses(modules: tuple[ModuleType, ModuleType], tm
     assert rows["se-kd"].startswith(f"| se-kd | 2 {target} 0.400 ± 0.000 | +0.100 (+0.100 to +0.100) |")
     assert rows["dft"].endswith("| – | – | – | – |"), "neither inside of problems nor on noisy pages"
     assert rows["clm"].startswith("| clm | 2 | 0.725 ± 0.000 | – | +0.100"), "nothing less itself"
-    assert json.loads(path.with_suffix(".json").read_text())["se-kd"]["inside"] == pytest.approx({"1": 0.4, "2": 0.4})
+    numbers = json.loads(path.with_suffix(".json").read_text())["se-kd"]
+    assert numbers["inside"] == pytest.approx({"1": 0.4, "2": 0.4})
+    assert numbers["ends"] == {"1": 1.0, "2": 1.0}, "of which the page tells"
     assert path.with_name("losses.png").read_bytes().startswith(b"\x89PNG")
 
 

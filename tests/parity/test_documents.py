@@ -185,6 +185,6 @@ def test_stored_scores_keep_documents_apart(folder: Path, tmp_path: Path) -> Non
     for sample, columns in live.items():
         np.testing.assert_allclose(stored[sample]["reference"], columns["reference"], rtol=2e-5, atol=1e-6)
     with pytest.raises(
-        WorldError, match=r"--packing, --reset-attention-mask and --reset-position-ids is 'concatenate, att"
+        WorldError, match=r"--packing, --reset-attention-mask, --reset-position-ids and --fim-... is 'concatenate, att"
     ):
         losses(folder, "plain", tmp_path / "no", 1, reference_load=None, reference_scores=tmp_path / "store")

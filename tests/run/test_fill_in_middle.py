@@ -17,6 +17,7 @@ from megatron_slm.config.scoring import ScoringOptions
 from megatron_slm.data.blending import BlendedSamples
 from megatron_slm.data.corpus.indexed import IndexedCorpus
 from megatron_slm.data.corpus.indexed_writer import IndexedCorpusWriter
+from megatron_slm.data.corpus.sidecar import Sidecar
 from megatron_slm.data.loader import MicroBatchSource
 from megatron_slm.data.prefetch import Prefetcher
 from megatron_slm.errors import ConfigError, ScoreStoreError
@@ -29,6 +30,7 @@ from megatron_slm.run.stores import scored_data
 from megatron_slm.run.tokenizer import open_run_tokenizer
 from megatron_slm.scoring.plan import make_scoring_plan
 from tests.data.byte_level import byte_level_folder
+from tests.data.corpora import write_sidecar
 from tests.data.test_fill_in_middle import NAMES
 from tests.data.texts import CODE, PROSE
 from tests.support.runs import flags, recorded, run_flags, save_hf_llama
@@ -167,7 +169,15 @@ def test_stored_scores_are_those_of_the_turned_samples(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "changes", [{"fim_rate": 0.7}, {"fim_spm_rate": 0.1}, {"fim_no_prefix": "x"}, dict.fromkeys(FIM)]
+    "changes",
+    [
+        {"fim_rate": 0.7},
+        {"fim_rate": 0.80000001},
+        {"fim_spm_rate": 0.1},
+        {"fim_no_prefix": "x"},
+        {"eod_token": NAMES[3]},
+        dict.fromkeys(FIM),
+    ],
 )
 def test_scores_of_samples_turned_in_another_way_are_refused(changes: dict[str, Any], folder: Path) -> None:
     there, here = config_of(folder), config_of(folder, **changes)
@@ -176,7 +186,7 @@ def test_scores_of_samples_turned_in_another_way_are_refused(changes: dict[str, 
     samples = RunSamples.open(there, tokenizer).samples
     stored, wanted = (scored_data(config, tokenizer, samples, with_content=False) for config in (there, here))
     check_data(folder, stored, stored)
-    with pytest.raises(ScoreStoreError, match="fill-in-the-middle"):
+    with pytest.raises(ScoreStoreError, match=r"and --fim-\.\.\. is .*fill-in-the-middle"):
         check_data(folder, stored, wanted)
 
 
@@ -185,6 +195,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rate": ({"fim_spm_rate": 1.5}, r"--fim-spm-rate is 1.5: must be in \[0, 1\]"),
     "fragments": ({"fim_split_sample": "<x>"}, "--fim-fragment-rate is missing: required by --fim-split-sample"),
     "no fragments": ({"fim_fragment_rate": 0.5}, "--fim-fragment-rate is 0.5: must be used with --fim-split-sample"),
+    "one token twice": (
+        {"fim_suffix_token": NAMES[0]},
+        "--fim-suffix-token is '<fim_prefix>': must not be the token of another part",
+    ),
     "empty": ({"fim_no_prefix": ""}, "--fim-no-prefix is '': must not be empty"),
     "ids": (
         {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 96},
@@ -206,10 +220,30 @@ def test_what_is_refused(name: str, folder: Path) -> None:
         samples_of(values_of(folder, **changes))
 
 
-def test_a_loss_mask_is_refused(folder: Path, tmp_path: Path) -> None:
+def copied(folder: Path, target: Path) -> IndexedCorpus:
     for suffix in (".bin", ".idx"):
-        shutil.copy(folder / f"code{suffix}", tmp_path)
-    corpus = IndexedCorpus(tmp_path / "code")
+        shutil.copy(folder / f"code{suffix}", target)
+    return IndexedCorpus(target / "code")
+
+
+def test_documents_that_end_with_another_token_are_refused(folder: Path, tmp_path: Path) -> None:
+    """It would be moved with the text of its document."""
+    corpus, tokenizer = copied(folder, tmp_path), open_run_tokenizer(config_of(folder))
+    sidecar = Sidecar(
+        tokenizer_fingerprint=tokenizer.fingerprint(), vocab_size=tokenizer.vocab_size, num_documents=60,
+        num_tokens=int(corpus.sequence_lengths.sum()), max_token_id=tokenizer.vocab_size - 1,
+        eod_id=tokenizer.id_of(NAMES[3]), command="",
+    )  # fmt: skip
+    write_sidecar(tmp_path / "code", sidecar)
+    values = values_of(folder, data_path=[tmp_path / "code"])
+    rule = r"--fim-eod-token is '.+': must be '<fim_pad>', which ends the documents of .*code"
+    with pytest.raises(ConfigError, match=rule):
+        samples_of(values)
+    assert samples_of({**values, "fim-eod-token": NAMES[3]})
+
+
+def test_a_loss_mask_is_refused(folder: Path, tmp_path: Path) -> None:
+    corpus = copied(folder, tmp_path)
     with IndexedCorpusWriter(tmp_path / "code_loss_mask", np.uint8) as writer:
         for length in corpus.sequence_lengths:
             writer.add_document(np.ones(length, np.uint8))
