@@ -247,6 +247,6 @@ def test_steps_that_are_never_finite_end_the_run(changes: dict[str, Any], folder
 def command_with_broken_weights(argv: list[str]) -> int:
     from megatron_slm.checkpoint import weights
 
-    real = weights.normal_
-    weights.normal_ = lambda *args, **kwargs: real(*args, **kwargs) * float("nan")
+    real = weights.normal_range
+    weights.normal_range = lambda *args, **kwargs: real(*args, **kwargs) * float("nan")
     return command(argv)
