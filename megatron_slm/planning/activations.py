@@ -69,7 +69,7 @@ def block_activations(
     """Return what one block keeps.
 
     A backward pass on some of the rows recomputes the second norm and everything after it for these rows: kept are
-    its input and the two inner layers.
+    its input and the two inner layers. Its first norm, unless zero-centered, keeps what a compiled one does.
 
     Args:
         fused: element-wise work is compiled by itself: norms keep their input as it is, and the activation nothing.
@@ -86,6 +86,7 @@ def block_activations(
         projected = e * (q + 2 * arch.num_query_groups * arch.kv_channels / tensor)
         return BlockActivations(stream=2 * e * d / shards, projected=projected, feed_forward=inner)
     whole_norms = 1 if some_rows else 2
+    keeps_input = fused or (some_rows and not arch.zero_centered_norms)
     normed_heads = (4 + e) * (q + kv) if arch.qk_norm_of_all_heads else 0
     if layout.context > 1:  # keys and values of the own positions, and the output in stretches and as a whole
         projected, attended = 2 * kv, 3 * q
@@ -93,9 +94,9 @@ def block_activations(
     else:
         projected, attended = (0 if shares_heads else q) + 2 * kv, 2 * q + kv  # a gathered head is kept without queries
     return BlockActivations(
-        stream=(e * d if e == 4 or fused else 2 * e * d) / shards if some_rows else 0.0,
+        stream=(e * d if e == 4 or keeps_input else 2 * e * d) / shards if some_rows else 0.0,
         norms=(2 * whole_norms if arch.norm_placement == "around" else whole_norms)
-        * (_zero_centered_norm(d) if arch.zero_centered_norms else _norm(d, e=e, fused=fused))
+        * (_zero_centered_norm(d) if arch.zero_centered_norms else _norm(d, e=e, fused=keeps_input))
         / shards,
         linear_inputs=whole_norms * e * d / shards,
         projected=e * projected + normed_heads,

@@ -27,6 +27,7 @@ from megatron_slm.loss.torch_backend import TorchKernels
 from megatron_slm.loss.variants import LossHead
 from megatron_slm.model import rope
 from megatron_slm.model.block import Block
+from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.parallel.context import cut_batch
 from megatron_slm.parallel.groups import ContextParallel, DataParallel, TensorParallel
 from megatron_slm.parallel.layers import ParallelLayers
@@ -127,14 +128,16 @@ def whole_model(
     architecture: str = "plain", *, layout: str = "one", attention: Any = "sdpa", norm: Any = "torch",
     documents: bool = False, recompute: bool = False, dtype: str = "bfloat16", kernels: str = "triton",
     selection: dict[str, Any] | None = None, plant: str | None = None, hopper: bool = True, fuses: bool = False,
-    **changes: Any,
+    row_share: float | None = None, **changes: Any,
 ) -> Found:  # fmt: skip
     """A micro-batch of training: to the device, the reference's losses, the model, the loss head, and back.
 
     Args:
         plant: a fault in a block: a CPU tensor (`device`), a read of a value (`item`), a wrong `dtype` or `shape`.
         fuses: element-wise work is compiled, each piece by itself.
+        row_share: share of the rows that the blocks' backward passes draw; None for all.
     """
+    rows = None if row_share is None else BackwardRows(kind="sampled", share=lambda _: row_share, key=(0,))
     context = ContextParallel()
     if layout == "context":
         tp, dp = parallel("dp")
@@ -172,7 +175,7 @@ def whole_model(
             def head(x_sbd: Tensor, output: OutputWeight) -> tuple[Tensor, Tensor]:
                 return objective.loss(x_sbd, output, batch, statistics, StepSettings(step=3))
 
-            loss, sums = model(batch, head, seen.append)
+            loss, sums = model(batch, head, seen.append, rows)
             forward = counter.take()
             loss.backward()
             backward = counter.take()

@@ -27,6 +27,20 @@ def test_a_micro_batch_waits_once(fake_gpu: FakeGpu, documents: bool, kernels: s
     assert places(found.syncs) == [KEPT_ROWS], found.syncs
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fuses": True, "recompute": True, "layout": "sp", "documents": True, "attention": "flash"},
+        {"layout": "context"},
+    ],
+    ids=str,
+)
+def test_sampled_rows_wait_for_nothing_more(fake_gpu: FakeGpu, options: dict[str, Any]) -> None:
+    found = fake_gpu(whole_model, row_share=0.7, **options)
+    assert places(found.syncs) == [KEPT_ROWS], found.syncs
+
+
 def test_a_stage_without_the_loss_does_not_wait(fake_gpu: FakeGpu) -> None:
     assert fake_gpu(transfer) == {}
 

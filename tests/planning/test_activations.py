@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from megatron_slm.parallel.layers import ParallelLayers
 from megatron_slm.planning.activations import block_activations, capped_tables, offloaded_block
 from megatron_slm.planning.known_models import KNOWN_MODELS
 from megatron_slm.planning.layouts import Layout
+from tests.support.masked_rows import RecordedRows
 from tests.support.saved import alone_of, saved_bytes
 from tests.support.world import run_world
 
@@ -130,6 +132,26 @@ def test_predicted_bytes_are_saved(size: int, sequence_parallel: bool) -> None:
             assert whole - saved == of_others, f"{name}: two linear layers keep no other rank's part of their input"
         if sequence_parallel and recompute == "selective":
             assert saved < 0.32 * whole, name
+
+
+def kept_for_some_rows(block: Block, x_sbd: Tensor) -> Tensor:
+    """Run a block whose backward pass is sampled, and save what it keeps beside its graphs."""
+    out = block(x_sbd, None, RecordedRows(0.5))
+    attended, inner = out.grad_fn.kept
+    for x in (attended.normed_sbd, *attended.qkv, attended.q_sbhk, attended.mixed_sbf, inner.y_sbd, *inner.gate_up):
+        x.detach().requires_grad_().square()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predicted_bytes_are_kept_for_some_rows(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        block = Block(architecture(shape), ParallelLayers(), 0).to(dtype)
+        x_sbd = torch.randn(LENGTH, 1, block.self_attn.qkv.weight.shape[1]).to(dtype).requires_grad_()
+        tables = rotation(LENGTH, *block.self_attn.rope, x_sbd.device)
+        saved = saved_bytes(partial(kept_for_some_rows, block, x_sbd), besides=[*block.parameters(), *tables])
+        kept = block_activations(architecture(shape), layout_of(TensorParallel()), e=dtype.itemsize, some_rows=True)
+        assert saved == pytest.approx(kept.total * LENGTH, rel=0.001), shape
 
 
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b", "llama-2-70b"])
