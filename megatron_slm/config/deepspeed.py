@@ -61,6 +61,7 @@ def check(user: dict[str, Any], run: RunConfig) -> None:
             "be 1, 2 or 3 (at 0, DeepSpeed clips by a wrong norm and accumulates bf16 gradients in bf16)",
             f"use {_ZERO_1}",
         )
+    _check_second_shares(user["zero_optimization"], run)
     if stage > 1 and run.parallel.pipeline_model_parallel_size > 1:
         raise ConfigError(
             field,
@@ -185,6 +186,18 @@ def _check_offload(zero: dict[str, Any]) -> None:
     section = zero["offload_optimizer"]
     if not isinstance(section, dict) or device != "cpu" or section.get("ratio", 1.0) != 1.0:
         raise ConfigError(field, section, "be an object with device cpu and no ratio below 1", fix)
+
+
+def _check_second_shares(zero: dict[str, Any], run: RunConfig) -> None:
+    """Check that the ranks which hold second shares of weights together have the same weights.
+
+    Raises:
+        ConfigError: they are tensor-parallel ranks: DeepSpeed takes consecutive ranks of the world.
+    """
+    name, tensor = "zero_hpz_partition_size", run.parallel.tensor_model_parallel_size
+    if zero["stage"] == 3 and zero.get(name, 1) not in (0, 1) and tensor > 1:
+        rule = f"be 1 with --tensor-model-parallel-size above 1 ({tensor}), whose adjacent ranks have other weights"
+        raise ConfigError(f"{_JSON}: zero_optimization.{name}", zero[name], rule, "remove it, or use 1 tensor rank")
 
 
 def monitors(user: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Predicts the memory that a run needs before its first step, while its models are built. Pure.
 
 Each rank makes the layers of its stage on its GPU in the run's dtype, with ZeRO-3 its share of them, and fills them
-through a few blocks of fp32 numbers in host memory. ZeRO-2's engine partitions its state after the layers are there,
-beside the references.
+through a few blocks of fp32 numbers in host memory. Before it fills them, ZeRO-3's engine lays a rank's share out anew,
+by way of a copy in host memory. ZeRO-2's engine partitions its state after the layers are there, beside the references.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BuildMemory:
                 "--host-memory",
                 f"{cluster.host_bytes / 2**30:g} GiB",
                 f"be at least {self.host / 2**30:.0f} GiB: through it the {cluster.gpus_per_node} ranks of a node "
-                "fill their weights in fp32, one at a time, beside what is offloaded there",
+                "pass their weights, beside what is offloaded there",
                 "take nodes with more host memory, or fewer ranks a node",
             )
 
@@ -63,15 +63,16 @@ def build_memory(run: PlannedRun, layout: Layout, stages: Sequence[StageMemory],
         stages: memory of the stages in training, for offloaded optimizers and the weights of the references.
     """
     models = model_parameters(run, layout)
-    ranks = [
-        PROCESS_BYTES + _COPIES * _FP32 * min(READ_ELEMENTS, max(parameters.sizes, default=0)) + stage.host
-        for parameters, stage in zip(models, stages, strict=True)
-    ]
+    partitions = layout.topology.copies if layout.zero_stage == 3 else 1
+    layers = [run.dtype_bytes * ceil_div(parameters.total, partitions) for parameters in models]
+    ranks = []
+    for parameters, held, stage in zip(models, layers, stages, strict=True):
+        filling = _COPIES * _FP32 * min(READ_ELEMENTS, max(parameters.sizes, default=0)) + stage.host
+        laid_out = held if layout.zero_stage == 3 else 0
+        ranks.append(PROCESS_BYTES + max(laid_out, filling))
     device = 0
     if layout.zero_stage > 1:
-        partitions = layout.topology.copies if layout.zero_stage == 3 else 1
-        held = (run.dtype_bytes * ceil_div(parameters.total, partitions) for parameters in models)
-        device = max(layers + stage.reference for layers, stage in zip(held, stages, strict=True))
+        device = max(held + stage.reference for held, stage in zip(layers, stages, strict=True))
     return BuildMemory(host=_fullest_node(ranks, layout.tensor * layout.topology.copies, cluster), device=device)
 
 

@@ -131,7 +131,7 @@ def candidate_layouts(run: PlannedRun, world_size: int, *, max_tensor: int) -> I
             for micro_batch_size in MICRO_BATCH_SIZES:
                 if any(size % (data * micro_batch_size) for size in divided):
                     continue
-                for zero_stage in (1, 2, 3) if pipeline == 1 and data * context > 1 else (1,):
+                for zero_stage in _zero_stages(run) if pipeline == 1 and data * context > 1 else (1,):
                     for granularity in _granularities(run):
                         yield Layout(
                             tensor=tensor,
@@ -151,6 +151,15 @@ def _batch_sizes(run: PlannedRun) -> list[int]:
     """Samples of the run's global batches, in training and in evaluations."""
     evaluated = run.config.logging.eval_global_batch_size
     return [*run.config.batch_sizes(default=1).sizes, *([] if evaluated is None else [evaluated])]
+
+
+def _zero_stages(run: PlannedRun) -> tuple[int, ...]:
+    """Those that a run of one pipeline stage may have.
+
+    References that follow the model, and compiled blocks, need whole weights.
+    """
+    needs_whole = run.config.reference_update.updates or run.config.backend.compile_blocks
+    return (1, 2) if needs_whole else (1, 2, 3)
 
 
 def _granularities(run: PlannedRun) -> list[Granularity | None]:

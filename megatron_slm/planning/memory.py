@@ -38,6 +38,7 @@ _ZERO_DEFAULTS = {
     "stage3_max_live_parameters": 1e9,
     "stage3_param_persistence_threshold": 1e5,
     "overlap_comm": False,
+    "zero_hpz_partition_size": 1,
 }
 """Defaults of DeepSpeed 0.19, in elements; stage 3 has one bucket although it overlaps by default."""
 
@@ -180,6 +181,7 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     | ZeRO-2 | en | 4n/D | 12n/D | one bucket |
     | ZeRO-3 | en/D, small ones whole, and those gathered | 4n/D | 12n/D | one bucket |
 
+    With ZeRO-3's `zero_hpz_partition_size` H, a second share of en/H of the large ones comes on top.
     ZeRO-3 with an offloaded optimizer holds gradients and optimizer in host memory.
     """
     options, c = zero_options(deepspeed), ds_config.communication_bytes(deepspeed)
@@ -200,7 +202,9 @@ def zero_states(parameters: StageParameters, layout: Layout, *, e: int, deepspee
     held["buckets"] = c * bucket
     small = sum(size for size in parameters.sizes if size <= options["stage3_param_persistence_threshold"])
     gathered = min(n - small, int(options["stage3_max_live_parameters"]))
-    held["parameters"] = e * (share + small + gathered)
+    inside = min(int(options["zero_hpz_partition_size"]), data)
+    second = ceil_div(n - small, inside) if inside > 1 else 0
+    held["parameters"] = e * (share + small + gathered + second)
     if ds_config.offloads_optimizer(deepspeed):  # the host holds the summed gradients twice
         held |= {"gradients": 0, "optimizer": 0, "host": 20 * share}
     return held

@@ -96,6 +96,13 @@ def test_zero_2_and_3_need_one_stage() -> None:
         resolve({"zero_optimization": {"stage": 3}}, run("--pipeline-model-parallel-size", "2"))
 
 
+def test_second_shares_are_of_ranks_with_the_same_weights() -> None:
+    user = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    assert resolve(user, run())["zero_optimization"]["zero_hpz_partition_size"] == 2
+    with pytest.raises(ConfigError, match=r"zero_hpz_partition_size is 2: must be 1 with --tensor-model-parallel-size"):
+        resolve(user, run("--tensor-model-parallel-size", "2"))
+
+
 @pytest.mark.parametrize(("text", "match"), [("{", "must be JSON"), ("[1]", "must contain a JSON object")])
 def test_unreadable_files_are_refused(text: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(text)

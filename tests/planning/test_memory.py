@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,16 @@ def test_predicted_bytes_are_there(name: str, tmp_path: Path) -> None:
                 continue
             tolerance = TOLERANCE if part == "activations" else EXACT
             assert getattr(predicted, part) == pytest.approx(found[part], rel=tolerance), (part, rank)
+
+
+def test_second_shares_inside_the_nodes_count(tmp_path: Path) -> None:
+    config = tmp_path / "zero3.json"
+    zero = {"stage": 3, "reduce_bucket_size": 10**6, "stage3_param_persistence_threshold": 1000}
+    config.write_text(json.dumps({"zero_optimization": {**zero, "zero_hpz_partition_size": 2}}))
+    values, world = layout_values(tmp_path, "112", bf16=True, deepspeed_config=config)
+    (stage,) = plan(values, "112")[1]
+    for found in run_world(measure, world, values):
+        assert stage.parameters == pytest.approx(found["parameters"], rel=EXACT)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -97,9 +97,12 @@ def test_collectives_take_time_without_bytes() -> None:
 
 def test_zero_3_builds_shares_and_fills_them_block_by_block() -> None:
     """`tests/tools/test_benchmark_scale.py` measures what a rank's layers take while they are made."""
-    building = planned("llama-2-7b", cluster(64)).building
-    assert building.device == 2 * 6_738_415_616 // 64
+    n = 6_738_415_616
+    building = planned("llama-2-7b", cluster(128)).building
+    assert building.device == 2 * n // 128
     assert building.host == 8 * (PROCESS_BYTES + 3 * 4 * READ_ELEMENTS)
+    large = planned("llama-2-7b", cluster(8)).building
+    assert large.host == 8 * (PROCESS_BYTES + 2 * n // 8), "DeepSpeed lays the shares out in host memory"
 
 
 def test_a_node_of_several_stages_fills_their_weights_block_by_block() -> None:

@@ -14,7 +14,7 @@ from megatron_slm.planning.estimates import EQUAL, Estimate, estimate, search
 from megatron_slm.planning.gpus import GPUS, Cluster
 from megatron_slm.planning.layouts import candidate_layouts
 from megatron_slm.planning.planned_run import PlannedRun, plan_run
-from tests.support.runs import flags, run_flags, save_hf_llama
+from tests.support.runs import MODEL_FLAGS, flags, run_flags, save_hf_llama
 
 CLUSTER = Cluster(gpu=GPUS["l40s"], num_nodes=2, gpus_per_node=2)
 
@@ -52,6 +52,13 @@ def test_no_layout_is_proposed_that_the_run_refuses(tmp_path: Path) -> None:
         values = run_flags(tmp_path / "none", tmp_path, **offloads, **kind, **rows)
         candidates = candidate_layouts(plan_run(parse(flags(values))[0]), 4, max_tensor=2)
         assert {layout.recomputation.granularity for layout in candidates} == expected
+    of_model = dict.fromkeys((*(name.replace("-", "_") for name in MODEL_FLAGS), "init_method_std"))
+    following = {"init_from": save_hf_llama(tmp_path / "model"), "reference_load": "init", "reference_update": "ema"}
+    for changes, stages in (
+        ({}, {1, 2, 3}), ({"objective": "slm", **of_model, **following}, {1, 2}), ({"compile_blocks": True}, {1, 2}),
+    ):  # fmt: skip
+        found = plan_run(parse(flags(run_flags(tmp_path / "none", tmp_path, **changes)))[0])
+        assert {layout.zero_stage for layout in candidate_layouts(found, 4, max_tensor=2)} == stages
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ class Meter:
 
     def parameters(self) -> Storages:
         held = list(self.engine.module.parameters())
-        return storages(p.data for p in held) | storages(p.ds_tensor.data for p in held if hasattr(p, "ds_tensor"))
+        shares = [(p.ds_tensor, p.ds_secondary_tensor) for p in held if hasattr(p, "ds_tensor")]
+        return storages(p.data for p in held) | storages(t.data for pair in shares for t in pair if t is not None)
 
     def gradients(self) -> Storages:
         flat = getattr(self.optimizer, "fp32_partitioned_groups_flat", [])  # with offload their gradients stay
