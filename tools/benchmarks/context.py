@@ -27,11 +27,7 @@ GATHERS_TIMED = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's flags."""
-    parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
-    parser.add_argument("--quick", action="store_true", help="a single round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing (default 5)")
-    parser.add_argument("--unit-ms", type=float, default=30.0, help="emulated forward pass, in ms (default 30)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    emulation.add_flags(parser, quick="a single round", unit_ms=30.0)
 
 
 def run(arguments: argparse.Namespace) -> int:

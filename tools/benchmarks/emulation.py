@@ -6,6 +6,7 @@ that a rank spends in collectives inside a computation comes on top.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,21 @@ TIMED_STEPS = 2
 STEPS_A_ROUND = TIMED_STEPS + 2
 """With the one that starts work ahead, and the one that starts none."""
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+
+
+def add_flags(parser: argparse.ArgumentParser, *, quick: str, unit_ms: float) -> None:
+    """The flags of a benchmark of such runs.
+
+    Args:
+        quick: what it does by `--quick`.
+        unit_ms: the default length of an emulated forward pass, in ms.
+    """
+    parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing (default 5)")
+    length = f"emulated forward pass, in ms (default {unit_ms:g})"
+    parser.add_argument("--unit-ms", type=float, default=unit_ms, help=length)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
 def write_inputs(folder: Path, *, seq_length: int, shape: dict[str, int]) -> None:

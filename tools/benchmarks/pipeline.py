@@ -38,11 +38,7 @@ MEASURED_STEPS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's flags."""
-    parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
-    parser.add_argument("--quick", action="store_true", help="2 stages, 4 micro-batches, emulated")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing (default 5)")
-    parser.add_argument("--unit-ms", type=float, default=30.0, help="emulated forward pass, in ms (default 30)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    emulation.add_flags(parser, quick="2 stages, 4 micro-batches, emulated", unit_ms=30.0)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -60,11 +60,7 @@ QUICK = (ONE, Sizes(data=2), Sizes(pipeline=2), Sizes(tensor=2))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's flags."""
-    parser.add_argument("--json", metavar="FILE", help="write the records there instead of docs/benchmarks/")
-    parser.add_argument("--quick", action="store_true", help="one and two ranks")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing (default 5)")
-    parser.add_argument("--unit-ms", type=float, default=20.0, help="emulated forward pass, in ms (default 20)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    emulation.add_flags(parser, quick="one and two ranks", unit_ms=20.0)
 
 
 def run(arguments: argparse.Namespace) -> int:
