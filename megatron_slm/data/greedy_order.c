@@ -1,22 +1,24 @@
 /* Megatron's greedy rule for blends: sample k is from the corpus with the largest weight * max(k, 1) - drawn, the first
  * of equals, in fp64.
  *
- * A plain loop compares all corpora at every sample. Two observations make the comparisons few:
+ * A plain loop compares all corpora at every sample. Three observations make the comparisons few:
  *   - Corpora of one weight are drawn in turn, so only the next of them is compared: they are a group.
- *   - Within a block of samples, few groups can be the largest. The candidates are those with the largest value at the
- *     end of the block; only they are compared. Those of the others are lines in k, and the largest of lines is below
- *     the chord through its ends. Where the largest candidate is not above that chord, by more than the roundings, all
- *     groups are compared for that sample, and a new block begins.
- * So the result is the plain loop's, to the last tie.
+ *   - A group's value falls by one where it is drawn and then grows by its weight with every sample. So it is known when
+ *     it will reach a level, and before that the group is no candidate. A calendar holds the samples at which groups
+ *     become candidates.
+ *   - The largest value changes little from sample to sample, so a level just below it leaves few candidates. Where none
+ *     of them reaches the level, all groups are compared, and the level is chosen anew.
+ * So the result is the plain loop's, to the last tie. Hundreds of weights that differ by rounding alone keep their groups
+ * together, so that nearly all are candidates: that costs as much as the plain loop.
  *
  * Compile without contraction of floating-point operations: weight * k - drawn must be rounded twice.
  * -ffinite-math-only and -fno-signed-zeros let the compiler take the largest of several at once.
  */
-#include <float.h>
-#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define LARGE 1e300 /* more than any value */
 
 typedef struct {
     int32_t num_sources, num_groups;
@@ -24,13 +26,16 @@ typedef struct {
     int32_t *next;                       /* the member of each group to be drawn next */
     double *weight, *drawn, *source;     /* of each group: its weight; how often `source`, the next member, was drawn */
     int64_t k, comparisons;              /* the next sample; values compared for those before it */
-    int32_t block, wanted;               /* samples of a block, and the candidates it should have */
-    double threshold;                    /* of the candidates' values at the end of the block */
-    int32_t num_candidates;
-    int32_t *group, *place;              /* of each candidate; of each group among them */
+    double level;                        /* groups below it are no candidates */
+    int32_t wanted, num_candidates;      /* candidates that a new level leaves; that there are */
+    int32_t *group, *place;              /* of each candidate; where each group is among them */
     double *candidate_weight, *candidate_drawn, *candidate_source;
-    double *values, *ends;               /* scratch */
+    int32_t num_days, *day, *later;      /* calendar: the first group of each day, a sample; the group after each group */
+    double *values;                      /* scratch */
 } Order;
+
+/* Values are compared eight at a time. */
+static inline int32_t padded(int32_t count) { return (count + 7) & ~7; }
 
 static inline double position(int64_t k) { return k > 1 ? (double)k : 1.0; }
 
@@ -42,7 +47,7 @@ static int by_weight(const void *one, const void *other) {
 void greedy_free(Order *o) {
     if (!o) return;
     free(o->members), free(o->start), free(o->group_of), free(o->next), free(o->group), free(o->place);
-    free(o->weight), free(o->drawn), free(o->source), free(o->values), free(o->ends);
+    free(o->weight), free(o->drawn), free(o->source), free(o->values), free(o->day), free(o->later);
     free(o->candidate_weight), free(o->candidate_drawn), free(o->candidate_source), free(o);
 }
 
@@ -51,14 +56,15 @@ Order *greedy_new(int32_t num_sources, const double *weights) {
     Order *o = calloc(1, sizeof(Order));
     const double **sorted = malloc(num_sources * sizeof(double *));
     if (!o || !sorted) return free(o), free(sorted), NULL;
-    int32_t **numbers[] = {&o->members, &o->start, &o->group_of, &o->next, &o->group, &o->place};
-    double **reals[] = {&o->weight, &o->drawn, &o->source, &o->values, &o->ends,
-                        &o->candidate_weight, &o->candidate_drawn, &o->candidate_source};
-    int failed = 0;
-    for (int i = 0; i < 6; i++) failed |= !(*numbers[i] = calloc(num_sources + 8, sizeof(int32_t)));
-    for (int i = 0; i < 8; i++) failed |= !(*reals[i] = calloc(num_sources + 8, sizeof(double)));
-    if (failed) return greedy_free(o), free(sorted), NULL;
     o->num_sources = num_sources;
+    for (o->num_days = 1024; o->num_days < 4 * num_sources; o->num_days *= 2) {}
+    int32_t **numbers[] = {&o->members, &o->start, &o->group_of, &o->next, &o->group, &o->place, &o->later};
+    double **reals[] = {&o->weight, &o->drawn, &o->source, &o->values,
+                        &o->candidate_weight, &o->candidate_drawn, &o->candidate_source};
+    int failed = !(o->day = malloc(o->num_days * sizeof(int32_t)));
+    for (int i = 0; i < 7; i++) failed |= !(*numbers[i] = calloc(padded(num_sources + 1), sizeof(int32_t)));
+    for (int i = 0; i < 7; i++) failed |= !(*reals[i] = calloc(padded(num_sources), sizeof(double)));
+    if (failed) return greedy_free(o), free(sorted), NULL;
     for (int32_t i = 0; i < num_sources; i++) sorted[i] = weights + i;
     qsort(sorted, num_sources, sizeof(double *), by_weight);
     for (int32_t i = 0; i < num_sources; i++) {
@@ -67,14 +73,11 @@ Order *greedy_new(int32_t num_sources, const double *weights) {
             int32_t g = o->num_groups++;
             o->start[g] = o->next[g] = i, o->weight[g] = *sorted[i], o->source[g] = source;
         }
-        o->place[i] = -1;
         o->members[i] = source, o->group_of[source] = o->num_groups - 1;
     }
     o->start[o->num_groups] = num_sources;
-    o->block = 16 + (int32_t)(2.0 * sqrt((double)o->num_groups));
-    o->wanted = o->block + o->block / 2;
-    o->threshold = DBL_MAX;
-    for (int32_t g = o->num_groups; g % 8; g++) o->drawn[g] = DBL_MAX;
+    for (int32_t g = o->num_groups; g < padded(o->num_groups); g++) o->drawn[g] = LARGE;
+    o->wanted = 8;
     free(sorted);
     return o;
 }
@@ -110,96 +113,110 @@ static double largest(double *values, int32_t count, int32_t rank) {
     return values[rank];
 }
 
-typedef struct {
-    double first, slope; /* above the values of all groups that are no candidates, from the block's first sample on */
-} Chord;
-
-/* Chooses the candidates of the samples [k, end). */
-static Chord choose_candidates(Order *o, int64_t end) {
-    int32_t groups = o->num_groups, enough = 0, count = 0;
-    const double *weight = o->weight, *drawn = o->drawn;
-    double *ends = o->ends, first = position(o->k), last = position(end - 1);
-    o->comparisons += 2 * groups; /* with the threshold, and of what is below it */
-    for (int32_t g = 0; g < groups; g++) {
-        ends[g] = weight[g] * last - drawn[g];
-        enough += ends[g] >= o->threshold;
-    }
-    if (o->wanted >= groups) o->threshold = -DBL_MAX;
-    else if (enough < o->wanted - o->wanted / 8 || enough > o->wanted + o->wanted / 2) {
-        memcpy(o->values, ends, groups * sizeof(double));
-        o->threshold = largest(o->values, groups, o->wanted + o->wanted / 8);
-    }
-    double threshold = o->threshold, above_first = -DBL_MAX, above_last = -DBL_MAX, heaviest = 0.0;
-    for (int32_t g = 0; g < groups; g++) {
-        double at_first = ends[g] < threshold ? weight[g] * first - drawn[g] : -DBL_MAX;
-        double at_last = ends[g] < threshold ? ends[g] : -DBL_MAX;
-        double other = ends[g] < threshold ? weight[g] : 0.0;
-        above_first = at_first > above_first ? at_first : above_first;
-        above_last = at_last > above_last ? at_last : above_last;
-        heaviest = other > heaviest ? other : heaviest;
-    }
-    for (int32_t c = 0; c < o->num_candidates; c++) o->place[o->group[c]] = -1;
-    for (int32_t g = 0; g < groups; g++) {
-        o->group[count] = g;
-        count += ends[g] >= threshold;
-    }
-    o->num_candidates = count;
-    for (int32_t c = 0; c < count; c++) {
-        int32_t g = o->group[c];
-        o->place[g] = c;
-        o->candidate_weight[c] = weight[g], o->candidate_drawn[c] = drawn[g], o->candidate_source[c] = o->source[g];
-    }
-    for (int32_t c = count; c % 8; c++) o->candidate_weight[c] = 0.0, o->candidate_drawn[c] = DBL_MAX;
-    if (count == groups) return (Chord){-DBL_MAX, 0.0};
-    double roundings = 0x1p-50 * (heaviest * last + fabs(above_first) + fabs(above_last) + 1.0);
-    int64_t steps = end - 1 - o->k;
-    return (Chord){above_first + roundings, steps ? (above_last - above_first) / (double)steps : 0.0};
-}
-
 /* The largest of values; the group's next source, the first of equals, goes to `source`. */
 static inline double compare(int32_t count, double at, const double *restrict weight, const double *restrict drawn,
                              const double *restrict sources, double *restrict values, int32_t *source) {
-    double best = -DBL_MAX, first = DBL_MAX;
-    count = (count + 7) & ~7;
+    double best = -LARGE, first = LARGE;
+    count = padded(count);
     for (int32_t i = 0; i < count; i++) {
         values[i] = weight[i] * at - drawn[i];
         best = values[i] > best ? values[i] : best;
     }
     for (int32_t i = 0; i < count; i++) {
-        double equal = values[i] == best ? sources[i] : DBL_MAX;
+        double equal = values[i] == best ? sources[i] : LARGE;
         first = equal < first ? equal : first;
     }
     *source = (int32_t)first;
     return best;
 }
 
-static inline void draw(Order *o, int32_t source) {
-    int32_t g = o->group_of[source], c = o->place[g];
+/* Makes a group a candidate of sample k if it may reach the level there; else it is looked at again on a later day. */
+static inline void enter(Order *o, int32_t g, int64_t k) {
+    /* A quarter of a sample is more than all roundings, up to 2^48 samples. */
+    double due = (o->drawn[g] + o->level) / o->weight[g] - 0.25;
+    if (due <= position(k)) {
+        int32_t c = o->place[g] = o->num_candidates++;
+        o->group[c] = g;
+        o->candidate_weight[c] = o->weight[g], o->candidate_drawn[c] = o->drawn[g], o->candidate_source[c] = o->source[g];
+    } else {
+        int64_t on = due < (double)(k + o->num_days - 2) ? (int64_t)due + 1 : k + o->num_days - 1;
+        int32_t *day = o->day + (on & (o->num_days - 1));
+        o->later[g] = *day, *day = g;
+    }
+}
+
+static inline void leave(Order *o, int32_t c) {
+    int32_t last = --o->num_candidates;
+    o->place[o->group[last]] = c;
+    o->group[c] = o->group[last], o->candidate_weight[c] = o->candidate_weight[last];
+    o->candidate_drawn[c] = o->candidate_drawn[last], o->candidate_source[c] = o->candidate_source[last];
+    o->candidate_weight[last] = 0.0, o->candidate_drawn[last] = LARGE;
+}
+
+/* Chooses the level among all groups' values at sample k. */
+static void choose_level(Order *o, int64_t k) {
+    int32_t groups = o->num_groups;
+    for (int32_t g = 0; g < groups; g++) o->values[g] = o->weight[g] * position(k) - o->drawn[g];
+    o->level = o->wanted < groups ? largest(o->values, groups, o->wanted) : -LARGE;
+    o->comparisons += groups;
+    memset(o->day, -1, o->num_days * sizeof(int32_t));
+    for (int32_t c = 0; c < padded(groups); c++) o->candidate_weight[c] = 0.0, o->candidate_drawn[c] = LARGE;
+    o->num_candidates = 0;
+    for (int32_t g = 0; g < groups; g++) enter(o, g, k);
+}
+
+/* Raises the level, so that not many more candidates of sample k are left than are wanted. */
+static void raise_level(Order *o, int64_t k) {
+    if (o->num_candidates <= o->wanted) return;
+    for (int32_t c = 0; c < o->num_candidates; c++)
+        o->values[c] = o->candidate_weight[c] * position(k) - o->candidate_drawn[c];
+    o->comparisons += o->num_candidates;
+    double level = largest(o->values, o->num_candidates, o->wanted);
+    o->level = level > o->level ? level : o->level;
+    for (int32_t c = o->num_candidates - 1; c >= 0; c--) {
+        int32_t g = o->group[c];
+        if (o->candidate_weight[c] * position(k) - o->candidate_drawn[c] < o->level) leave(o, c), enter(o, g, k);
+    }
+}
+
+/* Counts a draw from a group; the group's next member is drawn next. */
+static inline void draw(Order *o, int32_t g) {
     if (++o->next[g] == o->start[g + 1]) o->next[g] = o->start[g], o->drawn[g] += 1.0;
     o->source[g] = (double)o->members[o->next[g]];
-    if (c >= 0) o->candidate_drawn[c] = o->drawn[g], o->candidate_source[c] = o->source[g];
-    o->k++;
 }
 
 /* Writes the sources of the next `size` samples. */
 void greedy_next(Order *o, int64_t size, uint16_t *choice) {
-    const int64_t first = o->k, stop = first + size;
-    while (o->k < stop) {
-        int64_t begin = o->k, end = begin + o->block < stop ? begin + o->block : stop;
-        Chord others = choose_candidates(o, end);
-        int is_sure = 1;
-        while (o->k < end && is_sure) {
-            int32_t source;
-            double at = position(o->k);
-            double best = compare(o->num_candidates, at, o->candidate_weight, o->candidate_drawn, o->candidate_source,
-                                  o->values, &source);
-            is_sure = best > others.first + others.slope * (double)(o->k - begin);
-            o->comparisons += o->num_candidates + (is_sure ? 0 : o->num_groups);
-            if (!is_sure) compare(o->num_groups, at, o->weight, o->drawn, o->source, o->values, &source);
-            choice[o->k - first] = (uint16_t)source;
-            draw(o, source);
+    if (!o->k) choose_level(o, 0);
+    for (int64_t i = 0; i < size; i++) {
+        const int64_t k = o->k++;
+        const double at = position(k);
+        int32_t source, *day = o->day + (k & (o->num_days - 1));
+        for (int32_t g = *day, later; g >= 0; g = later) later = o->later[g], enter(o, g, k);
+        *day = -1;
+
+        double best = compare(o->num_candidates, at, o->candidate_weight, o->candidate_drawn, o->candidate_source,
+                              o->values, &source);
+        o->comparisons += o->num_candidates;
+        const int is_sure = best >= o->level;
+        if (!is_sure) {
+            compare(o->num_groups, at, o->weight, o->drawn, o->source, o->values, &source);
+            o->comparisons += o->num_groups;
         }
-        if (is_sure) o->wanted -= o->wanted > 8;
-        else o->wanted = o->wanted + 8 < o->num_groups ? o->wanted + 8 : o->num_groups;
+        choice[i] = (uint16_t)source;
+        const int32_t g = o->group_of[source], c = o->place[g];
+        draw(o, g);
+
+        if (!is_sure) {
+            o->wanted += o->wanted / 4 + 1;
+            choose_level(o, k + 1);
+            continue;
+        }
+        if (o->weight[g] * position(k + 1) - o->drawn[g] >= o->level)
+            o->candidate_drawn[c] = o->drawn[g], o->candidate_source[c] = o->source[g];
+        else leave(o, c), enter(o, g, k + 1);
+        const int is_time = k % 2048 == 0;
+        if (is_time && o->wanted > 4) o->wanted -= 1 + o->wanted / 8;
+        if (is_time || o->num_candidates > 2 * o->wanted + 8) raise_level(o, k + 1);
     }
 }

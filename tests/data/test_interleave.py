@@ -74,7 +74,7 @@ def test_a_thousand_corpora_of_very_different_weights_equal_megatrons_helper() -
     np.testing.assert_array_equal(order.draw(50_000), source[150_000:])
 
 
-@pytest.mark.parametrize("kind", ["uniform", "nearly equal", "few sizes", "a dominant one"])
+@pytest.mark.parametrize("kind", ["uniform", "nearly equal", "few sizes", "a dominant one", "rare ones and a tie"])
 def test_hundreds_of_corpora_equal_megatrons_helper(kind: str) -> None:
     generator = np.random.default_rng(1)
     raw = {
@@ -82,6 +82,7 @@ def test_hundreds_of_corpora_equal_megatrons_helper(kind: str) -> None:
         "nearly equal": 1 + 1e-7 * generator.random(300),
         "few sizes": generator.integers(1, 4, 300) * 0.1,
         "a dominant one": np.array([1e4, *generator.random(299)]),
+        "rare ones and a tie": np.array([*(1 + generator.random(20)), 4, 2, *(1e-4 * (1 + generator.random(278)))]),
     }[kind]
     weights, size = normalized(raw.tolist()), 150_000
     order = compiled_order(np.array(weights))
@@ -89,7 +90,7 @@ def test_hundreds_of_corpora_equal_megatrons_helper(kind: str) -> None:
     np.testing.assert_array_equal(order.draw(size), megatron(list(weights), size)[0])
 
 
-def test_the_work_a_sample_grows_with_the_root_of_the_corpora_and_not_with_the_samples() -> None:
+def test_the_work_a_sample_hardly_grows_with_the_corpora_and_not_with_the_samples() -> None:
     """A plain loop compares all of them at each sample: 10^11 values for 10^8 samples of 1,000 corpora."""
 
     def work(num_corpora: int, num_samples: int) -> float:
@@ -101,9 +102,9 @@ def test_the_work_a_sample_grows_with_the_root_of_the_corpora_and_not_with_the_s
         return (order.comparisons - before) / num_samples
 
     thousand = work(1000, 100_000)
-    assert thousand < 5 * 1000**0.5
+    assert thousand < 40
     assert work(1000, 400_000) < 1.1 * thousand
-    assert work(4000, 100_000) < 2.5 * thousand
+    assert work(4000, 100_000) < 1.6 * thousand
 
 
 def test_more_corpora_than_an_order_can_name_are_refused() -> None:
