@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.config.rules import require
 from megatron_slm.config.run import RunConfig
 from megatron_slm.errors import ConfigError, suggest_name
 
@@ -50,7 +51,7 @@ def check(user: dict[str, Any], run: RunConfig) -> None:
 
     Raises:
         ConfigError: unknown or unsupported names; ZeRO stage 0 (clips by wrong norms under pipelines, accumulates in
-            bf16), or 2 or 3 with more than one pipeline stage.
+            bf16), 2 or 3 with more than one pipeline stage, or 3 with a reference that follows the model.
     """
     _check_sections(user)
     stage, field = zero_stage(user), f"{_JSON}: zero_optimization.stage"
@@ -69,6 +70,9 @@ def check(user: dict[str, Any], run: RunConfig) -> None:
             "be 1 with --pipeline-model-parallel-size above 1 (a limit of DeepSpeed)",
             f"use {_ZERO_1}, or one pipeline stage",
         )
+    update = run.reference_update
+    rule = "be none with ZeRO-3, whose ranks hold no whole weights"
+    require(stage != 3 or not update.updates, update, "reference_update", rule, "use ZeRO-1 or ZeRO-2")
 
 
 def resolve(user: dict[str, Any], run: RunConfig, *, data_parallel_size: int, num_micro_batches: int) -> dict[str, Any]:
@@ -78,6 +82,7 @@ def resolve(user: dict[str, Any], run: RunConfig, *, data_parallel_size: int, nu
         ConfigError: the user's JSON contradicts the run's configuration, or has unsupported settings.
     """
     check(user, run)
+    _check_size_of_second_shares(user["zero_optimization"], data_parallel_size)
     merged = json.loads(json.dumps({name: value for name, value in user.items() if name not in _MONITORS}))
     offloads = offloads_optimizer(user)
     for path, value in _decided(run, data_parallel_size, num_micro_batches, offloads=offloads).items():
@@ -198,6 +203,18 @@ def _check_second_shares(zero: dict[str, Any], run: RunConfig) -> None:
     if zero["stage"] == 3 and zero.get(name, 1) not in (0, 1) and tensor > 1:
         rule = f"be 1 with --tensor-model-parallel-size above 1 ({tensor}), whose adjacent ranks have other weights"
         raise ConfigError(f"{_JSON}: zero_optimization.{name}", zero[name], rule, "remove it, or use 1 tensor rank")
+
+
+def _check_size_of_second_shares(zero: dict[str, Any], data_parallel_size: int) -> None:
+    """Check that as many ranks as hold second shares of weights together divide the data-parallel ranks.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    name = "zero_hpz_partition_size"
+    if zero["stage"] == 3 and data_parallel_size % min(zero.get(name) or 1, data_parallel_size):
+        rule = f"divide the {data_parallel_size} data-parallel ranks"
+        raise ConfigError(f"{_JSON}: zero_optimization.{name}", zero[name], rule, "use the GPUs of a node")
 
 
 def monitors(user: dict[str, Any]) -> dict[str, Any]:

@@ -150,8 +150,8 @@ def check_sets(config: RunConfig, valid: Collection[str], test: Collection[str])
         raise ConfigError("--keep-best", best, rule, "name one, or add --valid-data-path")
 
 
-def check_reference_update(config: RunConfig, models: Models, resume: Resume | None, zero_stage: int) -> None:
-    """Validate --reference-update against the models, the engine and the checkpoint.
+def check_reference_update(config: RunConfig, models: Models, resume: Resume | None) -> None:
+    """Validate --reference-update against the models and the checkpoint.
 
     Raises:
         SlmError: they do not match.
@@ -165,13 +165,6 @@ def check_reference_update(config: RunConfig, models: Models, resume: Resume | N
             config.selection.reference_load,
             f"be of the model's architecture with --reference-update {kind}, which averages their weights",
             "use --reference-load init, or a checkpoint of this model",
-        )
-    if zero_stage == 3:
-        raise ConfigError(
-            "--reference-update",
-            kind,
-            "be none with ZeRO-3, whose ranks hold no whole weights",
-            "use ZeRO-1 or ZeRO-2",
         )
     if resume is not None and not any(name.startswith(f"{FILE_KIND}_") for name in resume.manifest.files):
         raise CheckpointError(

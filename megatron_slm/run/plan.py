@@ -181,7 +181,7 @@ def make_plan(
     scores = open_scores(config, models.tokenizer, data.train, thorough=rank == 0)
     check_entropies(config, selector, scores)
     check_distributions(config, scores, models.architecture.vocab_size)
-    check_reference_update(config, models, resume, ds_config.zero_stage(resolved))
+    check_reference_update(config, models, resume)
     return Plan(
         config=config,
         topology=topology,

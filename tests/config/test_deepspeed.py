@@ -101,6 +101,21 @@ def test_second_shares_are_of_ranks_with_the_same_weights() -> None:
     assert resolve(user, run())["zero_optimization"]["zero_hpz_partition_size"] == 2
     with pytest.raises(ConfigError, match=r"zero_hpz_partition_size is 2: must be 1 with --tensor-model-parallel-size"):
         resolve(user, run("--tensor-model-parallel-size", "2"))
+    user["zero_optimization"]["zero_hpz_partition_size"] = 8
+    assert resolve(user, run())["zero_optimization"]["zero_hpz_partition_size"] == 8
+    user["zero_optimization"]["zero_hpz_partition_size"] = 3
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size is 3: must divide the 4 data-parallel ranks"):
+        resolve(user, run())
+
+
+def test_zero_3_keeps_no_whole_weights_for_a_reference_that_follows_the_model() -> None:
+    """A plan of a layout refuses it as a run does."""
+    user = {"zero_optimization": {"stage": 3}}
+    flags = "--train-iters 3 --objective slm --init-from x --reference-load init --reference-update ema"
+    follows = parse(flags.split())[0]
+    ds_config.check({"zero_optimization": {"stage": 2}}, follows)
+    with pytest.raises(ConfigError, match="--reference-update is 'ema': must be none with ZeRO-3"):
+        ds_config.check(user, follows)
 
 
 @pytest.mark.parametrize(("text", "match"), [("{", "must be JSON"), ("[1]", "must contain a JSON object")])
