@@ -37,16 +37,17 @@ def held_rows(num_samples: int, length: int, ranks: ContextParallel, device: tor
     return (starts_b[:, None] + positions(length, ranks, device)).flatten()
 
 
-def in_sequence_order(parts: Tensor, dim: int, ranks: ContextParallel) -> Tensor:
+def in_sequence_order(parts: Tensor, dim: int, ranks: ContextParallel, out: Tensor | None = None) -> Tensor:
     """Put the ranks' positions together, [size, ...] to [...] with l positions along `dim` becoming s.
 
     Args:
         dim: of the positions in one rank's part.
+        out: filled with the result.
     """
-    if ranks.size == 1:
+    if ranks.size == 1 and out is None:
         return parts.squeeze(0)
-    firsts, seconds = parts.unflatten(dim + 1, (2, -1)).movedim(dim + 1, 1).unbind(1)
-    return torch.cat([firsts, seconds.flip(0)]).movedim(0, dim).flatten(dim, dim + 1)
+    halves = parts.unflatten(dim + 1, (2, -1)).movedim(dim + 1, 0)
+    return torch.cat([*halves[0].unbind(), *reversed(halves[1].unbind())], dim, out=out)
 
 
 def by_rank(whole: Tensor, dim: int, ranks: ContextParallel) -> Tensor:

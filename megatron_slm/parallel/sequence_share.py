@@ -58,9 +58,9 @@ class SequenceShare:
         return out
 
 
-def _gathered(own_2blgk: Tensor, ranks: ContextParallel) -> Tensor:
+def _gathered(own_2blgk: Tensor, ranks: ContextParallel, out: Tensor | None = None) -> Tensor:
     parts = all_gather_dim0(own_2blgk, ranks).unflatten(0, (ranks.size, 2))
-    return in_sequence_order(parts, 2, ranks)
+    return in_sequence_order(parts, 2, ranks, out)
 
 
 class _Gather(torch.autograd.Function):
@@ -89,5 +89,5 @@ class _Refilled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         own_2blgk, whole_2bsgk = ctx.saved_tensors
         whole_2bsgk.untyped_storage().resize_(whole_2bsgk.nbytes)
-        whole_2bsgk.data.copy_(_gathered(own_2blgk, ctx.ranks))  # what it was: to autograd no other version
+        _gathered(own_2blgk, ctx.ranks, out=whole_2bsgk.data)  # what it was: to autograd no other version
         return grads[0], None, None, None

@@ -115,8 +115,10 @@ def key_width(arch: Architecture, layout: Layout) -> float:
 def gathered_at_once(arch: Architecture, layout: Layout, *, e: int) -> float:
     """Return the bytes per token of the keys and values of whole sequences, and of their gradients, while one block's
     attention runs.
+
+    In the backward pass these are keys, values, and the sums and one addend of their gradients.
     """
-    return 4 * e * key_width(arch, layout) * layout.context if layout.context > 1 else 0.0
+    return 5 * e * key_width(arch, layout) * layout.context if layout.context > 1 else 0.0
 
 
 def _norm(width: int, *, e: int, fused: bool) -> int:
