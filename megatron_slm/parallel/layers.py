@@ -152,7 +152,8 @@ class VocabularyWeight(nn.Module):
 
     def tokens(self) -> Tensor:
         """Return the rows of tokens, without padding, [length, d]."""
-        return self.weight[: self.length]
+        # a slice's gradient is zeros of the whole weight, and a copy
+        return self.weight if self.length == self.rows else self.weight[: self.length]
 
 
 class VocabularyEmbedding(VocabularyWeight):
