@@ -68,30 +68,26 @@ def _active(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
-def gate_rows(gate_Nf: Tensor, up_Nf: Tensor, activation: str, row_M: Tensor | None) -> Tensor:
-    """`activation(gate) * up` of some rows, or all: [M, f]."""
-    out_Mf = gate_Nf.new_empty(len(gate_Nf) if row_M is None else len(row_M), gate_Nf.shape[1])
-    for rows in row_blocks(out_Mf):
-        gate, up = (_take(x, rows, row_M) for x in (gate_Nf, up_Nf))
-        torch.mul(_active(gate, activation), up, out=out_Mf[rows])
-    return out_Mf
-
-
-def gate_gradients(
+def differentiate_gate(
     grad_Mf: Tensor, gate_Nf: Tensor, up_Nf: Tensor, activation: str, row_M: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `gate_rows` for gate and up, [M, f] each, side by side in memory."""
-    width = grad_Mf.shape[1]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`activation(gate) * up` of some rows, or all, and its gradients for gate and up, side by side in memory.
+
+    [M, f] each.
+    """
+    width, out_Mf = grad_Mf.shape[1], torch.empty_like(grad_Mf)
     dgate_Mf, dup_Mf = grad_Mf.new_empty(len(grad_Mf), 2 * width).split(width, dim=1)
     for rows in row_blocks(grad_Mf):
         grad, gate, up = grad_Mf[rows], *(_take(x, rows, row_M) for x in (gate_Nf, up_Nf))
-        torch.mul(grad, _active(gate, activation), out=dup_Mf[rows])
+        active = _active(gate, activation)
+        torch.mul(active, up, out=out_Mf[rows])
+        torch.mul(grad, active, out=dup_Mf[rows])
         through, out = grad * up, dgate_Mf[rows]
         if activation == "silu":
             torch.ops.aten.silu_backward.grad_input(through, gate, grad_input=out)
         else:
             torch.ops.aten.gelu_backward.grad_input(through, gate, approximate="tanh", grad_input=out)
-    return dgate_Mf, dup_Mf
+    return out_Mf, (dgate_Mf, dup_Mf)
 
 
 def _take(x_Nf: Tensor, rows: slice, row_M: Tensor | None) -> Tensor:

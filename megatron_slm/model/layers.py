@@ -53,6 +53,10 @@ class LinearOut(HasParameters, Protocol):
         """The same for a backward pass alone: what it returns, [R, out], is not to be read."""
         ...
 
+    def differentiate(self, grad_Rd: Tensor, inputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the inputs, [R, in], and of the parameters; the inputs may be made from their gradient."""
+        ...
+
 
 class KeyValueHeads(Protocol):
     """The key and value heads that this rank's queries attend to."""

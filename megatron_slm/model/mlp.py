@@ -43,20 +43,11 @@ class MLP(nn.Module):
         active_sbf = self.activation(gate_sbf)
         return active_sbf * up_sbf if torch.is_grad_enabled() else active_sbf.mul_(up_sbf)
 
-    def activate_rows(self, gate_Nf: Tensor, up_Nf: Tensor, row_M: Tensor | None) -> Tensor:
-        """`activate` some rows, or all, without a graph: [M, f]."""
-        if self.fuses:
-            return fused.activate(*_taken(row_M, gate_Nf, up_Nf))
-        return elementwise.gate_rows(gate_Nf, up_Nf, self.activation_name, row_M)
-
-    def activation_gradients(
+    def differentiate_activation(
         self, grad_Mf: Tensor, gate_Nf: Tensor, up_Nf: Tensor, row_M: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of `activate_rows` for both of its inputs, [M, f] each."""
-        if self.fuses:
-            return fused.activation_gradients(grad_Mf, *_taken(row_M, gate_Nf, up_Nf))
-        return elementwise.gate_gradients(grad_Mf, gate_Nf, up_Nf, self.activation_name, row_M)
-
-
-def _taken(row_M: Tensor | None, *of_N: Tensor) -> tuple[Tensor, ...]:
-    return of_N if row_M is None else tuple(x.index_select(0, row_M) for x in of_N)
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`activate` some rows, or all, without a graph, and both of its inputs' gradients: [M, f] each."""
+        if not self.fuses:
+            return elementwise.differentiate_gate(grad_Mf, gate_Nf, up_Nf, self.activation_name, row_M)
+        gate_Mf, up_Mf = (gate_Nf, up_Nf) if row_M is None else (x.index_select(0, row_M) for x in (gate_Nf, up_Nf))
+        return fused.activate(gate_Mf, up_Mf), fused.activation_gradients(grad_Mf, gate_Mf, up_Mf)

@@ -17,7 +17,7 @@ feed-forward layer see the rows of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_slm.config.recomputation import Granularity
-from megatron_slm.model.layers import HasParameters
+from megatron_slm.model.layers import HasParameters, LinearOut
 from megatron_slm.model.norm import run_by_hand
 from megatron_slm.model.row_sampling import BackwardRows, Drawn
 from megatron_slm.types import Documents
@@ -183,11 +183,14 @@ class _Pass:
         else:
             gate, up = (x.flatten(0, 1) for x in self.inner.gate_up)
             taken_M = whole_M
-        with torch.enable_grad():
-            active_Mf = mlp.activate_rows(gate, up, taken_M).requires_grad_()
-            out_Md = mlp.down_proj.replay(active_Mf)
-        (dactive_Mf,) = self._differentiate([out_Md], [block.scaled(dz_Md)], [active_Mf], [mlp.down_proj])
-        dgate_up = mlp.activation_gradients(dactive_Mf, gate, up, taken_M)
+        dgate_up: tuple[Tensor, ...] = ()
+
+        def active(dactive_Mf: Tensor) -> Tensor:
+            nonlocal dgate_up
+            active_Mf, dgate_up = mlp.differentiate_activation(dactive_Mf, gate, up, taken_M)
+            return active_Mf
+
+        self._linear_out(mlp.down_proj, dz_Md, active)
         with torch.enable_grad():
             replayed = mlp.gate_up.replay(normed_Md, dgate_up)
         (dy_Md,) = self._differentiate(replayed, dgate_up, [y_Md], [block.mlp_norm, mlp.gate_up])
@@ -196,10 +199,7 @@ class _Pass:
     def _attention(self, dy_Md: Tensor, whole_M: Tensor) -> list[Tensor]:
         """Gradients of the queries of the rows, [M, h * k], and of all keys and values, [s, b, g * k] each."""
         attention, attended, mixed_sbf = self.block.self_attn, self.attended, self.attended.mixed_sbf
-        with torch.enable_grad():
-            mixed_Mf = _rows(mixed_sbf.detach(), whole_M).requires_grad_()
-            out_Md = attention.o_proj.replay(mixed_Mf)
-        (dmixed_Mf,) = self._differentiate([out_Md], [self.block.scaled(dy_Md)], [mixed_Mf], [attention.o_proj])
+        dmixed_Mf = self._linear_out(attention.o_proj, dy_Md, lambda _: _rows(mixed_sbf.detach(), whole_M))
         dmixed_Nf = dmixed_Mf.new_zeros(mixed_sbf.shape).flatten(0, 1).index_add_(0, whole_M, dmixed_Mf)
         leaves, norms = [attended.q_sbhk, *attended.qkv[1:]], [attention.whole_k_norm, attention.k_norm]
         dq_sbhk, *others = self._differentiate([mixed_sbf], [dmixed_Nf.view_as(mixed_sbf)], leaves, norms)
@@ -236,6 +236,12 @@ class _Pass:
             qkv = block.self_attn.qkv.replay(run_by_hand(block.attention_norm, x_Md), grads)
         (dx_Md,) = self._differentiate(qkv, grads, [x_Md], [block.attention_norm, block.self_attn.qkv])
         return dx_Md
+
+    def _linear_out(self, linear: LinearOut, dout_Md: Tensor, inputs: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient of a layer's inputs; those of its parameters are put down."""
+        dinputs_Mf, found = linear.differentiate(self.block.scaled(dout_Md), inputs)
+        self.found.update(zip(map(id, linear.parameters()), found, strict=True))
+        return dinputs_Mf
 
     def _differentiate(
         self,

@@ -10,7 +10,7 @@ positions a rank; `linear_in` gathers them and `linear_out` scatters the sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from megatron_slm.config.backends import Backends
 from megatron_slm.errors import LayoutError
 from megatron_slm.parallel.collectives import (
     all_gather_dim0,
+    all_reduce_sum,
     broadcast,
     copy_to_tensor_parallel,
     enter_parallel_region,
@@ -121,6 +122,21 @@ class LinearOut(nn.Module):
         """`forward` for a backward pass alone: zeros in place of the product, and of the sum over the ranks."""
         out = UnreadLinear.apply(x_Rf, self.weight, self.tp)
         return out if self.bias is None else out + self._bias()
+
+    def differentiate(self, grad_Rd: Tensor, inputs: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """`replay` and its backward pass: the gradients of the inputs, [R, in / size], and of the parameters.
+
+        Args:
+            grad_Rd: of what the layer returned; under sequence parallelism of this rank's part of the rows.
+            inputs: is called with the inputs' gradient, and returns them.
+        """
+        whole_Rd = all_gather_dim0(grad_Rd, self.tp) if self.tp.sequence_parallel else grad_Rd
+        grad_Rf = whole_Rd @ self.weight
+        found = [whole_Rd.t() @ inputs(grad_Rf)]
+        if self.bias is not None:
+            grad_d = grad_Rd.sum(0)
+            found.append(all_reduce_sum(grad_d, self.tp) if self.tp.sequence_parallel else grad_d)
+        return grad_Rf, found
 
     def _bias(self) -> Tensor:
         assert self.bias is not None, "asked for where there is one"

@@ -77,10 +77,9 @@ def test_gate(dtype: torch.dtype, activation: str, rows: list[int] | None) -> No
     taken = [x if row_M is None else x[row_M] for x in (gate, up)]
     expected = ACTIVATIONS[activation](taken[0]) * taken[1]
     limits = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
-    found = elementwise.gate_rows(gate.detach(), up.detach(), activation, row_M)
-    torch.testing.assert_close(found, expected.detach(), **limits)
     grad = drawn(*expected.shape, seed=9).to(dtype)
-    parts = elementwise.gate_gradients(grad, gate.detach(), up.detach(), activation, row_M)
+    found, parts = elementwise.differentiate_gate(grad, gate.detach(), up.detach(), activation, row_M)
+    torch.testing.assert_close(found, expected.detach(), **limits)
     for ours, theirs in zip(parts, torch.autograd.grad(expected, [gate, up], grad), strict=True):
         theirs = theirs if row_M is None else theirs[row_M]
         torch.testing.assert_close(ours, theirs, **limits)
