@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_ROWS = 128
-"""Rows of a tile: the kernel's own blocks are of 32 to 256."""
+TILE_ROWS = 64
+"""Rows of a tile: all of them run on the keys that the last one sees; smaller tiles take more calls of the kernel."""
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -81,16 +81,21 @@ def _rows_with_gradient(dout: Tensor) -> tuple[Tensor, Tensor, list[int]]:
 
 def _tiles(position_M: Tensor, counts: list[int], window: int | None, dtype: torch.dtype) -> Iterator[_Tile]:
     """Runs of a sample's rows, with the keys that any of them sees and the mask between the two."""
+    positions = position_M.tolist()
+    number_n = torch.arange(max(positions, default=-1) + 1)
     end = 0
     for sample, count in enumerate(counts):
         begin, end = end, end + count
         for start in range(begin, end, TILE_ROWS):
             rows = slice(start, min(start + TILE_ROWS, end))
-            position_T = position_M[rows]
-            first, last = int(position_T[0]), int(position_T[-1])
-            key = 0 if window is None else max(0, first - window + 1)
-            distance_Tn = position_T[:, None] - torch.arange(key, last + 1)
-            yield _Tile(sample, rows, slice(key, last + 1), _additive(_sees(distance_Tn, window), dtype))
+            first, last = positions[rows.start], positions[rows.stop - 1]
+            keys = slice(0 if window is None else max(0, first - window + 1), last + 1)
+            hidden_Tn = number_n[keys] > position_M[rows, None]
+            if window is not None:
+                hidden_Tn |= number_n[keys] <= position_M[rows, None] - window
+            yield _Tile(
+                sample, rows, keys, torch.zeros(hidden_Tn.shape, dtype=dtype).masked_fill_(hidden_Tn, -torch.inf)
+            )
 
 
 def seen(length: int, window: int | None, device: torch.device) -> Tensor:
