@@ -110,23 +110,33 @@ def write_rows(out: Path, results: Results, benchmark: Path, *, command: str = "
     names = ("clm", found.exact, *methods)
     numbers["final"] = {name: {measure: found.losses(name, measure) for measure in measures} for name in names}
     numbers["clean"] = {name: results.final(name) for name in ("reference", CLEAN) if results.runs[name]}
-    folder = out / "results"
+    intro = f"Made by `python examples/study/{command}`. {_setting(next(iter(results.runs[found.exact].values())))}"
+    return write_page(out / "results", numbers, step_ratios(benchmark), intro)
+
+
+def write_page(folder: Path, numbers: Mapping[str, Any], ratios: Mapping[str, float], intro: str) -> Path:
+    """Write rows.md, rows.json and rows.png into a folder, which is made.
+
+    Args:
+        numbers: what rows.json holds.
+        ratios: step time over plain training's by method.
+    """
+    methods = [name for name in METHODS if name in numbers]
+    measures = [measure for measure in ("target", "inside") if measure in numbers[methods[0]]]
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / "rows.json", (json.dumps(numbers, indent=1) + "\n").encode())
-    ratios = step_ratios(benchmark)
-    write_durably(folder / "rows.png", png([_panel(found, methods, measures[-1], ratios)]))
-    intro = f"Made by `python examples/study/{command}`. {_setting(next(iter(results.runs[found.exact].values())))}"
-    lines = [_HEADING, intro, _EXPLANATION, *_page(numbers, methods, measures, ratios)]
-    write_durably(folder / "rows.md", "\n".join(lines).encode())
+    write_durably(folder / "rows.png", png([_panel(numbers, methods, measures[-1], ratios)]))
+    lines = [_HEADING, intro.rstrip(), _EXPLANATION, *_page(numbers, methods, measures, ratios)]
+    write_durably(folder / "rows.md", ("\n".join(lines) + "\n").encode())
     return folder / "rows.md"
 
 
-def _panel(found: RowResults, methods: Sequence[str], measure: str, ratios: Mapping[str, float]) -> Panel:
+def _panel(numbers: Mapping[str, Any], methods: Sequence[str], measure: str, ratios: Mapping[str, float]) -> Panel:
     """Quality against cost, or against the share of the rows where no step was timed."""
     lines = []
     for i, name in enumerate(["exact", *methods]):
-        kept = {"mean": 1.0, "low": 1.0, "high": 1.0} if name == "exact" else found.kept(name, measure)
-        share = 1.0 if name == "exact" else found.metric(name, "backward_row_share")
+        kept = {"mean": 1.0, "low": 1.0, "high": 1.0} if name == "exact" else numbers[name][measure]
+        share = 1.0 if name == "exact" else numbers[name]["share"]
         x = ratios.get(name) if ratios else share
         if x is not None and kept["mean"] is not None:
             low, high = (kept["mean"] if kept[end] is None else kept[end] for end in ("low", "high"))
@@ -169,9 +179,10 @@ def _page(
     exact = ["", *[""] * (len(measures) - 1), "", "1.000", "0.000", _shown(numbers["exact"]["clipped"])]
     yield "| " + " | ".join(["exact", *exact, _shown(ratios.get("exact"))]) + " |"
     for measure in measures:
-        values = {name: list(of[measure].values()) for name, of in numbers["final"].items()}
+        values = {name: list(of[measure].values()) for name, of in numbers.get("final", {}).items()}
         means = [f"{name} {fmean(losses):.4f}" for name, losses in values.items() if losses]
-        yield f"\nFinal losses, {measure} (means, nats): {', '.join(means)}."
+        if means:
+            yield f"\nFinal losses, {measure} (means, nats): {', '.join(means)}."
     for measure in measures:
         for name in methods:
             kept = numbers[name][measure]
