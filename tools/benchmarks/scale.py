@@ -1,9 +1,9 @@
 """What one rank of up to 1,024 does at its start and in a step: process groups, host memory, files, collectives.
 
 Each rank is simulated by a process of its own (`simulated_rank.py`), which runs the project's own `prepare` and
-`train`. Counts are exact; seconds are of this machine, without what a network would add. A
-tensor below four million numbers is drawn whole, one after the other, and cut: in models of a few thousand parameters
-that shows in the bytes a parameter.
+`train`. Counts are exact; seconds are of this machine, without what a network would add. A tensor below four million
+numbers is drawn whole, one after the other, and cut: in models of a few thousand parameters that shows in the bytes a
+parameter.
 """
 
 from __future__ import annotations
