@@ -212,9 +212,12 @@ def _check_size_of_second_shares(zero: dict[str, Any], data_parallel_size: int) 
         ConfigError: they do not.
     """
     name = "zero_hpz_partition_size"
-    if zero["stage"] == 3 and data_parallel_size % min(zero.get(name) or 1, data_parallel_size):
+    size = zero.get(name)
+    if zero["stage"] != 3 or not isinstance(size, int) or size < 1:
+        return  # DeepSpeed refuses what is no size
+    if data_parallel_size % min(size, data_parallel_size):
         rule = f"divide the {data_parallel_size} data-parallel ranks"
-        raise ConfigError(f"{_JSON}: zero_optimization.{name}", zero[name], rule, "use the GPUs of a node")
+        raise ConfigError(f"{_JSON}: zero_optimization.{name}", size, rule, "use the GPUs of a node")
 
 
 def monitors(user: dict[str, Any]) -> dict[str, Any]:

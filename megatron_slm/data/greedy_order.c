@@ -3,13 +3,12 @@
  *
  * A plain loop compares all corpora at every sample. Three observations make the comparisons few:
  *   - Corpora of one weight are drawn in turn, so only the next of them is compared: they are a group.
- *   - A group's value falls by one where it is drawn and then grows by its weight with every sample. So it is known when
- *     it will reach a level, and before that the group is no candidate. A calendar holds the samples at which groups
- *     become candidates.
- *   - The largest value changes little from sample to sample, so a level just below it leaves few candidates. Where none
- *     of them reaches the level, all groups are compared, and the level is chosen anew.
- * So the result is the plain loop's, to the last tie. Hundreds of weights that differ by rounding alone keep their groups
- * together, so that nearly all are candidates: that costs as much as the plain loop.
+ *   - A group's value falls by one where it is drawn, and then grows by its weight with every sample. So it is known
+ *     when it will reach a level, and before that the group is no candidate. A calendar holds the samples at which
+ *     groups become candidates.
+ *   - The largest value changes little, or as it did last. So few candidates reach a level that is just below it, and
+ *     rises as it does. Where none is left, all groups are compared, and the level is chosen anew.
+ * So the result is the plain loop's, to the last tie.
  *
  * Compile without contraction of floating-point operations: weight * k - drawn must be rounded twice.
  * -ffinite-math-only and -fno-signed-zeros let the compiler take the largest of several at once.
@@ -18,7 +17,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LARGE 1e300 /* more than any value */
+#define LARGE 1e300    /* more than any value */
+#define FEWEST 16      /* candidates that a level leaves: comparing fewer is hardly faster */
+#define CHOICE_COST 25 /* of choosing a level, for each group, in comparisons */
 
 typedef struct {
     int32_t num_sources, num_groups;
@@ -26,11 +27,13 @@ typedef struct {
     int32_t *next;                       /* the member of each group to be drawn next */
     double *weight, *drawn, *source;     /* of each group: its weight; how often `source`, the next member, was drawn */
     int64_t k, comparisons;              /* the next sample; values compared for those before it */
-    double level;                        /* groups below it are no candidates */
+    double level, slope, from;           /* groups below level + slope * (k - from) are no candidates */
+    double best;                         /* largest value at sample `from` */
     int32_t wanted, num_candidates;      /* candidates that a new level leaves; that there are */
+    int64_t spent;                       /* values compared since the level was chosen */
     int32_t *group, *place;              /* of each candidate; where each group is among them */
     double *candidate_weight, *candidate_drawn, *candidate_source;
-    int32_t num_days, *day, *later;      /* calendar: the first group of each day, a sample; the group after each group */
+    int32_t num_days, *day, *later;      /* calendar: the first group of a day, a sample; the one after each group */
     double *values;                      /* scratch */
 } Order;
 
@@ -77,7 +80,7 @@ Order *greedy_new(int32_t num_sources, const double *weights) {
     }
     o->start[o->num_groups] = num_sources;
     for (int32_t g = o->num_groups; g < padded(o->num_groups); g++) o->drawn[g] = LARGE;
-    o->wanted = 8;
+    o->wanted = FEWEST;
     free(sorted);
     return o;
 }
@@ -130,17 +133,21 @@ static inline double compare(int32_t count, double at, const double *restrict we
     return best;
 }
 
+static inline double level_at(const Order *o, int64_t k) { return o->level + o->slope * (position(k) - o->from); }
+
 /* Makes a group a candidate of sample k if it may reach the level there; else it is looked at again on a later day. */
 static inline void enter(Order *o, int32_t g, int64_t k) {
-    /* A quarter of a sample is more than all roundings, up to 2^48 samples. */
-    double due = (o->drawn[g] + o->level) / o->weight[g] - 0.25;
-    if (due <= position(k)) {
+    const double grown = o->weight[g] * position(k), roundings = 0x1p-48 * (grown + o->weight[g] * o->num_days + 1.0);
+    const double missing = level_at(o, k) - (grown - o->drawn[g]) - roundings, gained = o->weight[g] - o->slope;
+    o->comparisons++;
+    if (missing <= 0.0) {
         int32_t c = o->place[g] = o->num_candidates++;
         o->group[c] = g;
-        o->candidate_weight[c] = o->weight[g], o->candidate_drawn[c] = o->drawn[g], o->candidate_source[c] = o->source[g];
+        o->candidate_weight[c] = o->weight[g];
+        o->candidate_drawn[c] = o->drawn[g], o->candidate_source[c] = o->source[g];
     } else {
-        int64_t on = due < (double)(k + o->num_days - 2) ? (int64_t)due + 1 : k + o->num_days - 1;
-        int32_t *day = o->day + (on & (o->num_days - 1));
+        int32_t most = o->num_days - 1, days = missing < gained * (most - 1) ? (int32_t)(missing / gained) + 1 : most;
+        int32_t *day = o->day + ((k + days) & most);
         o->later[g] = *day, *day = g;
     }
 }
@@ -153,29 +160,55 @@ static inline void leave(Order *o, int32_t c) {
     o->candidate_weight[last] = 0.0, o->candidate_drawn[last] = LARGE;
 }
 
+/* How fast the largest value grew since it was `o->best`; no faster than the slowest group above a level. */
+static double trend(const Order *o, double at, double best, double level, int32_t count, const double *weight,
+                    const double *drawn) {
+    double slowest = LARGE, grown = at > o->from && best > o->best ? (best - o->best) / (at - o->from) : 0.0;
+    for (int32_t i = 0; i < count; i++) {
+        double of_group = weight[i] * at - drawn[i] >= level ? weight[i] : LARGE;
+        slowest = of_group < slowest ? of_group : slowest;
+    }
+    return grown < slowest ? grown : slowest;
+}
+
+/* Values of some groups at a sample, and the largest of them. */
+static double evaluate(Order *o, double at, int32_t count, const double *weight, const double *drawn) {
+    double best = -LARGE;
+    for (int32_t i = 0; i < count; i++) {
+        o->values[i] = weight[i] * at - drawn[i];
+        best = o->values[i] > best ? o->values[i] : best;
+    }
+    o->comparisons += count, o->spent += count;
+    return best;
+}
+
 /* Chooses the level among all groups' values at sample k. */
 static void choose_level(Order *o, int64_t k) {
-    int32_t groups = o->num_groups;
-    for (int32_t g = 0; g < groups; g++) o->values[g] = o->weight[g] * position(k) - o->drawn[g];
+    const int32_t groups = o->num_groups;
+    const double at = position(k), best = evaluate(o, at, groups, o->weight, o->drawn);
     o->level = o->wanted < groups ? largest(o->values, groups, o->wanted) : -LARGE;
-    o->comparisons += groups;
+    o->slope = trend(o, at, best, o->level, groups, o->weight, o->drawn);
+    o->best = best, o->from = at, o->spent = 0;
     memset(o->day, -1, o->num_days * sizeof(int32_t));
     for (int32_t c = 0; c < padded(groups); c++) o->candidate_weight[c] = 0.0, o->candidate_drawn[c] = LARGE;
     o->num_candidates = 0;
     for (int32_t g = 0; g < groups; g++) enter(o, g, k);
 }
 
-/* Raises the level, so that not many more candidates of sample k are left than are wanted. */
+/* Raises the level, so that not many more candidates of sample k are left than are wanted: higher and no flatter, it
+ * leaves those out that were left out. */
 static void raise_level(Order *o, int64_t k) {
-    if (o->num_candidates <= o->wanted) return;
-    for (int32_t c = 0; c < o->num_candidates; c++)
-        o->values[c] = o->candidate_weight[c] * position(k) - o->candidate_drawn[c];
-    o->comparisons += o->num_candidates;
-    double level = largest(o->values, o->num_candidates, o->wanted);
-    o->level = level > o->level ? level : o->level;
-    for (int32_t c = o->num_candidates - 1; c >= 0; c--) {
+    const int32_t count = o->num_candidates;
+    if (count <= o->wanted) return;
+    const double *weight = o->candidate_weight, *drawn = o->candidate_drawn, at = position(k), before = level_at(o, k);
+    const double best = evaluate(o, at, count, weight, drawn), wanted = largest(o->values, count, o->wanted);
+    o->level = wanted > before ? wanted : before;
+    const double slope = trend(o, at, best, o->level, count, weight, drawn);
+    o->slope = slope > o->slope ? slope : o->slope;
+    o->best = best, o->from = at;
+    for (int32_t c = count - 1; c >= 0; c--) {
         int32_t g = o->group[c];
-        if (o->candidate_weight[c] * position(k) - o->candidate_drawn[c] < o->level) leave(o, c), enter(o, g, k);
+        if (weight[c] * at - drawn[c] < o->level) leave(o, c), enter(o, g, k);
     }
 }
 
@@ -187,6 +220,7 @@ static inline void draw(Order *o, int32_t g) {
 
 /* Writes the sources of the next `size` samples. */
 void greedy_next(Order *o, int64_t size, uint16_t *choice) {
+    const int64_t budget = (int64_t)CHOICE_COST * o->num_groups;
     if (!o->k) choose_level(o, 0);
     for (int64_t i = 0; i < size; i++) {
         const int64_t k = o->k++;
@@ -195,10 +229,12 @@ void greedy_next(Order *o, int64_t size, uint16_t *choice) {
         for (int32_t g = *day, later; g >= 0; g = later) later = o->later[g], enter(o, g, k);
         *day = -1;
 
-        double best = compare(o->num_candidates, at, o->candidate_weight, o->candidate_drawn, o->candidate_source,
-                              o->values, &source);
-        o->comparisons += o->num_candidates;
-        const int is_sure = best >= o->level;
+        int is_sure = o->num_candidates > 0;
+        if (is_sure) {
+            is_sure = compare(o->num_candidates, at, o->candidate_weight, o->candidate_drawn, o->candidate_source,
+                              o->values, &source) >= level_at(o, k);
+            o->comparisons += o->num_candidates, o->spent += o->num_candidates;
+        }
         if (!is_sure) {
             compare(o->num_groups, at, o->weight, o->drawn, o->source, o->values, &source);
             o->comparisons += o->num_groups;
@@ -208,15 +244,15 @@ void greedy_next(Order *o, int64_t size, uint16_t *choice) {
         draw(o, g);
 
         if (!is_sure) {
-            o->wanted += o->wanted / 4 + 1;
+            o->wanted += o->wanted / 4 + 1; /* the last choice cost more than the comparisons since */
             choose_level(o, k + 1);
             continue;
         }
-        if (o->weight[g] * position(k + 1) - o->drawn[g] >= o->level)
+        if (o->weight[g] * position(k + 1) - o->drawn[g] >= level_at(o, k + 1))
             o->candidate_drawn[c] = o->drawn[g], o->candidate_source[c] = o->source[g];
         else leave(o, c), enter(o, g, k + 1);
-        const int is_time = k % 2048 == 0;
-        if (is_time && o->wanted > 4) o->wanted -= 1 + o->wanted / 8;
-        if (is_time || o->num_candidates > 2 * o->wanted + 8) raise_level(o, k + 1);
+        const int is_paid = o->spent > budget;
+        if (is_paid) o->spent = 0, o->wanted -= o->wanted > FEWEST ? 1 + o->wanted / 8 : 0;
+        if (is_paid || o->num_candidates > 2 * o->wanted + 8) raise_level(o, k + 1);
     }
 }

@@ -28,7 +28,7 @@ class GreedyOrder:
     """
 
     def __init__(self, weights: npt.NDArray[np.float64], library: ctypes.CDLL) -> None:
-        self._library, self._num_corpora = library, len(weights)
+        self.library, self._num_corpora = library, len(weights)
         library.greedy_new.restype, library.greedy_comparisons.restype = ctypes.c_void_p, ctypes.c_int64
         weights = np.ascontiguousarray(weights, dtype=np.float64)
         self._state = ctypes.c_void_p(library.greedy_new(ctypes.c_int32(len(weights)), _address(weights)))
@@ -38,22 +38,22 @@ class GreedyOrder:
     def draw(self, num_samples: int) -> npt.NDArray[np.uint16]:
         """Return the corpora of the next samples."""
         choice = np.empty(num_samples, dtype=np.uint16)
-        self._library.greedy_next(self._state, ctypes.c_int64(num_samples), _address(choice))
+        self.library.greedy_next(self._state, ctypes.c_int64(num_samples), _address(choice))
         return choice
 
     def drawn(self) -> npt.NDArray[np.int64]:
         """Return how many samples of each corpus were drawn."""
         counts = np.empty(self._num_corpora, dtype=np.int64)
-        self._library.greedy_drawn(self._state, _address(counts))
+        self.library.greedy_drawn(self._state, _address(counts))
         return counts
 
     @property
     def comparisons(self) -> int:
         """Number of values compared so far: the work, where a plain loop has corpora x samples."""
-        return int(self._library.greedy_comparisons(self._state))
+        return int(self.library.greedy_comparisons(self._state))
 
     def __del__(self) -> None:
-        self._library.greedy_free(self._state)
+        self.library.greedy_free(self._state)
 
 
 def compiled_order(weights: npt.NDArray[np.float64]) -> GreedyOrder | None:

@@ -168,8 +168,7 @@ class VocabularyWeight(nn.Module):
 
     def tokens(self) -> Tensor:
         """Return the rows of tokens, without padding, [length, d]."""
-        # a slice's gradient is zeros of the whole weight, and a copy
-        return self.weight if self.length == self.rows else self.weight[: self.length]
+        return self.weight[: self.length]  # a tensor of its own: a shared weight's is released
 
 
 class VocabularyEmbedding(VocabularyWeight):

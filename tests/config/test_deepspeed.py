@@ -106,6 +106,9 @@ def test_second_shares_are_of_ranks_with_the_same_weights() -> None:
     user["zero_optimization"]["zero_hpz_partition_size"] = 3
     with pytest.raises(ConfigError, match="zero_hpz_partition_size is 3: must divide the 4 data-parallel ranks"):
         resolve(user, run())
+    user["zero_optimization"]["zero_hpz_partition_size"] = "auto"
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size is 'auto': must have a value"):
+        resolve(user, run())
 
 
 def test_zero_3_keeps_no_whole_weights_for_a_reference_that_follows_the_model() -> None:

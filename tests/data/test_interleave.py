@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.data import interleave as interleave_module
-from megatron_slm.data.greedy_order import compiled_order
+from megatron_slm.data.greedy_order import GreedyOrder, compiled_order
 from megatron_slm.data.index_cache import IndexCache
 from megatron_slm.data.interleave import COUNTED_EVERY, MOST_CORPORA, Interleave, normalized
 from megatron_slm.errors import ConfigError
@@ -90,21 +90,33 @@ def test_hundreds_of_corpora_equal_megatrons_helper(kind: str) -> None:
     np.testing.assert_array_equal(order.draw(size), megatron(list(weights), size)[0])
 
 
+def test_a_few_more_corpora_than_are_always_compared_equal_megatrons_helper() -> None:
+    order = compiled_order(np.ones(1))
+    assert order is not None
+    for seed in range(300):
+        weights = normalized((np.random.default_rng(seed).random(17 + seed % 9) + 0.01).tolist())
+        found = GreedyOrder(np.array(weights), order.library).draw(4000)
+        np.testing.assert_array_equal(found, megatron(list(weights), 4000)[0], err_msg=str(seed))
+
+
 def test_the_work_a_sample_hardly_grows_with_the_corpora_and_not_with_the_samples() -> None:
     """A plain loop compares all of them at each sample: 10^11 values for 10^8 samples of 1,000 corpora."""
 
-    def work(num_corpora: int, num_samples: int) -> float:
-        order = compiled_order(np.array(normalized((np.random.default_rng(0).random(num_corpora) + 0.01).tolist())))
+    def work(raw: np.ndarray, num_samples: int) -> float:
+        order = compiled_order(np.array(normalized(raw.tolist())))
         assert order is not None
         order.draw(num_samples)
         before = order.comparisons
         order.draw(num_samples)
         return (order.comparisons - before) / num_samples
 
-    thousand = work(1000, 100_000)
-    assert thousand < 40
-    assert work(1000, 400_000) < 1.1 * thousand
-    assert work(4000, 100_000) < 1.6 * thousand
+    random = np.random.default_rng(0).random(4000)
+    thousand = work(random[:1000] + 0.01, 100_000)
+    assert thousand < 50
+    assert work(random[:1000] + 0.01, 400_000) < 1.1 * thousand
+    assert work(random + 0.01, 100_000) < 2.5 * thousand
+    assert work(1 + 1e-7 * random, 100_000) < 5 * thousand, "shards of nearly one size are drawn round after round"
+    assert work(np.where(random < 0.01, 1.0, 1e-4 * (1 + random)), 100_000) < 5 * thousand
 
 
 def test_more_corpora_than_an_order_can_name_are_refused() -> None:

@@ -37,10 +37,10 @@ def gathered(reference: FrozenStage) -> list[int]:
     return held
 
 
-def inspect(tied: bool) -> dict[str, Any]:
+def inspect(tied: bool, vocab_size: int) -> dict[str, Any]:
     init_distributed()
     topology = Topology(data=3)
-    arch, layers = replace(ARCH, tied=tied), ParallelLayers(vocabulary_divisible_by=8)
+    arch, layers = replace(ARCH, tied=tied, vocab_size=vocab_size), ParallelLayers(vocabulary_divisible_by=8)
     source = RandomWeights(arch, seed=5)
     whole = build_reference(arch, source, topology, layers, torch.float32)
     dp = create_data_parallel_group(topology)
@@ -66,9 +66,11 @@ def inspect(tied: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_rank_holds_its_share_and_two_layers(tied: bool) -> None:
-    for report in run_world(inspect, 3, tied):
+@pytest.mark.parametrize(
+    ("tied", "vocab_size"), [(False, 13), (True, 13), (False, 16)], ids=["untied", "tied", "without padding"]
+)
+def test_a_rank_holds_its_share_and_two_layers(tied: bool, vocab_size: int) -> None:
+    for report in run_world(inspect, 3, tied, vocab_size):
         assert report["same"]
         assert report["finite"]
         assert not report["gradients"]
