@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,8 @@ from megatron_slm.model.llama import layer_list
 from megatron_slm.model.row_sampling import BackwardRows
 from megatron_slm.parallel.layers import ParallelLayers
 
-PAIRS, KEYS, VOCAB, SAMPLES = 6, 16, 32, 96
+PAIRS, KEYS, VOCAB, SAMPLES = 3, 6, 12, 64
+SEEDS = range(5)
 ARCH = Architecture(
     num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=4, kv_channels=16,
     vocab_size=VOCAB,
@@ -30,15 +33,15 @@ def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def steps_to_learn(rows: BackwardRows | None, *, most: int) -> int | None:
+def steps_to_learn(rows: BackwardRows | None, seed: int, *, most: int) -> int | None:
     """Steps until 99 % of the answers are right; None where `most` do not suffice."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layers = nn.ModuleList(maker.make() for maker in layer_list(ARCH, ParallelLayers(vocabulary_divisible_by=8)))
     with torch.no_grad():
         for parameter in layers.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=parameter.shape[-1] ** -0.5)
     optimizer = torch.optim.AdamW(layers.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(most):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50)
@@ -46,7 +49,7 @@ def steps_to_learn(rows: BackwardRows | None, *, most: int) -> int | None:
         x_sbd = tokens_bs
         for layer in layers:
             if isinstance(layer, Block):
-                key = (1, step)
+                key = (seed, step)
                 x_sbd = layer(x_sbd, None, rows and BackwardRows(kind=rows.kind, share=rows.share, key=key))
             else:
                 x_sbd = layer(x_sbd)
@@ -64,12 +67,14 @@ def steps_to_learn(rows: BackwardRows | None, *, most: int) -> int | None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_sampled_rows_learn_to_recall_and_kept_rows_do_not() -> None:
-    """26 % of the rows have a loss; 36 % of them are drawn."""
-    exact = steps_to_learn(None, most=600)
-    assert exact is not None
-    sampled = steps_to_learn(BackwardRows(kind="sampled", share=lambda block: 0.36, key=()), most=600)
-    assert sampled is not None
-    assert sampled <= 1.5 * exact + 50
-    assert (
-        steps_to_learn(BackwardRows(kind="kept", share=lambda block: 0.27, key=()), most=int(1.5 * exact) + 50) is None
-    )
+    """27 % of the rows have a loss; 37 % of them are drawn. Answers are found all at once, after steps that vary."""
+    slower = []
+    for seed in SEEDS:
+        exact = steps_to_learn(None, seed, most=1000)
+        sampled = steps_to_learn(BackwardRows(kind="sampled", share=lambda _: 0.37, key=()), seed, most=2000)
+        assert exact is not None, seed
+        assert sampled is not None, seed
+        slower.append(sampled / exact)
+        kept = BackwardRows(kind="kept", share=lambda _: 0.28, key=())
+        assert steps_to_learn(kept, seed, most=int(1.5 * exact) + 50) is None, seed
+    assert median(slower) <= 1.5, slower
