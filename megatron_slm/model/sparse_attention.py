@@ -27,7 +27,7 @@ class SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Attend to all positions before, or to those of a window that ends at the current one."""
-        mask = None if window is None else _additive(seen(q.shape[2], window, q.device), q.dtype)
+        mask = None if window is None else _additive(~seen(q.shape[2], window, q.device), q.dtype)
         out, sums_bhs = _forward(q, k, v, 0.0, window is None, attn_mask=mask)
         ctx.save_for_backward(q, k, v, out, sums_bhs)
         ctx.window = window
@@ -90,22 +90,21 @@ def _tiles(position_M: Tensor, counts: list[int], window: int | None, dtype: tor
             rows = slice(start, min(start + TILE_ROWS, end))
             first, last = positions[rows.start], positions[rows.stop - 1]
             keys = slice(0 if window is None else max(0, first - window + 1), last + 1)
-            hidden_Tn = number_n[keys] > position_M[rows, None]
-            if window is not None:
-                hidden_Tn |= number_n[keys] <= position_M[rows, None] - window
-            yield _Tile(
-                sample, rows, keys, torch.zeros(hidden_Tn.shape, dtype=dtype).masked_fill_(hidden_Tn, -torch.inf)
-            )
+            hidden_Tn = _hidden(position_M[rows], number_n[keys], window)
+            yield _Tile(sample, rows, keys, _additive(hidden_Tn, dtype))
 
 
 def seen(length: int, window: int | None, device: torch.device) -> Tensor:
     """Return the positions (columns) that each position (row) attends to, bool [s, s]."""
-    return _sees(torch.arange(length, device=device)[:, None] - torch.arange(length, device=device), window)
+    position_s = torch.arange(length, device=device)
+    return ~_hidden(position_s, position_s, window)
 
 
-def _sees(distance: Tensor, window: int | None) -> Tensor:
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+def _hidden(position_T: Tensor, key_n: Tensor, window: int | None) -> Tensor:
+    """The keys after each position, and those before its window, bool [T, n]."""
+    position_T1 = position_T[:, None]
+    return key_n > position_T1 if window is None else (key_n > position_T1) | (key_n <= position_T1 - window)
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(seen, 0.0, -torch.inf).to(dtype)
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)

@@ -31,7 +31,7 @@ from megatron_slm.parallel.collectives import (
 from megatron_slm.parallel.gathered_linear import gathered_linear
 from megatron_slm.parallel.groups import ContextParallel, TensorParallel
 from megatron_slm.parallel.heads import KeyValueHeads
-from megatron_slm.parallel.replay import KnownLinear, UnreadLinear
+from megatron_slm.parallel.replay import KnownLinear, UnreadLinear, differentiate_linear_out
 from megatron_slm.parallel.sequence_share import SequenceShare
 from megatron_slm.parallel.shards import Part, new_parameter
 
@@ -130,9 +130,7 @@ class LinearOut(nn.Module):
             grad_Rd: of what the layer returned; under sequence parallelism of this rank's part of the rows.
             inputs: is called with the inputs' gradient, and returns them.
         """
-        whole_Rd = all_gather_dim0(grad_Rd, self.tp) if self.tp.sequence_parallel else grad_Rd
-        grad_Rf = whole_Rd @ self.weight
-        found = [whole_Rd.t() @ inputs(grad_Rf)]
+        grad_Rf, *found = differentiate_linear_out(grad_Rd, self.weight, self.tp, inputs)
         if self.bias is not None:
             grad_d = grad_Rd.sum(0)
             found.append(all_reduce_sum(grad_d, self.tp) if self.tp.sequence_parallel else grad_d)

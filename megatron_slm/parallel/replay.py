@@ -5,7 +5,7 @@ Shapes: R rows (all positions, or some), i inputs, o outputs of a layer's share 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,21 @@ class UnreadLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of x and W."""
         x_Ri, weight_oi = ctx.saved_tensors
-        grad_Ro = all_gather_dim0(grads[0], ctx.tp) if ctx.tp.sequence_parallel else grads[0]
-        return grad_Ro @ weight_oi, grad_Ro.t() @ x_Ri, None
+        return *differentiate_linear_out(grads[0], weight_oi, ctx.tp, lambda _: x_Ri), None
+
+
+def differentiate_linear_out(
+    grad_Ro: Tensor, weight_oi: Tensor, tp: TensorParallel, inputs: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, [R, i], and of W, of `x W^T` summed over the ranks.
+
+    Args:
+        grad_Ro: under sequence parallelism of this rank's part of the rows.
+        inputs: is called with the gradient of x, and returns x.
+    """
+    whole_Ro = all_gather_dim0(grad_Ro, tp) if tp.sequence_parallel else grad_Ro
+    grad_Ri = whole_Ro @ weight_oi
+    return grad_Ri, whole_Ro.t() @ inputs(grad_Ri)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
